@@ -1,0 +1,69 @@
+"""The checks every op makes of its arguments: the error names the argument, what it is and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float(name: str, tensor: Tensor, ndim: int | None = None) -> None:
+    """`tensor` is a floating point tensor, of `ndim` dimensions where that is given."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if ndim is not None and tensor.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_index(name: str, tensor: Tensor, ndim: int | None = None) -> None:
+    """`tensor` holds int64 or int32 indices."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 (or int32) indices, got {tensor.dtype}")
+    if ndim is not None and tensor.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """`tensor` lies on the device of `other`, and has its dtype."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: on {tensor.device}, but {other_name} is on {other.device}")
+    if dtype and tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: has dtype {tensor.dtype}, but {other_name} has {other.dtype}")
+
+
+def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
+    if isinstance(dropout_p, Tensor) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0:
+            raise TypeError(f"seed: expected an int or a 0-dim int64 tensor, got {seed.dtype} {tuple(seed.shape)}")
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int or a 0-dim int64 tensor, got {type(seed).__name__}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: int | None = None) -> IndexError:
+    """The error for the first of `indices` outside [low, high) that is not `ignore`: its value and its position."""
+    bad = (indices < low) | (indices >= high)
+    if ignore is not None:
+        bad &= indices != ignore
+    position = tuple(bad.nonzero()[0].tolist())
+    value = int(indices[position])
+    return IndexError(f"{name}: value {value} at position {position} is outside [{low}, {high})")

@@ -1,0 +1,105 @@
+"""Every op as its formula, in plain tensor algebra: the definition the other backends are measured against.
+
+Nothing here is fused, blocked or clever. In float64 these functions are the oracle of the tests and of
+``fastgpt parity``; autograd through them gives the oracle's gradients. Arguments are those of the ops.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .dropout import philox_keep_mask
+
+
+def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """True where query i may see key j. The last query sees the last key: aligned to the bottom right."""
+    i = torch.arange(n_queries, device=device)[:, None]
+    j = torch.arange(n_keys, device=device)[None, :]
+    return j <= i + (n_keys - n_queries)  # (Tq, Tk)
+
+
+def attention(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
+    """softmax(q k^T * scale + mask) v; a query that sees no key gives 0. (Vaswani et al. 2017, eq. 1)"""
+    B, H, Tq, D = q.shape
+    Tk = k.shape[2]
+    group = H // k.shape[1]
+    k = k.repeat_interleave(group, dim=1)  # (B, Hkv, Tk, D) -> (B, H, Tk, D)
+    v = v.repeat_interleave(group, dim=1)
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
+    if is_causal:
+        scores = scores.masked_fill(~causal_mask(Tq, Tk, q.device), -math.inf)
+    if Tk == 0:
+        return scores @ v
+    largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # -inf where no key is seen
+    weights = torch.exp(scores - largest)
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    if dropout_p > 0.0:
+        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk)
+        weights = weights * keep / (1.0 - dropout_p)
+    return weights @ v  # (B, H, Tq, D)
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension. (Ba et al. 2016)"""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(variance + eps) * weight
+    return y if bias is None else y + bias
+
+
+def add_layer_norm(x, residual, weight, bias=None, eps=1e-5, *, dropout_p=0.0, seed=None):
+    """h = residual + dropout(x); returns (layer_norm(h), h)."""
+    if dropout_p > 0.0:
+        C = x.shape[-1]
+        n_rows = x.numel() // C if C else 0
+        x = x * philox_keep_mask(seed, dropout_p, n_rows, C, x.device).view(x.shape) / (1.0 - dropout_p)
+    h = residual + x
+    return layer_norm(h, weight, bias, eps), h
+
+
+def embedding(tokens, token_table, position_table=None, *, position_offset=0):
+    """token_table[tokens] + position_table[position_offset + t]: (B, T) -> (B, T, C)."""
+    x = token_table[tokens.long()]
+    if position_table is None:
+        return x
+    return x + position_table[position_offset : position_offset + tokens.shape[1]]
+
+
+def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    """-log softmax(logits)[target], with the weights and smoothing of torch.nn.functional.cross_entropy.
+
+    With class weights w and smoothing s the loss of one row is
+    (1 - s) * w[t] * -log p[t] + s / C * sum_c w[c] * -log p[c]; "mean" divides by the sum of w[t].
+    """
+    if logits.ndim == 1:
+        logits, targets, was_one_row = logits[None], targets[None], True
+    else:
+        was_one_row = False
+    C = logits.shape[1]
+    x = logits.movedim(1, -1)  # (N, C, d1, ..., dk) -> (N, d1, ..., dk, C)
+    shifted = x - x.detach().amax(-1, keepdim=True)
+    log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
+    w = torch.ones(C, dtype=x.dtype, device=x.device) if weight is None else weight
+    counted = targets != ignore_index
+    t = torch.where(counted, targets, 0).long()
+    row_weight = torch.where(counted, w[t], 0.0)
+    loss = -row_weight * log_p.gather(-1, t[..., None])[..., 0] * (1.0 - label_smoothing)
+    if label_smoothing > 0.0:
+        loss = loss - torch.where(counted, (log_p * w).sum(-1), 0.0) * (label_smoothing / C)
+    if reduction == "none":
+        return loss[0] if was_one_row else loss
+    return loss.sum() if reduction == "sum" else loss.sum() / row_weight.sum()
+
+
+def linear_cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    """cross_entropy(x weight^T + bias, targets): x (..., C), weight (V, C), targets (...)."""
+    logits = x.reshape(-1, x.shape[-1]) @ weight.t()
+    if bias is not None:
+        logits = logits + bias
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    loss = cross_entropy(logits, targets.reshape(-1), **options)
+    return loss.reshape(targets.shape) if reduction == "none" else loss
