@@ -8,7 +8,9 @@ if not (_here / "triton_kernels").is_dir() and (_here.parent / "triton_kernels" 
     __path__.append(str(_here.parent))
 
 from . import ops  # noqa: E402
+from .config import GPTConfig  # noqa: E402
+from .model import GPT  # noqa: E402
 from .ops.backend import BackendError, use_backend  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "ops", "use_backend"]
+__all__ = ["GPT", "BackendError", "GPTConfig", "ops", "use_backend"]

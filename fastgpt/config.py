@@ -1,0 +1,155 @@
+"""What a model is (GPTConfig), how it is trained (TrainConfig), and named settings of both (presets)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
+NORMS = ("pre", "post", "none")
+
+
+class ConfigError(ValueError):
+    """A setting with a value it cannot have. The message names the setting, the value and what was expected."""
+
+
+def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _check_types(config: Any) -> None:
+    """Every field holds its annotated type: a typo in a TOML file must not surface as an error inside PyTorch."""
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    for item in dataclasses.fields(config):
+        name, _, optional = str(item.type).partition(" | ")
+        value = getattr(config, item.name)
+        if optional == "None" and value is None:
+            continue
+        ok = isinstance(value, kinds[name]) and (name == "bool" or not isinstance(value, bool))
+        _expect(ok, item.name, value, {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}[name])
+        if name == "float":
+            _expect(math.isfinite(value), item.name, value, "a finite number")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. The defaults are nanoGPT's character-level Shakespeare model, with biases.
+
+    vocab_size: number of tokens V. block_size: the longest context T. n_layer, n_head, n_embd: blocks, heads, width C
+    (n_head divides n_embd). dropout: probability, in [0, 1), on embeddings, attention weights and branch outputs.
+    bias: biases in linears and norms. activation: "gelu" (erf), "gelu_tanh", "relu" or "relu2" (relu squared).
+    norm: "pre" (GPT-2), "post" (Vaswani et al. 2017) or "none". residual: x + branch(x), or branch(x) alone.
+    is_causal: a decoder; False sees the whole block. tie_weights: the head is the token embedding.
+    """
+
+    vocab_size: int = 65
+    block_size: int = 256
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.2
+    bias: bool = True
+    activation: str = "gelu"
+    norm: str = "pre"
+    residual: bool = True
+    is_causal: bool = True
+    tie_weights: bool = True
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        _expect(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head={self.n_head}")
+        _expect(self.n_embd // self.n_head <= 256, "n_embd", self.n_embd, f"at most 256 per head (n_head={self.n_head})")
+        _expect(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a number in [0, 1)")
+        _expect(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        _expect(self.norm in NORMS, "norm", self.norm, f"one of {', '.join(NORMS)}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> GPTConfig:
+        """The configuration called `name`, with `changes` made to it. Unknown names and settings raise ConfigError."""
+        return from_dict(cls, {**preset(name)[0], **changes})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Learning rate: linear warm-up, then a cosine down to min_lr at max_steps.
+
+    batch_size: blocks per micro-step; grad_accum: micro-steps per step. lr, min_lr, warmup_steps, weight_decay (on
+    matrices only), beta1, beta2, grad_clip (0: none): AdamW. max_steps: where training ends; target_loss: or here, on
+    the validation loss. eval_interval: steps between evaluations (and checkpoints); eval_batches: batches per
+    evaluation; log_interval: steps between training rows in metrics.jsonl. seed: of weights, data order and dropout.
+    device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 autocast on GPUs), "float32" or "bfloat16".
+    """
+
+    batch_size: int = 64
+    grad_accum: int = 1
+    max_steps: int = 5000
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    grad_clip: float = 1.0
+    eval_interval: int = 250
+    eval_batches: int = 20
+    log_interval: int = 10
+    target_loss: float | None = None
+    seed: int = 1337
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("batch_size", "grad_accum", "eval_interval", "eval_batches", "log_interval"):
+            _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        for name in ("max_steps", "warmup_steps", "lr", "min_lr", "weight_decay", "grad_clip"):
+            _expect(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("beta1", "beta2"):
+            _expect(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "a number in [0, 1)")
+        _expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2**63)")
+        _expect(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "auto, float32 or bfloat16")
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """kind(**values), with an error that names an unknown setting."""
+    known = {item.name for item in dataclasses.fields(kind)}
+    for name in values:
+        _expect(name in known, name, values[name], f"a setting of {kind.__name__} ({', '.join(sorted(known))})")
+    return kind(**values)
+
+
+@dataclass(frozen=True)
+class _Preset:
+    model: dict[str, Any]
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+def _gpt2(n_layer: int, n_head: int, n_embd: int) -> _Preset:
+    model = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": 50257, "block_size": 1024}
+    train = {"batch_size": 12, "lr": 6e-4, "min_lr": 6e-5, "beta2": 0.95, "warmup_steps": 2000, "max_steps": 600_000}
+    return _Preset({**model, "dropout": 0.0, "bias": True, "activation": "gelu_tanh"}, train)
+
+
+_CHAR_CPU = {"batch_size": 12, "max_steps": 2000, "eval_interval": 250, "log_interval": 10}
+PRESETS: dict[str, _Preset] = {
+    "shakespeare-char": _Preset({"dropout": 0.2, "bias": False}, {"max_steps": 5000}),
+    "shakespeare-char-cpu": _Preset(
+        {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "bias": False}, _CHAR_CPU
+    ),
+    "gpt2": _gpt2(12, 12, 768),
+    "gpt2-medium": _gpt2(24, 16, 1024),
+    "gpt2-large": _gpt2(36, 20, 1280),
+    "gpt2-xl": _gpt2(48, 25, 1600),
+}
+
+
+def preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model settings, training settings) of the preset called `name`."""
+    _expect(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    return dict(PRESETS[name].model), dict(PRESETS[name].train)

@@ -1,0 +1,229 @@
+"""The GPT: embedding -> blocks -> norm -> head, after GPT-2 (Radford et al. 2019) and nanoGPT, on `fastgpt.ops`.
+
+The residual stream is written once per branch. In a pre-norm model every "add the branch's output, then normalise"
+is one op, `add_layer_norm`, which also applies the branch's dropout; so a block hands on two tensors, the stream `x`
+before its last branch was added and that `branch`, and the next norm adds them.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .config import GPTConfig
+from .ops.dropout import dropout
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one preallocated (2, L, B, H, T, D) tensor, filled up to `length`."""
+
+    def __init__(self, cfg: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.keys, self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, T, D) of the newest tokens; return those of all tokens. `length` moves on by `advance`."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, n_tokens: int) -> None:
+        self.length += n_tokens
+
+
+class Norm(nn.Module):
+    """Layer norm with an optional bias."""
+
+    def __init__(self, n_embd: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias)
+
+    def add(self, x: Tensor, branch: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+        """(norm(h), h) with h = x + dropout(branch)."""
+        return ops.add_layer_norm(branch, x, self.weight, self.bias, dropout_p=dropout_p)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, cfg: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.is_causal, self.dropout, self.layer = cfg.n_head, cfg.is_causal, cfg.dropout, layer
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = ops.attention(q, k, v, is_causal=self.is_causal, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.activation = cfg.activation
+        self.up = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.down = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.activation == "gelu":
+            x = F.gelu(x)
+        elif self.activation == "gelu_tanh":
+            x = F.gelu(x, approximate="tanh")
+        elif self.activation == "relu":
+            x = F.relu(x)
+        else:  # "relu2" (So et al. 2021, Primer)
+            x = F.relu(x).square()
+        return self.down(x)
+
+
+class Block(nn.Module):
+    """One attention branch and one feed-forward branch."""
+
+    def __init__(self, cfg: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm, self.residual, self.dropout = cfg.norm, cfg.residual, cfg.dropout
+        if cfg.norm != "none":
+            self.ln_1 = Norm(cfg.n_embd, cfg.bias)
+            self.ln_2 = Norm(cfg.n_embd, cfg.bias)
+        self.attn = CausalSelfAttention(cfg, layer)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Take and give (x, branch): the stream, and the last branch's output where it is still to be added."""
+        p = self.dropout if self.training else 0.0
+        if self.norm == "pre" and self.residual:
+            normed, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(x, branch, p)
+            normed, x = self.ln_2.add(x, self.attn(normed, cache), p)
+            return x, self.mlp(normed)
+        for name in ("attn", "mlp"):
+            norm = getattr(self, "ln_1" if name == "attn" else "ln_2") if self.norm != "none" else None
+            inner = norm(x) if self.norm == "pre" else x
+            out = self.attn(inner, cache) if name == "attn" else self.mlp(inner)
+            if self.norm == "post" and self.residual:
+                x, _ = norm.add(x, out, p)
+                continue
+            out = dropout(out, p)
+            x = x + out if self.residual else out
+            x = norm(x) if self.norm == "post" else x
+        return x, None
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer (an encoder with `is_causal=False`).
+
+    >>> model = GPT(GPTConfig.preset("shakespeare-char-cpu"))
+    >>> logits, loss = model(idx, targets)      # idx, targets (B, T) int64; logits (B, T, V)
+    """
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        if not isinstance(cfg, GPTConfig):
+            raise TypeError(f"cfg: expected a GPTConfig, got {type(cfg).__name__}")
+        self.cfg = cfg
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.ln_f = Norm(cfg.n_embd, cfg.bias) if cfg.norm == "pre" else None
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        if cfg.tie_weights:
+            self.lm_head.weight = self.token_embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's: normal(0, 0.02), biases zero, projections into the residual stream smaller by sqrt(2 L)."""
+        for name, p in self.named_parameters():
+            if name.endswith(("attn.proj.weight", "mlp.down.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.cfg.n_layer))
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def num_parameters(self, non_embedding: bool = False) -> int:
+        """Number of parameters, shared ones once; `non_embedding` leaves the position table out, as nanoGPT counts."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.position_embedding.weight.numel() if non_embedding else n
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C): what the head reads."""
+        if not isinstance(idx, Tensor):
+            raise TypeError(f"idx: expected a tensor, got {type(idx).__name__}")
+        if idx.ndim != 2:
+            raise ValueError(f"idx: expected shape (B, T), got {tuple(idx.shape)}")
+        start = 0 if cache is None else cache.length
+        if start + idx.shape[1] > self.cfg.block_size:
+            raise ValueError(f"idx: {start + idx.shape[1]} tokens do not fit block_size={self.cfg.block_size}; crop the context")
+        p = self.cfg.dropout if self.training else 0.0
+        x = ops.embedding(idx, self.token_embedding.weight, self.position_embedding.weight, position_offset=start)
+        x, branch = dropout(x, p), None
+        for block in self.blocks:
+            x, branch = block(x, branch, cache)
+        if cache is not None:
+            cache.advance(idx.shape[1])
+        if self.ln_f is None:
+            return x
+        return self.ln_f(x) if branch is None else self.ln_f.add(x, branch, p)[0]
+
+    def _check_targets(self, idx: Tensor, targets: Tensor) -> None:
+        if not isinstance(targets, Tensor) or targets.shape != idx.shape:
+            got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+            raise ValueError(f"targets: expected the shape of idx {tuple(idx.shape)}, got {got}")
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T) -> logits (B, T, V), and the mean cross-entropy in nats per token where targets (B, T) are given.
+
+        Targets of -100 do not count. Raises ValueError/TypeError/IndexError naming the argument.
+        """
+        if targets is not None:
+            self._check_targets(idx, targets)
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, ops.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The loss of `forward`, without ever holding the (B * T, V) logits."""
+        self._check_targets(idx, targets)
+        return ops.linear_cross_entropy(self.hidden(idx), self.lm_head.weight, targets)
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue idx (B, T) by `max_new_tokens` tokens: (B, T + max_new_tokens). See `fastgpt.generate.stream`."""
+        from .generate import stream
+
+        return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
+
+    def save_pretrained(self, directory: str | Path, format: str = "fastgpt") -> None:
+        """Write config.json and model.safetensors; format="huggingface" writes what GPT2LMHeadModel reads."""
+        from .huggingface import save_pretrained
+
+        save_pretrained(self, directory, format)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **changes: Any) -> GPT:
+        """Read what `save_pretrained` wrote, in either format, or a Hugging Face GPT-2 folder."""
+        from .huggingface import from_pretrained
+
+        return from_pretrained(directory, **changes)
