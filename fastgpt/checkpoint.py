@@ -1,0 +1,149 @@
+"""Training state on disk: one safetensors file per checkpoint, its settings as JSON in the header. No pickle anywhere.
+
+A file is written beside its place, flushed to the disk and renamed onto it: whatever happens, the old one or the new
+one is there, whole. Tensors are called ``model.<parameter>``, ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``
+(AdamW's moments) and ``rng.cpu`` / ``rng.cuda``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "fastgpt-checkpoint-1"
+
+
+class CheckpointError(RuntimeError):
+    """A file that cannot be written or read as what it should be; the message names the file and the field."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write; flush it and rename it onto `path`, or remove it where writing fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except Exception as error:  # safetensors reports a full disk with an exception type of its own
+        raise CheckpointError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+@dataclass
+class Checkpoint:
+    """What a run needs to go on, or to be sampled from. `state` is the trainer's counters."""
+
+    model_config: dict[str, Any]
+    train_config: dict[str, Any]
+    state: dict[str, Any]
+    tokenizer: str
+    tensors: dict[str, Tensor]
+    path: Path | None = None
+
+    def save(self, path: Path) -> None:
+        metadata = {
+            "format": FORMAT,
+            "model_config": json.dumps(self.model_config),
+            "train_config": json.dumps(self.train_config),
+            "state": json.dumps(self.state),
+            "tokenizer": self.tokenizer,
+        }
+        write_tensors(path, self.tensors, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: not a FastGPT checkpoint")
+        fields: dict[str, Any] = {}
+        for name in ("model_config", "train_config", "state"):
+            try:
+                fields[name] = json.loads(metadata[name])
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(f"{path}: field {name!r} is missing or is not JSON") from error
+        if "tokenizer" not in metadata:
+            raise CheckpointError(f"{path}: field 'tokenizer' is missing")
+        return cls(**fields, tokenizer=metadata["tokenizer"], tensors=tensors, path=path)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors called ``prefix.*``, by the rest of their names."""
+        return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+def check_same(path: Path | None, prefix: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise CheckpointError for the first name or shape in which `found` differs from `expected`."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{path}: tensor {prefix}.{name} is missing")
+        if found[name].shape != tensor.shape:
+            got, want = tuple(found[name].shape), tuple(tensor.shape)
+            raise CheckpointError(f"{path}: tensor {prefix}.{name} has shape {got}, the model has {want}")
+    for name in found:
+        if name not in expected:
+            raise CheckpointError(f"{path}: tensor {prefix}.{name} is not part of the model")
+
+
+def load_parameters(model: torch.nn.Module, found: dict[str, Tensor], path: Path | None) -> None:
+    """Copy `found` into the model's parameters; nothing is changed unless every name and shape fits."""
+    expected = dict(model.named_parameters())
+    check_same(path, "model", found, expected)
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(found[name])
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the file `source` is now, without a second copy where the file system has hard links."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
