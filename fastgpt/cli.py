@@ -1,0 +1,294 @@
+"""The command line: `fastgpt train | sample | doctor | parity`. Exit codes: 0 done, 2 bad usage, 1 failed.
+
+A setting of `train` is looked up in this order: command line, --config file, the run resumed, preset, default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import ConfigError, GPTConfig, TrainConfig, from_dict, preset
+
+
+class UsageError(ValueError):
+    """Wrong use of a command."""
+
+
+_MODEL_FIELDS = [f for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
+_TRAIN_FIELDS = list(dataclasses.fields(TrainConfig))
+_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "float | None": float | None}
+
+_RUN_FIELDS: list[tuple[str, Any, Any]] = [
+    ("preset", str | None, None),
+    ("config", str | None, None),
+    ("data", str | None, None),
+    ("out", str | None, None),
+    ("resume", bool, False),
+    ("backend", str, "auto"),
+    ("tokenizer", str, "char"),
+    ("vocab_size", int | None, None),
+]
+
+
+def _settings_class(command: str, fields: list[tuple[str, Any, Any]], doc: str) -> type:
+    made = [(name, kind, dataclasses.field(default=default)) for name, kind, default in fields]
+    cls = dataclasses.make_dataclass(command, made)
+    cls.__doc__ = doc
+    return cls
+
+
+def _train_fields() -> list[tuple[str, Any, Any]]:
+    fields = [(f.name, _TYPES[str(f.type)], f.default) for f in (*_MODEL_FIELDS, *_TRAIN_FIELDS)]
+    return [*_RUN_FIELDS, *fields]
+
+
+_TRAIN_HELP = """Train a GPT on text.
+
+preset: named settings to start from (shakespeare-char-cpu, shakespeare-char, gpt2, ...). config: a TOML file with any
+of these settings. data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names. out: the run's folder. resume:
+go on with the run in --out. backend: auto, torch, triton or native. tokenizer: char, bpe (trained on the data, with
+--vocab-size tokens), or a folder with GPT-2's vocab.json and merges.txt. The other settings are those of
+fastgpt.GPTConfig (the model) and fastgpt.config.TrainConfig (the training)."""
+
+
+def _option(args: Sequence[str], name: str) -> str | None:
+    """The value of --name in args, read before the full parse because it sets the defaults of the others."""
+    for i, arg in enumerate(args):
+        if arg == f"--{name}" and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"--{name}="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def _read_toml(path: str, known: set[str]) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not a TOML file: {error}") from None
+    for name in values:
+        if name not in known:
+            raise UsageError(f"--config {path}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
+    return values
+
+
+def _parse(cls: type, args: Sequence[str], command: str, default: Any = None) -> Any:
+    import tyro
+
+    return tyro.cli(cls, args=list(args), prog=f"fastgpt {command}", description=cls.__doc__, default=default)
+
+
+def _train_settings(args: Sequence[str]) -> Any:
+    fields = _train_fields()
+    known = {name for name, _, _ in fields}
+    values: dict[str, Any] = {}
+    from_file = _read_toml(path, known - {"config"}) if (path := _option(args, "config")) else {}
+    name = _option(args, "preset") or from_file.get("preset")
+    if name is not None:
+        model, train = preset(name)
+        model.pop("vocab_size", None)  # the data's tokenizer says
+        values |= model | train
+    out = _option(args, "out") or from_file.get("out")
+    if ("--resume" in args or from_file.get("resume")) and out:
+        stored = Path(out) / "config.toml"
+        if stored.exists():
+            values |= {k: v for k, v in _read_toml(str(stored), known).items() if k != "resume"}
+    values |= from_file
+    cls = _settings_class("train", [(n, kind, values.get(n, default)) for n, kind, default in fields], _TRAIN_HELP)
+    settings = _parse(cls, args, "train")
+    for required in ("data", "out"):
+        if getattr(settings, required) is None:
+            raise UsageError(f"--{required} is missing; see fastgpt train --help")
+    return settings
+
+
+def train(args: Sequence[str]) -> None:
+    settings = _train_settings(args)
+    values = dataclasses.asdict(settings)
+    train_config = from_dict(TrainConfig, {f.name: values[f.name] for f in _TRAIN_FIELDS})
+    model_values = {f.name: values[f.name] for f in _MODEL_FIELDS}
+    from_dict(GPTConfig, model_values)  # refuse a bad model before the data is read
+
+    from .checkpoint import Checkpoint, CheckpointError
+    from .data import Corpus
+    from .ops.backend import use_backend
+    from .tokenizer import BPETokenizer, tokenizer_from_json
+    from .train import RunFolder, Trainer, build_model
+
+    folder = RunFolder(Path(settings.out))
+    saved = None
+    tokenizer: Any = settings.tokenizer
+    if settings.resume:
+        if not folder.latest.exists():
+            raise CheckpointError(f"{folder.latest}: no such checkpoint to resume from; leave --resume out to start")
+        saved = Checkpoint.load(folder.latest)
+        tokenizer = tokenizer_from_json(saved.tokenizer)
+    elif tokenizer not in ("char", "bpe"):
+        tokenizer = BPETokenizer.from_gpt2_files(tokenizer)
+    corpus = Corpus.load(settings.data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size)
+    model_config = from_dict(GPTConfig, {**model_values, "vocab_size": corpus.tokenizer.vocab_size})
+    if saved is not None and saved.model_config != dataclasses.asdict(model_config):
+        wrong = next(k for k, v in dataclasses.asdict(model_config).items() if saved.model_config.get(k) != v)
+        asked = getattr(model_config, wrong)
+        raise CheckpointError(f"{folder.latest}: field {wrong!r} is {saved.model_config.get(wrong)!r}, not {asked!r}")
+    if saved is None:
+        stored = {k: v for k, v in values.items() if k not in ("config", "resume", "preset")}
+        folder.create({**stored, "data": _absolute(settings.data)})
+    with use_backend(settings.backend):
+        command = f"fastgpt train --out {shlex.quote(settings.out)} --resume"
+        trainer = Trainer(build_model(model_config, train_config.seed), corpus, train_config, folder, command)
+        if saved is not None:
+            trainer.restore(saved)
+            folder.rewind(trainer.state["step"])
+        n = trainer.model.num_parameters()
+        print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {trainer.device}", flush=True)
+        state = trainer.run()
+    print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
+
+
+def _absolute(data: str) -> str:
+    return data if data in ("shakespeare", "tinyshakespeare", "names") else str(Path(data).resolve())
+
+
+@dataclass
+class Sample:
+    """Print a continuation of a prompt, token by token.
+
+    checkpoint: a run's folder (its best checkpoint), or one .safetensors checkpoint. top_k: sample among the k
+    likeliest tokens. top_p: among the fewest whose probability reaches p. temperature: 0 is greedy.
+    """
+
+    checkpoint: str
+    prompt: str = "\n"
+    max_new_tokens: int = 500
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    device: str = "auto"
+    backend: str = "auto"
+
+
+def sample(args: Sequence[str]) -> None:
+    settings = _parse(Sample, args, "sample")
+    import torch
+
+    from .checkpoint import Checkpoint, load_parameters
+    from .generate import stream
+    from .model import GPT
+    from .ops.backend import use_backend
+    from .tokenizer import StreamDecoder, tokenizer_from_json
+    from .train import RunFolder, resolve_device
+
+    path = Path(settings.checkpoint)
+    if path.is_dir():
+        folder = RunFolder(path)
+        path = folder.best if folder.best.exists() else folder.latest
+    saved = Checkpoint.load(path)
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    model = GPT(from_dict(GPTConfig, saved.model_config))
+    load_parameters(model, saved.part("model"), path)
+    device = resolve_device(settings.device)
+    model.to(device)
+    generator = torch.Generator(device)
+    generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
+    if not settings.prompt:
+        raise UsageError("--prompt: is empty; give at least one character")
+    idx = torch.tensor([tokenizer.encode(settings.prompt)], device=device)
+    decoder = StreamDecoder(tokenizer)
+    with use_backend(settings.backend):
+        tokens = stream(
+            model, idx, settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, generator
+        )
+        print(settings.prompt, end="", flush=True)
+        for token in tokens:
+            print(decoder.push(int(token)), end="", flush=True)
+    print(decoder.flush())
+
+
+@dataclass
+class Doctor:
+    """Show what runs here: device, versions, and per op the backend and why not each faster one."""
+
+
+def doctor(args: Sequence[str]) -> None:
+    _parse(Doctor, args, "doctor")
+    from .doctor import report
+
+    print(report())
+
+
+@dataclass
+class Parity:
+    """Measure every op, backend and dtype against the float64 oracle.
+
+    device: cpu or cuda. out: write the rows as JSON too.
+    """
+
+    device: str = "cpu"
+    out: str | None = None
+
+
+def parity(args: Sequence[str]) -> int:
+    settings = _parse(Parity, args, "parity")
+    from .parity import main as run
+
+    return run(settings.device, settings.out)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
+    "train": (train, "train a GPT on text"),
+    "sample": (sample, "continue a prompt with a trained model"),
+    "doctor": (doctor, "what runs here and why"),
+    "parity": (parity, "proof: every op against the float64 oracle"),
+}
+
+
+def _usage() -> str:
+    lines = ["usage: fastgpt COMMAND [options]      (fastgpt COMMAND --help for its options)", ""]
+    return "\n".join(lines + [f"  {name:8} {about}" for name, (_, about) in COMMANDS.items()])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from . import __version__
+
+        print(f"fastgpt {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"fastgpt: unknown command {args[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
+    try:
+        return COMMANDS[args[0]][0](args[1:]) or 0
+    except SystemExit as error:  # tyro's: 0 after --help, 2 for bad usage
+        return error.code if isinstance(error.code, int) else 2
+    except (ConfigError, UsageError) as error:
+        print(f"fastgpt {args[0]}: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError, OSError, IndexError, TypeError) as error:
+        print(f"fastgpt {args[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nfastgpt {args[0]}: stopped", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

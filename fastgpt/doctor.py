@@ -1,0 +1,65 @@
+"""What runs on this machine, and why: devices, versions, and per op the backend that is taken."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__, ops
+from .ops.backend import BACKENDS, OPS, requested, unavailable
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def example_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Small arguments of `op`: a typical call, to ask `explain` about."""
+    x = torch.zeros(4, 16, device=device)
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    heads = torch.zeros(1, 2, 4, 16, device=device)
+    vector = torch.ones(16, device=device)
+    calls: dict[str, tuple[Any, ...]] = {
+        "attention": (heads, heads, heads),
+        "layer_norm": (x, vector, vector),
+        "add_layer_norm": (x, x, vector, vector),
+        "embedding": (tokens, x, x),
+        "cross_entropy": (x, tokens[0]),
+        "linear_cross_entropy": (x, x, tokens[0]),
+    }
+    return calls[op], {}
+
+
+def report() -> str:
+    """The text of `fastgpt doctor`."""
+    lines = [
+        f"fastgpt {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "safetensors", "tokenizers")),
+        f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    ]
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        major, minor = torch.cuda.get_device_capability()
+        lines.append(f"GPU: {torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}")
+    else:
+        lines.append("GPU: none that this PyTorch can use")
+    lines.append(f"backend asked for: {requested()}")
+    for device in devices:
+        lines += ["", f"On {device}:"]
+        for op in OPS:
+            args, kwargs = example_call(op, device)
+            try:
+                lines += [f"  {line}" for line in str(ops.explain(op, *args, **kwargs)).splitlines()]
+            except ValueError as error:
+                lines.append(f"  {op}: {error}")
+        for backend in BACKENDS:
+            reason = unavailable(backend, device)
+            lines.append(f"  backend {backend}: {'ran' if reason is None else reason}")
+    return "\n".join(lines)

@@ -1,0 +1,389 @@
+"""Text to token ids and back: one id a character, or byte-level BPE as GPT-2 has it.
+
+Both tokenizers are lossless, and both are plain data: `to_json` writes all there is to know, `tokenizer_from_json`
+reads it back, and `fingerprint` names it, so that a token cache or a checkpoint can tell whether it is still the same.
+
+    tokenizer = CharTokenizer.train("hello world")
+    tokenizer.decode(tokenizer.encode("hold"))          # 'hold'
+
+Decoding is done here, from a table of bytes per id. A BPE token may end in the middle of a character, and only the
+bytes say where: `StreamDecoder` holds such a tail back until the rest has come, so text can be printed while sampling.
+The `tokenizers` library trains and encodes BPE; it is imported when a BPE tokenizer is made, not before.
+
+Source of byte-level BPE: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+_END_OF_TEXT = "<|endoftext|>"
+_PIECE_CHARS = 1 << 16
+_PIECES_PER_CALL = 64
+
+# A lone newline between visible ASCII characters is always a pre-token by itself, so a cut behind it changes no token.
+# Behind a run of blanks it would: GPT-2's pattern leaves the run's last blank to the word that follows.
+_SAFE_CUT = re.compile(r"(?<=[!-~])\n(?=[!-~])")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer."""
+
+    kind: str
+
+    @property
+    def vocab_size(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def encode_array(self, text: str) -> np.ndarray: ...
+    def decode(self, ids: Any) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def to_json(self) -> str: ...
+    def fingerprint(self) -> str: ...
+
+
+class _Fingerprinted:
+    def to_json(self) -> str:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """sha256 of `to_json()`: equal fingerprints give equal tokens."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+class CharTokenizer(_Fingerprinted):
+    """One id a character; the ids of `train` follow the characters' sorted order, as in the lecture."""
+
+    kind = "char"
+
+    def __init__(self, chars: str) -> None:
+        if not chars:
+            raise ValueError("chars: a character tokenizer needs at least one character, got an empty text")
+        if len(set(chars)) != len(chars):
+            raise ValueError("chars: every character may occur only once; CharTokenizer.train(text) takes any text")
+        self.chars = chars
+        self._codepoints = _codepoints(chars)
+        if ((self._codepoints >= 0xD800) & (self._codepoints < 0xE000)).any():
+            raise ValueError("chars: half a surrogate pair is not a character; read the text as UTF-8")
+        # Codepoint -> id: one gather encodes a whole corpus, where a dict would take a Python step a character.
+        self._id_of = np.full(int(self._codepoints.max()) + 1, -1, dtype=np.int32)
+        self._id_of[self._codepoints] = np.arange(len(chars), dtype=np.int32)
+
+    @classmethod
+    def train(cls, text: str) -> CharTokenizer:
+        """The vocabulary is the set of characters in `text`."""
+        return cls("".join(map(chr, np.unique(_codepoints(text)))))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.chars)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of `text`, int32 (len(text),)."""
+        codepoints = _codepoints(text)
+        ids = self._id_of[np.minimum(codepoints, len(self._id_of) - 1)]
+        unknown = (ids < 0) | (codepoints >= len(self._id_of))
+        if unknown.any():
+            position = int(unknown.argmax())
+            raise ValueError(
+                f"character {text[position]!r} at position {position} is not among the tokenizer's {self.vocab_size} "
+                f"characters: remove it, or train the tokenizer on text that contains it"
+            )
+        return ids
+
+    def decode(self, ids: Any) -> str:
+        codepoints = self._codepoints[_checked_ids(ids, self.vocab_size)]
+        return codepoints.astype("<u4").tobytes().decode("utf-32-le")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's text in UTF-8."""
+        return self.decode([token_id]).encode()
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind, "chars": self.chars})
+
+
+class BPETokenizer(_Fingerprinted):
+    """Byte-level BPE: any text encodes, for the 256 bytes are tokens themselves.
+
+    `encode` treats its text as text: it never yields a special token, even where the text spells "<|endoftext|>". The
+    ids of those lie in `special_tokens`.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, vocab: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int] | None = None):
+        """`vocab` lists the tokens by id, in GPT-2's spelling of bytes; `merges` are in order of priority."""
+        self.vocab, self.merges, self.special_tokens = vocab, merges, dict(special_tokens or {})
+        if len(set(vocab)) != len(vocab):
+            raise ValueError("vocab: every token may occur only once")
+        missing = set(_BYTE_OF) - set(vocab)
+        if missing:
+            raise ValueError(
+                f"not a byte-level vocabulary: {len(missing)} of the 256 byte tokens are missing, {min(missing)!r} first"
+            )
+        special_ids = set(self.special_tokens.values())
+        self._bytes = [t.encode() if i in special_ids else _spelled_bytes(t) for i, t in enumerate(vocab)]
+        self._encoder = _bpe_encoder(vocab, merges)
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> BPETokenizer:
+        """Learns merges until there are `vocab_size` tokens, or until no pair occurs twice: small texts give fewer."""
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 256:
+            raise ValueError(
+                f"vocab_size: byte-level BPE starts from 256 byte tokens, so at least 256, got {vocab_size}"
+            )
+        if not text:
+            raise ValueError("text: cannot train a tokenizer on an empty text")
+        _refuse_surrogates(text)
+        from tokenizers import trainers
+
+        encoder = _bpe_encoder(sorted(_BYTE_OF), [])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[],
+            initial_alphabet=sorted(_BYTE_OF),
+        )
+        encoder.train_from_iterator(_pieces(text), trainer)
+        model = json.loads(encoder.to_str())["model"]
+        return cls(_tokens_by_id(model["vocab"], "the trained vocabulary"), _merge_pairs(model["merges"]))
+
+    @classmethod
+    def from_gpt2_files(cls, folder: str | Path) -> BPETokenizer:
+        """Reads vocab.json and merges.txt, or else tokenizer.json, as Hugging Face's GPT-2 folders have them."""
+        folder = Path(folder)
+        vocab_file, merges_file, single_file = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer.json"))
+        if vocab_file.is_file() and merges_file.is_file():
+            return cls._from_vocab_and_merges(vocab_file, merges_file)
+        if single_file.is_file():
+            return cls._from_single_file(single_file)
+        if not folder.is_dir():
+            raise ValueError(
+                f"{str(folder)!r}: no such folder; give one with vocab.json and merges.txt, or tokenizer.json"
+            )
+        missing = [f.name for f in (vocab_file, merges_file) if not f.is_file()]
+        raise ValueError(
+            f"{str(folder)!r}: {' and '.join(missing)} not found, nor tokenizer.json; "
+            f"copy vocab.json and merges.txt, or tokenizer.json, from the model's repository into this folder"
+        )
+
+    @classmethod
+    def _from_vocab_and_merges(cls, vocab_file: Path, merges_file: Path) -> BPETokenizer:
+        vocab = _tokens_by_id(_read_json(vocab_file), str(vocab_file))
+        lines = _read_text(merges_file).split("\n")
+        # Only the first line is a comment: "# #" further down is a merge like any other.
+        lines = lines[1:] if lines[0].startswith("#version") else lines
+        merges = _merge_pairs([line.rstrip("\r") for line in lines if line.strip()])
+        special = {_END_OF_TEXT: vocab.index(_END_OF_TEXT)} if _END_OF_TEXT in vocab else {}
+        return cls(vocab, merges, special)
+
+    @classmethod
+    def _from_single_file(cls, file: Path) -> BPETokenizer:
+        data = _read_json(file)
+        model, splitter = data.get("model") or {}, data.get("pre_tokenizer") or {}
+        is_gpt2 = (
+            model.get("type", "BPE") == "BPE"
+            and splitter.get("type") == "ByteLevel"
+            and splitter.get("use_regex", True)
+            and not splitter.get("add_prefix_space")
+            and data.get("normalizer") is None
+        )
+        if not is_gpt2 or not {"vocab", "merges"} <= model.keys():
+            raise ValueError(
+                f"{str(file)!r}: not a GPT-2 tokenizer; only byte-level BPE split by GPT-2's pattern is read"
+            )
+        added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+        return cls(_tokens_by_id({**model["vocab"], **added}, str(file)), _merge_pairs(model["merges"]), added)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocab)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of `text`, int32; long texts go through the library piece by piece, on all cores."""
+        _refuse_surrogates(text)
+        parts = [np.empty(0, dtype=np.int32)]
+        pieces = list(_pieces(text))
+        for first in range(0, len(pieces), _PIECES_PER_CALL):
+            encodings = self._encoder.encode_batch(pieces[first : first + _PIECES_PER_CALL])
+            parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return np.concatenate(parts)
+
+    def decode(self, ids: Any) -> str:
+        """Exact for encoded text; bytes that are no UTF-8, which a model may well sample, become U+FFFD."""
+        ids = _checked_ids(ids, self.vocab_size)
+        return b"".join([self._bytes[i] for i in ids.tolist()]).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's bytes: perhaps only a part of a character."""
+        return self._bytes[int(_checked_ids([token_id], self.vocab_size)[0])]
+
+    def to_json(self) -> str:
+        merges = [list(pair) for pair in self.merges]
+        special = dict(sorted(self.special_tokens.items()))
+        return json.dumps({"kind": self.kind, "vocab": self.vocab, "merges": merges, "special_tokens": special})
+
+
+class StreamDecoder:
+    """Decodes ids as they come, giving out whole characters only.
+
+    The texts of all `push` calls and of `flush`, joined, are `tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: Any) -> str:
+        """The text that this id completes: often its own, sometimes none yet."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """Ends the text: U+FFFD if a character was left incomplete. The decoder is then as new."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def tokenizer_from_json(text: str) -> CharTokenizer | BPETokenizer:
+    """The tokenizer that `to_json` wrote."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"tokenizer: not JSON ({error}); expected what to_json() wrote") from None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    try:
+        if kind == CharTokenizer.kind:
+            return CharTokenizer(data["chars"])
+        if kind == BPETokenizer.kind:
+            return BPETokenizer(data["vocab"], _merge_pairs(data["merges"]), data["special_tokens"])
+    except KeyError as error:
+        raise ValueError(f"tokenizer: the field {error} is missing; expected what to_json() wrote") from None
+    raise ValueError(f"tokenizer: kind is {kind!r}; expected 'char' or 'bpe'")
+
+
+def _byte_spelling() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones stand for themselves, the others for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_spelling()
+
+
+def _spelled_bytes(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF[character] for character in token])
+    except KeyError as error:
+        raise ValueError(f"not a byte-level vocabulary: {error} in token {token!r} spells no byte") from None
+
+
+def _bpe_encoder(vocab: list[str], merges: list[tuple[str, str]]) -> Any:
+    try:
+        from tokenizers import Tokenizer as Encoder
+        from tokenizers import models, pre_tokenizers
+    except ImportError:
+        raise ImportError("byte-level BPE needs the tokenizers library: pip install tokenizers") from None
+    try:
+        model = models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=merges)
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"vocabulary and merges do not fit together: {error}") from None
+    encoder = Encoder(model)
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return encoder
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text` cut into pieces of about 64K characters where a cut changes no token; their concatenation is `text`."""
+    start = 0
+    while start < len(text):
+        cut = _SAFE_CUT.search(text, start + _PIECE_CHARS)
+        end = cut.end() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _tokens_by_id(ids: Any, where: str) -> list[str]:
+    if not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"{where}: the ids of a vocabulary must be 0, 1, 2, ... without a gap")
+    return sorted(ids, key=ids.__getitem__)
+
+
+def _merge_pairs(merges: list[Any]) -> list[tuple[str, str]]:
+    """Merges as pairs; files have them as "a b" or as ["a", "b"]."""
+    pairs = []
+    for number, merge in enumerate(merges):
+        parts = merge.split(" ") if isinstance(merge, str) else list(merge)
+        if len(parts) != 2:
+            raise ValueError(f"merge {number}: expected two tokens, got {merge!r}")
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{str(file)!r}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r}: not UTF-8 at byte {error.start}; download it again") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(_read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(file)!r}: not JSON ({error}); download it again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{str(file)!r}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _codepoints(text: str) -> np.ndarray:
+    # surrogatepass: half a pair is then reported like any unknown character, with its position.
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {text[error.start]!r} at position {error.start} is half a surrogate pair: "
+            "read the text as UTF-8"
+        ) from None
+
+
+def _checked_ids(ids: Any, vocab_size: int) -> np.ndarray:
+    """Ids from a list, an array or a tensor on any device, as one int64 row, all of them within the vocabulary."""
+    if isinstance(ids, (list, tuple)):
+        ids = [x.cpu() if hasattr(x, "cpu") else x for x in ids]
+    row = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+    if row.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if row.ndim != 1:
+        raise ValueError(f"ids: expected one row of token ids, got shape {row.shape}; decode one row at a time")
+    # Python integers beyond 64 bits make an array of objects; they are out of range like any other.
+    if row.dtype.kind not in "iu" and not all(type(x) is int for x in row.tolist()):
+        raise ValueError(f"ids: expected integers, got {row.dtype}")
+    outside = (row < 0) | (row >= vocab_size)
+    if outside.any():
+        position = int(outside.argmax())
+        raise ValueError(f"token id {row[position]} at position {position} is outside the vocabulary of {vocab_size}")
+    return row.astype(np.int64)

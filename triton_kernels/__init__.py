@@ -1,0 +1,1 @@
+"""Triton source of FastGPT's kernels, installed as fastgpt.triton_kernels."""
