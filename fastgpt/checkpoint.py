@@ -96,7 +96,9 @@ class Checkpoint:
     def load(cls, path: Path) -> Checkpoint:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: not a FastGPT checkpoint")
+            raise CheckpointError(
+                f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: not a FastGPT checkpoint"
+            )
         fields: dict[str, Any] = {}
         for name in ("model_config", "train_config", "state"):
             try:

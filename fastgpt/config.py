@@ -29,7 +29,12 @@ def _check_types(config: Any) -> None:
         if optional == "None" and value is None:
             continue
         ok = isinstance(value, kinds[name]) and (name == "bool" or not isinstance(value, bool))
-        _expect(ok, item.name, value, {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}[name])
+        _expect(
+            ok,
+            item.name,
+            value,
+            {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}[name],
+        )
         if name == "float":
             _expect(math.isfinite(value), item.name, value, "a finite number")
 
@@ -63,7 +68,9 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         _expect(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head={self.n_head}")
-        _expect(self.n_embd // self.n_head <= 256, "n_embd", self.n_embd, f"at most 256 per head (n_head={self.n_head})")
+        _expect(
+            self.n_embd // self.n_head <= 256, "n_embd", self.n_embd, f"at most 256 per head (n_head={self.n_head})"
+        )
         _expect(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a number in [0, 1)")
         _expect(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
         _expect(self.norm in NORMS, "norm", self.norm, f"one of {', '.join(NORMS)}")

@@ -35,7 +35,9 @@ def next_token(
     return torch.multinomial(probs, 1, generator=generator)
 
 
-def _check(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(
+    model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     if not isinstance(idx, Tensor) or idx.ndim != 2 or idx.dtype not in (torch.int64, torch.int32):
         raise ValueError("idx: expected token ids of shape (B, T), int64")
     if idx.shape[1] == 0:

@@ -118,20 +118,31 @@ def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
 def _settings_from_hf(config: dict[str, Any], path: Path) -> dict[str, Any]:
     activation = config.get("activation_function", "gelu_new")
     if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"{path}: field 'activation_function' is {activation!r}, expected one of {sorted(_ACTIVATIONS)}")
+        raise CheckpointError(
+            f"{path}: field 'activation_function' is {activation!r}, expected one of {sorted(_ACTIVATIONS)}"
+        )
     required = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer"}
     required |= {"n_head": "n_head", "n_embd": "n_embd"}
     for name in required.values():
         if name not in config:
             raise CheckpointError(f"{path}: field {name!r} is missing")
-    for name, expected in (("layer_norm_epsilon", 1e-5), ("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
+    for name, expected in (
+        ("layer_norm_epsilon", 1e-5),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("scale_attn_weights", True),
+    ):
         if config.get(name, expected) != expected:
             raise CheckpointError(f"{path}: field {name!r} is {config[name]!r}; FastGPT's GPT has {expected!r}")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise CheckpointError(f"{path}: field 'n_inner' is {config['n_inner']!r}; FastGPT's GPT has 4 * n_embd")
     settings = {ours: config[theirs] for ours, theirs in required.items()}
     tied = config.get("tie_word_embeddings", True)
-    return {**settings, "dropout": float(config.get("resid_pdrop", 0.0)), "activation": _ACTIVATIONS[activation], "tie_weights": tied}
+    return {
+        **settings,
+        "dropout": float(config.get("resid_pdrop", 0.0)),
+        "activation": _ACTIVATIONS[activation],
+        "tie_weights": tied,
+    }
 
 
 def _from_hf(model: GPT, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -167,7 +167,9 @@ class GPT(nn.Module):
             raise ValueError(f"idx: expected shape (B, T), got {tuple(idx.shape)}")
         start = 0 if cache is None else cache.length
         if start + idx.shape[1] > self.cfg.block_size:
-            raise ValueError(f"idx: {start + idx.shape[1]} tokens do not fit block_size={self.cfg.block_size}; crop the context")
+            raise ValueError(
+                f"idx: {start + idx.shape[1]} tokens do not fit block_size={self.cfg.block_size}; crop the context"
+            )
         p = self.cfg.dropout if self.training else 0.0
         x = ops.embedding(idx, self.token_embedding.weight, self.position_embedding.weight, position_offset=start)
         x, branch = dropout(x, p), None

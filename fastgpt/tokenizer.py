@@ -130,7 +130,7 @@ class BPETokenizer(_Fingerprinted):
         missing = set(_BYTE_OF) - set(vocab)
         if missing:
             raise ValueError(
-                f"not a byte-level vocabulary: {len(missing)} of the 256 byte tokens are missing, {min(missing)!r} first"
+                f"not a byte-level vocabulary: {len(missing)} of the 256 byte tokens are missing, e.g. {min(missing)!r}"
             )
         special_ids = set(self.special_tokens.values())
         self._bytes = [t.encode() if i in special_ids else _spelled_bytes(t) for i, t in enumerate(vocab)]
@@ -379,7 +379,10 @@ def _checked_ids(ids: Any, vocab_size: int) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     if row.ndim != 1:
         raise ValueError(f"ids: expected one row of token ids, got shape {row.shape}; decode one row at a time")
-    # Python integers beyond 64 bits make an array of objects; they are out of range like any other.
+    if row.dtype.kind == "f" and isinstance(ids, list):
+        row = np.asarray(
+            ids, dtype=object
+        )  # numpy rounds a list with 2**63 in it to floats; the error must name the id
     if row.dtype.kind not in "iu" and not all(type(x) is int for x in row.tolist()):
         raise ValueError(f"ids: expected integers, got {row.dtype}")
     outside = (row < 0) | (row >= vocab_size)

@@ -88,7 +88,9 @@ class RunFolder:
             (self.path / "config.toml").write_text(text, encoding="utf-8")
             self.metrics_path.touch()
         except OSError as error:
-            raise TrainingError(f"{self.path}: the output folder cannot be written: {error.strerror or error}") from error
+            raise TrainingError(
+                f"{self.path}: the output folder cannot be written: {error.strerror or error}"
+            ) from error
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: the resumed run writes them again."""
@@ -139,7 +141,9 @@ def plot_loss(metrics_path: Path, out: Path) -> str | None:
 class Trainer:
     """Trains `model` on `corpus` as `cfg` says, into `folder`."""
 
-    def __init__(self, model: GPT, corpus: Corpus, cfg: TrainConfig, folder: RunFolder, resume_command: str = "") -> None:
+    def __init__(
+        self, model: GPT, corpus: Corpus, cfg: TrainConfig, folder: RunFolder, resume_command: str = ""
+    ) -> None:
         self.device = resolve_device(cfg.device)
         self.model = model.to(self.device)
         self.corpus, self.cfg, self.folder, self.resume_command = corpus, cfg, folder, resume_command
@@ -246,7 +250,9 @@ class Trainer:
         for step, value in enumerate(values, first + 1):
             if not math.isfinite(value):
                 saved = self.folder.latest if self.folder.latest.exists() else "none"
-                raise TrainingError(f"step {step}: the loss is {value}; last good checkpoint: {saved}. Try a lower --lr")
+                raise TrainingError(
+                    f"step {step}: the loss is {value}; last good checkpoint: {saved}. Try a lower --lr"
+                )
         tokens = len(values) * cfg.batch_size * cfg.grad_accum * self.model.cfg.block_size
         state["tokens"] += tokens
         state["elapsed_s"] += elapsed
@@ -306,7 +312,9 @@ class Trainer:
         train_loss, val_loss = self.evaluate(self.corpus.train), self.evaluate(self.corpus.val)
         if not math.isfinite(val_loss):
             saved = self.folder.latest if self.folder.latest.exists() else "none"
-            raise TrainingError(f"step {state['step']}: the validation loss is {val_loss}; last good checkpoint: {saved}")
+            raise TrainingError(
+                f"step {state['step']}: the validation loss is {val_loss}; last good checkpoint: {saved}"
+            )
         rate = state["tokens"] / state["elapsed_s"] if state["elapsed_s"] else 0.0
         self._write("val", val_loss, rate)
         best = state["best_val"] is None or val_loss < state["best_val"]
@@ -315,7 +323,9 @@ class Trainer:
         self._save()
         if best:
             link_or_copy(self.folder.latest, self.folder.best)
-        self._say(f"step {state['step']}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {state['elapsed_s']:.1f} s")
+        self._say(
+            f"step {state['step']}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {state['elapsed_s']:.1f} s"
+        )
         return target is not None and val_loss <= target
 
     def _save(self) -> None:

@@ -106,7 +106,7 @@ def _torch(
 def _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed):
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
-    if H != k.shape[1]:
+    if k.shape[1] != H:
         k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(D) if scale is None else scale)  # (B, H, Tq, Tk)
     if is_causal:

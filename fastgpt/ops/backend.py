@@ -97,7 +97,9 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _checked(name: str, source: str) -> str:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{source}: unknown backend {name!r}; expected one of 'auto', {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(
+            f"{source}: unknown backend {name!r}; expected one of 'auto', {', '.join(map(repr, BACKENDS))}"
+        )
     return name
 
 

@@ -55,7 +55,9 @@ def cross_entropy(
         raise ValueError(f"logits: expected at least one class, got shape {tuple(logits.shape)}")
     expected = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
     if targets.shape != expected:
-        raise ValueError(f"targets: expected shape {tuple(expected)} to fit logits {tuple(logits.shape)}, got {tuple(targets.shape)}")
+        raise ValueError(
+            f"targets: expected shape {tuple(expected)} to fit logits {tuple(logits.shape)}, got {tuple(targets.shape)}"
+        )
     if weight is not None:
         check_float("weight", weight, ndim=1)
         check_like("weight", weight, "logits", logits, dtype=not torch.is_autocast_enabled(logits.device.type))
@@ -106,16 +108,22 @@ def linear_cross_entropy(
     check_like("targets", targets, "x", x, dtype=False)
     check_like("weight", weight, "x", x, dtype=not autocast)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight: expected shape (V, {x.shape[-1] if x.ndim else '?'}) to fit x {tuple(x.shape)}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected shape (V, {x.shape[-1] if x.ndim else '?'}) to fit x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one class, got shape {tuple(weight.shape)}")
     if targets.shape != x.shape[:-1]:
-        raise ValueError(f"targets: expected shape {tuple(x.shape[:-1])} to fit x {tuple(x.shape)}, got {tuple(targets.shape)}")
+        raise ValueError(
+            f"targets: expected shape {tuple(x.shape[:-1])} to fit x {tuple(x.shape)}, got {tuple(targets.shape)}"
+        )
     if bias is not None:
         check_float("bias", bias, ndim=1)
         check_like("bias", bias, "x", x, dtype=not autocast)
         if bias.shape[0] != weight.shape[0]:
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+            raise ValueError(
+                f"bias: expected shape ({weight.shape[0]},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
+            )
     loss_dtype = x.dtype
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -201,7 +209,9 @@ def _chunk_loss(logits: Tensor, targets: Tensor, counted: Tensor, label_smoothin
     return torch.where(counted, loss, 0.0), logsumexp
 
 
-def _chunk_grad_(logits: Tensor, targets: Tensor, logsumexp: Tensor, row_grad: Tensor, label_smoothing: float) -> Tensor:
+def _chunk_grad_(
+    logits: Tensor, targets: Tensor, logsumexp: Tensor, row_grad: Tensor, label_smoothing: float
+) -> Tensor:
     """Overwrite logits (n, V) with the gradient of sum(row_grad * loss)."""
     grad = logits.sub_(logsumexp[:, None]).exp_()
     if label_smoothing > 0.0:
@@ -233,7 +243,9 @@ class _Chunks:
     def start_gradients(self) -> None:
         self.dx = torch.empty_like(self.x)
         self.dw = torch.zeros_like(self.weight, dtype=self.stats, memory_format=torch.contiguous_format)
-        self.db = torch.zeros(self.weight.shape[0] if self.bias is not None else 0, dtype=self.stats, device=self.x.device)
+        self.db = torch.zeros(
+            self.weight.shape[0] if self.bias is not None else 0, dtype=self.stats, device=self.x.device
+        )
 
     def add_gradient(self, rows: slice, grad: Tensor) -> None:
         low = grad.to(self.x.dtype)  # (n, V): the product runs in the dtype of x, as F.linear's backward would
@@ -281,7 +293,9 @@ def _linear_backward(grad_loss, x, weight, targets, bias, ignore_index, reductio
     row_grad = torch.where(chunks.counted, grad_loss.reshape(-1).to(chunks.stats), 0.0)
     for rows, logits in chunks:
         logsumexp = torch.logsumexp(logits, dim=1)
-        chunks.add_gradient(rows, _chunk_grad_(logits, chunks.targets[rows], logsumexp, row_grad[rows], label_smoothing))
+        chunks.add_gradient(
+            rows, _chunk_grad_(logits, chunks.targets[rows], logsumexp, row_grad[rows], label_smoothing)
+        )
     return chunks.dx.view(x.shape), chunks.dw.to(weight.dtype), chunks.db.to(weight.dtype)
 
 
@@ -337,7 +351,9 @@ def _torch_linear(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
     return torch.ops.fastgpt.linear_cross_entropy_torch(
         x, weight, targets, bias, ignore_index, reduction, label_smoothing, wants_grad and reduction != "none"
     )[0]

@@ -53,7 +53,9 @@ def embedding(
     )
 
 
-def _torch(tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0) -> Tensor:
+def _torch(
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
+) -> Tensor:
     try:
         x = F.embedding(tokens, token_table)  # (B, T, C)
     except IndexError:

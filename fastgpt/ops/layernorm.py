@@ -11,7 +11,9 @@ from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, backend: str = "auto"
+) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016, arXiv:1607.06450).
 
     Args:
@@ -58,9 +60,13 @@ def add_layer_norm(
     check_like("residual", residual, "x", x, dtype=False)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
-    _check_affine(x if x.dtype == residual.dtype else residual.to(torch.promote_types(x.dtype, residual.dtype)), weight, bias, eps)
+    _check_affine(
+        x if x.dtype == residual.dtype else residual.to(torch.promote_types(x.dtype, residual.dtype)), weight, bias, eps
+    )
     check_dropout(dropout_p, seed)
-    return dispatch("add_layer_norm", backend, x.device.type, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
+    return dispatch(
+        "add_layer_norm", backend, x.device.type, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed
+    )
 
 
 def _check_affine(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -75,7 +81,9 @@ def _check_affine(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) ->
         check_float(name, tensor, ndim=1)
         check_like(name, tensor, "x", x, dtype=same_dtype)
         if tensor.shape[0] != x.shape[-1]:
-            raise ValueError(f"{name}: expected shape ({x.shape[-1]},) to fit x {tuple(x.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name}: expected shape ({x.shape[-1]},) to fit x {tuple(x.shape)}, got {tuple(tensor.shape)}"
+            )
     if not eps >= 0.0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
 

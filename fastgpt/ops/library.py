@@ -19,6 +19,8 @@ def raise_on_double_backward(op: str) -> None:
         pass
 
     def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"fastgpt::{op} has no derivative: double backward is not supported; use backend='torch' ops")
+        raise RuntimeError(
+            f"fastgpt::{op} has no derivative: double backward is not supported; use backend='torch' ops"
+        )
 
     torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_context, lib=library)
