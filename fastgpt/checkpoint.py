@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
@@ -114,7 +114,7 @@ class Checkpoint:
         return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
 
 
-def check_same(path: Path | None, prefix: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_same(path: Path | None, prefix: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError for the first name or shape in which `found` differs from `expected`."""
     for name, tensor in expected.items():
         if name not in found:

@@ -22,7 +22,7 @@ def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
 
 def _check_types(config: Any) -> None:
     """Every field holds its annotated type: a typo in a TOML file must not surface as an error inside PyTorch."""
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for item in dataclasses.fields(config):
         name, _, optional = str(item.type).partition(" | ")
         value = getattr(config, item.name)

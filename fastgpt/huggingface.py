@@ -42,7 +42,7 @@ def save_pretrained(model: GPT, directory: str | Path, format: str = "fastgpt") 
     folder = Path(directory)
     if format == "fastgpt":
         config = {"model_type": "fastgpt", **dataclasses.asdict(model.cfg)}
-        tensors = dict(model.named_parameters())
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
     elif format == "huggingface":
         config, tensors = _hf_config(model.cfg), _hf_tensors(model)
     else:
@@ -92,7 +92,7 @@ def _hf_tensors(model: GPT) -> dict[str, Tensor]:
 
 
 def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
-    """Read a folder in either format. `changes` override settings that leave the weights' shapes alone (dropout=0.1)."""
+    """Read a folder in either format. `changes` override settings, such as dropout=0.1."""
     folder = Path(directory)
     config_path = folder / "config.json"
     try:

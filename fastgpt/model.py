@@ -110,17 +110,17 @@ class Block(nn.Module):
             normed, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(x, branch, p)
             normed, x = self.ln_2.add(x, self.attn(normed, cache), p)
             return x, self.mlp(normed)
-        for name in ("attn", "mlp"):
-            norm = getattr(self, "ln_1" if name == "attn" else "ln_2") if self.norm != "none" else None
-            inner = norm(x) if self.norm == "pre" else x
-            out = self.attn(inner, cache) if name == "attn" else self.mlp(inner)
-            if self.norm == "post" and self.residual:
-                x, _ = norm.add(x, out, p)
-                continue
-            out = dropout(out, p)
-            x = x + out if self.residual else out
-            x = norm(x) if self.norm == "post" else x
+        x = self._finish("ln_1", x, self.attn(self.ln_1(x) if self.norm == "pre" else x, cache), p)
+        x = self._finish("ln_2", x, self.mlp(self.ln_2(x) if self.norm == "pre" else x), p)
         return x, None
+
+    def _finish(self, norm: str, x: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
+        """The end of a branch, where it is not fused with the next norm: dropout, residual, post-norm."""
+        if self.norm == "post" and self.residual:
+            return getattr(self, norm).add(x, branch, dropout_p)[0]
+        branch = dropout(branch, dropout_p)
+        x = x + branch if self.residual else branch
+        return getattr(self, norm)(x) if self.norm == "post" else x
 
 
 class GPT(nn.Module):

@@ -231,7 +231,7 @@ class Trainer:
         return dict(state)
 
     def _interval(self, batches: Iterator[tuple[Tensor, Tensor]], bar: Any) -> bool:
-        """Steps up to the next point where the loss is looked at (which waits for a GPU); True when training is over."""
+        """Steps up to the next point where the loss is looked at, which waits for a GPU; True when training is over."""
         cfg, state = self.cfg, self.state
         began = time.perf_counter()
         first = state["step"]

@@ -65,7 +65,7 @@ def _always(*args: Any, **kwargs: Any) -> None:
 
 
 def register(op: str, backend: str, run: Callable[..., Any], supports: Callable[..., str | None] = _always) -> None:
-    """Make `run` the implementation of `op` on `backend`. `supports` takes the op's arguments, returns None or a reason."""
+    """Make `run` the implementation of `op` on `backend`. `supports` takes the op's arguments: None, or why not."""
     _registry[op, backend] = _Implementation(run, supports)
 
 

@@ -107,9 +107,11 @@ def linear_cross_entropy(
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     check_like("targets", targets, "x", x, dtype=False)
     check_like("weight", weight, "x", x, dtype=not autocast)
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+    if x.ndim == 0:
+        raise ValueError("x: expected shape (..., C), got a 0-dim tensor")
+    if x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"weight: expected shape (V, {x.shape[-1] if x.ndim else '?'}) to fit x {tuple(x.shape)}, got {tuple(weight.shape)}"
+            f"weight: expected shape (V, {x.shape[-1]}) to fit x {tuple(x.shape)}, got {tuple(weight.shape)}"
         )
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one class, got shape {tuple(weight.shape)}")
@@ -120,9 +122,10 @@ def linear_cross_entropy(
     if bias is not None:
         check_float("bias", bias, ndim=1)
         check_like("bias", bias, "x", x, dtype=not autocast)
-        if bias.shape[0] != weight.shape[0]:
+        V = weight.shape[0]
+        if bias.shape[0] != V:
             raise ValueError(
-                f"bias: expected shape ({weight.shape[0]},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
+                f"bias: expected shape ({V},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
             )
     loss_dtype = x.dtype
     if autocast:
@@ -176,12 +179,13 @@ def _torch(
 # only scales them. For "none" the incoming gradient differs per row, so backward makes the logits once more.
 
 library.define(
-    "linear_cross_entropy_torch(Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, str reduction, "
-    "float label_smoothing, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)"
+    "linear_cross_entropy_torch(Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, "
+    "str reduction, float label_smoothing, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "linear_cross_entropy_torch_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor targets, Tensor? bias, "
-    "int ignore_index, str reduction, float label_smoothing, Tensor dx, Tensor dw, Tensor db) -> (Tensor, Tensor, Tensor)"
+    "int ignore_index, str reduction, float label_smoothing, Tensor dx, Tensor dw, Tensor db) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 

@@ -39,9 +39,10 @@ def embedding(
     if position_table is not None:
         check_float("position_table", position_table, ndim=2)
         check_like("position_table", position_table, "token_table", token_table)
-        if position_table.shape[1] != token_table.shape[1]:
+        C = token_table.shape[1]
+        if position_table.shape[1] != C:
             raise ValueError(
-                f"position_table: expected width {token_table.shape[1]} as token_table, got {tuple(position_table.shape)}"
+                f"position_table: expected shape (P, {C}) as token_table, got {tuple(position_table.shape)}"
             )
         if position_offset + tokens.shape[1] > position_table.shape[0]:
             raise IndexError(
