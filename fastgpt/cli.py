@@ -1,6 +1,6 @@
 """The command line: `fastgpt train | sample | doctor | parity`. Exit codes: 0 done, 2 bad usage, 1 failed.
 
-A setting of `train` is looked up in this order: command line, --config file, the run resumed, preset, default.
+A setting is looked up in this order: command line, --config file, and for `train` the run resumed, preset; default.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, GPTConfig, TrainConfig, from_dict, preset
+from .config import PRESETS, ConfigError, GPTConfig, TrainConfig, check_types, from_dict, preset
 
 
 class UsageError(ValueError):
@@ -37,9 +37,9 @@ _RUN_FIELDS: list[tuple[str, Any, Any]] = [
 ]
 
 
-def _settings_class(command: str, fields: list[tuple[str, Any, Any]], doc: str) -> type:
+def _settings_class(fields: list[tuple[str, Any, Any]], doc: str) -> type:
     made = [(name, kind, dataclasses.field(default=default)) for name, kind, default in fields]
-    cls = dataclasses.make_dataclass(command, made)
+    cls = dataclasses.make_dataclass("Train", made)
     cls.__doc__ = doc
     return cls
 
@@ -49,13 +49,27 @@ def _train_fields() -> list[tuple[str, Any, Any]]:
     return [*_RUN_FIELDS, *fields]
 
 
-_TRAIN_HELP = """Train a GPT on text.
+def _documented(cls: type, fields: Sequence[dataclasses.Field]) -> str:
+    """The lines of a configuration's docstring that say what each of `fields` is."""
+    names = {f.name for f in fields}
+    lines = (cls.__doc__ or "").splitlines()
+    return "\n".join(line[4:] for line in lines if line.strip().partition(":")[0] in names)
 
-preset: named settings to start from (shakespeare-char-cpu, shakespeare-char, gpt2, ...). config: a TOML file with any
-of these settings. data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names. out: the run's folder. resume:
-go on with the run in --out. backend: auto, torch, triton or native. tokenizer: char, bpe (trained on the data, with
---vocab-size tokens), or a folder with GPT-2's vocab.json and merges.txt. The other settings are those of
-fastgpt.GPTConfig (the model) and fastgpt.config.TrainConfig (the training)."""
+
+_TRAIN_HELP = f"""Train a GPT on text.
+
+Args:
+    preset: settings to start from ({", ".join(PRESETS)}).
+    config: a TOML file with any of these settings.
+    data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
+    out: the run's folder.
+    resume: go on with the run in --out.
+    backend: auto, torch, triton or native.
+    tokenizer: char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
+    vocab_size: number of tokens of a bpe tokenizer.
+{_documented(GPTConfig, _MODEL_FIELDS)}
+{_documented(TrainConfig, _TRAIN_FIELDS)}
+"""
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -83,10 +97,21 @@ def _read_toml(path: str, known: set[str]) -> dict[str, Any]:
     return values
 
 
-def _parse(cls: type, args: Sequence[str], command: str, default: Any = None) -> Any:
+def _parse(cls: type, args: Sequence[str], command: str) -> Any:
+    """`args` as an instance of the dataclass `cls`, over the settings of a --config file."""
     import tyro
 
-    return tyro.cli(cls, args=list(args), prog=f"fastgpt {command}", description=cls.__doc__, default=default)
+    path = _option(args, "config")
+    default = cls(**_read_toml(path, {f.name for f in dataclasses.fields(cls)} - {"config"})) if path else None
+    settings = tyro.cli(cls, args=list(args), prog=f"fastgpt {command}", default=default)
+    check_types(settings)
+    return settings
+
+
+def _require(settings: Any, command: str, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) is None:
+            raise UsageError(f"--{name} is missing; see fastgpt {command} --help")
 
 
 def _train_settings(args: Sequence[str]) -> Any:
@@ -105,11 +130,9 @@ def _train_settings(args: Sequence[str]) -> Any:
         if stored.exists():
             values |= {k: v for k, v in _read_toml(str(stored), known).items() if k != "resume"}
     values |= from_file
-    cls = _settings_class("train", [(n, kind, values.get(n, default)) for n, kind, default in fields], _TRAIN_HELP)
+    cls = _settings_class([(n, kind, values.get(n, default)) for n, kind, default in fields], _TRAIN_HELP)
     settings = _parse(cls, args, "train")
-    for required in ("data", "out"):
-        if getattr(settings, required) is None:
-            raise UsageError(f"--{required} is missing; see fastgpt train --help")
+    _require(settings, "train", "data", "out")
     return settings
 
 
@@ -142,15 +165,17 @@ def train(args: Sequence[str]) -> None:
         wrong = next(k for k, v in dataclasses.asdict(model_config).items() if saved.model_config.get(k) != v)
         asked = getattr(model_config, wrong)
         raise CheckpointError(f"{folder.latest}: field {wrong!r} is {saved.model_config.get(wrong)!r}, not {asked!r}")
+    stored = {k: v for k, v in values.items() if k not in ("config", "resume", "preset")}
+    stored["data"] = _absolute(settings.data)
     if saved is None:
-        stored = {k: v for k, v in values.items() if k not in ("config", "resume", "preset")}
-        folder.create({**stored, "data": _absolute(settings.data)})
+        folder.create(stored)
     with use_backend(settings.backend):
         command = f"fastgpt train --out {shlex.quote(settings.out)} --resume"
         trainer = Trainer(build_model(model_config, train_config.seed), corpus, train_config, folder, command)
         if saved is not None:
             trainer.restore(saved)
             folder.rewind(trainer.state["step"])
+            folder.write_settings(stored)
         n = trainer.model.num_parameters()
         print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {trainer.device}", flush=True)
         state = trainer.run()
@@ -165,11 +190,20 @@ def _absolute(data: str) -> str:
 class Sample:
     """Print a continuation of a prompt, token by token.
 
-    checkpoint: a run's folder (its best checkpoint), or one .safetensors checkpoint. top_k: sample among the k
-    likeliest tokens. top_p: among the fewest whose probability reaches p. temperature: 0 is greedy.
+    Args:
+        checkpoint: a run's folder (its best checkpoint), or one .safetensors checkpoint.
+        prompt: the text to continue.
+        max_new_tokens: tokens to add.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the fewest tokens whose probability reaches p.
+        seed: repeats a sample.
+        device: auto, cpu, cuda, ...
+        backend: auto, torch, triton or native.
+        config: a TOML file with any of these settings.
     """
 
-    checkpoint: str
+    checkpoint: str | None = None
     prompt: str = "\n"
     max_new_tokens: int = 500
     temperature: float = 0.8
@@ -178,10 +212,12 @@ class Sample:
     seed: int | None = None
     device: str = "auto"
     backend: str = "auto"
+    config: str | None = None
 
 
 def sample(args: Sequence[str]) -> None:
     settings = _parse(Sample, args, "sample")
+    _require(settings, "sample", "checkpoint")
     import torch
 
     from .checkpoint import Checkpoint, load_parameters
@@ -233,11 +269,15 @@ def doctor(args: Sequence[str]) -> None:
 class Parity:
     """Measure every op, backend and dtype against the float64 oracle.
 
-    device: cpu or cuda. out: write the rows as JSON too.
+    Args:
+        device: cpu or cuda.
+        out: a JSON file to write the rows to.
+        config: a TOML file with any of these settings.
     """
 
     device: str = "cpu"
     out: str | None = None
+    config: str | None = None
 
 
 def parity(args: Sequence[str]) -> int:
@@ -275,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastgpt: unknown command {args[0]!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
+    warnings.filterwarnings("ignore", message=".*does not match any type in Union.*")  # check_types says it in a line
     try:
         return COMMANDS[args[0]][0](args[1:]) or 0
     except SystemExit as error:  # tyro's: 0 after --help, 2 for bad usage

@@ -20,11 +20,12 @@ def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _check_types(config: Any) -> None:
+def check_types(config: Any) -> None:
     """Every field holds its annotated type: a typo in a TOML file must not surface as an error inside PyTorch."""
     kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for item in dataclasses.fields(config):
-        name, _, optional = str(item.type).partition(" | ")
+        annotation = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
+        name, _, optional = annotation.partition(" | ")
         value = getattr(config, item.name)
         if optional == "None" and value is None:
             continue
@@ -43,11 +44,19 @@ def _check_types(config: Any) -> None:
 class GPTConfig:
     """The shape of a GPT. The defaults are nanoGPT's character-level Shakespeare model, with biases.
 
-    vocab_size: number of tokens V. block_size: the longest context T. n_layer, n_head, n_embd: blocks, heads, width C
-    (n_head divides n_embd). dropout: probability, in [0, 1), on embeddings, attention weights and branch outputs.
-    bias: biases in linears and norms. activation: "gelu" (erf), "gelu_tanh", "relu" or "relu2" (relu squared).
-    norm: "pre" (GPT-2), "post" (Vaswani et al. 2017) or "none". residual: x + branch(x), or branch(x) alone.
-    is_causal: a decoder; False sees the whole block. tie_weights: the head is the token embedding.
+    Args:
+        vocab_size: number of tokens, V.
+        block_size: the longest context, T tokens.
+        n_layer: blocks, L.
+        n_head: attention heads, H; divides n_embd.
+        n_embd: width of the residual stream, C.
+        dropout: probability, in [0, 1), on embeddings, attention weights and branch outputs.
+        bias: biases in linears and norms.
+        activation: gelu (erf), gelu_tanh, relu, or relu2 (relu squared).
+        norm: pre (GPT-2), post (Vaswani et al. 2017), or none.
+        residual: x + branch(x), or branch(x) alone.
+        is_causal: a decoder; off, every token sees the whole block.
+        tie_weights: the head is the token embedding.
     """
 
     vocab_size: int = 65
@@ -64,7 +73,7 @@ class GPTConfig:
     tie_weights: bool = True
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         _expect(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head={self.n_head}")
@@ -85,11 +94,25 @@ class GPTConfig:
 class TrainConfig:
     """How a model is trained. Learning rate: linear warm-up, then a cosine down to min_lr at max_steps.
 
-    batch_size: blocks per micro-step; grad_accum: micro-steps per step. lr, min_lr, warmup_steps, weight_decay (on
-    matrices only), beta1, beta2, grad_clip (0: none): AdamW. max_steps: where training ends; target_loss: or here, on
-    the validation loss. eval_interval: steps between evaluations (and checkpoints); eval_batches: batches per
-    evaluation; log_interval: steps between training rows in metrics.jsonl. seed: of weights, data order and dropout.
-    device: "auto", "cpu", "cuda", ...; dtype: "auto" (bfloat16 autocast on GPUs), "float32" or "bfloat16".
+    Args:
+        batch_size: blocks per micro-step.
+        grad_accum: micro-steps per optimizer step.
+        max_steps: optimizer steps; training ends here.
+        lr: the largest learning rate, reached after the warm-up.
+        min_lr: the learning rate at max_steps.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: AdamW's, on matrices only.
+        beta1: AdamW's first-moment decay.
+        beta2: AdamW's second-moment decay.
+        grad_clip: largest gradient norm; 0 does not clip.
+        eval_interval: steps between evaluations, each of which writes a checkpoint.
+        eval_batches: batches per evaluation.
+        log_interval: steps between training rows in metrics.jsonl.
+        target_loss: end once the validation loss is at most this.
+        seed: of weights, data order and dropout.
+        device: auto, cpu, cuda, ...
+        dtype: auto (bfloat16 autocast on GPUs), float32 or bfloat16.
+        compile: run the loss through torch.compile.
     """
 
     batch_size: int = 64
@@ -112,7 +135,7 @@ class TrainConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("batch_size", "grad_accum", "eval_interval", "eval_batches", "log_interval"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         for name in ("max_steps", "warmup_steps", "lr", "min_lr", "weight_decay", "grad_clip"):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, CheckpointError, check_same, link_or_copy, load_parameters
+from .checkpoint import Checkpoint, CheckpointError, atomic_path, check_same, link_or_copy, load_parameters
 from .config import GPTConfig, TrainConfig
 from .data import Corpus, Prefetcher, evaluation_blocks
 from .model import GPT
@@ -78,28 +77,31 @@ class RunFolder:
 
     def create(self, settings: dict[str, Any]) -> None:
         """Start a new run. A folder that already holds one is refused: resuming it, or another folder, is the way."""
-        import tomli_w
-
         if self.latest.exists() or self.metrics_path.exists():
             raise TrainingError(f"{self.path}: already holds a run; add --resume to go on, or give another --out")
         try:
             self.latest.parent.mkdir(parents=True, exist_ok=True)
-            text = tomli_w.dumps({k: v for k, v in settings.items() if v is not None})
-            (self.path / "config.toml").write_text(text, encoding="utf-8")
             self.metrics_path.touch()
         except OSError as error:
             raise TrainingError(
                 f"{self.path}: the output folder cannot be written: {error.strerror or error}"
             ) from error
+        self.write_settings(settings)
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        import tomli_w
+
+        with atomic_path(self.path / "config.toml") as temporary:
+            text = tomli_w.dumps({k: v for k, v in settings.items() if v is not None})
+            temporary.write_text(text, encoding="utf-8")
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: the resumed run writes them again."""
         if not self.metrics_path.exists():
             return
         kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= step]
-        temporary = self.metrics_path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.metrics_path)
+        with atomic_path(self.metrics_path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
