@@ -21,7 +21,10 @@ from .ops.dropout import dropout
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one preallocated (2, L, B, H, T, D) tensor, filled up to `length`."""
+    """Keys and values of the tokens seen so far: one preallocated (2, L, B, H, T, D) tensor, filled up to `length`.
+
+    It is for inference: use it under `torch.no_grad()`.
+    """
 
     def __init__(self, cfg: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
