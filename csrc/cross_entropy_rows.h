@@ -1,0 +1,147 @@
+// Cross-entropy, row by row: the loss, and the logits' gradient, from one read and one write of main memory.
+//
+// A row's logsumexp is taken in blocks that stay in the first-level cache: the block's maximum, then its sum of
+// exp(x - maximum), then both are merged into the row's (online softmax, Milakov and Gimelshein 2018). One exp per value,
+// whatever the order of the values. The gradient then reads the row again, from the second-level cache. Taking exp a
+// second time is cheaper than keeping it: writing a row, reading it back and scaling it costs the third pass over memory.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr int64_t BLOCK = 2048;  // values; 8 KB of float32, a quarter of the smallest first-level cache
+
+template <class T>
+float row_logsumexp(const T* x, int64_t n) {
+  float row_max = -INFINITY;
+  float row_sum = 0.0f;
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const T* block = x + start;
+    const int64_t size = n - start < BLOCK ? n - start : BLOCK;
+    const int64_t whole = size / LANES * LANES;
+    const Vec tail = whole < size ? load_some(block + whole, size - whole, -INFINITY) : splat(-INFINITY);
+
+    Vec max0 = tail, max1 = tail;  // two chains: the processor runs them side by side
+    int64_t i = 0;
+    for (; i + 2 * LANES <= whole; i += 2 * LANES) {
+      max0 = larger(load(block + i), max0);
+      max1 = larger(load(block + i + LANES), max1);
+    }
+    if (i < whole) max0 = larger(load(block + i), max0);
+    const float block_max = max_lanes(larger(max0, max1));
+    if (block_max > row_max) {
+      row_sum *= std::exp(row_max - block_max);
+      row_max = block_max;
+    }
+    // Only -inf so far: exp(-inf - -inf) would be NaN here, and the row may still hold finite values.
+    const Vec shift = splat(row_max == -INFINITY ? 0.0f : row_max);
+
+    Vec sum0 = whole < size ? exp_nonpositive(tail - shift) : Vec{};
+    Vec sum1 = Vec{};
+    for (i = 0; i + 2 * LANES <= whole; i += 2 * LANES) {
+      sum0 += exp_nonpositive(load(block + i) - shift);
+      sum1 += exp_nonpositive(load(block + i + LANES) - shift);
+    }
+    if (i < whole) sum0 += exp_nonpositive(load(block + i) - shift);
+    row_sum += sum_lanes(sum0 + sum1);
+  }
+  // All -inf: NaN, as softmax's 0 / 0 is.
+  return row_max == -INFINITY ? row_sum + NAN : row_max + std::log(row_sum);
+}
+
+// sum over j of w[j] * (logsumexp - x[j]): what label smoothing adds, before its factor
+template <class T>
+float smoothing_loss(const T* x, int64_t n, float logsumexp, const float* class_weight) {
+  Vec sum0 = Vec{}, sum1 = Vec{};
+  int64_t i = 0;
+  const auto term = [&](int64_t j) {
+    const Vec log_p = logsumexp - load(x + j);
+    return class_weight ? log_p * load(class_weight + j) : log_p;
+  };
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    sum0 += term(i);
+    sum1 += term(i + LANES);
+  }
+  for (; i + LANES <= n; i += LANES) sum0 += term(i);
+  float sum = sum_lanes(sum0 + sum1);
+  for (; i < n; ++i) sum += (logsumexp - to_float(x[i])) * (class_weight ? class_weight[i] : 1.0f);
+  return sum;
+}
+
+// out[j] = exp(x[j] - logsumexp) * scale - smooth * w[j]
+template <class T>
+void softmax_gradient(const T* x, T* out, int64_t n, float logsumexp, float scale, float smooth,
+                      const float* class_weight, bool around_caches) {
+  const auto some = [&](int64_t j, int64_t count) {
+    Vec g = exp_nonpositive(load_some(x + j, count, -INFINITY) - logsumexp) * scale;
+    if (smooth != 0.0f) g -= class_weight ? load_some(class_weight + j, count, 0.0f) * smooth : splat(smooth);
+    store_some(out + j, count, g);
+  };
+  int64_t i = 0;
+  if (around_caches) {
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % stream_alignment<T>() / sizeof(T));
+    if (past != 0) {
+      i = LANES - past < n ? LANES - past : n;
+      some(0, i);
+    }
+  }
+  if (smooth == 0.0f) {
+    if (around_caches)
+      for (; i + LANES <= n; i += LANES) stream(out + i, exp_nonpositive(load(x + i) - logsumexp) * scale);
+    else
+      for (; i + LANES <= n; i += LANES) store(out + i, exp_nonpositive(load(x + i) - logsumexp) * scale);
+  } else {
+    for (; i + LANES <= n; i += LANES) {
+      const Vec w = class_weight ? load(class_weight + i) : splat(1.0f);
+      const Vec g = exp_nonpositive(load(x + i) - logsumexp) * scale - w * smooth;
+      if (around_caches)
+        stream(out + i, g);
+      else
+        store(out + i, g);
+    }
+  }
+  if (i < n) some(i, n - i);
+}
+
+template <class T>
+void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
+  const int64_t n = a.classes;
+  const float smooth_each = a.label_smoothing / static_cast<float>(n);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(a.logits) + row * a.logits_stride;
+    T* out = a.gradient ? static_cast<T*>(a.gradient) + row * a.gradient_stride : nullptr;
+    const int64_t target = a.targets[row];
+    if (target == a.ignore_index) {
+      if (a.loss) a.loss[row] = 0.0f;
+      if (!a.logsumexp_known) a.logsumexp[row] = 0.0f;
+      if (out) std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(n));
+      continue;
+    }
+    const float logsumexp = a.logsumexp_known ? a.logsumexp[row] : row_logsumexp(x, n);
+    if (!a.logsumexp_known) a.logsumexp[row] = logsumexp;
+    const float weight = (1.0f - a.label_smoothing) * (a.class_weight ? a.class_weight[target] : 1.0f);
+    const float x_target = to_float(x[target]);
+    if (a.loss) {
+      float loss = weight * (logsumexp - x_target);
+      if (a.label_smoothing > 0.0f) loss += smooth_each * smoothing_loss(x, n, logsumexp, a.class_weight);
+      a.loss[row] = loss;
+    }
+    if (out) {
+      const float g = a.row_scale[row * a.row_scale_stride];
+      const float scale = g * (weight + smooth_each * a.class_weight_sum);
+      softmax_gradient(x, out, n, logsumexp, scale, g * smooth_each, a.class_weight, a.stream);
+      // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
+      const float smoothed = smooth_each * (a.class_weight ? a.class_weight[target] : 1.0f);
+      from_float(std::exp(x_target - logsumexp) * scale - g * (weight + smoothed), out[target]);
+    }
+  }
+  if (a.stream) finish_streams();
+}
+
+}  // namespace
+}  // namespace fastgpt
