@@ -1,9 +1,9 @@
 """Packages and where they lie, and the compiled extension; the rest is in pyproject.toml.
 
 The extension is three modules, each optional, each built alone so that one may fail without the others:
-fastgpt._build_info (pybind11), fastgpt._C (CPU) and fastgpt._C_cuda. Whatever stands in the way (no torch at build time,
-no compiler, an error of the compiler), the installation is the Python package, which runs without them; the reason is
-kept in fastgpt/_build_error.txt, where `fastgpt doctor` finds it.
+fastgpt._build_info (pybind11), fastgpt._C (CPU) and fastgpt._C_cuda. Whatever stands in the way (no torch at build
+time, no compiler, an error of the compiler), the installation is the Python package, which runs without them; the
+reason is kept in fastgpt/_build_error.txt, where `fastgpt doctor` finds it.
 
 FASTGPT_NATIVE=0        build none of them
 FASTGPT_NATIVE=require  a module that cannot be built fails the installation
@@ -103,7 +103,7 @@ def compiler_error(lines: list[str], error: BaseException) -> str:
 
 
 class Optional(build_ext):
-    """build_ext that goes on where a module cannot be built, and writes down why. Replaced below where torch is there."""
+    """build_ext that goes on where a module cannot be built, and writes down why."""
 
     errors: list[str]
 
