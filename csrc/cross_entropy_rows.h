@@ -24,7 +24,7 @@ float row_logsumexp(const T* x, int64_t n) {
     const T* block = x + start;
     const int64_t size = n - start < BLOCK ? n - start : BLOCK;
     const int64_t whole = size / LANES * LANES;
-    const Vec tail = whole < size ? load_some(block + whole, size - whole, -INFINITY) : splat(-INFINITY);
+    const Vec tail = whole < size ? load_tail(block, size, -INFINITY) : splat(-INFINITY);
 
     Vec max0 = tail, max1 = tail;  // two chains: the processor runs them side by side
     int64_t i = 0;
@@ -35,7 +35,7 @@ float row_logsumexp(const T* x, int64_t n) {
     if (i < whole) max0 = larger(load(block + i), max0);
     const float block_max = max_lanes(larger(max0, max1));
     if (block_max > row_max) {
-      row_sum *= std::exp(row_max - block_max);
+      if (start > 0) row_sum *= std::exp(row_max - block_max);
       row_max = block_max;
     }
     // Only -inf so far: exp(-inf - -inf) would be NaN here, and the row may still hold finite values.
@@ -73,39 +73,58 @@ float smoothing_loss(const T* x, int64_t n, float logsumexp, const float* class_
   return sum;
 }
 
-// out[j] = exp(x[j] - logsumexp) * scale - smooth * w[j]
-template <class T>
+// out[j] = exp(x[j] - logsumexp) * scale - smooth * w[j]; out may be x
+template <class T, bool SMOOTH, bool STREAM>
 void softmax_gradient(const T* x, T* out, int64_t n, float logsumexp, float scale, float smooth,
-                      const float* class_weight, bool around_caches) {
-  const auto some = [&](int64_t j, int64_t count) {
-    Vec g = exp_nonpositive(load_some(x + j, count, -INFINITY) - logsumexp) * scale;
-    if (smooth != 0.0f) g -= class_weight ? load_some(class_weight + j, count, 0.0f) * smooth : splat(smooth);
-    store_some(out + j, count, g);
+                      const float* class_weight) {
+  const auto gradient = [&](Vec values, int64_t at) {
+    Vec g = exp_nonpositive(values - logsumexp) * scale;
+    if constexpr (SMOOTH) g -= class_weight ? load(class_weight + at) * smooth : splat(smooth);
+    return g;
   };
+  if (n < LANES) {
+    Vec g = exp_nonpositive(load_some(x, n, 0.0f) - logsumexp) * scale;
+    if constexpr (SMOOTH) g -= class_weight ? load_some(class_weight, n, 0.0f) * smooth : splat(smooth);
+    store_some(out, n, g);
+    return;
+  }
+  // First and last vector overlap their neighbours, which hold the same values; both are read before anything is
+  // written, so that this holds in place as well.
+  const Vec first = gradient(load(x), 0);
+  const Vec last = gradient(load(x + n - LANES), n - LANES);
   int64_t i = 0;
-  if (around_caches) {
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % stream_alignment<T>() / sizeof(T));
-    if (past != 0) {
-      i = LANES - past < n ? LANES - past : n;
-      some(0, i);
-    }
-  }
-  if (smooth == 0.0f) {
-    if (around_caches)
-      for (; i + LANES <= n; i += LANES) stream(out + i, exp_nonpositive(load(x + i) - logsumexp) * scale);
-    else
-      for (; i + LANES <= n; i += LANES) store(out + i, exp_nonpositive(load(x + i) - logsumexp) * scale);
+  if constexpr (STREAM) {
+    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % stream_alignment<T>() / sizeof(T));
+    i = past == 0 ? 0 : LANES - past;
+    for (; i + LANES <= n; i += LANES) stream(out + i, gradient(load(x + i), i));
   } else {
-    for (; i + LANES <= n; i += LANES) {
-      const Vec w = class_weight ? load(class_weight + i) : splat(1.0f);
-      const Vec g = exp_nonpositive(load(x + i) - logsumexp) * scale - w * smooth;
-      if (around_caches)
-        stream(out + i, g);
-      else
-        store(out + i, g);
-    }
+    for (; i + LANES <= n; i += LANES) store(out + i, gradient(load(x + i), i));
   }
-  if (i < n) some(i, n - i);
+  store(out, first);
+  store(out + n - LANES, last);
+}
+
+// A short row of float32 without smoothing: its exp values are kept in the gradient's place, one exp per value, and scaled
+// there, all in the first-level cache. (In 16 bits they would be rounded twice.) Returns the logsumexp. out may be x.
+inline float short_row(const float* x, float* out, int64_t n, float scale) {
+  const int64_t whole = n / LANES * LANES;
+  const Vec tail = whole < n ? load_tail(x, n, -INFINITY) : splat(-INFINITY);
+  Vec max = tail;
+  for (int64_t i = 0; i < whole; i += LANES) max = larger(load(x + i), max);
+  const float row_max = max_lanes(max);
+  const Vec shift = splat(row_max);
+  const Vec tail_exp = exp_nonpositive(tail - shift);
+  Vec sum = whole < n ? tail_exp : Vec{};
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const Vec e = exp_nonpositive(load(x + i) - shift);
+    sum += e;
+    store(out + i, e);
+  }
+  const float row_sum = sum_lanes(sum);
+  const Vec factor = splat(scale / row_sum);
+  for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(out + i) * factor);
+  if (whole < n) store_tail(out, n, tail_exp * factor);
+  return row_max + std::log(row_sum);
 }
 
 template <class T>
@@ -122,10 +141,20 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
       if (out) std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(n));
       continue;
     }
-    const float logsumexp = a.logsumexp_known ? a.logsumexp[row] : row_logsumexp(x, n);
-    if (!a.logsumexp_known) a.logsumexp[row] = logsumexp;
     const float weight = (1.0f - a.label_smoothing) * (a.class_weight ? a.class_weight[target] : 1.0f);
     const float x_target = to_float(x[target]);
+    if constexpr (std::is_same_v<T, float>) {
+      if (out && n <= BLOCK && !a.logsumexp_known && a.label_smoothing == 0.0f && !a.stream) {
+        const float g = a.row_scale[row * a.row_scale_stride] * weight;
+        const float logsumexp = short_row(x, out, n, g);
+        a.logsumexp[row] = logsumexp;
+        a.loss[row] = weight * (logsumexp - x_target);
+        out[target] -= g;
+        continue;
+      }
+    }
+    const float logsumexp = a.logsumexp_known ? a.logsumexp[row] : row_logsumexp(x, n);
+    if (!a.logsumexp_known) a.logsumexp[row] = logsumexp;
     if (a.loss) {
       float loss = weight * (logsumexp - x_target);
       if (a.label_smoothing > 0.0f) loss += smooth_each * smoothing_loss(x, n, logsumexp, a.class_weight);
@@ -134,10 +163,15 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
     if (out) {
       const float g = a.row_scale[row * a.row_scale_stride];
       const float scale = g * (weight + smooth_each * a.class_weight_sum);
-      softmax_gradient(x, out, n, logsumexp, scale, g * smooth_each, a.class_weight, a.stream);
+      const auto gradient =
+          a.label_smoothing > 0.0f
+              ? (a.stream ? softmax_gradient<T, true, true> : softmax_gradient<T, true, false>)
+              : (a.stream ? softmax_gradient<T, false, true> : softmax_gradient<T, false, false>);
+      gradient(x, out, n, logsumexp, scale, g * smooth_each, a.class_weight);
       // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
       const float smoothed = smooth_each * (a.class_weight ? a.class_weight[target] : 1.0f);
-      from_float(std::exp(x_target - logsumexp) * scale - g * (weight + smoothed), out[target]);
+      const float p_target = exp_nonpositive(splat(x_target - logsumexp))[0];
+      from_float(p_target * scale - g * (weight + smoothed), out[target]);
     }
   }
   if (a.stream) finish_streams();

@@ -1,39 +1,27 @@
 #include "tensor.h"
 
 #if defined(__linux__)
-#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
+#include "large_blocks.h"
+
 namespace fastgpt {
 
-namespace {
-
-constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
-constexpr int64_t LARGE = int64_t{8} << 20;  // bytes: below, malloc's reused heap is at hand; above, it asks the kernel each time
-
-}  // namespace
-
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros, std::optional<ScalarType> dtype) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
   const ScalarType type = dtype.value_or(like.scalar_type());
   int64_t bytes = type == ScalarType::Float ? 4 : 2;
   for (int64_t size : sizes) bytes *= size;
-  if (bytes >= LARGE) {
-    const size_t length = static_cast<size_t>(bytes + HUGE_PAGE);
-    void* memory = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory != MAP_FAILED) {
-      const auto address = reinterpret_cast<uintptr_t>(memory);
-      auto* aligned = reinterpret_cast<void*>((address + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
-      madvise(aligned, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
+  if (bytes >= SMALLEST_LARGE_BLOCK) {
+    const LargeBlock block = zeros ? new_zeroed_block(bytes) : take_block(bytes);
+    if (block.memory != nullptr) {
       std::vector<int64_t> strides(sizes.size());
       int64_t stride = 1;
       for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-      return torch::stable::from_blob(aligned, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
-                                      like.device(), type, [memory, length](void*) { munmap(memory, length); });
+      return torch::stable::from_blob(block.memory, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
+                                      like.device(), type, [block](void*) { give_back_block(block); });
     }
   }
-#endif
   const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
   return zeros ? torch::stable::new_zeros(like, shape, dtype) : torch::stable::new_empty(like, shape, dtype);
 }

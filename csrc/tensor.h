@@ -34,8 +34,7 @@ inline Storage storage_of(const Tensor& tensor, const char* name) {
   }
 }
 
-// Uninitialised, or zeros, of the dtype of `like` (or `dtype`), on the CPU. Large ones lie on huge pages of their own: the
-// first touch of a fresh 200 MB buffer in 4 KB pages costs more than the arithmetic on it, and fresh pages are zeros.
+// Uninitialised, or zeros, of the dtype of `like` (or `dtype`), on the CPU. Large ones are blocks of large_blocks.h.
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
                   std::optional<ScalarType> dtype = std::nullopt);
 

@@ -4,12 +4,14 @@ The fused form is the idea of Cut Your Losses (Wijmans et al. 2024) and Liger-Ke
 in chunks; a chunk's logits are made, turned into their own gradient in place, multiplied into dx and dW, and dropped.
 
 Where a gradient is wanted and the loss is a scalar, the forward ops compute it with the loss, while the logits are in
-the caches; backward hands it out, scaled in place by the incoming gradient where that is not 1. It is handed out once: a
+the caches; backward hands it out, scaled in place by the incoming gradient where that is not 1. It is handed out
+once: a
 second pass through a kept graph, or one with create_graph, computes it again from the saved inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from .arguments import check_float, check_index, check_label_smoothing, check_like, check_reduction, first_out_of_range
 from .backend import dispatch, register
-from .library import library, raise_on_double_backward
+from .library import inside_transform, library, raise_on_double_backward, register_autograd
 
 
 def cross_entropy(
@@ -183,8 +185,7 @@ library.define("scale_gradient_(Tensor(a!) gradient, Tensor scale) -> ()")
 
 def _scale_gradient_(gradient: Tensor, scale: Tensor) -> None:
     """gradient *= scale. The CUDA extension has a kernel that reads `scale` on the device and leaves at once for 1."""
-    if scale.device.type != "cpu" or float(scale) != 1.0:
-        gradient.mul_(scale)
+    gradient.mul_(scale)
 
 
 library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
@@ -199,7 +200,8 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient * scale, in place where that can be done behind autograd's back."""
     if type(scale) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(scale):  # being traced
         return gradient * scale
-    torch.ops.fastgpt.scale_gradient_(gradient, scale)
+    if scale.device.type != "cpu" or float(scale) != 1.0:
+        torch.ops.fastgpt.scale_gradient_(gradient, scale)
     return gradient
 
 
@@ -259,9 +261,7 @@ def _native_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple:
     return gradient, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "fastgpt::cross_entropy_native", _native_autograd, setup_context=_native_setup_context, lib=library
-)
+_cross_entropy_native = register_autograd("cross_entropy_native", _native_autograd, _native_setup_context)
 raise_on_double_backward("cross_entropy_native_backward")
 
 
@@ -280,7 +280,7 @@ def _native(
     # float16 with a scaled loss: the mean's gradient would be rounded, and vanish, before the scale reaches it.
     with_grad = with_grad and logits.dtype != torch.float16
     try:
-        loss = torch.ops.fastgpt.cross_entropy_native(
+        loss = _cross_entropy_native(
             rows,
             targets.reshape(-1).long(),
             None if weight is None else weight.detach().float(),
@@ -301,7 +301,7 @@ def _native_supports(logits: Tensor, targets: Tensor, *, weight: Tensor | None =
         return "its kernels take float32, float16 and bfloat16, and logits is float64"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "it has no gradient for weight"
-    return None
+    return inside_transform()
 
 
 # --- linear_cross_entropy --------------------------------------------------------------------------------------------
@@ -310,8 +310,6 @@ def _native_supports(logits: Tensor, targets: Tensor, *, weight: Tensor | None =
 # forward op returns the sum of the losses (or each, for "none") and, where a gradient is wanted and the loss is a
 # scalar, already dx, dW and db: the chunk's logits are at hand, so no second product is needed. For "none" the incoming
 # gradient differs per row, and the backward op makes the logits once more.
-
-LINEAR_BACKENDS = ("torch", "native")
 
 
 def _chunk_rows(n_rows: int, vocab_size: int) -> int:
@@ -403,7 +401,7 @@ def _mean_comes_last(x: Tensor) -> bool:
     return x.dtype == torch.float16
 
 
-def _define_linear(backend: str) -> None:
+def _define_linear(backend: str) -> Callable[..., Any]:
     name = f"linear_cross_entropy_{backend}"
     chunk_ = _CHUNKS[backend]
 
@@ -485,20 +483,20 @@ def _define_linear(backend: str) -> None:
     library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgpt::{name}", forward_fake, lib=library)
     torch.library.register_fake(f"fastgpt::{name}_backward", backward_fake, lib=library)
-    torch.library.register_autograd(f"fastgpt::{name}", autograd, setup_context=setup_context, lib=library)
     raise_on_double_backward(f"{name}_backward")
+    return register_autograd(name, autograd, setup_context)
 
 
-for _backend in LINEAR_BACKENDS:
-    _define_linear(_backend)
+_linear_torch, _linear_native = _define_linear("torch"), _define_linear("native")
 
 
-def _linear(op: str, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
+def _linear(
+    run: Callable[..., Any], x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: tuple
+) -> Tensor:
     reduction = options[1]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    run = getattr(torch.ops.fastgpt, op)
     return run(x, weight, targets, bias, *options, wants_grad and reduction != "none")[0]
 
 
@@ -512,7 +510,7 @@ def _torch_linear(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    return _linear("linear_cross_entropy_torch", x, weight, targets, bias, (ignore_index, reduction, label_smoothing))
+    return _linear(_linear_torch, x, weight, targets, bias, (ignore_index, reduction, label_smoothing))
 
 
 def _native_linear(
@@ -525,13 +523,13 @@ def _native_linear(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    return _linear("linear_cross_entropy_native", x, weight, targets, bias, (ignore_index, reduction, label_smoothing))
+    return _linear(_linear_native, x, weight, targets, bias, (ignore_index, reduction, label_smoothing))
 
 
 def _native_linear_supports(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> str | None:
     if x.dtype == torch.float64:
         return "its kernels take float32, float16 and bfloat16, and x is float64"
-    return None
+    return inside_transform()
 
 
 register("cross_entropy", "torch", _torch)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import check_float, check_index, check_like, first_out_of_range
 from .backend import dispatch, register
-from .library import library, raise_on_double_backward
+from .library import inside_transform, library, raise_on_double_backward, register_autograd
 
 
 def embedding(
@@ -113,15 +113,15 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple:
     return None, d_tokens if with_tokens else None, d_positions if with_positions else None, None
 
 
-torch.library.register_autograd("fastgpt::embedding_native", _autograd, setup_context=_setup_context, lib=library)
 raise_on_double_backward("embedding_native_backward")
+_embedding_native = register_autograd("embedding_native", _autograd, _setup_context)
 
 
 def _native(
     tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
 ) -> Tensor:
     try:
-        return torch.ops.fastgpt.embedding_native(tokens.long(), token_table, position_table, position_offset)
+        return _embedding_native(tokens.long(), token_table, position_table, position_offset)
     except IndexError:
         raise first_out_of_range("tokens", tokens, 0, token_table.shape[0]) from None
 
@@ -131,7 +131,7 @@ def _native_supports(
 ) -> str | None:
     if token_table.dtype == torch.float64:
         return "its kernels take float32, float16 and bfloat16, and token_table is float64"
-    return None
+    return inside_transform()
 
 
 register("embedding", "torch", _torch)
