@@ -247,6 +247,7 @@ def _native_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, targets, weight, *ctx.options, with_grad = inputs
     _, logsumexp, gradient = output
     ctx.mark_non_differentiable(logsumexp, gradient)
+    ctx.set_materialize_grads(False)  # or autograd fills a zero gradient of the gradient, as large as the logits
     ctx.save_for_backward(logits, targets, weight, logsumexp)
     ctx.gradient = gradient if with_grad else None
 
@@ -455,6 +456,7 @@ def _define_linear(backend: str) -> Callable[..., Any]:
         x, weight, targets, bias, *ctx.options, with_grad = inputs
         _, *gradients = output
         ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for each
         ctx.save_for_backward(x, weight, targets, bias)
         ctx.gradients = gradients if with_grad else None
 

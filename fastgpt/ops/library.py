@@ -49,7 +49,9 @@ def register_autograd(
     )
 
     def call(*args: Any) -> Any:
-        return run(*args) if torch.compiler.is_compiling() else eager.apply(*args)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return run(*args)
+        return eager.apply(*args)
 
     return call
 
