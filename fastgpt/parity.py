@@ -6,8 +6,8 @@ is the arithmetic of the op, not the rounding of its inputs. PyTorch's own op in
 
     max |ours - oracle|  <=  2 * max |torch - oracle| + atol
 
-with atol = ATOL[dtype] * max(1, largest |oracle|), a few units in the last place, for the cases where PyTorch's error is
-zero by luck. Another backend is measured by the same cases: ``run(backends=("native",))``, or one by one:
+with atol = ATOL[dtype] * max(1, largest |oracle|), a few units in the last place, for the cases where PyTorch's error
+is zero by luck. Another backend is measured by the same cases: ``run(backends=("native",))``, or one by one:
 
 >>> for case in cases("layer_norm"):
 ...     for row in measure(case, "triton", torch.float16): assert row.passed, row
@@ -358,7 +358,7 @@ def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
     blind = max(Tq - Tk, 0) if is_causal else 0  # queries that see no key: PyTorch leaves open what they give
     if dropout_p == 0.0:
         seen = None if mask is None else mask[blind:]
-        gqa = H != k.shape[1]
+        gqa = k.shape[1] != H
         out = F.scaled_dot_product_attention(q[:, :, blind:], k, v, attn_mask=seen, scale=scale, enable_gqa=gqa)
         return F.pad(out, (0, 0, blind, 0))
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
