@@ -247,6 +247,8 @@ CASES: tuple[Case, ...] = (
     _attention("not causal", is_causal=False),
     _attention("not causal, Tq != Tk", Tq=13, Tk=40, is_causal=False),
     _attention("scale", scale=0.7),
+    _attention("large scores", scale=8.0),
+    _attention("large scores, dropout", scale=8.0, dropout_p=0.2, seed=2),
     _attention("dropout", dropout_p=0.2, seed=1234),
     _attention("dropout, seed past 2^32", dropout_p=0.5, seed=-(2**61) + 7, is_causal=False, Tk=40),
     _attention("dropout, grouped heads, Tq < Tk", dropout_p=0.1, seed=5, H=4, Hkv=2, Tq=9, Tk=35),
@@ -351,7 +353,7 @@ def cases(*names: str) -> list[Case]:
 
 
 def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
-    """scaled_dot_product_attention; with dropout, whose mask it cannot be given, one PyTorch op a step."""
+    """scaled_dot_product_attention; with dropout, whose mask it cannot be given, its steps: scores in float32, P not."""
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
     mask = reference.causal_mask(Tq, Tk, q.device) if is_causal else None
@@ -362,10 +364,11 @@ def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
         out = F.scaled_dot_product_attention(q[:, :, blind:], k, v, attn_mask=seen, scale=scale, enable_gqa=gqa)
         return F.pad(out, (0, 0, blind, 0))
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
-    scores = q @ k.transpose(-2, -1) * (D**-0.5 if scale is None else scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.transpose(-2, -1).to(wide) * (D**-0.5 if scale is None else scale)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    weights = torch.softmax(scores[:, :, blind:], dim=-1)
+    weights = torch.softmax(scores[:, :, blind:], dim=-1).to(q.dtype)
     keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk)
     weights = weights * keep[:, :, blind:] / (1.0 - dropout_p)
     return F.pad(weights @ v, (0, 0, blind, 0))

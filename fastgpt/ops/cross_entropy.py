@@ -12,9 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_float, check_index, check_label_smoothing, check_like, check_reduction, first_out_of_range
+from .arguments import (
+    check_float,
+    check_ignore_index,
+    check_index,
+    check_label_smoothing,
+    check_like,
+    check_reduction,
+    first_out_of_range,
+)
 from .backend import dispatch, register
-from .library import library, raise_on_double_backward
+from .library import library, raise_on_double_backward, refuse_forward_mode
 
 
 def cross_entropy(
@@ -32,7 +40,7 @@ def cross_entropy(
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64; never changed.
         targets: (), (N,) or (N, d1, ..., dk), int64 or int32, each in [0, C) or `ignore_index`.
-        weight: (C,), like logits: a factor per class; None is 1.
+        weight: (C,), like logits, without gradient: a factor per class; None is 1.
         ignore_index: targets of this value count for nothing.
         reduction: "mean" (over the targets' weights), "sum" or "none".
         label_smoothing: in [0, 1].
@@ -47,6 +55,7 @@ def cross_entropy(
     check_like("targets", targets, "logits", logits, dtype=False)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
+    check_ignore_index(ignore_index)
     if logits.ndim == 0:
         raise ValueError("logits: expected (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
     class_dim = 0 if logits.ndim == 1 else 1
@@ -63,6 +72,8 @@ def cross_entropy(
         check_like("weight", weight, "logits", logits, dtype=not torch.is_autocast_enabled(logits.device.type))
         if weight.shape[0] != C:
             raise ValueError(f"weight: expected shape ({C},), one factor per class, got {tuple(weight.shape)}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("weight: class weights get no gradient; pass weight.detach()")
     return dispatch(
         "cross_entropy",
         backend,
@@ -104,6 +115,7 @@ def linear_cross_entropy(
     check_index("targets", targets)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
+    check_ignore_index(ignore_index)
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     check_like("targets", targets, "x", x, dtype=False)
     check_like("weight", weight, "x", x, dtype=not autocast)
@@ -174,9 +186,10 @@ def _torch(
 
 # --- linear_cross_entropy on the torch backend -----------------------------------------------------------------------
 #
-# The forward op returns the sum of the losses (or each, for "none") and, where a gradient is wanted and the loss is a
-# scalar, already dx, dW and db: the chunk's logits are at hand, so no second product is needed. The backward op then
-# only scales them. For "none" the incoming gradient differs per row, so backward makes the logits once more.
+# The forward op returns the loss and, where a gradient is wanted and the loss is a scalar, already dx, dW and db of the
+# sum of the losses: the chunk's logits are at hand, so no second product is needed. The backward op then only scales
+# them. (Of the sum, not of the mean: a probability times 1 / N is 0 in float16, before a loss scale could save it.)
+# For "none" the incoming gradient differs per row, so backward makes the logits once more.
 
 library.define(
     "linear_cross_entropy_torch(Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, "
@@ -196,12 +209,6 @@ def _chunk_rows(n_rows: int, vocab_size: int) -> int:
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _row_scale(targets: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype) -> Tensor:
-    """(N,): the factor of each row's loss in the result; 0 for an ignored row, NaN for the mean of nothing."""
-    counted = (targets != ignore_index).to(dtype)
-    return counted / counted.sum() if reduction == "mean" else counted
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, counted: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -228,7 +235,7 @@ class _Chunks:
     """The rows of x, chunk by chunk, with the sums that dW and db are gathered in."""
 
     def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int) -> None:
-        self.x = x.reshape(-1, x.shape[-1])
+        self.x = x.reshape(targets.numel(), x.shape[-1])
         self.weight, self.bias = weight, bias
         flat = targets.reshape(-1).long()
         V = weight.shape[0]
@@ -245,7 +252,7 @@ class _Chunks:
             yield rows, F.linear(self.x[rows], self.weight, self.bias).to(self.stats)
 
     def start_gradients(self) -> None:
-        self.dx = torch.empty_like(self.x)
+        self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
         self.dw = torch.zeros_like(self.weight, dtype=self.stats, memory_format=torch.contiguous_format)
         self.db = torch.zeros(
             self.weight.shape[0] if self.bias is not None else 0, dtype=self.stats, device=self.x.device
@@ -265,7 +272,7 @@ class _Chunks:
 @torch.no_grad()
 def _linear_forward(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
     chunks = _Chunks(x, weight, targets, bias, ignore_index)
-    scale = _row_scale(torch.where(chunks.counted, chunks.targets, ignore_index), ignore_index, reduction, chunks.stats)
+    row_grad = chunks.counted.to(chunks.stats)
     losses = torch.empty(chunks.x.shape[0], dtype=chunks.stats, device=x.device)
     if with_grad:
         chunks.start_gradients()
@@ -273,7 +280,7 @@ def _linear_forward(x, weight, targets, bias, ignore_index, reduction, label_smo
         counted, chunk_targets = chunks.counted[rows], chunks.targets[rows]
         losses[rows], logsumexp = _chunk_loss(logits, chunk_targets, counted, label_smoothing)
         if with_grad:
-            chunks.add_gradient(rows, _chunk_grad_(logits, chunk_targets, logsumexp, scale[rows], label_smoothing))
+            chunks.add_gradient(rows, _chunk_grad_(logits, chunk_targets, logsumexp, row_grad[rows], label_smoothing))
     if reduction == "none":
         loss = losses.view(targets.shape)
     else:
@@ -287,11 +294,10 @@ def _linear_forward(x, weight, targets, bias, ignore_index, reduction, label_smo
 @torch.no_grad()
 def _linear_backward(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing, dx, dw, db):
     if reduction != "none":
-        return (
-            (dx * grad_loss.to(dx.dtype) if dx.dtype == grad_loss.dtype else (dx * grad_loss).to(x.dtype)),
-            (dw * grad_loss).to(weight.dtype),
-            (db * grad_loss).to(weight.dtype),
-        )
+        factor = grad_loss.to(dw.dtype)
+        if reduction == "mean":  # of no counted target: the loss is NaN and the gradient 0, as PyTorch's
+            factor = factor / (targets != ignore_index).sum().clamp_min(1)
+        return tuple((grad.to(dw.dtype) * factor).to(x.dtype) for grad in (dx, dw, db))
     chunks = _Chunks(x, weight, targets, bias, ignore_index)
     chunks.start_gradients()
     row_grad = torch.where(chunks.counted, grad_loss.reshape(-1).to(chunks.stats), 0.0)
@@ -355,6 +361,7 @@ def _torch_linear(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
+    refuse_forward_mode("linear_cross_entropy", x, weight, bias)
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
