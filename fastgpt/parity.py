@@ -353,7 +353,7 @@ def cases(*names: str) -> list[Case]:
 
 
 def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
-    """scaled_dot_product_attention; with dropout, whose mask it cannot be given, its steps: scores in float32, P not."""
+    """scaled_dot_product_attention; with dropout, whose mask it cannot be given, its steps with float32 scores."""
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
     mask = reference.causal_mask(Tq, Tk, q.device) if is_causal else None

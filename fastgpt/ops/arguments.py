@@ -79,3 +79,11 @@ def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: 
     position = tuple(bad.nonzero()[0].tolist())
     value = int(indices[position])
     return IndexError(f"{name}: value {value} at position {position} is outside [{low}, {high})")
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on the device of `tensor`; None where it is off, or the device (meta) has none."""
+    device_type = tensor.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_dropout, check_float, check_like, check_number
+from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .reference import causal_mask
@@ -45,9 +45,8 @@ def attention(
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_float(name, tensor, ndim=4)
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(q)
+    if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
@@ -67,7 +66,7 @@ def attention(
             raise ValueError(f"scale: expected a finite number or None, got {scale}")
     check_dropout(dropout_p, seed)
     return dispatch(
-        "attention", backend, device_type, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed
+        "attention", backend, q.device.type, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed
     )
 
 
@@ -89,7 +88,9 @@ def _torch(
             seen = _torch(q[:, :, blind:], k, v, is_causal=True, scale=scale, dropout_p=dropout_p)
             return F.pad(seen, (0, 0, blind, 0))
     if dropout_p > 0.0 and (seed is not None or q.device.type == "cpu"):
-        with torch.autocast(q.device.type, enabled=False):  # it would take the float32 products below back to half
+        if autocast_dtype(q) is None:
+            return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
+        with torch.autocast(q.device.type, enabled=False):  # it would take the float32 products back to half
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
     mask = None
     if is_causal and Tq != Tk and Tq > 1:

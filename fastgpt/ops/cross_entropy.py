@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import (
+    autocast_dtype,
     check_float,
     check_ignore_index,
     check_index,
@@ -69,7 +70,7 @@ def cross_entropy(
         )
     if weight is not None:
         check_float("weight", weight, ndim=1)
-        check_like("weight", weight, "logits", logits, dtype=not torch.is_autocast_enabled(logits.device.type))
+        check_like("weight", weight, "logits", logits, dtype=autocast_dtype(logits) is None)
         if weight.shape[0] != C:
             raise ValueError(f"weight: expected shape ({C},), one factor per class, got {tuple(weight.shape)}")
         if weight.requires_grad and torch.is_grad_enabled():
@@ -116,9 +117,9 @@ def linear_cross_entropy(
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
     check_ignore_index(ignore_index)
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
     check_like("targets", targets, "x", x, dtype=False)
-    check_like("weight", weight, "x", x, dtype=not autocast)
+    check_like("weight", weight, "x", x, dtype=dtype is None)
     if x.ndim == 0:
         raise ValueError("x: expected shape (..., C), got a 0-dim tensor")
     if x.shape[-1] != weight.shape[1]:
@@ -133,15 +134,14 @@ def linear_cross_entropy(
         )
     if bias is not None:
         check_float("bias", bias, ndim=1)
-        check_like("bias", bias, "x", x, dtype=not autocast)
+        check_like("bias", bias, "x", x, dtype=dtype is None)
         V = weight.shape[0]
         if bias.shape[0] != V:
             raise ValueError(
                 f"bias: expected shape ({V},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
             )
     loss_dtype = x.dtype
-    if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight, loss_dtype = x.to(dtype), weight.to(dtype), torch.float32
         bias = None if bias is None else bias.to(dtype)
     loss = dispatch(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_dropout, check_float, check_like, check_number
+from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
 
@@ -71,7 +71,7 @@ def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | 
     """`dtype` is that of what is normalised."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., C) with C at least 1, got {tuple(x.shape)}")
-    same_dtype = not torch.is_autocast_enabled(x.device.type)  # autocast casts, or mixes, as PyTorch's own op does
+    same_dtype = autocast_dtype(x) is None  # autocast casts, or mixes, as PyTorch's own op does
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             if name == "weight":
