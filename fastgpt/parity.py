@@ -604,6 +604,10 @@ def run(
                 except BackendError as error:
                     reason = str(error).partition(" here: ")[2] or str(error)  # the table names op and backend itself
                     report.skips.append(Skip(case.op, backend, _name(dtype), case.name, reason))
+                except Exception as error:  # a kernel that crashes is a result too, and the other cases go on
+                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                    row = Row(case.op, backend, _name(dtype), case.name, "call", math.inf, 0.0, 0.0, False, reason)
+                    report.rows.append(row)
     report.seconds = time.perf_counter() - start
     return report
 

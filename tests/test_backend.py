@@ -91,7 +91,7 @@ def test_no_implementation_and_unknown_names() -> None:
     with pytest.raises(BackendError, match="embedding has no triton implementation"):
         ops.embedding(torch.tensor([[0]]), torch.zeros(1, 4), backend="triton")
     for call in (lambda: ops.layer_norm(X, W, backend="cuda"), lambda: use_backend("Torch")):
-        with pytest.raises(ValueError, match="unknown backend .*expected one of 'auto', 'torch', 'triton', 'native'"):
+        with pytest.raises(ValueError, match=r"unknown backend .*expected one of 'auto', 'torch', 'triton', 'native'"):
             call()
     with pytest.raises(ValueError, match="op: unknown op 'norm'"):
         ops.explain("norm", X)
