@@ -103,7 +103,7 @@ def test_other_wrongs_fail(wrong, monkeypatch, op: str, change, value: str) -> N
 
 
 def test_half_precision_statistics_fail(wrong) -> None:
-    """What the yardstick is for: a norm that sums in bfloat16 is within a loose tolerance, not within PyTorch's error."""
+    """What the yardstick is for: a norm that sums in bfloat16 passes a loose tolerance, not this one."""
 
     def make(right):
         def low(x, weight, bias=None, eps=1e-5):
