@@ -203,6 +203,7 @@ def _linear_cross_entropy(
     bias: bool = False,
     ignored: int = 0,
     layout: str = "contiguous",
+    scale: float = 1.0,
     index_dtype: torch.dtype = torch.int64,
     expanded_grad: bool = False,
     **options: Any,
@@ -218,7 +219,7 @@ def _linear_cross_entropy(
         elif layout == "expanded":
             x, weight = draw.normal(1, *shape[1:]).expand(shape), draw.normal(V, C)
         else:
-            x, weight = draw.normal(*shape), draw.normal(V, C)
+            x, weight = draw.normal(*shape) * scale, draw.normal(V, C)
         targets = draw.index(V, *shape[:-1])
         targets.view(-1)[:ignored] = options.get("ignore_index", -100)
         return {
@@ -328,6 +329,7 @@ CASES: tuple[Case, ...] = (
     _linear_cross_entropy("one class", 6, 8, V=1),
     _linear_cross_entropy("width 1", 6, 1),
     _linear_cross_entropy("many classes", 70, 16, V=5003),
+    _linear_cross_entropy("large logits", 13, 24, scale=30.0),
     _linear_cross_entropy("bias", 13, 24, bias=True),
     _linear_cross_entropy("sum", 13, 24, reduction="sum"),
     _linear_cross_entropy("none", 2, 9, 24, reduction="none"),

@@ -212,7 +212,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, counted: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """logits (n, V) in the statistics' dtype -> (loss (n,), logsumexp (n,))."""
+    """logits (n, V) less their row's maximum -> (loss (n,), logsumexp (n,))."""
     logsumexp = torch.logsumexp(logits, dim=1)
     loss = logsumexp - logits.gather(1, targets[:, None])[:, 0] * (1.0 - label_smoothing)
     if label_smoothing > 0.0:
@@ -249,7 +249,8 @@ class _Chunks:
     def __iter__(self):
         for start in range(0, self.x.shape[0], self.rows):
             rows = slice(start, start + self.rows)
-            yield rows, F.linear(self.x[rows], self.weight, self.bias).to(self.stats)
+            logits = F.linear(self.x[rows], self.weight, self.bias).to(self.stats)
+            yield rows, logits.sub_(logits.amax(1, keepdim=True))  # else logsumexp - logit would cancel in large logits
 
     def start_gradients(self) -> None:
         self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
@@ -296,7 +297,8 @@ def _linear_backward(grad_loss, x, weight, targets, bias, ignore_index, reductio
     if reduction != "none":
         factor = grad_loss.to(dw.dtype)
         if reduction == "mean":  # of no counted target: the loss is NaN and the gradient 0, as PyTorch's
-            factor = factor / (targets != ignore_index).sum().clamp_min(1)
+            count = (targets != ignore_index).sum()
+            factor = torch.where(count > 0, factor / count, 0.0)
         return tuple((grad.to(dw.dtype) * factor).to(x.dtype) for grad in (dx, dw, db))
     chunks = _Chunks(x, weight, targets, bias, ignore_index)
     chunks.start_gradients()
