@@ -453,14 +453,14 @@ class Skip:
 
 
 def _evaluate(
-    function: Callable[..., Any], case: Case, arguments: dict[str, Tensor | None], options: dict[str, Any]
+    function: Callable[..., Any], case: Case, arguments: dict[str, Tensor], options: dict[str, Any]
 ) -> dict[str, Tensor]:
     """The outputs of function(**arguments, **options) and the gradient of every argument that has one, by name."""
     # The class weights of cross_entropy have no gradient in PyTorch.
     inputs = {
         name: tensor.detach().requires_grad_()
         for name, tensor in arguments.items()
-        if tensor is not None and tensor.is_floating_point() and (case.op, name) != ("cross_entropy", "weight")
+        if tensor.is_floating_point() and (case.op, name) != ("cross_entropy", "weight")
     }
     result = function(**{**arguments, **inputs}, **options)
     outputs = dict(zip(("out", "h"), result, strict=True)) if isinstance(result, tuple) else {"out": result}
@@ -483,21 +483,23 @@ def max_error(value: Tensor, oracle: Tensor) -> float:
     return float(error.nan_to_num(nan=math.inf, posinf=math.inf).max()) if error.numel() else 0.0
 
 
+def _exact(tensor: Tensor) -> Tensor:
+    """A copy the oracle computes with."""
+    return tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
 def measure(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Row]:
     """The errors of `case` on `backend`. Raises BackendError, with the reason, where the backend does not serve it."""
-    arguments = case.arguments(Draw(dtype, device))
+    drawn = case.arguments(Draw(dtype, device))
+    arguments = {name: tensor for name, tensor in drawn.items() if tensor is not None}
+    exact = {name: _exact(tensor) for name, tensor in arguments.items()}
     ours = _evaluate(getattr(ops, case.op), case, arguments, {**case.options, "backend": backend})
+    changed = [name for name, before in exact.items() if not torch.equal(_exact(arguments[name]), before)]
     theirs = _evaluate(PEERS[case.op], case, arguments, case.options)
-    exact = {
-        name: tensor
-        if tensor is None
-        else tensor.cpu().to(torch.float64 if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in arguments.items()
-    }
     oracle = _evaluate(getattr(reference, case.op), case, exact, case.options)
     rows = []
     for name, expected in oracle.items():
-        reason = ""
+        reason = f"{', '.join(changed)} was written to" if changed else ""
         if ours[name].shape != expected.shape:
             reason = f"shape {tuple(ours[name].shape)}, expected {tuple(expected.shape)}"
         elif ours[name].dtype != theirs[name].dtype:
@@ -556,12 +558,16 @@ class Report:
         heading = f"{'op':21}{'backend':9}{'dtype':10}{'cases':>5}{'values':>7}{'error':>10}{'torch':>10}{'ratio':>7}"
         lines = [heading + "  worst ratio at"]
         for (op, backend, dtype), rows in _grouped(self.rows, lambda row: (row.op, row.backend, row.dtype)).items():
-            worst = max(rows, key=lambda row: row.ratio or 0.0)
+            # Under atol a ratio says which rounding was luckier, no more.
+            apart = [row for row in rows if row.ours > row.atol]
+            worst = max(apart, key=lambda row: row.ratio or math.inf, default=None)
             error, torch_error = max(row.ours for row in rows), max(row.torch for row in rows)
             n_cases, failed = len({row.case for row in rows}), sum(not row.passed for row in rows)
+            ratio = f"{worst.ratio or math.inf:.2f}" if worst else "-"
+            where = f"{worst.case}: {worst.value}" if worst else "all within atol"
             lines.append(
-                f"{op:21}{backend:9}{dtype:10}{n_cases:5}{len(rows):7}{error:10.1e}{torch_error:10.1e}"
-                f"{worst.ratio or 0.0:7.2f}  {worst.case}: {worst.value}{f'  {failed} FAILED' if failed else ''}"
+                f"{op:21}{backend:9}{dtype:10}{n_cases:5}{len(rows):7}{error:10.1e}{torch_error:10.1e}{ratio:>7}  "
+                f"{where}{f'  {failed} FAILED' if failed else ''}"
             )
         for row in self.failures:
             what = row.reason or f"error {row.ours:.2e} > 2 * {row.torch:.2e} + {row.atol:.1e}"

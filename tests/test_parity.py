@@ -88,12 +88,13 @@ def test_a_wrong_gradient_alone_fails(wrong) -> None:
     [
         ("cross_entropy", lambda right: lambda *a, **o: right(*a, **o).detach(), "call"),  # no gradient at all
         ("attention", lambda right: lambda *a, **o: right(*a, **{**o, "is_causal": True}), "out"),
+        ("attention", lambda right: lambda q, *a, **o: (right(q, *a, **o), q.detach().mul_(1.0001))[0], "out"),
         ("attention", lambda right: lambda *a, **o: right(*a, **o).double(), "out"),  # a dtype of its own
         ("cross_entropy", lambda right: lambda *a, **o: right(*a, **o) * math.nan, "out"),
         ("add_layer_norm", lambda right: lambda *a, **o: right(*a, **{**o, "seed": 1}), "h"),  # another mask
         ("linear_cross_entropy", lambda right: lambda *a, **o: right(*a, **o)[None], "out"),  # another shape
     ],
-    ids=["detached", "mask", "dtype", "nan", "dropout mask", "shape"],
+    ids=["detached", "mask", "mutation", "dtype", "nan", "dropout mask", "shape"],
 )
 def test_other_wrongs_fail(wrong, monkeypatch, op: str, change, value: str) -> None:
     wrong(op, change)
