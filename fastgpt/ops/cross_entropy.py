@@ -12,9 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_float, check_index, check_label_smoothing, check_like, check_reduction, first_out_of_range
+from .arguments import (
+    autocast_dtype,
+    check_float,
+    check_ignore_index,
+    check_index,
+    check_label_smoothing,
+    check_like,
+    check_reduction,
+    first_out_of_range,
+)
 from .backend import dispatch, register
-from .library import library, raise_on_double_backward
+from .library import library, raise_on_double_backward, refuse_forward_mode
 
 
 def cross_entropy(
@@ -32,7 +41,7 @@ def cross_entropy(
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64; never changed.
         targets: (), (N,) or (N, d1, ..., dk), int64 or int32, each in [0, C) or `ignore_index`.
-        weight: (C,), like logits: a factor per class; None is 1.
+        weight: (C,), like logits, without gradient: a factor per class; None is 1.
         ignore_index: targets of this value count for nothing.
         reduction: "mean" (over the targets' weights), "sum" or "none".
         label_smoothing: in [0, 1].
@@ -47,6 +56,7 @@ def cross_entropy(
     check_like("targets", targets, "logits", logits, dtype=False)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
+    check_ignore_index(ignore_index)
     if logits.ndim == 0:
         raise ValueError("logits: expected (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
     class_dim = 0 if logits.ndim == 1 else 1
@@ -60,9 +70,11 @@ def cross_entropy(
         )
     if weight is not None:
         check_float("weight", weight, ndim=1)
-        check_like("weight", weight, "logits", logits, dtype=not torch.is_autocast_enabled(logits.device.type))
+        check_like("weight", weight, "logits", logits, dtype=autocast_dtype(logits) is None)
         if weight.shape[0] != C:
             raise ValueError(f"weight: expected shape ({C},), one factor per class, got {tuple(weight.shape)}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("weight: class weights get no gradient; pass weight.detach()")
     return dispatch(
         "cross_entropy",
         backend,
@@ -104,9 +116,10 @@ def linear_cross_entropy(
     check_index("targets", targets)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    check_ignore_index(ignore_index)
+    dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
     check_like("targets", targets, "x", x, dtype=False)
-    check_like("weight", weight, "x", x, dtype=not autocast)
+    check_like("weight", weight, "x", x, dtype=dtype is None)
     if x.ndim == 0:
         raise ValueError("x: expected shape (..., C), got a 0-dim tensor")
     if x.shape[-1] != weight.shape[1]:
@@ -121,15 +134,14 @@ def linear_cross_entropy(
         )
     if bias is not None:
         check_float("bias", bias, ndim=1)
-        check_like("bias", bias, "x", x, dtype=not autocast)
+        check_like("bias", bias, "x", x, dtype=dtype is None)
         V = weight.shape[0]
         if bias.shape[0] != V:
             raise ValueError(
                 f"bias: expected shape ({V},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
             )
     loss_dtype = x.dtype
-    if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight, loss_dtype = x.to(dtype), weight.to(dtype), torch.float32
         bias = None if bias is None else bias.to(dtype)
     loss = dispatch(
@@ -174,9 +186,10 @@ def _torch(
 
 # --- linear_cross_entropy on the torch backend -----------------------------------------------------------------------
 #
-# The forward op returns the sum of the losses (or each, for "none") and, where a gradient is wanted and the loss is a
-# scalar, already dx, dW and db: the chunk's logits are at hand, so no second product is needed. The backward op then
-# only scales them. For "none" the incoming gradient differs per row, so backward makes the logits once more.
+# The forward op returns the loss and, where a gradient is wanted and the loss is a scalar, already dx, dW and db of the
+# sum of the losses: the chunk's logits are at hand, so no second product is needed. The backward op then only scales
+# them. (Of the sum, not of the mean: a probability times 1 / N is 0 in float16, before a loss scale could save it.)
+# For "none" the incoming gradient differs per row, so backward makes the logits once more.
 
 library.define(
     "linear_cross_entropy_torch(Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, "
@@ -198,14 +211,8 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _row_scale(targets: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype) -> Tensor:
-    """(N,): the factor of each row's loss in the result; 0 for an ignored row, NaN for the mean of nothing."""
-    counted = (targets != ignore_index).to(dtype)
-    return counted / counted.sum() if reduction == "mean" else counted
-
-
 def _chunk_loss(logits: Tensor, targets: Tensor, counted: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """logits (n, V) in the statistics' dtype -> (loss (n,), logsumexp (n,))."""
+    """logits (n, V) less their row's maximum -> (loss (n,), logsumexp (n,))."""
     logsumexp = torch.logsumexp(logits, dim=1)
     loss = logsumexp - logits.gather(1, targets[:, None])[:, 0] * (1.0 - label_smoothing)
     if label_smoothing > 0.0:
@@ -228,7 +235,7 @@ class _Chunks:
     """The rows of x, chunk by chunk, with the sums that dW and db are gathered in."""
 
     def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int) -> None:
-        self.x = x.reshape(-1, x.shape[-1])
+        self.x = x.reshape(targets.numel(), x.shape[-1])
         self.weight, self.bias = weight, bias
         flat = targets.reshape(-1).long()
         V = weight.shape[0]
@@ -242,10 +249,11 @@ class _Chunks:
     def __iter__(self):
         for start in range(0, self.x.shape[0], self.rows):
             rows = slice(start, start + self.rows)
-            yield rows, F.linear(self.x[rows], self.weight, self.bias).to(self.stats)
+            logits = F.linear(self.x[rows], self.weight, self.bias).to(self.stats)
+            yield rows, logits.sub_(logits.amax(1, keepdim=True))  # else logsumexp - logit would cancel in large logits
 
     def start_gradients(self) -> None:
-        self.dx = torch.empty_like(self.x)
+        self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
         self.dw = torch.zeros_like(self.weight, dtype=self.stats, memory_format=torch.contiguous_format)
         self.db = torch.zeros(
             self.weight.shape[0] if self.bias is not None else 0, dtype=self.stats, device=self.x.device
@@ -265,7 +273,7 @@ class _Chunks:
 @torch.no_grad()
 def _linear_forward(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
     chunks = _Chunks(x, weight, targets, bias, ignore_index)
-    scale = _row_scale(torch.where(chunks.counted, chunks.targets, ignore_index), ignore_index, reduction, chunks.stats)
+    row_grad = chunks.counted.to(chunks.stats)
     losses = torch.empty(chunks.x.shape[0], dtype=chunks.stats, device=x.device)
     if with_grad:
         chunks.start_gradients()
@@ -273,7 +281,7 @@ def _linear_forward(x, weight, targets, bias, ignore_index, reduction, label_smo
         counted, chunk_targets = chunks.counted[rows], chunks.targets[rows]
         losses[rows], logsumexp = _chunk_loss(logits, chunk_targets, counted, label_smoothing)
         if with_grad:
-            chunks.add_gradient(rows, _chunk_grad_(logits, chunk_targets, logsumexp, scale[rows], label_smoothing))
+            chunks.add_gradient(rows, _chunk_grad_(logits, chunk_targets, logsumexp, row_grad[rows], label_smoothing))
     if reduction == "none":
         loss = losses.view(targets.shape)
     else:
@@ -287,11 +295,11 @@ def _linear_forward(x, weight, targets, bias, ignore_index, reduction, label_smo
 @torch.no_grad()
 def _linear_backward(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing, dx, dw, db):
     if reduction != "none":
-        return (
-            (dx * grad_loss.to(dx.dtype) if dx.dtype == grad_loss.dtype else (dx * grad_loss).to(x.dtype)),
-            (dw * grad_loss).to(weight.dtype),
-            (db * grad_loss).to(weight.dtype),
-        )
+        factor = grad_loss.to(dw.dtype)
+        if reduction == "mean":  # of no counted target: the loss is NaN and the gradient 0, as PyTorch's
+            count = (targets != ignore_index).sum()
+            factor = torch.where(count > 0, factor / count, 0.0)
+        return tuple((grad.to(dw.dtype) * factor).to(x.dtype) for grad in (dx, dw, db))
     chunks = _Chunks(x, weight, targets, bias, ignore_index)
     chunks.start_gradients()
     row_grad = torch.where(chunks.counted, grad_loss.reshape(-1).to(chunks.stats), 0.0)
@@ -355,6 +363,7 @@ def _torch_linear(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
+    refuse_forward_mode("linear_cross_entropy", x, weight, bias)
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )

@@ -34,6 +34,8 @@ def embedding(
     check_index("tokens", tokens, ndim=2)
     check_float("token_table", token_table, ndim=2)
     check_like("tokens", tokens, "token_table", token_table, dtype=False)
+    if token_table.shape[0] == 0 and tokens.numel() > 0:
+        raise IndexError(f"token_table: has no rows for tokens of shape {tuple(tokens.shape)}")
     if isinstance(position_offset, bool) or not isinstance(position_offset, (int, torch.SymInt)) or position_offset < 0:
         raise ValueError(f"position_offset: expected an int of at least 0, got {position_offset!r}")
     if position_table is not None:
