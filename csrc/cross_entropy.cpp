@@ -72,34 +72,34 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  int64_t reduction, double label_smoothing, bool with_grad) {
   Call call(logits, targets, weight, ignore_index, label_smoothing);
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
-  Tensor logsumexp = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
+  Tensor statistics = torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();
-  call.rows.logsumexp = logsumexp.mutable_data_ptr<float>();
+  call.rows.statistics = statistics.mutable_data_ptr<float>();
 
   const double scale = reduction == MEAN ? 1.0 / call.denominator() : 1.0;
   const float row_scale = static_cast<float>(scale);
   Tensor gradient = with_grad ? call.start_gradient() : torch::stable::new_empty(logits, {0});
   call.rows.row_scale = &row_scale;
   call.run();
-  if (reduction == NONE) return {losses, logsumexp, gradient};
+  if (reduction == NONE) return {losses, statistics, gradient};
 
   double sum = 0.0;  // in the order of the rows: the same for any number of threads
   for (int64_t i = 0; i < call.n; ++i) sum += call.rows.loss[i];
   Tensor loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
   *loss.mutable_data_ptr<float>() = static_cast<float>(reduction == MEAN ? sum / call.denominator() : sum);
-  return {loss, logsumexp, gradient};
+  return {loss, statistics, gradient};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets,
-                              const std::optional<Tensor>& weight, const Tensor& logsumexp, int64_t ignore_index,
+                              const std::optional<Tensor>& weight, const Tensor& statistics, int64_t ignore_index,
                               int64_t reduction, double label_smoothing) {
   Call call(logits, targets, weight, ignore_index, label_smoothing);
-  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && logsumexp.scalar_type() == ScalarType::Float,
-                  "grad_loss, logsumexp: expected float32");
-  STD_TORCH_CHECK(grad_loss.numel() == (reduction == NONE ? call.n : 1) && logsumexp.numel() == call.n,
-                  "grad_loss, logsumexp: expected one value per loss and per row");
+  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && statistics.scalar_type() == ScalarType::Float,
+                  "grad_loss, statistics: expected float32");
+  STD_TORCH_CHECK(grad_loss.numel() == (reduction == NONE ? call.n : 1) && statistics.numel() == 2 * call.n,
+                  "grad_loss, statistics: expected one value per loss and two per row");
   const Tensor grad = torch::stable::contiguous(grad_loss);
-  const Tensor statistics = torch::stable::contiguous(logsumexp);
+  const Tensor known = torch::stable::contiguous(statistics);
   float shared = 0.0f;
   if (reduction == NONE) {
     call.rows.row_scale = grad.const_data_ptr<float>();
@@ -109,8 +109,8 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
     shared = static_cast<float>(reduction == MEAN ? upstream / call.denominator() : upstream);
     call.rows.row_scale = &shared;
   }
-  call.rows.logsumexp = const_cast<float*>(statistics.const_data_ptr<float>());  // read: logsumexp_known
-  call.rows.logsumexp_known = true;
+  call.rows.statistics = const_cast<float*>(known.const_data_ptr<float>());  // only read: statistics_known
+  call.rows.statistics_known = true;
   Tensor gradient = call.start_gradient();
   call.run();
   return gradient;
@@ -124,9 +124,9 @@ Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& r
                   "row_scale: expected contiguous float32 (n,)");
   Call call(logits, targets, std::nullopt, ignore_index, label_smoothing);
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
-  Tensor logsumexp = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
+  Tensor statistics = torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();
-  call.rows.logsumexp = logsumexp.mutable_data_ptr<float>();
+  call.rows.statistics = statistics.mutable_data_ptr<float>();
   call.rows.row_scale = row_scale.const_data_ptr<float>();
   call.rows.row_scale_stride = 1;
   if (with_grad) {  // in place, and left in the caches for the products that follow

@@ -21,9 +21,10 @@ struct CrossEntropyRows {
   float label_smoothing;
   const float* row_scale;  // d(result) / d(loss of the row); stride 0 where all rows share one
   int64_t row_scale_stride;
-  float* loss;             // (rows), or null where only gradients are wanted
-  float* logsumexp;        // (rows): written, or read where logsumexp_known
-  bool logsumexp_known;
+  float* loss;        // (rows), or null where only gradients are wanted
+  float* statistics;  // (rows, 2): the maximum, and the log of the sum of exp(x - maximum): kept apart, because their sum
+                      // would lose in large logits what the loss is made of. Written, or read where known.
+  bool statistics_known;
   bool stream;  // the gradient is larger than the caches: store round them
 };
 

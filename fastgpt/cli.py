@@ -147,8 +147,9 @@ def train(args: Sequence[str]) -> None:
     from .data import Corpus
     from .ops.backend import use_backend
     from .tokenizer import BPETokenizer, tokenizer_from_json
-    from .train import RunFolder, Trainer, build_model
+    from .train import RunFolder, Trainer, build_model, resolve_device
 
+    resolve_device(train_config.device)  # before anything is written
     folder = RunFolder(Path(settings.out))
     saved = None
     tokenizer: Any = settings.tokenizer

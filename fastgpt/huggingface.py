@@ -147,11 +147,18 @@ def _settings_from_hf(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _from_hf(model: GPT, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Rename and transpose; older files lack the "transformer." prefix and carry the causal mask as a buffer."""
+    buffers = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+    left = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    left = {name: t for name, t in left.items() if not buffers.fullmatch(name)}
+    if model.cfg.tie_weights:
+        left.pop("lm_head.weight", None)  # a copy of the token embedding
     found = {}
     for name, parameter in model.named_parameters():
         hf, transposed = _to_hf_name(name)
-        tensor = tensors.get(hf, tensors.get(hf.removeprefix("transformer.")))
+        tensor = left.pop(hf.removeprefix("transformer."), None)
         if tensor is None:
             raise CheckpointError(f"{path}: tensor {hf} is missing")
         found[name] = (tensor.t() if transposed else tensor).to(parameter.dtype)
+    for name in left:
+        raise CheckpointError(f"{path}: tensor {name} is not part of the model that config.json describes")
     return found

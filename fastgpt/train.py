@@ -181,25 +181,35 @@ class Trainer:
     def restore(self, saved: Checkpoint) -> None:
         """Take up where `saved` left off. Everything is checked before anything is changed."""
         expected = dict(self.model.named_parameters())
-        moments = {moment: saved.part(moment) for moment in ("exp_avg", "exp_avg_sq")}
-        for moment, found in moments.items():
-            check_same(saved.path, moment, found, expected)
+        parts = {part: saved.part(part) for part in ("model", "exp_avg", "exp_avg_sq")}
+        for part, found in parts.items():
+            check_same(saved.path, part, found, expected)
         if saved.state.get("train_tokens") != len(self.corpus.train):
             raise CheckpointError(
                 f"{saved.path}: field 'train_tokens' is {saved.state.get('train_tokens')}, but the data given has "
                 f"{len(self.corpus.train)}: resume with the data the run was started with"
             )
-        if "cpu" not in saved.part("rng"):
-            raise CheckpointError(f"{saved.path}: tensor rng.cpu is missing")
-        load_parameters(self.model, saved.part("model"), saved.path)
+        for key in self.state:
+            if key not in saved.state:
+                raise CheckpointError(f"{saved.path}: field 'state' has no {key!r}")
+        self._restore_random_state(saved)
+        load_parameters(self.model, parts.pop("model"), saved.path)
         self.state = {key: saved.state[key] for key in self.state}
         for name, parameter in expected.items():
             if self.state["step"] > 0:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.state["step"]), device=self.device),
-                    **{m: found[name].to(self.device, copy=True) for m, found in moments.items()},
+                    **{m: found[name].to(self.device, copy=True) for m, found in parts.items()},
                 }
-        torch.set_rng_state(saved.tensors["rng.cpu"])
+
+    def _restore_random_state(self, saved: Checkpoint) -> None:
+        """The generators' states; one that was written on another kind of device is left out."""
+        if "rng.cpu" not in saved.tensors:
+            raise CheckpointError(f"{saved.path}: tensor rng.cpu is missing")
+        try:
+            torch.set_rng_state(saved.tensors["rng.cpu"])
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{saved.path}: tensor rng.cpu is not a random state ({error})") from None
         if self.device.type == "cuda" and "rng.cuda" in saved.tensors:
             torch.cuda.set_rng_state(saved.tensors["rng.cuda"], self.device)
 
@@ -263,14 +273,16 @@ class Trainer:
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             if state["step"] % cfg.log_interval == 0:
                 self._write("train", loss, rate)
-        if self._signal is not None:
+        done = False
+        if state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_steps:
+            done = self._evaluate_and_save()
+        elif self._signal is not None:
             self._save()
+        if self._signal is not None and not done:
             name = signal.Signals(self._signal).name
             hint = f" Resume with: {self.resume_command}" if self.resume_command else ""
             raise Interrupted(f"{name}: stopped at step {state['step']} and saved {self.folder.latest}.{hint}")
-        if state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_steps:
-            return self._evaluate_and_save()
-        return False
+        return done
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""

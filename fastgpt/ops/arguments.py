@@ -36,8 +36,14 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dty
         raise TypeError(f"{name}: has dtype {tensor.dtype}, but {other_name} has {other.dtype}")
 
 
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, (Tensor, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
 def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
-    if isinstance(dropout_p, Tensor) or not 0.0 <= dropout_p < 1.0:
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim != 0:
@@ -54,7 +60,13 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
 
 
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+
+
 def check_label_smoothing(label_smoothing: float) -> None:
+    check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
 
@@ -67,3 +79,11 @@ def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: 
     position = tuple(bad.nonzero()[0].tolist())
     value = int(indices[position])
     return IndexError(f"{name}: value {value} at position {position} is outside [{low}, {high})")
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on the device of `tensor`; None where it is off, or the device (meta) has none."""
+    device_type = tensor.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

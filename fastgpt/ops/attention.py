@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_dropout, check_float, check_like
+from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .reference import causal_mask
@@ -45,9 +45,8 @@ def attention(
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_float(name, tensor, ndim=4)
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(q)
+    if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
@@ -61,11 +60,13 @@ def attention(
         raise ValueError(f"k: its {Hkv} heads do not divide the {H} heads of q")
     if not 0 < D <= MAX_HEAD_SIZE:
         raise ValueError(f"q: head size {D} is outside 1..{MAX_HEAD_SIZE}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number or None, got {scale}")
+    if scale is not None:
+        check_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number or None, got {scale}")
     check_dropout(dropout_p, seed)
     return dispatch(
-        "attention", backend, device_type, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed
+        "attention", backend, q.device.type, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed
     )
 
 
@@ -83,11 +84,14 @@ def _torch(
     Tq, Tk = q.shape[2], k.shape[2]
     if is_causal and Tq > Tk:  # the first rows see no key
         blind = Tq - Tk
-        if dropout_p == 0.0:
-            seen = _torch(q[:, :, blind:], k, v, is_causal=True, scale=scale)
+        if dropout_p == 0.0 or seed is None:  # a seeded mask is keyed by the number of the row: the rows stay together
+            seen = _torch(q[:, :, blind:], k, v, is_causal=True, scale=scale, dropout_p=dropout_p)
             return F.pad(seen, (0, 0, blind, 0))
     if dropout_p > 0.0 and (seed is not None or q.device.type == "cpu"):
-        return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
+        if autocast_dtype(q) is None:
+            return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
+        with torch.autocast(q.device.type, enabled=False):  # it would take the float32 products back to half
+            return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
     mask = None
     if is_causal and Tq != Tk and Tq > 1:
         mask = causal_mask(Tq, Tk, q.device)
@@ -106,6 +110,9 @@ def _torch(
 def _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed):
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
+    out_dtype = q.dtype
+    if out_dtype in (torch.float16, torch.bfloat16):  # scores of half precision overflow, or lose what softmax needs
+        q, k, v = q.float(), k.float(), v.float()
     if k.shape[1] != H:
         k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(D) if scale is None else scale)  # (B, H, Tq, Tk)
@@ -120,7 +127,7 @@ def _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed):
     else:
         keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk)
         weights = weights * keep.to(weights.dtype) * (1.0 / (1.0 - dropout_p))
-    return weights @ v
+    return (weights @ v).to(out_dtype)
 
 
 register("attention", "torch", _torch)

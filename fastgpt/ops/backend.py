@@ -103,7 +103,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_override = _checked(os.environ.get("FASTGPT_BACKEND", "auto") or "auto", "FASTGPT_BACKEND")
+_override = os.environ.get("FASTGPT_BACKEND") or "auto"  # checked at its first use: an import has nobody to tell
 
 
 class use_backend:
@@ -130,7 +130,7 @@ class use_backend:
 
 def requested(backend: str = "auto") -> str:
     """The backend a call with ``backend=backend`` asks for, once `use_backend` and FASTGPT_BACKEND are counted in."""
-    return _checked(backend, "backend") if backend != "auto" else _override
+    return _checked(backend, "backend") if backend != "auto" else _checked(_override, "FASTGPT_BACKEND")
 
 
 def _reason_against(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -> str | None:
@@ -162,7 +162,7 @@ def _say_once(op: str, backend: str, reason: str) -> None:
     if torch.compiler.is_compiling() or (op, backend, reason) in _warned:
         return
     _warned.add((op, backend, reason))
-    warnings.warn(f"fastgpt: {op} does not take the {backend} backend: {reason}", stacklevel=5)
+    warnings.warn(f"fastgpt: {op} does not take the {backend} backend: {reason}", stacklevel=4)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ second pass through a kept graph, or one with create_graph, computes it again fr
 
 from __future__ import annotations
 
+import functools
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_float, check_index, check_label_smoothing, check_like, check_reduction, first_out_of_range
+from .arguments import (
+    autocast_dtype,
+    check_float,
+    check_ignore_index,
+    check_index,
+    check_label_smoothing,
+    check_like,
+    check_reduction,
+    first_out_of_range,
+)
 from .backend import dispatch, register
-from .library import inside_transform, library, raise_on_double_backward, register_autograd
+from .library import (
+    inside_transform,
+    library,
+    raise_on_double_backward,
+    refuse_forward_mode,
+    register_autograd,
+)
 
 
 def cross_entropy(
@@ -38,7 +56,7 @@ def cross_entropy(
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64; never changed.
         targets: (), (N,) or (N, d1, ..., dk), int64 or int32, each in [0, C) or `ignore_index`.
-        weight: (C,), like logits: a factor per class; None is 1.
+        weight: (C,), like logits, without gradient: a factor per class; None is 1.
         ignore_index: targets of this value count for nothing.
         reduction: "mean" (over the targets' weights), "sum" or "none".
         label_smoothing: in [0, 1].
@@ -53,6 +71,7 @@ def cross_entropy(
     check_like("targets", targets, "logits", logits, dtype=False)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
+    check_ignore_index(ignore_index)
     if logits.ndim == 0:
         raise ValueError("logits: expected (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
     class_dim = 0 if logits.ndim == 1 else 1
@@ -66,9 +85,11 @@ def cross_entropy(
         )
     if weight is not None:
         check_float("weight", weight, ndim=1)
-        check_like("weight", weight, "logits", logits, dtype=not torch.is_autocast_enabled(logits.device.type))
+        check_like("weight", weight, "logits", logits, dtype=autocast_dtype(logits) is None)
         if weight.shape[0] != C:
             raise ValueError(f"weight: expected shape ({C},), one factor per class, got {tuple(weight.shape)}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("weight: class weights get no gradient; pass weight.detach()")
     return dispatch(
         "cross_entropy",
         backend,
@@ -110,9 +131,10 @@ def linear_cross_entropy(
     check_index("targets", targets)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    check_ignore_index(ignore_index)
+    dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
     check_like("targets", targets, "x", x, dtype=False)
-    check_like("weight", weight, "x", x, dtype=not autocast)
+    check_like("weight", weight, "x", x, dtype=dtype is None)
     if x.ndim == 0:
         raise ValueError("x: expected shape (..., C), got a 0-dim tensor")
     if x.shape[-1] != weight.shape[1]:
@@ -127,15 +149,14 @@ def linear_cross_entropy(
         )
     if bias is not None:
         check_float("bias", bias, ndim=1)
-        check_like("bias", bias, "x", x, dtype=not autocast)
+        check_like("bias", bias, "x", x, dtype=dtype is None)
         V = weight.shape[0]
         if bias.shape[0] != V:
             raise ValueError(
                 f"bias: expected shape ({V},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
             )
     loss_dtype = x.dtype
-    if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight, loss_dtype = x.to(dtype), weight.to(dtype), torch.float32
         bias = None if bias is None else bias.to(dtype)
     loss = dispatch(
@@ -184,8 +205,11 @@ library.define("scale_gradient_(Tensor(a!) gradient, Tensor scale) -> ()")
 
 
 def _scale_gradient_(gradient: Tensor, scale: Tensor) -> None:
-    """gradient *= scale. The CUDA extension has a kernel that reads `scale` on the device and leaves at once for 1."""
-    gradient.mul_(scale)
+    """gradient *= scale, but an ignored row's 0 stays 0 where `scale` is not finite, as in PyTorch.
+
+    The CUDA extension has a kernel that reads `scale` on the device and leaves at once where it is 1.
+    """
+    torch.where(gradient == 0, gradient, gradient * scale, out=gradient)
 
 
 library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
@@ -199,9 +223,11 @@ def _scale_gradient_fake(gradient, scale):
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient * scale, in place where that can be done behind autograd's back."""
     if type(scale) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(scale):  # being traced
-        return gradient * scale
-    if scale.device.type != "cpu" or float(scale) != 1.0:
-        torch.ops.fastgpt.scale_gradient_(gradient, scale)
+        return torch.where(gradient == 0, gradient, gradient * scale)
+    factor = float(scale) if scale.device.type == "cpu" else math.nan
+    if math.isfinite(factor):
+        return gradient if factor == 1.0 else gradient.mul_(factor)
+    torch.ops.fastgpt.scale_gradient_(gradient, scale)
     return gradient
 
 
@@ -211,10 +237,10 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # PyTorch's numbers
 
 library.define(
     "cross_entropy_native(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, int reduction, "
-    "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor logsumexp, Tensor gradient)"
+    "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor statistics, Tensor gradient)"
 )
 library.define(
-    "cross_entropy_native_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor? weight, Tensor logsumexp, "
+    "cross_entropy_native_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor? weight, Tensor statistics, "
     "int ignore_index, int reduction, float label_smoothing) -> Tensor"
 )
 library.define(
@@ -228,13 +254,13 @@ def _native_fake(logits, targets, weight, ignore_index, reduction, label_smoothi
     N, C = logits.shape
     return (
         logits.new_empty(N if reduction == REDUCTIONS["none"] else (), dtype=torch.float32),
-        logits.new_empty(N, dtype=torch.float32),
+        logits.new_empty((N, 2), dtype=torch.float32),  # the row's maximum, and the log of its sum of exp(x - maximum)
         logits.new_empty((N, C) if with_grad else 0),
     )
 
 
 @torch.library.register_fake("fastgpt::cross_entropy_native_backward", lib=library)
-def _native_backward_fake(grad_loss, logits, targets, weight, logsumexp, ignore_index, reduction, label_smoothing):
+def _native_backward_fake(grad_loss, logits, targets, weight, statistics, ignore_index, reduction, label_smoothing):
     return logits.new_empty(logits.shape)
 
 
@@ -245,10 +271,10 @@ def _chunk_fake(logits, targets, row_scale, ignore_index, label_smoothing, with_
 
 def _native_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, targets, weight, *ctx.options, with_grad = inputs
-    _, logsumexp, gradient = output
-    ctx.mark_non_differentiable(logsumexp, gradient)
+    _, statistics, gradient = output
+    ctx.mark_non_differentiable(statistics, gradient)
     ctx.set_materialize_grads(False)  # or autograd fills a zero gradient of the gradient, as large as the logits
-    ctx.save_for_backward(logits, targets, weight, logsumexp)
+    ctx.save_for_backward(logits, targets, weight, statistics)
     ctx.gradient = gradient if with_grad else None
 
 
@@ -275,6 +301,7 @@ def _native(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
+    refuse_forward_mode("cross_entropy", logits)
     C = logits.shape[0 if logits.ndim == 1 else 1]
     rows = logits if logits.ndim == 2 else logits.movedim(0 if logits.ndim == 1 else 1, -1).reshape(-1, C)
     with_grad = torch.is_grad_enabled() and logits.requires_grad and reduction != "none"
@@ -294,14 +321,12 @@ def _native(
         raise first_out_of_range("targets", targets, 0, C, ignore=ignore_index) from None
     if reduction == "none":
         loss = loss.view(targets.shape)
-    return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
+    return loss if autocast_dtype(logits) is not None else loss.to(logits.dtype)
 
 
 def _native_supports(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None, **options: Any) -> str | None:
     if logits.dtype == torch.float64:
         return "its kernels take float32, float16 and bfloat16, and logits is float64"
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        return "it has no gradient for weight"
     return inside_transform()
 
 
@@ -313,9 +338,24 @@ def _native_supports(logits: Tensor, targets: Tensor, *, weight: Tensor | None =
 # gradient differs per row, and the backward op makes the logits once more.
 
 
-def _chunk_rows(n_rows: int, vocab_size: int) -> int:
-    """Rows per chunk: about 16M logits (64 MB in float32), so that products stay large and memory small."""
-    return max(1, min(n_rows, max(64, 2**24 // vocab_size)))
+SMALLEST_CHUNK = 256  # rows: with fewer, reading and writing dW once per chunk is no longer hidden by the products
+
+
+def _chunk_rows(x: Tensor, vocab_size: int) -> int:
+    """Rows per chunk of equal chunks: on the CPU the logits that fit the last cache, on a GPU 1/512 of its memory."""
+    is_cuda = x.device.type == "cuda"
+    size = torch.cuda.get_device_properties(x.device).total_memory // 512 if is_cuda else _cache_bytes()
+    n_rows = x.shape[0]
+    rows = max(SMALLEST_CHUNK, size // (vocab_size * x.element_size()))
+    return max(1, -(-n_rows // max(1, -(-n_rows // rows))))
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 2**25
+    except (AttributeError, OSError, ValueError):  # only glibc knows
+        return 2**25
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -329,6 +369,7 @@ def _torch_chunk_(
     counted = targets != ignore_index
     targets = torch.where(counted, targets, 0)
     values = logits.to(_statistics_dtype(logits))
+    values = values.sub_(values.amax(1, keepdim=True))  # else logsumexp - logit would cancel in large logits
     logsumexp = torch.logsumexp(values, dim=1)
     loss = logsumexp - values.gather(1, targets[:, None])[:, 0] * (1.0 - label_smoothing)
     if label_smoothing > 0.0:
@@ -351,14 +392,14 @@ class _Head:
     """x weight^T + bias, chunk by chunk, and the sums in which its gradients are gathered."""
 
     def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int) -> None:
-        self.x = x.reshape(-1, x.shape[-1])  # (N, C)
+        self.x = x.reshape(targets.numel(), x.shape[-1])  # (N, C)
         self.weight, self.bias = weight, bias
         self.targets = targets.reshape(-1).long()
         self.counted = self.targets != ignore_index
         V = weight.shape[0]
         if x.device.type == "cpu" and bool((((self.targets < 0) | (self.targets >= V)) & self.counted).any()):
             raise first_out_of_range("targets", targets, 0, V, ignore=ignore_index)
-        self.rows = _chunk_rows(self.x.shape[0], V)
+        self.rows = _chunk_rows(self.x, V)
         self.buffer = x.new_empty((min(self.rows, self.x.shape[0]), V))
 
     def __iter__(self):
@@ -468,7 +509,8 @@ def _define_linear(backend: str) -> Callable[..., Any]:
         else:
             if _mean_comes_last(x):
                 ignore_index, reduction, _ = ctx.options
-                grad_loss = grad_loss * _mean_scale(targets != ignore_index, reduction, grad_loss.dtype)
+                scale = _mean_scale(targets != ignore_index, reduction, grad_loss.dtype)
+                grad_loss = torch.where(scale.isfinite(), grad_loss * scale, 0.0)  # 0 for the mean of nothing
             gradients = [_scaled(gradient, grad_loss) for gradient in gradients]
         dx, dw, db = gradients
         return dx, dw.to(weight.dtype), None, None if bias is None else db.to(bias.dtype), None, None, None, None
@@ -495,6 +537,7 @@ _linear_torch, _linear_native = _define_linear("torch"), _define_linear("native"
 def _linear(
     run: Callable[..., Any], x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: tuple
 ) -> Tensor:
+    refuse_forward_mode("linear_cross_entropy", x, weight, bias)
     reduction = options[1]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -45,7 +45,7 @@ def philox_keep_mask(seed: int | Tensor, p: float, n_rows: int, n_cols: int, dev
     zero = torch.zeros_like(rows)
     words = philox_4x32((groups, rows & _LOW, (rows >> 32) & _LOW, zero), (seed & _LOW, (seed >> 32) & _LOW))
     by_lane = torch.stack([w.expand(n_rows, groups.shape[1]) for w in words], dim=-1)
-    return (by_lane.reshape(n_rows, -1)[:, :n_cols] >> 1) >= drop_threshold(p)
+    return (by_lane.reshape(n_rows, 4 * groups.shape[1])[:, :n_cols] >> 1) >= drop_threshold(p)
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import check_float, check_index, check_like, first_out_of_range
 from .backend import dispatch, register
-from .library import inside_transform, library, raise_on_double_backward, register_autograd
+from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
 
 
 def embedding(
@@ -41,6 +41,8 @@ def embedding(
     check_index("tokens", tokens, ndim=2)
     check_float("token_table", token_table, ndim=2)
     check_like("tokens", tokens, "token_table", token_table, dtype=False)
+    if token_table.shape[0] == 0 and tokens.numel() > 0:
+        raise IndexError(f"token_table: has no rows for tokens of shape {tuple(tokens.shape)}")
     if isinstance(position_offset, bool) or not isinstance(position_offset, (int, torch.SymInt)) or position_offset < 0:
         raise ValueError(f"position_offset: expected an int of at least 0, got {position_offset!r}")
     if position_table is not None:
@@ -120,6 +122,7 @@ _embedding_native = register_autograd("embedding_native", _autograd, _setup_cont
 def _native(
     tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
 ) -> Tensor:
+    refuse_forward_mode("embedding", token_table, position_table)
     try:
         return _embedding_native(tokens.long(), token_table, position_table, position_offset)
     except IndexError:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_dropout, check_float, check_like
+from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
 
@@ -26,7 +26,7 @@ def layer_norm(
     Raises: TypeError, ValueError naming the argument; BackendError where a named backend cannot serve.
     """
     check_float("x", x)
-    _check_affine(x, weight, bias, eps)
+    _check_affine(x, x.dtype, weight, bias, eps)
     return dispatch("layer_norm", backend, x.device.type, x, weight, bias, eps)
 
 
@@ -60,30 +60,32 @@ def add_layer_norm(
     check_like("residual", residual, "x", x, dtype=False)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
-    _check_affine(
-        x if x.dtype == residual.dtype else residual.to(torch.promote_types(x.dtype, residual.dtype)), weight, bias, eps
-    )
+    _check_affine(x, torch.promote_types(x.dtype, residual.dtype), weight, bias, eps)
     check_dropout(dropout_p, seed)
     return dispatch(
         "add_layer_norm", backend, x.device.type, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed
     )
 
 
-def _check_affine(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    """`dtype` is that of what is normalised."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., C) with C at least 1, got {tuple(x.shape)}")
-    same_dtype = not torch.is_autocast_enabled(x.device.type)  # autocast casts, or mixes, as PyTorch's own op does
+    same_dtype = autocast_dtype(x) is None  # autocast casts, or mixes, as PyTorch's own op does
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             if name == "weight":
                 raise TypeError("weight: expected a tensor, got NoneType")
             continue
         check_float(name, tensor, ndim=1)
-        check_like(name, tensor, "x", x, dtype=same_dtype)
+        check_like(name, tensor, "x", x, dtype=False)
+        if same_dtype and tensor.dtype != dtype:
+            raise TypeError(f"{name}: has dtype {tensor.dtype}, but what is normalised has {dtype}")
         if tensor.shape[0] != x.shape[-1]:
             raise ValueError(
                 f"{name}: expected shape ({x.shape[-1]},) to fit x {tuple(x.shape)}, got {tuple(tensor.shape)}"
             )
+    check_number("eps", eps)
     if not eps >= 0.0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 library = torch.library.Library("fastgpt", "DEF")
 
@@ -21,7 +22,8 @@ def raise_on_double_backward(op: str) -> None:
 
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
-            f"fastgpt::{op} has no derivative: double backward is not supported; use backend='torch' ops"
+            f"fastgpt::{op} is a gradient and has none of its own: double backward is not supported; "
+            "the formulas of fastgpt.ops.reference have every derivative"
         )
 
     torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_context, lib=library)
@@ -61,3 +63,14 @@ def inside_transform() -> str | None:
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "it does not work inside torch.func transforms"
     return None
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise where forward-mode AD (`torch.func.jvp`) reaches a registered op: PyTorch takes its derivative for 0."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: forward-mode derivatives are not supported; the formulas of fastgpt.ops.reference have them"
+            )

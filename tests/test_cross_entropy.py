@@ -1,0 +1,393 @@
+"""ops.cross_entropy and ops.linear_cross_entropy: parity, chunks, memory, registration, half precision, errors."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgpt import ops
+from fastgpt.ops import reference
+from fastgpt.parity import DTYPES, run
+
+module = sys.modules["fastgpt.ops.cross_entropy"]  # the attribute of that name is the op
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def classes(high: int, *shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch) -> None:
+    """Three rows a chunk, so that a small test has several, and a last one that is not full."""
+    monkeypatch.setattr(module, "_chunk_rows", lambda n_rows, vocab_size: 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity(dtype: torch.dtype) -> None:
+    report = run(names=["cross_entropy", "linear_cross_entropy"], backends=["torch"], dtypes=[dtype])
+    assert report.rows and not report.failures and not report.skips, str(report)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity_in_chunks(dtype: torch.dtype) -> None:
+    report = run(names=["linear_cross_entropy"], backends=["torch"], dtypes=[dtype])
+    assert report.rows and not report.failures, str(report)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "reduction": st.sampled_from(REDUCTIONS),
+        "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
+        "ignore_index": st.sampled_from([-100, 0, 2**40]),
+    }
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data(), OPTIONS)
+def test_any_shape_and_stride(data, options: dict) -> None:
+    """Against PyTorch in float64, NaN for the mean of nothing and the zero gradient it then has included."""
+    extra = [data.draw(st.integers(0, 3)) for _ in range(data.draw(st.integers(0, 3)))]
+    shape = [data.draw(st.integers(0, 4)), data.draw(st.integers(1, 6)), *extra]
+    order = data.draw(st.permutations(range(len(shape))))
+    stored = normal(*(2 * shape[i] for i in order), dtype=torch.float64)
+    logits = stored[tuple(slice(None, None, 2) for _ in shape)].permute([order.index(i) for i in range(len(shape))])
+    targets = classes(shape[1], shape[0], *extra, seed=data.draw(st.integers(0, 9)))
+    if targets.numel():
+        targets.view(-1)[0] = options["ignore_index"]
+    weight = normal(shape[1], dtype=torch.float64, seed=1).detach().abs() if data.draw(st.booleans()) else None
+    results = []
+    for op in (ops.cross_entropy, F.cross_entropy):
+        leaf = logits.detach().requires_grad_()
+        loss = op(leaf, targets, weight=weight, **options)
+        results.append([loss, *torch.autograd.grad(loss.sin().sum(), leaf)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data(), OPTIONS)
+def test_any_shape_and_stride_of_linear(data, options: dict) -> None:
+    lead = [data.draw(st.integers(0, 4)) for _ in range(data.draw(st.integers(0, 3)))]
+    C, V, step = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 2))
+    order = data.draw(st.permutations(range(len(lead) + 1)))
+    stored = normal(*(step * [*lead, C][i] for i in order), dtype=torch.float64)
+    x = stored[tuple(slice(None, None, step) for _ in order)].permute([order.index(i) for i in range(len(order))])
+    weight = normal(C, step * V, dtype=torch.float64, seed=1).t()[::step]
+    bias = normal(1, dtype=torch.float64, seed=2).expand(V) if data.draw(st.booleans()) else None
+    targets = classes(V, *lead, seed=data.draw(st.integers(0, 9)))
+    if targets.numel():
+        targets.view(-1)[0] = options["ignore_index"]
+
+    def by_torch(x, weight, targets, *, bias, **options):
+        logits = F.linear(x, weight, bias).reshape(targets.numel(), V)
+        loss = F.cross_entropy(logits, targets.reshape(-1), **options)
+        return loss.view(targets.shape) if options["reduction"] == "none" else loss
+
+    results = []
+    for op in (ops.linear_cross_entropy, by_torch):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+        loss = op(*leaves[:2], targets, bias=leaves[2] if bias is not None else None, **options)
+        results.append([loss, *torch.autograd.grad(loss.sin().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_nothing_counted() -> None:
+    """The mean of nothing is NaN and moves no weight; what an ignored row holds does not matter."""
+    x, weight, targets = normal(3, 4), normal(5, 4, seed=1), torch.full((3,), -100)
+    for loss in (ops.linear_cross_entropy(x, weight, targets), ops.cross_entropy(F.linear(x, weight), targets)):
+        assert loss.isnan()
+        for grad in torch.autograd.grad(loss, (x, weight)):
+            assert torch.equal(grad, torch.zeros_like(grad))
+    broken = torch.cat([x.detach(), torch.full((1, 4), math.nan)]).requires_grad_()
+    loss = ops.linear_cross_entropy(broken, weight, torch.tensor([0, 1, 2, -100]))
+    torch.testing.assert_close(loss, ops.linear_cross_entropy(x, weight, torch.tensor([0, 1, 2])))
+
+
+def test_infinite_and_huge_logits() -> None:
+    inf = math.inf
+    logits = torch.tensor([[0.0, -inf, 0.0], [1e30, -1e30, 0.0], [3e38, 3e38, -3e38]])
+    loss = ops.cross_entropy(logits, torch.tensor([0, 0, 1]), reduction="none")
+    torch.testing.assert_close(loss, torch.tensor([math.log(2), 0.0, math.log(2)]))
+    assert ops.cross_entropy(logits[:1], torch.tensor([1])) == inf
+    rows = ops.linear_cross_entropy(logits, torch.eye(3)[:, :3], torch.tensor([0, 0, 1]), reduction="none")
+    torch.testing.assert_close(rows[1:], loss[1:])
+    assert rows[0].isnan()  # 0 * -inf, in the product
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)], ids=str)
+def test_gradients_of_some_inputs_alone(wanted: tuple[int, ...], reduction: str) -> None:
+    targets = classes(7, 5)
+    results = []
+    for op in (ops.linear_cross_entropy, reference.linear_cross_entropy):
+        inputs = [normal(5, 4), normal(7, 4, seed=1), normal(7, seed=2)]
+        leaves = [t.detach().requires_grad_(bool(w)) for t, w in zip(inputs, wanted, strict=True)]
+        loss = op(leaves[0], leaves[1], targets, bias=leaves[2], reduction=reduction)
+        loss.sum().backward()
+        results.append([t.grad for t in leaves])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_without_gradient() -> None:
+    x, weight, targets = normal(5, 4), normal(7, 4, seed=1), classes(7, 5)
+    with torch.no_grad():
+        quiet = ops.linear_cross_entropy(x, weight, targets)
+    assert not quiet.requires_grad and torch.equal(quiet, ops.linear_cross_entropy(x, weight, targets))
+    assert not ops.linear_cross_entropy(x.detach(), weight.detach(), targets).requires_grad
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_deterministic_and_leaves_its_inputs_alone(reduction: str) -> None:
+    inputs = [normal(20, 16), normal(33, 16, seed=1), normal(33, seed=2)]
+    targets = classes(33, 20)
+    logits = normal(20, 33, seed=3)
+    copies = [t.detach().clone() for t in (*inputs, targets, logits)]
+    runs = []
+    for _ in range(2):
+        x, weight, bias = inputs
+        fused = ops.linear_cross_entropy(x, weight, targets, bias=bias, reduction=reduction, label_smoothing=0.1)
+        plain = ops.cross_entropy(logits, targets, reduction=reduction, label_smoothing=0.1)
+        runs.append([fused, plain, *torch.autograd.grad((fused + plain).sin().sum(), (*inputs, logits))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(t, copy) for t, copy in zip((*inputs, targets, logits), copies, strict=True))
+
+
+def test_backward_twice_gives_the_same() -> None:
+    x, weight = normal(5, 4), normal(7, 4, seed=1)
+    loss = ops.linear_cross_entropy(x, weight, classes(7, 5))
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (x, weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_derivatives_that_are_not_there_raise(reduction: str) -> None:
+    x, weight, targets = normal(5, 4), normal(7, 4, seed=1), classes(7, 5)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return ops.linear_cross_entropy(x, weight, targets, reduction=reduction).sum()
+
+    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy: forward-mode"):
+        torch.func.jvp(loss, (x.detach(),), (torch.ones(5, 4),))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(loss)(x.detach())
+
+
+def test_cross_entropy_has_every_derivative() -> None:
+    logits, targets = normal(5, 4, dtype=torch.float64), classes(4, 5)
+    results = []
+    for op in (ops.cross_entropy, reference.cross_entropy):
+        (grad,) = torch.autograd.grad(op(logits, targets, label_smoothing=0.1), logits, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), logits)[0])
+    torch.testing.assert_close(*results)
+    rows = torch.vmap(lambda x, t: ops.cross_entropy(x, t))(logits, targets)
+    torch.testing.assert_close(rows, ops.cross_entropy(logits, targets, reduction="none"))
+
+
+def layouts() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        "contiguous": (normal(4, 6), normal(7, 6)),
+        "transposed": (normal(6, 4).t(), normal(6, 7).t()),
+        "expanded": (normal(1, 6).expand(4, 6), normal(7, 1).expand(7, 6)),
+        "permuted": (normal(3, 2, 6).transpose(0, 1), normal(7, 6)),
+        "no rows": (normal(0, 6), normal(7, 6)),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_opcheck(reduction: str, layout: str) -> None:
+    x, weight = (t.detach().requires_grad_() for t in layouts()[layout])
+    bias = None if layout == "permuted" else normal(7)
+    arguments = (x, weight, classes(7, *x.shape[:-1]), bias, -100, reduction, 0.1, reduction != "none")
+    if layout == "no rows" and reduction == "mean":
+        arguments = (*arguments[:5], "sum", *arguments[6:])  # opcheck compares outputs, and NaN is never equal
+    torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_torch.default, arguments)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compile(reduction: str) -> None:
+    torch._dynamo.reset()
+    x, weight, bias, targets = normal(2, 5, 4), normal(7, 4, seed=1), normal(7, seed=2), classes(7, 2, 5)
+
+    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        fused = ops.linear_cross_entropy(x, weight, targets, bias=bias, reduction=reduction)
+        logits = F.linear(x, weight, bias).transpose(1, 2)
+        return (fused + ops.cross_entropy(logits, targets, reduction=reduction)).sin().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    runs = [[out := f(x, weight, bias), *torch.autograd.grad(out, (x, weight, bias))] for f in (compiled, call)]
+    for ours, eager in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    x, weight, bias, targets = normal(5, 4), normal(7, 4, seed=1), normal(7, seed=2), classes(7, 5)
+    with torch.autocast("cpu", dtype):
+        loss = ops.linear_cross_entropy(x, weight, targets, bias=bias)
+        logits = F.linear(x, weight, bias)
+        assert loss.dtype == F.cross_entropy(logits, targets).dtype == torch.float32
+        assert ops.cross_entropy(logits, targets).dtype == F.cross_entropy(logits, targets).dtype
+        assert ops.linear_cross_entropy(x.double(), weight.double(), targets).dtype == torch.float64
+        assert ops.linear_cross_entropy(x.to(dtype), weight, targets).dtype == torch.float32  # as a model calls it
+    loss.backward()
+    assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, ops.linear_cross_entropy(x, weight, targets, bias=bias), rtol=2e-2, atol=2e-2)
+
+
+def test_a_loss_scale_saves_float16_gradients() -> None:
+    """A probability over N rows is 0 in float16; what a scaler multiplies the loss by must reach it before that."""
+    x, weight, targets = normal(4096, 16), normal(500, 16, seed=1) * 0.1, classes(500, 4096)
+    errors = []
+    for op in (ops.linear_cross_entropy, lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t)):
+        low = [t.detach().half().requires_grad_() for t in (x, weight)]
+        exact = [t.detach().double().requires_grad_() for t in low]
+        grads = torch.autograd.grad(1024 * op(*low, targets).float(), low)
+        expected = torch.autograd.grad(1024 * reference.linear_cross_entropy(*exact, targets), exact)
+        errors.append([float((g - e).abs().max()) for g, e in zip(grads, expected, strict=True)])
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours <= 2 * theirs
+
+
+PEAK = """
+import resource, torch
+from fastgpt import ops
+
+N, V, C = {n_rows}, 50304, 768
+x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+targets = torch.randint(V, (N,))
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.linear_cross_entropy(x[:2], weight[:64], targets[:2] % 64).backward()  # threads, buffers, code
+x.grad = weight.grad = None
+before = peak()
+ops.linear_cross_entropy(x, weight, targets).backward()
+print(peak() - before - x.grad.nbytes - weight.grad.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts in other units elsewhere")
+def test_memory() -> None:
+    """Peak memory at x (8192, 768), V 50304 beyond inputs and gradients: under 1/8 of the logits' 1.6 GB.
+
+    Run with 1024 rows, which take 4 chunks and an eighth of the time. More rows take more of the same chunks; what
+    grows with them is the forward's dx, which backward scales into the gradient, and a few numbers a row.
+    """
+    n_rows, full = 1024, 8192
+    assert module._chunk_rows(n_rows, 50304) == module._chunk_rows(full, 50304) < n_rows
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK.format(n_rows=n_rows)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    growth = (full - n_rows) * (768 * 4 + 64)
+    assert int(done.stdout) + growth < full * 50304 * 4 / 8
+
+
+LOGITS, TARGETS, X, W = torch.randn(4, 6), torch.tensor([0, 1, 5, 2]), torch.randn(4, 3), torch.randn(6, 3)
+OUT_OF_RANGE = [
+    (torch.tensor([0, 1, 6, 2]), r"targets: value 6 at position \(2,\) is outside \[0, 6\)"),
+    (torch.tensor([0, -3, 1, 2]), r"targets: value -3 at position \(1,\)"),
+    (torch.tensor([0, -100, 1, 2**40]), r"targets: value 1099511627776 at position \(3,\)"),
+]
+
+
+@pytest.mark.parametrize("targets, message", OUT_OF_RANGE)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+def test_targets_out_of_range(targets: torch.Tensor, message: str, options: dict) -> None:
+    with pytest.raises(IndexError, match=f"^{message}"):
+        ops.linear_cross_entropy(X, W, targets, **options)
+    for weight in (None, torch.ones(6)):
+        with pytest.raises(IndexError, match=f"^{message}"):
+            ops.cross_entropy(LOGITS, targets, weight=weight, **options)
+
+
+def test_targets_out_of_range_in_more_dimensions() -> None:
+    with pytest.raises(IndexError, match=r"targets: value 3 at position \(1, 0\)"):
+        ops.cross_entropy(torch.randn(2, 3, 2), torch.tensor([[0, 1], [3, 0]]))
+    with pytest.raises(IndexError, match=r"targets: value 9 at position \(0, 1\)"):
+        ops.linear_cross_entropy(X.view(2, 2, 3), W, torch.tensor([[0, 9], [1, 2]]))
+    assert ops.cross_entropy(LOGITS, torch.tensor([0, 1, 999, 2]), ignore_index=999).isfinite()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"targets": TARGETS.float()}, TypeError, r"targets: expected int64 \(or int32\)"),
+        ({"targets": TARGETS.to(torch.uint8)}, TypeError, "targets: expected int64"),
+        ({"targets": [0]}, TypeError, "targets: expected a tensor"),
+        ({"targets": TARGETS[:3]}, ValueError, r"targets: expected shape \(4,\)"),
+        ({"targets": TARGETS.to("meta")}, ValueError, "targets: on meta"),
+        ({"reduction": "avg"}, ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
+        ({"reduction": None}, ValueError, "reduction: "),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing: "),
+        ({"label_smoothing": math.nan}, ValueError, "label_smoothing: "),
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing: expected a number"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
+        ({"ignore_index": None}, TypeError, "ignore_index: expected an int"),
+        ({"backend": "c++"}, ValueError, "backend: unknown backend"),
+    ],
+)
+def test_bad_arguments_of_both(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        ops.cross_entropy(**{"logits": LOGITS, "targets": TARGETS, **change})
+    with pytest.raises(error, match=f"^{message}"):
+        ops.linear_cross_entropy(**{"x": X, "weight": W, "targets": TARGETS, **change})
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"logits": LOGITS.long()}, TypeError, "logits: expected float16"),
+        ({"logits": torch.tensor(1.0)}, ValueError, "logits: expected"),
+        ({"logits": LOGITS[:, :0]}, ValueError, "logits: expected at least one class"),
+        ({"weight": torch.ones(5)}, ValueError, r"weight: expected shape \(6,\), one factor per class"),
+        ({"weight": torch.ones(6).half()}, TypeError, "weight: has dtype torch.float16"),
+        ({"weight": torch.ones(6, requires_grad=True)}, ValueError, "weight: class weights get no gradient"),
+    ],
+)
+def test_bad_arguments_of_cross_entropy(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        ops.cross_entropy(**{"logits": LOGITS, "targets": TARGETS, **change})
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": X.int()}, TypeError, "x: expected float16"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x: expected shape \(..., C\)"),
+        ({"weight": W[0]}, ValueError, "weight: expected 2 dimensions"),
+        ({"weight": W[:, :2]}, ValueError, r"weight: expected shape \(V, 3\)"),
+        ({"weight": W[:0]}, ValueError, "weight: expected at least one class"),
+        ({"weight": W.double()}, TypeError, "weight: has dtype torch.float64"),
+        ({"bias": torch.ones(5)}, ValueError, r"bias: expected shape \(6,\)"),
+        ({"bias": torch.ones(6).half()}, TypeError, "bias: has dtype torch.float16"),
+        ({"bias": torch.ones(6, 1)}, ValueError, "bias: expected 1 dimensions"),
+    ],
+)
+def test_bad_arguments_of_linear_cross_entropy(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        ops.linear_cross_entropy(**{"x": X, "weight": W, "targets": TARGETS, **change})

@@ -1,0 +1,128 @@
+"""ops.embedding: parity with the oracle, layouts, deterministic gradients of repeated tokens, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgpt import ops
+from fastgpt.ops import reference
+from fastgpt.parity import DTYPES, run
+
+
+def table(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity(dtype: torch.dtype) -> None:
+    report = run(names=["embedding"], backends=["torch"], dtypes=[dtype])
+    assert report.rows and not report.failures and not report.skips, str(report)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_shape_and_stride(data) -> None:
+    B, T, C, V = (data.draw(st.integers(low, 5)) for low in (0, 0, 0, 1))
+    offset, step = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    tokens = torch.randint(V, (step * T, B), generator=generator)[::step].t()
+    if data.draw(st.booleans()):
+        tokens = tokens.to(torch.int32)
+    token_table = table(C, step * V, dtype=torch.float64).t()[::step]
+    position_table = table(1, C, dtype=torch.float64, seed=1).expand(offset + T + 1, C)
+    results = []
+    for op in (ops.embedding, reference.embedding):
+        leaves = [t.detach().requires_grad_() for t in (token_table, position_table)]
+        out = op(tokens, *leaves, position_offset=offset)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_output_is_not_a_view_of_the_table() -> None:
+    tokens, tokens_table = torch.tensor([[1]]), torch.ones(2, 3)
+    ops.embedding(tokens, tokens_table).fill_(5.0)
+    assert torch.equal(tokens_table, torch.ones(2, 3))
+
+
+def test_deterministic_and_leaves_its_inputs_alone() -> None:
+    tokens = torch.randint(3, (16, 64), generator=torch.Generator().manual_seed(0))
+    tables = table(3, 40), table(64, 40, seed=1)
+    copies = [tokens.clone(), *(t.detach().clone() for t in tables)]
+    runs = []
+    for _ in range(2):
+        out = ops.embedding(tokens, *tables)
+        runs.append([out, *torch.autograd.grad(out.sin().sum(), tables)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(x, copy) for x, copy in zip((tokens, *tables), copies, strict=True))
+
+
+def test_gradient_of_one_table_alone() -> None:
+    tokens = torch.tensor([[0, 1, 1]])
+    for wanted in (0, 1):
+        tables = [table(4, 5).detach(), table(3, 5).detach()]
+        tables[wanted].requires_grad_()
+        ops.embedding(tokens, *tables).sum().backward()
+        assert tables[wanted].grad is not None and tables[1 - wanted].grad is None
+
+
+def test_compile_and_vmap() -> None:
+    torch._dynamo.reset()
+    tokens, tables = torch.tensor([[0, 2, 2], [1, 0, 3]]), (table(4, 5), table(9, 5, seed=1))
+    compiled = torch.compile(lambda *a: ops.embedding(*a, position_offset=4), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens, *tables), ops.embedding(tokens, *tables, position_offset=4))
+    mapped = torch.vmap(lambda row: ops.embedding(row[None], *tables)[0])(tokens)
+    assert torch.equal(mapped, ops.embedding(tokens, *tables))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_dtype(dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype):
+        assert ops.embedding(torch.tensor([[0]]), table(1, 4), table(1, 4)).dtype == torch.float32
+
+
+TOKENS, TABLE = torch.tensor([[0, 1], [2, 3]]), torch.randn(4, 6)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"tokens": torch.tensor([[0, 4]])}, IndexError, r"tokens: value 4 at position \(0, 1\) is outside \[0, 4\)"),
+        ({"tokens": torch.tensor([[0], [-1]])}, IndexError, r"tokens: value -1 at position \(1, 0\)"),
+        ({"tokens": TOKENS.float()}, TypeError, r"tokens: expected int64 \(or int32\) indices, got torch.float32"),
+        ({"tokens": TOKENS.bool()}, TypeError, "tokens: expected int64"),
+        ({"tokens": TOKENS[0]}, ValueError, "tokens: expected 2 dimensions"),
+        ({"tokens": [[0]]}, TypeError, "tokens: expected a tensor, got list"),
+        ({"tokens": TOKENS.to("meta")}, ValueError, "tokens: on meta"),
+        ({"token_table": TABLE.long()}, TypeError, "token_table: expected float16"),
+        ({"token_table": TABLE[None]}, ValueError, "token_table: expected 2 dimensions"),
+        ({"token_table": TABLE[:0]}, IndexError, "token_table: has no rows"),
+        ({"position_table": TABLE[:, :5]}, ValueError, r"position_table: expected shape \(P, 6\)"),
+        ({"position_table": TABLE.half()}, TypeError, "position_table: has dtype torch.float16"),
+        (
+            {"position_table": TABLE[:1]},
+            IndexError,
+            r"tokens: positions 0\.\.1 do not fit the 1 rows of position_table",
+        ),
+        (
+            {"position_table": TABLE, "position_offset": 3},
+            IndexError,
+            r"tokens: positions 3\.\.4 do not fit the 4 rows",
+        ),
+        ({"position_offset": -1}, ValueError, "position_offset: "),
+        ({"position_offset": 1.0}, ValueError, "position_offset: "),
+        ({"position_offset": True}, ValueError, "position_offset: "),
+    ],
+)
+def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        ops.embedding(**{"tokens": TOKENS, "token_table": TABLE, **change})
+
+
+def test_no_tokens_need_no_rows() -> None:
+    assert ops.embedding(TOKENS[:, :0], TABLE[:0]).shape == (2, 0, 6)
+    assert ops.embedding(TOKENS[:0], TABLE, TABLE).shape == (0, 2, 6)

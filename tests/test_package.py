@@ -1,0 +1,87 @@
+"""What is installed: the wheel's contents, how long the import takes, and what it does not drag in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, *, cwd: Path | None = None, **env: str) -> str:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy of the sources, as `pip install .` builds it."""
+    import shutil
+
+    source = tmp_path_factory.mktemp("source") / "fastgpt"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {t for t in top if not t.endswith(".dist-info")} == {"fastgpt"}, "no top-level triton_kernels"
+    for path in (*(ROOT / "fastgpt").rglob("*.py"), ROOT / "fastgpt" / "py.typed"):
+        assert str(path.relative_to(ROOT)) in names
+    for path in (ROOT / "triton_kernels").glob("*.py"):
+        assert f"fastgpt/triton_kernels/{path.name}" in names
+
+
+def test_the_wheels_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    info = next(name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name)
+    metadata = archive.read(f"{info}/METADATA").decode()
+    assert "Name: fastgpt-kernels\n" in metadata and "License-Expression: MIT" in metadata
+    for wanted in ("Requires-Dist: torch>=2.11", "Requires-Python: >=3.11", 'sys_platform == "linux"'):
+        assert wanted in metadata
+    for extra in ("plot", "data", "dev"):
+        assert f"Provides-Extra: {extra}" in metadata
+    assert "fastgpt = fastgpt.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert f"{info}/licenses/LICENSE" in archive.namelist()
+
+
+def test_the_wheel_runs_away_from_the_sources(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import fastgpt, fastgpt.triton_kernels as t; print(fastgpt.__file__, t.__file__); fastgpt.ops.attention"
+    for path in python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split():
+        assert path.startswith(str(tmp_path / "site"))
+    text = python("from fastgpt.doctor import report; print(report())", PYTHONPATH=str(tmp_path / "site"))
+    assert "attention: runs on torch" in text
+
+
+def test_import_costs_little_over_torch_and_drags_nothing_in():
+    """At most 100 ms over `import torch`, the best of three; neither triton nor the other optional parts."""
+    timed = "import torch, time; t = time.perf_counter(); import fastgpt; print(time.perf_counter() - t)"
+    assert min(float(python(timed)) for _ in range(3)) < 0.1
+    heavy = ["triton", "matplotlib", "tokenizers", "tyro", "tqdm", "safetensors", "transformers", "torch._dynamo"]
+    code = f"import torch, sys; before = set(sys.modules); import fastgpt; print([m for m in {heavy!r} if m in "
+    assert python(code + "set(sys.modules) - before])") == "[]"
+
+
+def test_public_names():
+    import fastgpt
+
+    assert set(fastgpt.__all__) == {"GPT", "BackendError", "GPTConfig", "ops", "use_backend"}
+    assert set(fastgpt.ops.__all__) == {
+        "add_layer_norm", "attention", "cross_entropy", "embedding", "explain", "layer_norm", "linear_cross_entropy",
+    }  # fmt: skip

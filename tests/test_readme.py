@@ -1,0 +1,115 @@
+"""What the README shows is run: its commands, its example, its file tree, and the targets of `make`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SPEECH = "ROMEO. But soft, what light through yonder window breaks?\nJULIET. It is KING HENRY, 1599!\n\n"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def shell_commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def run(words: list[str], cwd: Path) -> str:
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def as_module(words: list[str]) -> list[str]:
+    return [sys.executable, "-m", *words]
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A folder in which `shakespeare` is one short file and a run is a few steps long."""
+    (tmp_path / "shakespeare.txt").write_text(SPEECH * 40)
+    return tmp_path
+
+
+def shortened(words: list[str], folder: Path) -> list[str]:
+    """The same command on little text and few steps; everything else stays as the reader would type it."""
+    words = [str(folder / "shakespeare.txt") if w == "shakespeare" and words[i] == "--data" else w
+             for i, w in enumerate(words[1:])]  # fmt: skip
+    words = [sys.executable, "-m", "fastgpt", *words]
+    if words[3] == "train":
+        if "--max-steps" in words:
+            del words[(i := words.index("--max-steps")) : i + 2]
+        words += ["--max-steps", "6" if "--resume" in words else "3", "--eval-batches", "1"]
+    return words
+
+
+def test_the_commands_of_the_readme_run_in_order(small):
+    commands = [words for words in shell_commands() if words[0] == "fastgpt" and words[1] != "parity"]
+    assert [words[1] for words in commands] == ["train", "sample", "train", "doctor"]
+    outputs = [run(shortened(words, small), small) for words in commands]
+    assert "step 3:" in outputs[0]
+    assert outputs[1].startswith("ROMEO. ") and len(outputs[1]) == len("ROMEO. ") + 200 + 1
+    assert "step 6:" in outputs[2]
+    assert "attention: runs on" in outputs[3]
+
+
+def test_the_other_commands_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for words in shell_commands():
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
+        elif words[0] == "pip":
+            assert words[1:3] in (["install", "."], ["install", ".[plot,data]"])
+        else:
+            assert words[0] == "fastgpt"
+
+
+def test_make_demo_trains_and_samples_as_written(small):
+    """The recipe of `make demo`, taken from make itself; only the text and the number of steps are smaller."""
+    touched = ["-o", str(Path(".venv/installed"))]  # as if the environment were there
+    recipe = run(["make", "-n", *touched, "-C", str(ROOT), "demo"], ROOT)
+    commands = [shlex.split(line) for line in recipe.splitlines() if "fastgpt" in line.split(" ")[0]]
+    assert [words[1] for words in commands] == ["train", "sample"]
+    for words in commands:
+        output = run(shortened(words, small), small)
+    assert output.startswith("KING HENRY. ")
+    assert (small / "runs/demo/loss.png").exists()
+
+
+def test_make_test_is_what_ci_runs():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    recipe = run(["make", "-n", "-o", ".venv/installed", "-C", str(ROOT), "test"], ROOT)
+    for tool in ("ruff format --check", "ruff check", "mypy", "pytest"):
+        assert tool in recipe
+
+
+def test_the_example_prints_what_it_says(tmp_path):
+    (example,) = blocks("python")
+    assert len(example.strip().splitlines()) <= 10
+    (tmp_path / "example.py").write_text(example)
+    nats, shape, explanation = run([sys.executable, "example.py"], tmp_path).splitlines()[:3]
+    assert nats == "4.2 nats" and shape == "torch.Size([1, 12])" and explanation.startswith("attention: runs on")
+
+
+def test_the_file_tree_is_the_files():
+    tree = README.split("## The files")[1].split("```")[1]
+    listed = set(re.findall(r"^  ([\w/]+\.py) ", tree, flags=re.MULTILINE))
+    package = ROOT / "fastgpt"
+    there = {str(p.relative_to(package)) for p in package.rglob("*.py") if not p.name.startswith("__")}
+    assert listed == there
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).is_file(), target
