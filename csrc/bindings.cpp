@@ -24,7 +24,10 @@ static PyObject* use_instruction_set(PyObject*, PyObject* name) {
   return PyBool_FromLong(found);
 }
 
+static PyObject* stream_threshold(PyObject*, PyObject*) { return PyLong_FromLongLong(fastgpt::stream_threshold()); }
+
 static PyMethodDef methods[] = {
+    {"stream_threshold", stream_threshold, METH_NOARGS, "Bytes from which on a result is stored round the caches."},
     {"instruction_set", instruction_set, METH_NOARGS, "Which vector instructions the kernels use."},
     {"use_instruction_set", use_instruction_set, METH_O,
      "Use the kernels for 'avx512', 'avx2' or 'generic', for tests and comparisons. False where they do not run here."},

@@ -341,13 +341,11 @@ def _native_supports(logits: Tensor, targets: Tensor, *, weight: Tensor | None =
 SMALLEST_CHUNK = 256  # rows: with fewer, reading and writing dW once per chunk is no longer hidden by the products
 
 
-def _chunk_rows(x: Tensor, vocab_size: int) -> int:
-    """Rows per chunk of equal chunks: on the CPU the logits that fit the last cache, on a GPU 1/512 of its memory."""
-    is_cuda = x.device.type == "cuda"
-    size = torch.cuda.get_device_properties(x.device).total_memory // 512 if is_cuda else _cache_bytes()
-    n_rows = x.shape[0]
-    rows = max(SMALLEST_CHUNK, size // (vocab_size * x.element_size()))
-    return max(1, -(-n_rows // max(1, -(-n_rows // rows))))
+def _chunk_rows(n_rows: int, vocab_size: int, values: int | None = None) -> int:
+    """Rows per chunk, for equal chunks of at most `values` logits; None: the float32 that fit the CPU's last cache."""
+    rows = max(SMALLEST_CHUNK, (_cache_bytes() // 4 if values is None else values) // vocab_size)
+    n_chunks = max(1, -(-n_rows // rows))
+    return max(1, -(-n_rows // n_chunks))
 
 
 @functools.cache
@@ -399,7 +397,11 @@ class _Head:
         V = weight.shape[0]
         if x.device.type == "cpu" and bool((((self.targets < 0) | (self.targets >= V)) & self.counted).any()):
             raise first_out_of_range("targets", targets, 0, V, ignore=ignore_index)
-        self.rows = _chunk_rows(self.x, V)
+        if x.device.type == "cuda":  # 1/512 of its memory: hundreds of rows, enough for every multiprocessor
+            values = torch.cuda.get_device_properties(x.device).total_memory // (512 * x.element_size())
+            self.rows = _chunk_rows(self.x.shape[0], V, values)
+        else:
+            self.rows = _chunk_rows(self.x.shape[0], V)
         self.buffer = x.new_empty((min(self.rows, self.x.shape[0]), V))
 
     def __iter__(self):
