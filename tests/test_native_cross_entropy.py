@@ -77,7 +77,7 @@ def test_sixteen_bits_are_read_and_rounded_as_pytorch_does(instructions: str) ->
 
 def test_streamed_rows() -> None:
     """A gradient larger than the last cache is stored round it; rows of 50,257 start at every alignment."""
-    n = 2 * native.load("cpu").stream_threshold() // (4 * 50257) + 3
+    n = native.load("cpu").stream_threshold() // (4 * 50257) + 3
     logits, targets = rows(n, 50257)
     _, gradient = loss_and_gradient(logits, targets)
     expected = torch.softmax(logits.detach(), 1)
