@@ -245,6 +245,17 @@ def test_compile(reduction: str) -> None:
         torch.testing.assert_close(ours, eager)
 
 
+def test_compile_with_dynamic_shapes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    weight = normal(7, 4, seed=1)
+    for n_rows in (3, 5, 9):
+        x, targets = normal(n_rows, 4), classes(7, n_rows)
+        runs = [torch.autograd.grad(f(x, weight, targets), (x, weight)) for f in (compiled, ops.linear_cross_entropy)]
+        for ours, eager in zip(*runs, strict=True):
+            torch.testing.assert_close(ours, eager)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     x, weight, bias, targets = normal(5, 4), normal(7, 4, seed=1), normal(7, seed=2), classes(7, 5)

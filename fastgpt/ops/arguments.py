@@ -37,7 +37,7 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dty
 
 
 def check_number(name: str, value: float) -> None:
-    if isinstance(value, (Tensor, str)) or not hasattr(value, "__float__"):
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 

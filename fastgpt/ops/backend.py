@@ -133,6 +133,11 @@ def requested(backend: str = "auto") -> str:
     return _checked(backend, "backend") if backend != "auto" else _checked(_override, "FASTGPT_BACKEND")
 
 
+def implements(backend: str, op: str) -> bool:
+    """Whether there is an implementation of `op` on `backend` at all, here or elsewhere."""
+    return (op, backend) in _registry
+
+
 def _reason_against(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -> str | None:
     implementation = _registry.get((op, backend))
     if implementation is None:
