@@ -39,7 +39,7 @@ DEFINES = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b00000000
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
 CPU_SOURCES = ["bindings", "cross_entropy", "embedding", "tensor", "large_blocks", "kernels", "kernels_generic"]
 CPU_SOURCES += ["kernels_avx2", "kernels_avx512"]  # empty on other processors
-CUDA_SOURCES = ["bindings_cuda", "cross_entropy", "embedding"]
+CUDA_SOURCES = ["bindings_cuda.cpp", "cross_entropy.cu", "embedding.cu"]
 
 
 def source_hash() -> str:
@@ -117,12 +117,13 @@ class Optional(build_ext):
         write_errors(self.package_folder(), self.errors)
 
     def build_extensions(self) -> None:
-        modules = self.extensions
+        modules, folder = self.extensions, self.build_temp
         for module in modules:
             self.extensions = [module]
+            self.build_temp = os.path.join(folder, module.name)  # two modules have a cross_entropy.o
             with self.optional(module.name):
                 super().build_extensions()
-        self.extensions = modules
+        self.extensions, self.build_temp = modules, folder
 
     @contextlib.contextmanager
     def optional(self, what: str) -> Iterator[None]:
@@ -207,8 +208,8 @@ def modules() -> tuple[list, type]:
         module(cpp_extension.CppExtension, "_C", cpu, {"cxx": CXX_FLAGS + DEFINES}, py_limited_api=True),
     ]
     if with_cuda:
-        cuda = [f"csrc/{name}.cu" for name in CUDA_SOURCES]
-        nvcc_flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "--threads=2", *DEFINES]
+        cuda = [f"csrc/{file}" for file in CUDA_SOURCES]
+        nvcc_flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-UNDEBUG", "--threads=2", *DEFINES]  # assert: range checks
         flags = {"cxx": CXX_FLAGS + DEFINES, "nvcc": nvcc_flags}
         found.append(module(cpp_extension.CUDAExtension, "_C_cuda", cuda, flags, py_limited_api=True))
 

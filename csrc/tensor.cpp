@@ -30,9 +30,9 @@ int64_t stream_threshold() {
   static const int64_t bytes = [] {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (found > 0) return static_cast<int64_t>(found);
+    if (found > 0) return static_cast<int64_t>(found) / 2;
 #endif
-    return int64_t{32} << 20;
+    return int64_t{16} << 20;
   }();
   return bytes;
 }

@@ -227,7 +227,8 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     factor = float(scale) if scale.device.type == "cpu" else math.nan
     if math.isfinite(factor):
         return gradient if factor == 1.0 else gradient.mul_(factor)
-    torch.ops.fastgpt.scale_gradient_(gradient, scale)
+    in_kernel = gradient.dtype != torch.float64 and scale.dtype == torch.float32
+    (torch.ops.fastgpt.scale_gradient_ if in_kernel else _scale_gradient_)(gradient, scale)
     return gradient
 
 

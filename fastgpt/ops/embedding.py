@@ -84,6 +84,25 @@ library.define(
     "embedding_native_backward(Tensor grad, Tensor tokens, SymInt vocab_size, SymInt n_positions, "
     "SymInt position_offset, bool with_tokens, bool with_positions) -> (Tensor, Tensor)"
 )
+library.define("embedding_sum_sorted(Tensor grad, Tensor sorted, Tensor order, SymInt vocab_size) -> Tensor")
+library.define("embedding_sum_positions(Tensor grad, SymInt n_positions, SymInt position_offset) -> Tensor")
+
+
+@torch.no_grad()
+def _native_backward_cuda(grad, tokens, vocab_size, n_positions, position_offset, with_tokens, with_positions):
+    """On a GPU the tokens are sorted by PyTorch, stably, and the kernels sum runs of equal ones."""
+    grad = grad.contiguous()
+    C = grad.shape[2]
+    d_tokens, d_positions = grad.new_empty((0, C)), grad.new_empty((0, C))
+    if with_tokens:
+        in_order, order = torch.sort(tokens.reshape(-1), stable=True)
+        d_tokens = torch.ops.fastgpt.embedding_sum_sorted(grad.view(tokens.numel(), C), in_order, order, vocab_size)
+    if with_positions:
+        d_positions = torch.ops.fastgpt.embedding_sum_positions(grad, n_positions, position_offset)
+    return d_tokens, d_positions
+
+
+library.impl("embedding_native_backward", _native_backward_cuda, "CUDA")
 
 
 @torch.library.register_fake("fastgpt::embedding_native", lib=library)
