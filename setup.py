@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def recorded_output() -> Iterator[list[str]]:
 def compiler_error(lines: list[str], error: BaseException) -> str:
     """The first line in which a compiler or linker says what is wrong."""
     for line in lines:
-        if "error" in line.lower() and "ninja: error" not in line and not line.startswith(("FAILED", "[")):
+        if re.search(r"\berror\b|not found", line, re.IGNORECASE) and not re.match(r"ninja:|FAILED|\[", line):
             return line.strip()
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 

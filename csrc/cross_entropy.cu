@@ -72,7 +72,7 @@ __device__ float reduce(float own) {
 enum Held { IN_REGISTERS, IN_SHARED_MEMORY, NOWHERE };
 
 template <class T, int THREADS, Held HELD>
-__global__ void __launch_bounds__(THREADS) cross_entropy_kernel(const Rows a) {
+__global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 16) cross_entropy_kernel(const Rows a) {
   constexpr int SIZE = Vec16<T>::SIZE;
   const int64_t row = blockIdx.x, n = a.classes;
   const T* x = static_cast<const T*>(a.logits) + row * a.logits_stride;

@@ -88,7 +88,7 @@ def test_a_missing_module_says_why(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ImportError, match="this installation was made without it"):
         native.load("cpu")
     (tmp_path / "_build_error.txt").write_text("fastgpt._not_there: tensor.h:1: error: no\n")
-    with pytest.raises(ImportError, match="not built: fastgpt._not_there: tensor.h:1: error: no"):
+    with pytest.raises(ImportError, match=r"not built: fastgpt\._not_there: tensor\.h:1: error: no"):
         native.load("cpu")
     with pytest.raises(ImportError, match="no kernels for mps"):
         native.load("mps")
@@ -144,13 +144,14 @@ def test_a_build_that_cannot_succeed_leaves_the_python_package(source: Path, tmp
 
 @in_source_tree
 def test_a_build_that_is_required_fails(source: Path) -> None:
-    with pytest.raises(AssertionError, match="FASTGPT_NATIVE|no-such-compiler"):
+    with pytest.raises(AssertionError, match="Error compiling objects"):
         make(source, "wheel", FASTGPT_NATIVE="require", FASTGPT_CUDA="0", CXX="no-such-compiler")
 
 
 @in_source_tree
 def test_source_distribution_holds_the_sources(source: Path) -> None:
-    names = {name.split("/", 1)[-1] for name in tarfile.open(make(source, "sdist", FASTGPT_NATIVE="0")).getnames()}
+    with tarfile.open(make(source, "sdist", FASTGPT_NATIVE="0")) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()} <= names
 
 
