@@ -39,8 +39,7 @@ def forward_kernel(
     Bias,
     Y,
     Sum,
-    Mean,
-    Rstd,
+    Stats,
     Seed,
     n_rows,
     width,
@@ -76,8 +75,8 @@ def forward_kernel(
         y += tl.load(Bias + columns, mask=columns < width, other=0.0).to(tl.float32)
     tl.store(Y + rows * width + columns, y.to(Y.dtype.element_ty), mask=mask)
     row = first_row + tl.arange(0, ROWS)
-    tl.store(Mean + row, mean, mask=row < n_rows)
-    tl.store(Rstd + row, rstd, mask=row < n_rows)
+    tl.store(Stats + row, mean, mask=row < n_rows)
+    tl.store(Stats + n_rows + row, rstd, mask=row < n_rows)
 
 
 @triton.jit
@@ -86,8 +85,7 @@ def backward_kernel(
     GradSum,
     X,
     Weight,
-    Mean,
-    Rstd,
+    Stats,
     Seed,
     GradResidual,
     GradX,
@@ -119,8 +117,8 @@ def backward_kernel(
         mask = (rows < n_rows) & in_row
         grad_y = tl.load(GradY + rows * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(Mean + rows, mask=rows < n_rows, other=0.0)
-        rstd = tl.load(Rstd + rows, mask=rows < n_rows, other=0.0)
+        mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
         x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
         if WITH_PARTIAL:
             grad_weight += grad_y * x_hat
@@ -149,8 +147,7 @@ def backward_kernel(
 def affine_grad_kernel(
     GradY,
     X,
-    Mean,
-    Rstd,
+    Stats,
     Partial,
     n_rows,
     width,
@@ -169,8 +166,8 @@ def affine_grad_kernel(
         mask = (rows < n_rows) & in_row
         grad_y = tl.load(GradY + rows * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(Mean + rows, mask=rows < n_rows, other=0.0)
-        rstd = tl.load(Rstd + rows, mask=rows < n_rows, other=0.0)
+        mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
         grad_weight += grad_y * tl.where(mask, (x - mean) * rstd, 0.0)
         grad_bias += grad_y
     out = tl.program_id(0).to(tl.int64) * width + columns
@@ -208,18 +205,18 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, h, mean, rstd): y (..., C) in `out_dtype`; h is empty without `residual`; mean, rstd (rows,) float32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h, stats): y (..., C) in `out_dtype`; h is empty without `residual`; stats (2, rows): mean, 1/std."""
     C = x.shape[-1]
     n_rows = x.numel() // C
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    mean, rstd = torch.empty((2, n_rows), dtype=torch.float32, device=x.device).unbind()
+    stats = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
     if residual is None:
         h = torch.empty(0, dtype=x.dtype, device=x.device)
     else:
         h = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     if n_rows == 0:
-        return y, h, mean, rstd
+        return y, h, stats
     rows = _rows(x)
     residual_rows = rows if residual is None else _rows(residual)
     config = forward_config(C)
@@ -231,9 +228,8 @@ def forward(
             weight if bias is None else bias.contiguous(),
             y,
             h,
-            mean,
-            rstd,
-            mean if seed is None else seed,
+            stats,
+            stats if seed is None else seed,
             n_rows,
             C,
             rows.stride(0),
@@ -246,7 +242,7 @@ def forward(
             HAS_BIAS=bias is not None,
             **config,
         )
-    return y, h, mean, rstd
+    return y, h, stats
 
 
 def backward(
@@ -254,17 +250,16 @@ def backward(
     grad_sum: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     dropout_p: float,
     seed: Tensor | None,
     residual_dtype: torch.dtype,
     x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_residual, grad_x, grad_weight, grad_bias) of `forward`, whose normed tensor (x, or the sum h) is `x`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_residual, grad_x, grad_affine) of `forward`, whose normed tensor (x, or the sum h) is `x`.
 
     grad_sum is the gradient of h, None where there is none. grad_x is empty where it would equal grad_residual:
-    without dropout and in the same dtype.
+    without dropout and in the same dtype. grad_affine is (2, C): the gradients of weight and of bias.
     """
     C = x.shape[-1]
     n_rows = x.numel() // C
@@ -272,7 +267,7 @@ def backward(
     grad_residual = torch.empty(x.shape, dtype=residual_dtype, device=x.device)
     grad_x = torch.empty(x.shape if write_grad_x else (0,), dtype=x_dtype, device=x.device)
     if n_rows == 0:
-        return grad_residual, grad_x, torch.zeros_like(weight), torch.zeros_like(weight)
+        return grad_residual, grad_x, weight.new_zeros((2, C))
     rows, grad_rows = _rows(x), _rows(grad_y)
     grad_sum_rows = grad_rows if grad_sum is None else _rows(grad_sum)
     fused = C <= MAX_FUSED_WIDTH
@@ -291,9 +286,8 @@ def backward(
             grad_sum_rows,
             rows,
             weight.contiguous(),
-            mean,
-            rstd,
-            mean if seed is None else seed,
+            stats,
+            stats if seed is None else seed,
             grad_residual,
             grad_x,
             partial,
@@ -314,8 +308,7 @@ def backward(
             affine_grad_kernel[(n_parts, column_blocks)](
                 grad_rows,
                 rows,
-                mean,
-                rstd,
+                stats,
                 partial,
                 n_rows,
                 C,
@@ -325,5 +318,4 @@ def backward(
                 BLOCK=_COLUMNS,
                 num_warps=8,
             )
-    grad_weight, grad_bias = partial.sum(dim=1).to(weight.dtype).unbind()
-    return grad_residual, grad_x, grad_weight, grad_bias
+    return grad_residual, grad_x, partial.sum(dim=1).to(weight.dtype)
