@@ -22,13 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_tile, last_dropped
-from .target import device_of, multiprocessors
+from .target import COMPILE_OPTIONS, device_of, multiprocessors
 
 MAX_WIDTH = 16384
 MAX_FUSED_WIDTH = 8192
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # enough bytes in flight to cover the latency of memory, few enough partial rows
-_COLUMNS = 128  # of one tile of the separate dweight and dbias kernel: whole 128-byte lines in any dtype
-_COLUMN_ROWS = 32
+# The separate dweight and dbias kernel: 128 columns are whole 128-byte lines of memory in any dtype.
+AFFINE_GRAD_CONFIG = {"ROWS": 32, "BLOCK": 128, "num_warps": 8, **COMPILE_OPTIONS}
 
 
 @triton.jit
@@ -176,18 +176,22 @@ def affine_grad_kernel(
     tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
 
 
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))  # the mask is drawn for four columns at a time
+
+
 def forward_config(width: int) -> dict[str, int]:
     """One warp holds 1024 elements, 32 a lane: up to that width a row needs no exchange between warps."""
-    block = triton.next_power_of_2(width)
-    rows = min(32, max(1, 1024 // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 1024)}
+    block = _block(width)
+    rows = max(1, 1024 // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 1024), **COMPILE_OPTIONS}
 
 
 def backward_config(width: int) -> dict[str, int]:
     """Half of that a lane: the gradient, the weight and the two sums lie in registers beside the row."""
-    block = triton.next_power_of_2(width)
-    rows = min(32, max(1, 2048 // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512))}
+    block = _block(width)
+    rows = max(1, 2048 // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512)), **COMPILE_OPTIONS}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -277,8 +281,8 @@ def backward(
     if fused:
         n_parts = row_programs
     else:
-        column_blocks = triton.cdiv(C, _COLUMNS)
-        n_parts = min(triton.cdiv(n_programs, column_blocks), triton.cdiv(n_rows, _COLUMN_ROWS))
+        column_blocks = triton.cdiv(C, AFFINE_GRAD_CONFIG["BLOCK"])
+        n_parts = min(triton.cdiv(n_programs, column_blocks), triton.cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"]))
     partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
     with device_of(x):
         backward_kernel[(row_programs,)](
@@ -314,8 +318,6 @@ def backward(
                 C,
                 grad_rows.stride(0),
                 rows.stride(0),
-                ROWS=_COLUMN_ROWS,
-                BLOCK=_COLUMNS,
-                num_warps=8,
+                **AFFINE_GRAD_CONFIG,
             )
     return grad_residual, grad_x, partial.sum(dim=1).to(weight.dtype)

@@ -158,9 +158,8 @@ library.impl("layer_norm_triton_backward", _triton_backward, "CompositeExplicitA
 @torch.library.register_fake("fastgpt::layer_norm_triton", lib=library)
 def _triton_forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
     n_rows = x.numel() // x.shape[-1]
-    if residual is None:
-        h = x.new_empty(0)
-    else:
+    h = x.new_empty(0)
+    if residual is not None:
         h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     return x.new_empty(x.shape, dtype=out_dtype), h, x.new_empty((2, n_rows), dtype=torch.float32)
 
@@ -207,7 +206,7 @@ raise_on_double_backward("layer_norm_triton_backward")
 
 
 def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype of F.layer_norm's result: under autocast float32 on CUDA; on a CPU the op is not on autocast's lists."""
+    """The dtype of F.layer_norm's result: autocast makes it float32 on CUDA, and leaves it alone on a CPU."""
     return torch.float32 if device_type == "cuda" and torch.is_autocast_enabled("cuda") else h_dtype
 
 
