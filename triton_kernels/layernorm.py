@@ -13,7 +13,8 @@ Backward: with g = dy * weight, x_hat = (x - mean) * rstd and C columns (Ba et a
 
 The grid is persistent: each program walks over many rows and keeps its own sums of dweight and dbias in registers,
 writes them once as one float32 row, and a reduction over these few rows ends it. No atomics: same bits every time.
-Above `MAX_FUSED_WIDTH` columns the sums do not fit beside the row; a second kernel, tiled over columns, makes them.
+Above `MAX_FUSED_WIDTH` columns the sums do not fit beside the row, nor does the row beside its gradient: one kernel
+goes through the row in blocks, twice, and a second one, tiled over columns, makes the sums.
 """
 
 import torch
@@ -25,9 +26,10 @@ from .dropout import keep_tile, last_dropped
 from .target import COMPILE_OPTIONS, device_of, multiprocessors
 
 MAX_WIDTH = 16384
-MAX_FUSED_WIDTH = 8192
+MAX_FUSED_WIDTH = 4096
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # enough bytes in flight to cover the latency of memory, few enough partial rows
-# The separate dweight and dbias kernel: 128 columns are whole 128-byte lines of memory in any dtype.
+# Above MAX_FUSED_WIDTH. For the kernel of dweight and dbias: 128 columns are whole 128-byte lines in any dtype.
+WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **COMPILE_OPTIONS}
 AFFINE_GRAD_CONFIG = {"ROWS": 32, "BLOCK": 128, "num_warps": 8, **COMPILE_OPTIONS}
 
 
@@ -100,7 +102,6 @@ def backward_kernel(
     HAS_GRAD_SUM: tl.constexpr,
     WRITE_GRAD_X: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WITH_PARTIAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -108,9 +109,8 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < width
     weight = tl.load(Weight + columns, mask=in_row, other=0.0).to(tl.float32)
-    if WITH_PARTIAL:
-        grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-        grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         first_row = tile * ROWS
         rows = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
@@ -120,9 +120,8 @@ def backward_kernel(
         mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
         x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
-        if WITH_PARTIAL:
-            grad_weight += grad_y * x_hat
-            grad_bias += grad_y
+        grad_weight += grad_y * x_hat
+        grad_bias += grad_y
         grad = grad_y * weight
         along_mean = tl.sum(grad, axis=1) / width
         along_x = tl.sum(grad * x_hat, axis=1) / width
@@ -136,11 +135,69 @@ def backward_kernel(
                 keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
                 grad = tl.where(keep, grad * keep_scale, 0.0)
             tl.store(GradX + out, grad.to(GradX.dtype.element_ty), mask=mask)
-    if WITH_PARTIAL:
-        out = tl.program_id(0).to(tl.int64) * width + columns
-        tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
-        out += tl.num_programs(0).to(tl.int64) * width
-        tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
+    out = tl.program_id(0).to(tl.int64) * width + columns
+    tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
+    out += tl.num_programs(0).to(tl.int64) * width
+    tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
+
+
+@triton.jit
+def wide_backward_kernel(
+    GradY,
+    GradSum,
+    X,
+    Weight,
+    Stats,
+    Seed,
+    GradResidual,
+    GradX,
+    n_rows,
+    width,
+    grad_y_stride,
+    grad_sum_stride,
+    x_stride,
+    last_dropped,
+    keep_scale,
+    HAS_GRAD_SUM: tl.constexpr,
+    WRITE_GRAD_X: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradients of x and residual for rows that do not fit beside their gradients: block by block, twice.
+
+    One row a program. The second reading of x, grad_y and weight comes from the cache: a row is at most 128 KB.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    mean = tl.load(Stats + row)
+    rstd = tl.load(Stats + n_rows + row)
+    along_mean = tl.zeros((BLOCK,), tl.float32)
+    along_x = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < width
+        grad = tl.load(GradY + row * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        grad *= tl.load(Weight + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        along_mean += grad
+        along_x += grad * (x - mean) * rstd
+    mean_grad = tl.sum(along_mean, axis=0) / width
+    mean_grad_x = tl.sum(along_x, axis=0) / width
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < width
+        grad = tl.load(GradY + row * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        grad *= tl.load(Weight + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        grad = (grad - mean_grad - (x - mean) * rstd * mean_grad_x) * rstd
+        if HAS_GRAD_SUM:
+            grad += tl.load(GradSum + row * grad_sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        out = row * width + columns
+        tl.store(GradResidual + out, grad.to(GradResidual.dtype.element_ty), mask=mask)
+        if WRITE_GRAD_X:
+            if DROPOUT:
+                keep = keep_tile(tl.load(Seed), row, start, last_dropped, 1, BLOCK)
+                grad = tl.where(tl.reshape(keep, (BLOCK,)), grad * keep_scale, 0.0)
+            tl.store(GradX + out, grad.to(GradX.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -156,7 +213,7 @@ def affine_grad_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sums of `backward_kernel` where a row is too wide for it: programs (row parts, column blocks)."""
+    """The sums that `wide_backward_kernel` leaves out: programs (row parts, column blocks)."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     in_row = columns < width
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -191,7 +248,7 @@ def backward_config(width: int) -> dict[str, int]:
     """Half of that a lane: the gradient, the weight and the two sums lie in registers beside the row."""
     block = _block(width)
     rows = max(1, 2048 // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512)), **COMPILE_OPTIONS}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 512), **COMPILE_OPTIONS}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -274,50 +331,37 @@ def backward(
         return grad_residual, grad_x, weight.new_zeros((2, C))
     rows, grad_rows = _rows(x), _rows(grad_y)
     grad_sum_rows = grad_rows if grad_sum is None else _rows(grad_sum)
-    fused = C <= MAX_FUSED_WIDTH
-    config = backward_config(C)
+    shared = (
+        n_rows,
+        C,
+        grad_rows.stride(0),
+        grad_sum_rows.stride(0),
+        rows.stride(0),
+        last_dropped(dropout_p),
+        1.0 / (1.0 - dropout_p),
+    )
+    flags = {"HAS_GRAD_SUM": grad_sum is not None, "WRITE_GRAD_X": write_grad_x, "DROPOUT": dropout_p > 0.0}
+    key = stats if seed is None else seed
+    weight = weight.contiguous()
     n_programs = multiprocessors(x) * _PROGRAMS_PER_MULTIPROCESSOR
-    row_programs = min(n_programs, triton.cdiv(n_rows, config["ROWS"]))
-    if fused:
-        n_parts = row_programs
-    else:
-        column_blocks = triton.cdiv(C, AFFINE_GRAD_CONFIG["BLOCK"])
-        n_parts = min(triton.cdiv(n_programs, column_blocks), triton.cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"]))
-    partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
     with device_of(x):
-        backward_kernel[(row_programs,)](
-            grad_rows,
-            grad_sum_rows,
-            rows,
-            weight.contiguous(),
-            stats,
-            stats if seed is None else seed,
-            grad_residual,
-            grad_x,
-            partial,
-            n_rows,
-            C,
-            grad_rows.stride(0),
-            grad_sum_rows.stride(0),
-            rows.stride(0),
-            last_dropped(dropout_p),
-            1.0 / (1.0 - dropout_p),
-            HAS_GRAD_SUM=grad_sum is not None,
-            WRITE_GRAD_X=write_grad_x,
-            DROPOUT=dropout_p > 0.0,
-            WITH_PARTIAL=fused,
-            **config,
-        )
-        if not fused:
+        if C <= MAX_FUSED_WIDTH:
+            config = backward_config(C)
+            n_parts = min(n_programs, triton.cdiv(n_rows, config["ROWS"]))
+            partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
+            backward_kernel[(n_parts,)](
+                grad_rows, grad_sum_rows, rows, weight, stats, key, grad_residual, grad_x, partial, *shared,
+                **flags, **config,
+            )  # fmt: skip
+        else:
+            wide_backward_kernel[(n_rows,)](
+                grad_rows, grad_sum_rows, rows, weight, stats, key, grad_residual, grad_x, *shared,
+                **flags, **WIDE_CONFIG,
+            )  # fmt: skip
+            column_blocks = triton.cdiv(C, AFFINE_GRAD_CONFIG["BLOCK"])
+            n_parts = min(triton.cdiv(n_programs, column_blocks), triton.cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"]))
+            partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
             affine_grad_kernel[(n_parts, column_blocks)](
-                grad_rows,
-                rows,
-                stats,
-                partial,
-                n_rows,
-                C,
-                grad_rows.stride(0),
-                rows.stride(0),
-                **AFFINE_GRAD_CONFIG,
+                grad_rows, rows, stats, partial, n_rows, C, grad_rows.stride(0), rows.stride(0), **AFFINE_GRAD_CONFIG
             )
     return grad_residual, grad_x, partial.sum(dim=1).to(weight.dtype)
