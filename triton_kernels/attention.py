@@ -28,12 +28,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import keep_tile, last_dropped
 from .target import COMPILE_OPTIONS, INTERPRETING, architecture, device_of, float32_precision, multiprocessors
 
 MAX_HEAD_SIZE = 256
 MAX_DECODED_QUERIES = 8
+SHORT = 256  # the longest sequence of the short regime
 _L2_SECTION_BYTES = 24 * 2**20  # keys and values that are in use at one time: half of the L2 cache of an H100
 _UPCAST = tl.constexpr(INTERPRETING)  # the interpreter's dots of bfloat16 are wrong; the operands are already rounded
 
@@ -55,33 +57,51 @@ def _dot_add(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _pointers(base, stride, first, N_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of the tile (N_ROWS, BLOCK_D) whose rows begin at `first`, in 64 bits: a tensor may exceed 2^31 elements."""
-    rows = first + tl.arange(0, N_ROWS).to(tl.int64)
-    return base + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+def _offsets(stride, N_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    return tl.arange(0, N_ROWS)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
-def _load_tile(pointers, first, n_rows, HEAD_SIZE: tl.constexpr, MASK_ROWS: tl.constexpr):
-    N_ROWS: tl.constexpr = pointers.shape[0]
-    BLOCK_D: tl.constexpr = pointers.shape[1]
+def _row(base, first, stride):
+    """The address of row `first`, in 64 bits: a tensor may exceed 2^31 elements. (Within a tile 32 bits will do.)"""
+    return base + first * tl.to_tensor(stride).to(tl.int64)
+
+
+@triton.jit
+def _load_tile(
+    source, batch, head, first, n_rows, HEAD_SIZE: tl.constexpr, MASK_ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    N_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(N_ROWS, BLOCK_D) from row `first` of a head; zeros outside the tensor.
+
+    `source` is (tensor, batch stride, head stride, row stride). Where the tensor is a descriptor, the Tensor Memory
+    Accelerator fetches the tile as a whole: no addresses and no predicates in registers.
+    """
+    tensor, batch_stride, head_stride, stride = source
+    if DESCRIPTORS:
+        return tensor.load([batch, head, first, 0]).reshape(N_ROWS, BLOCK_D)
+    base = _row(_row(_row(tensor, batch, batch_stride), head, head_stride), first, stride)
+    pointers = base + _offsets(stride, N_ROWS, BLOCK_D)
+    in_head = (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
     if MASK_ROWS:
-        mask = (first + tl.arange(0, N_ROWS) < n_rows)[:, None]
-        if HEAD_SIZE != BLOCK_D:
-            mask = mask & (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
+        in_rows = (first + tl.arange(0, N_ROWS) < n_rows)[:, None]
+        return tl.load(pointers, mask=in_rows & in_head if HEAD_SIZE != BLOCK_D else in_rows, other=0.0)
     elif HEAD_SIZE != BLOCK_D:
-        return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :], other=0.0)
+        return tl.load(pointers, mask=in_head, other=0.0)
     else:
         return tl.load(pointers)
 
 
 @triton.jit
-def _store_tile(pointers, tile, first, n_rows, HEAD_SIZE: tl.constexpr):
-    N_ROWS: tl.constexpr = pointers.shape[0]
-    BLOCK_D: tl.constexpr = pointers.shape[1]
+def _store_tile(
+    tensor, tile, batch, head, first, n_heads, n_rows, HEAD_SIZE: tl.constexpr,
+    N_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Into a contiguous (B, n_rows, n_heads, HEAD_SIZE)."""
+    stride = n_heads * HEAD_SIZE
+    base = _row(_row(tensor, batch * tl.to_tensor(n_rows).to(tl.int64) + first, stride), head, HEAD_SIZE)
     mask = (first + tl.arange(0, N_ROWS) < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
-    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=mask)
+    tl.store(base + _offsets(stride, N_ROWS, BLOCK_D), tile.to(tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -98,15 +118,36 @@ def _seen(
 
 
 @triton.jit
-def _locate(n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
-    """(batch * head, tile) of this program: all tiles of `section` heads before the next section's."""
+def _key_range(
+    first_query, n_queries, n_keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """(unmasked end, end) of a tile of queries: all its rows see the keys before the first, none those from the second."""
+    end, unmasked_end = n_keys, n_keys
+    if CAUSAL:
+        offset = n_keys - n_queries
+        end = tl.minimum(n_keys, tl.maximum(0, first_query + BLOCK_M + offset))
+        unmasked_end = tl.minimum(n_keys, tl.maximum(0, first_query + offset + 1))
+    return unmasked_end // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def _first_row(batch, n_heads, head, n_rows):
+    """The index, in 64 bits, of a head's first row in (B, n_heads, n_rows)."""
+    return (batch.to(tl.int64) * n_heads + head) * n_rows
+
+
+@triton.jit
+def _locate(batch_size, n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
+    """(batch, head, tile) of this program: all tiles of `section` heads before the next section's."""
     program = tl.program_id(0)
     first_head = program // (section * n_tiles) * section
-    heads_here = tl.minimum(section, n_heads - first_head)
+    heads_here = tl.minimum(section, batch_size * n_heads - first_head)
     within = program - first_head * n_tiles
     tile = within // heads_here
+    if LAST_FIRST:
+        tile = n_tiles - 1 - tile
     head = first_head + within % heads_here
-    return head, (n_tiles - 1 - tile if LAST_FIRST else tile)
+    return head // n_heads, head % n_heads, tile
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -114,33 +155,14 @@ def _locate(n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def _forward_tiles(
-    accumulator,
-    largest,
-    total,
-    q,
-    k_pointers,
-    v_pointers,
-    k_stride,
-    v_stride,
-    first_query,
-    start,
-    stop,
-    n_queries,
-    n_keys,
-    score_scale,
-    seed,
-    mask_row,
-    last_dropped,
-    HEAD_SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, start, stop,
+    n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     for first_key in range(start, stop, BLOCK_N):
-        k = _load_tile(k_pointers, first_key, n_keys, HEAD_SIZE, MASKED)
+        k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
         scores = _dot(q, tl.trans(k), PRECISION)
         if MASKED:
             seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
@@ -156,89 +178,51 @@ def _forward_tiles(
         if DROPOUT:
             keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
-        v = _load_tile(v_pointers, first_key, n_keys, HEAD_SIZE, MASKED)
+        v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
         accumulator = _dot_add(weights.to(v.dtype), v, accumulator, PRECISION)
         largest = new_largest
-        k_pointers += BLOCK_N * k_stride
-        v_pointers += BLOCK_N * v_stride
-    return accumulator, largest, total, k_pointers, v_pointers
+    return accumulator, largest, total
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
 def forward_kernel(
-    Q,
-    K,
-    V,
-    Out,
-    Lse,
-    Seed,
-    q_batch_stride,
-    q_head_stride,
-    q_stride,
-    k_batch_stride,
-    k_head_stride,
-    k_stride,
-    v_batch_stride,
-    v_head_stride,
-    v_stride,
-    batch_size,
-    n_heads,
-    group,
-    n_queries,
-    n_keys,
-    section,
-    score_scale,
-    last_dropped,
-    keep_scale,
-    HEAD_SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    Q, K, V, Out, Lse, Seed,
+    q_batch_stride, q_head_stride, q_stride,
+    k_batch_stride, k_head_stride, k_stride,
+    v_batch_stride, v_head_stride, v_stride,
+    batch_size, n_heads, group, n_queries, n_keys, section, score_scale, last_dropped, keep_scale,
+    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Out is (B, Tq, H, D) contiguous; Lse (B, H, Tq) float32, in base 2, +inf where a query sees no key."""
-    head, tile = _locate(batch_size * n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
-    batch = (head // n_heads).to(tl.int64)
-    h = (head % n_heads).to(tl.int64)
+    batch, head, tile = _locate(batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
     first_query = tile * BLOCK_M
-    q = _load_tile(
-        _pointers(Q + batch * q_batch_stride + h * q_head_stride, q_stride, first_query, BLOCK_M, BLOCK_D),
-        first_query, n_queries, HEAD_SIZE, True,
-    )  # fmt: skip
-    k_pointers = _pointers(K + batch * k_batch_stride + h // group * k_head_stride, k_stride, 0, BLOCK_N, BLOCK_D)
-    v_pointers = _pointers(V + batch * v_batch_stride + h // group * v_head_stride, v_stride, 0, BLOCK_N, BLOCK_D)
-    mask_row = (batch * n_heads + h) * n_queries + first_query
+    q_source = (Q, q_batch_stride, q_head_stride, q_stride)
+    q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
+    k_source = (K, k_batch_stride, k_head_stride, k_stride)
+    v_source = (V, v_batch_stride, v_head_stride, v_stride)
+    mask_row = _first_row(batch, n_heads, head, n_queries) + first_query
     seed = tl.load(Seed) if DROPOUT else 0
-
-    end, unmasked_end = n_keys, n_keys
-    if CAUSAL:
-        offset = n_keys - n_queries
-        end = tl.minimum(n_keys, tl.maximum(0, first_query + BLOCK_M + offset))
-        unmasked_end = tl.minimum(n_keys, tl.maximum(0, first_query + offset + 1))
-    unmasked_end = unmasked_end // BLOCK_N * BLOCK_N
+    unmasked_end, end = _key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    accumulator, largest, total, k_pointers, v_pointers = _forward_tiles(
-        accumulator, largest, total, q, k_pointers, v_pointers, k_stride, v_stride, first_query, 0, unmasked_end,
+    accumulator, largest, total = _forward_tiles(
+        accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
         n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-        HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+        HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    accumulator, largest, total, k_pointers, v_pointers = _forward_tiles(
-        accumulator, largest, total, q, k_pointers, v_pointers, k_stride, v_stride, first_query, unmasked_end, end,
+    accumulator, largest, total = _forward_tiles(
+        accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
         n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-        HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+        HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-
     blind = total == 0.0
     factor = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
     if DROPOUT:
         factor *= keep_scale
-    out_stride = n_heads * HEAD_SIZE
-    out = _pointers(Out + (batch * n_queries * n_heads + h) * HEAD_SIZE, out_stride, first_query, BLOCK_M, BLOCK_D)
-    _store_tile(out, accumulator * factor[:, None], first_query, n_queries, HEAD_SIZE)
+    out = accumulator * factor[:, None]
+    _store_tile(Out, out, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
     lse = tl.where(blind, float("inf"), largest + tl.log2(tl.where(blind, 1.0, total)))
     tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=first_query + tl.arange(0, BLOCK_M) < n_queries)
 
@@ -255,42 +239,45 @@ def _weights_and_grad(
     q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(weights after dropout, dS): both (BLOCK_M, BLOCK_N)."""
-    weights = tl.exp2(_dot(q, tl.trans(k), PRECISION) * score_scale - lse[:, None])
+    """(weights after dropout, dS), both transposed: (BLOCK_N, BLOCK_M).
+
+    So they leave the first two products in the layout in which the next two read their left operand.
+    """
+    weights = tl.exp2(_dot(k, tl.trans(q), PRECISION) * score_scale - lse[None, :])
     if MASKED:
-        weights = tl.where(seen, weights, 0.0)
-    grad_weights = _dot(grad_out, tl.trans(v), PRECISION)
+        weights = tl.where(tl.trans(seen), weights, 0.0)
+    grad_weights = _dot(v, tl.trans(grad_out), PRECISION)
     if DROPOUT:
+        keep = tl.trans(keep)
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
         dropped = tl.where(keep, weights * keep_scale, 0.0)
     else:
         dropped = weights
-    return dropped, weights * (grad_weights - delta[:, None])
+    return dropped, weights * (grad_weights - delta[None, :])
 
 
 @triton.jit
 def _grad_q_tiles(
-    grad_q, q, grad_out, lse, delta, k_pointers, v_pointers, k_stride, v_stride, first_query, start, stop,
+    grad_q, q, grad_out, lse, delta, k_source, v_source, batch, key_head, first_query, start, stop,
     n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     for first_key in range(start, stop, BLOCK_N):
-        k = _load_tile(k_pointers, first_key, n_keys, HEAD_SIZE, MASKED)
-        v = _load_tile(v_pointers, first_key, n_keys, HEAD_SIZE, MASKED)
-        seen = None
-        keep = None
+        k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+        v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+        weights = tl.exp2(_dot(q, tl.trans(k), PRECISION) * score_scale - lse[:, None])
         if MASKED:
             seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+            weights = tl.where(seen, weights, 0.0)
+        grad_weights = _dot(grad_out, tl.trans(v), PRECISION)
         if DROPOUT:
             keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
-        _, grad_scores = _weights_and_grad(
-            q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale, MASKED, DROPOUT, PRECISION
-        )
+            grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+        grad_scores = weights * (grad_weights - delta[:, None])
         grad_q = _dot_add(grad_scores.to(k.dtype), k, grad_q, PRECISION)
-        k_pointers += BLOCK_N * k_stride
-        v_pointers += BLOCK_N * v_stride
-    return grad_q, k_pointers, v_pointers
+    return grad_q
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
@@ -302,73 +289,60 @@ def grad_q_kernel(
     v_batch_stride, v_head_stride, v_stride,
     batch_size, n_heads, group, n_queries, n_keys, section, score_scale, scale, last_dropped, keep_scale,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """GradQ and Out are (B, Tq, H, D) contiguous; Delta (B, H, Tq) float32 is written for `grad_kv_kernel`."""
-    head, tile = _locate(batch_size * n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
-    batch = (head // n_heads).to(tl.int64)
-    h = (head % n_heads).to(tl.int64)
+    batch, head, tile = _locate(batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
     first_query = tile * BLOCK_M
-    q = _load_tile(
-        _pointers(Q + batch * q_batch_stride + h * q_head_stride, q_stride, first_query, BLOCK_M, BLOCK_D),
-        first_query, n_queries, HEAD_SIZE, True,
-    )  # fmt: skip
-    grad_out = _load_tile(
-        _pointers(GradOut + batch * grad_batch_stride + h * grad_head_stride, grad_stride, first_query, BLOCK_M, BLOCK_D),
-        first_query, n_queries, HEAD_SIZE, True,
-    )  # fmt: skip
-    at_head = (batch * n_queries * n_heads + h) * HEAD_SIZE
+    q_source = (Q, q_batch_stride, q_head_stride, q_stride)
+    grad_source = (GradOut, grad_batch_stride, grad_head_stride, grad_stride)
+    k_source = (K, k_batch_stride, k_head_stride, k_stride)
+    v_source = (V, v_batch_stride, v_head_stride, v_stride)
     out_stride = n_heads * HEAD_SIZE
-    out = _load_tile(
-        _pointers(Out + at_head, out_stride, first_query, BLOCK_M, BLOCK_D), first_query, n_queries, HEAD_SIZE, True
+    out_source = (Out, n_queries * tl.to_tensor(out_stride).to(tl.int64), HEAD_SIZE, out_stride)
+    q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
+    grad_out = _load_tile(
+        grad_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D
     )
-    mask_row = (batch * n_heads + h) * n_queries + first_query
+    out = _load_tile(out_source, batch, head, first_query, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
+    mask_row = _first_row(batch, n_heads, head, n_queries) + first_query
     in_rows = first_query + tl.arange(0, BLOCK_M) < n_queries
     lse = tl.load(Lse + mask_row + tl.arange(0, BLOCK_M), mask=in_rows, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
     tl.store(Delta + mask_row + tl.arange(0, BLOCK_M), delta, mask=in_rows)
-    k_pointers = _pointers(K + batch * k_batch_stride + h // group * k_head_stride, k_stride, 0, BLOCK_N, BLOCK_D)
-    v_pointers = _pointers(V + batch * v_batch_stride + h // group * v_head_stride, v_stride, 0, BLOCK_N, BLOCK_D)
     seed = tl.load(Seed) if DROPOUT else 0
-
-    end, unmasked_end = n_keys, n_keys
-    if CAUSAL:
-        offset = n_keys - n_queries
-        end = tl.minimum(n_keys, tl.maximum(0, first_query + BLOCK_M + offset))
-        unmasked_end = tl.minimum(n_keys, tl.maximum(0, first_query + offset + 1))
-    unmasked_end = unmasked_end // BLOCK_N * BLOCK_N
+    unmasked_end, end = _key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    grad_q, k_pointers, v_pointers = _grad_q_tiles(
-        grad_q, q, grad_out, lse, delta, k_pointers, v_pointers, k_stride, v_stride, first_query, 0, unmasked_end,
+    grad_q = _grad_q_tiles(
+        grad_q, q, grad_out, lse, delta, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
         n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-        HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+        HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    grad_q, k_pointers, v_pointers = _grad_q_tiles(
-        grad_q, q, grad_out, lse, delta, k_pointers, v_pointers, k_stride, v_stride, first_query, unmasked_end, end,
+    grad_q = _grad_q_tiles(
+        grad_q, q, grad_out, lse, delta, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
         n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-        HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+        HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    out = _pointers(GradQ + at_head, out_stride, first_query, BLOCK_M, BLOCK_D)
-    _store_tile(out, grad_q * scale, first_query, n_queries, HEAD_SIZE)
+    _store_tile(GradQ, grad_q * scale, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def _grad_kv_tiles(
-    grad_k, grad_v, k, v, q_base, grad_base, q_stride, grad_stride, lse_base, delta_base, first_key, start, stop,
+    grad_k, grad_v, k, v, q_source, grad_source, Lse, Delta, batch, head, first_key, start, stop,
     n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_D: tl.constexpr = k.shape[1]
-    q_pointers = _pointers(q_base, q_stride, start, BLOCK_M, BLOCK_D)
-    grad_pointers = _pointers(grad_base, grad_stride, start, BLOCK_M, BLOCK_D)
     for first_query in range(start, stop, BLOCK_M):
-        q = _load_tile(q_pointers, first_query, n_queries, HEAD_SIZE, True)
-        grad_out = _load_tile(grad_pointers, first_query, n_queries, HEAD_SIZE, True)
+        q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
+        grad_out = _load_tile(
+            grad_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D
+        )
         queries = first_query + tl.arange(0, BLOCK_M)
         # Rows that do not exist, and those that see no key, have a logsumexp of +inf: their weights are exactly 0.
-        lse = tl.load(lse_base + queries, mask=queries < n_queries, other=float("inf"))
-        delta = tl.load(delta_base + queries, mask=queries < n_queries, other=0.0)
+        lse = tl.load(Lse + mask_row + queries, mask=queries < n_queries, other=float("inf"))
+        delta = tl.load(Delta + mask_row + queries, mask=queries < n_queries, other=0.0)
         seen = None
         keep = None
         if MASKED:
@@ -378,10 +352,8 @@ def _grad_kv_tiles(
         weights, grad_scores = _weights_and_grad(
             q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale, MASKED, DROPOUT, PRECISION
         )
-        grad_v = _dot_add(tl.trans(weights.to(q.dtype)), grad_out, grad_v, PRECISION)
-        grad_k = _dot_add(tl.trans(grad_scores.to(q.dtype)), q, grad_k, PRECISION)
-        q_pointers += BLOCK_M * q_stride
-        grad_pointers += BLOCK_M * grad_stride
+        grad_v = _dot_add(weights.to(q.dtype), grad_out, grad_v, PRECISION)
+        grad_k = _dot_add(grad_scores.to(q.dtype), q, grad_k, PRECISION)
     return grad_k, grad_v
 
 
@@ -394,57 +366,42 @@ def grad_kv_kernel(
     v_batch_stride, v_head_stride, v_stride,
     batch_size, n_heads, group, n_queries, n_keys, section, score_scale, scale, last_dropped, keep_scale,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """GradK and GradV are (B, Tk, Hkv, D) contiguous. The first keys have the most queries, and start first."""
     n_key_heads = n_heads // group
-    key_head, tile = _locate(batch_size * n_key_heads, tl.cdiv(n_keys, BLOCK_N), section, False)
-    batch = (key_head // n_key_heads).to(tl.int64)
-    kh = (key_head % n_key_heads).to(tl.int64)
+    batch, key_head, tile = _locate(batch_size, n_key_heads, tl.cdiv(n_keys, BLOCK_N), section, False)
     first_key = tile * BLOCK_N
-    k = _load_tile(
-        _pointers(K + batch * k_batch_stride + kh * k_head_stride, k_stride, first_key, BLOCK_N, BLOCK_D),
-        first_key, n_keys, HEAD_SIZE, True,
-    )  # fmt: skip
-    v = _load_tile(
-        _pointers(V + batch * v_batch_stride + kh * v_head_stride, v_stride, first_key, BLOCK_N, BLOCK_D),
-        first_key, n_keys, HEAD_SIZE, True,
-    )  # fmt: skip
+    q_source = (Q, q_batch_stride, q_head_stride, q_stride)
+    grad_source = (GradOut, grad_batch_stride, grad_head_stride, grad_stride)
+    k_source = (K, k_batch_stride, k_head_stride, k_stride)
+    v_source = (V, v_batch_stride, v_head_stride, v_stride)
+    k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
+    v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
     seed = tl.load(Seed) if DROPOUT else 0
     start, unmasked_start = 0, 0
     if CAUSAL:
         offset = n_keys - n_queries
         start = tl.maximum(0, first_key - offset) // BLOCK_M * BLOCK_M
         unmasked_start = tl.cdiv(tl.maximum(0, first_key + BLOCK_N - 1 - offset), BLOCK_M) * BLOCK_M
-    unmasked_start = tl.minimum(unmasked_start, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M)
+        unmasked_start = tl.minimum(unmasked_start, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for member in range(0, group):
-        h = kh * group + member
-        q_base = Q + batch * q_batch_stride + h * q_head_stride
-        grad_base = GradOut + batch * grad_batch_stride + h * grad_head_stride
-        mask_row = (batch * n_heads + h) * n_queries
+    for head in range(key_head * group, (key_head + 1) * group):
+        mask_row = _first_row(batch, n_heads, head, n_queries)
+        if CAUSAL:
+            grad_k, grad_v = _grad_kv_tiles(
+                grad_k, grad_v, k, v, q_source, grad_source, Lse, Delta, batch, head, first_key,
+                start, unmasked_start, n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
+                HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
         grad_k, grad_v = _grad_kv_tiles(
-            grad_k, grad_v, k, v, q_base, grad_base, q_stride, grad_stride, Lse + mask_row, Delta + mask_row,
-            first_key, start, unmasked_start, n_queries, n_keys,
-            score_scale, seed, mask_row, last_dropped, keep_scale,
-            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+            grad_k, grad_v, k, v, q_source, grad_source, Lse, Delta, batch, head, first_key,
+            unmasked_start, n_queries, n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
+            HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        grad_k, grad_v = _grad_kv_tiles(
-            grad_k, grad_v, k, v, q_base, grad_base, q_stride, grad_stride, Lse + mask_row, Delta + mask_row,
-            first_key, unmasked_start, n_queries, n_queries, n_keys,
-            score_scale, seed, mask_row, last_dropped, keep_scale,
-            HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    at_head = (batch * n_keys * n_key_heads + kh) * HEAD_SIZE
-    out_stride = n_key_heads * HEAD_SIZE
-    _store_tile(
-        _pointers(GradK + at_head, out_stride, first_key, BLOCK_N, BLOCK_D),
-        grad_k * scale, first_key, n_keys, HEAD_SIZE,
-    )  # fmt: skip
-    _store_tile(
-        _pointers(GradV + at_head, out_stride, first_key, BLOCK_N, BLOCK_D), grad_v, first_key, n_keys, HEAD_SIZE
-    )
+    _store_tile(GradK, grad_k * scale, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+    _store_tile(GradV, grad_v, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "last_dropped"])
@@ -463,52 +420,41 @@ def one_tile_backward_kernel(
     One launch instead of two, and q, k, v, dO and the scores once instead of twice: what short sequences consist of.
     """
     n_key_heads = n_heads // group
-    batch = (tl.program_id(0) // n_key_heads).to(tl.int64)
-    kh = (tl.program_id(0) % n_key_heads).to(tl.int64)
-    k = _load_tile(
-        _pointers(K + batch * k_batch_stride + kh * k_head_stride, k_stride, 0, BLOCK_N, BLOCK_D),
-        0, n_keys, HEAD_SIZE, True,
-    )  # fmt: skip
-    v = _load_tile(
-        _pointers(V + batch * v_batch_stride + kh * v_head_stride, v_stride, 0, BLOCK_N, BLOCK_D),
-        0, n_keys, HEAD_SIZE, True,
-    )  # fmt: skip
+    batch = tl.program_id(0) // n_key_heads
+    key_head = tl.program_id(0) % n_key_heads
+    q_source = (Q, q_batch_stride, q_head_stride, q_stride)
+    grad_source = (GradOut, grad_batch_stride, grad_head_stride, grad_stride)
+    k_source = (K, k_batch_stride, k_head_stride, k_stride)
+    v_source = (V, v_batch_stride, v_head_stride, v_stride)
+    out_stride = n_heads * HEAD_SIZE
+    out_source = (Out, n_queries * tl.to_tensor(out_stride).to(tl.int64), HEAD_SIZE, out_stride)
+    k = _load_tile(k_source, batch, key_head, 0, n_keys, HEAD_SIZE, True, False, BLOCK_N, BLOCK_D)
+    v = _load_tile(v_source, batch, key_head, 0, n_keys, HEAD_SIZE, True, False, BLOCK_N, BLOCK_D)
     seed = tl.load(Seed) if DROPOUT else 0
     queries = tl.arange(0, BLOCK_M)
-    seen = _seen(0, 0, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    out_stride = n_heads * HEAD_SIZE
-    for member in range(0, group):
-        h = kh * group + member
-        q = _load_tile(
-            _pointers(Q + batch * q_batch_stride + h * q_head_stride, q_stride, 0, BLOCK_M, BLOCK_D),
-            0, n_queries, HEAD_SIZE, True,
-        )  # fmt: skip
-        grad_out = _load_tile(
-            _pointers(GradOut + batch * grad_batch_stride + h * grad_head_stride, grad_stride, 0, BLOCK_M, BLOCK_D),
-            0, n_queries, HEAD_SIZE, True,
-        )  # fmt: skip
-        at_head = (batch * n_queries * n_heads + h) * HEAD_SIZE
-        out = _load_tile(_pointers(Out + at_head, out_stride, 0, BLOCK_M, BLOCK_D), 0, n_queries, HEAD_SIZE, True)
-        mask_row = (batch * n_heads + h) * n_queries
+    for head in range(key_head * group, (key_head + 1) * group):
+        q = _load_tile(q_source, batch, head, 0, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
+        grad_out = _load_tile(grad_source, batch, head, 0, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
+        out = _load_tile(out_source, batch, head, 0, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
+        mask_row = _first_row(batch, n_heads, head, n_queries)
         lse = tl.load(Lse + mask_row + queries, mask=queries < n_queries, other=float("inf"))
         delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
+        seen = _seen(0, 0, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
         keep = None
         if DROPOUT:
             keep = keep_tile(seed, mask_row, 0, last_dropped, BLOCK_M, BLOCK_N)
         weights, grad_scores = _weights_and_grad(
             q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale, True, DROPOUT, PRECISION
         )
-        grad_v = _dot_add(tl.trans(weights.to(q.dtype)), grad_out, grad_v, PRECISION)
+        grad_v = _dot_add(weights.to(q.dtype), grad_out, grad_v, PRECISION)
         grad_scores = grad_scores.to(q.dtype)
-        grad_k = _dot_add(tl.trans(grad_scores), q, grad_k, PRECISION)
-        grad_q = _dot(grad_scores, k, PRECISION) * scale
-        _store_tile(_pointers(GradQ + at_head, out_stride, 0, BLOCK_M, BLOCK_D), grad_q, 0, n_queries, HEAD_SIZE)
-    at_head = (batch * n_keys * n_key_heads + kh) * HEAD_SIZE
-    out_stride = n_key_heads * HEAD_SIZE
-    _store_tile(_pointers(GradK + at_head, out_stride, 0, BLOCK_N, BLOCK_D), grad_k * scale, 0, n_keys, HEAD_SIZE)
-    _store_tile(_pointers(GradV + at_head, out_stride, 0, BLOCK_N, BLOCK_D), grad_v, 0, n_keys, HEAD_SIZE)
+        grad_k = _dot_add(grad_scores, q, grad_k, PRECISION)
+        grad_q = _dot(tl.trans(grad_scores), k, PRECISION) * scale
+        _store_tile(GradQ, grad_q, batch, head, 0, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+    _store_tile(GradK, grad_k * scale, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+    _store_tile(GradV, grad_v, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -531,26 +477,26 @@ def decode_kernel(
     """
     n_key_heads = n_heads // group
     split = tl.program_id(0)
-    batch = (tl.program_id(1) // n_key_heads).to(tl.int64)
-    kh = (tl.program_id(1) % n_key_heads).to(tl.int64)
+    batch = tl.program_id(1) // n_key_heads
+    key_head = tl.program_id(1) % n_key_heads
     row = tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)[None, :]
     query = row % n_queries
-    h = kh * group + row // n_queries
+    head = key_head * group + row // n_queries
     in_rows = row < group * n_queries
     in_tile = in_rows[:, None] & (columns < HEAD_SIZE)
-    q_rows = h * q_head_stride + query.to(tl.int64) * q_stride
-    q = tl.load(Q + batch * q_batch_stride + q_rows[:, None] + columns, mask=in_tile, other=0.0)
+    q_rows = _row(0, head, q_head_stride) + _row(0, query, q_stride)
+    q = tl.load(_row(Q, batch, q_batch_stride) + q_rows[:, None] + columns, mask=in_tile, other=0.0)
+    k_source = (K, k_batch_stride, k_head_stride, k_stride)
+    v_source = (V, v_batch_stride, v_head_stride, v_stride)
     first = split * split_size
     stop = tl.minimum(n_keys, first + split_size)
-    k_pointers = _pointers(K + batch * k_batch_stride + kh * k_head_stride, k_stride, first, BLOCK_N, BLOCK_D)
-    v_pointers = _pointers(V + batch * v_batch_stride + kh * v_head_stride, v_stride, first, BLOCK_N, BLOCK_D)
     accumulator = tl.zeros((ROWS, BLOCK_D), tl.float32)
     largest = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for first_key in range(first, stop, BLOCK_N):
-        k = _load_tile(k_pointers, first_key, n_keys, HEAD_SIZE, True)
-        v = _load_tile(v_pointers, first_key, n_keys, HEAD_SIZE, True)
+        k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, False, BLOCK_N, BLOCK_D)
+        v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, False, BLOCK_N, BLOCK_D)
         keys = first_key + tl.arange(0, BLOCK_N)[None, :]
         seen = keys < n_keys
         if CAUSAL:
@@ -563,11 +509,9 @@ def decode_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         accumulator = _dot_add(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
         largest = new_largest
-        k_pointers += BLOCK_N * k_stride
-        v_pointers += BLOCK_N * v_stride
     blind = total == 0.0
     safe_total = tl.where(blind, 1.0, total)
-    out_row = ((split * batch_size + batch) * n_heads + h) * n_queries + query
+    out_row = ((split * tl.to_tensor(batch_size).to(tl.int64) + batch) * n_heads + head) * n_queries + query
     tl.store(PartialOut + out_row[:, None] * HEAD_SIZE + columns, accumulator / safe_total[:, None], mask=in_tile)
     tl.store(PartialLse + out_row, tl.where(blind, -float("inf"), largest + tl.log2(safe_total)), mask=in_rows)
 
@@ -619,40 +563,34 @@ def _block_d(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))  # 16 is the least depth of a tensor core product
 
 
-def forward_config(head_size: int, element_size: int, longest: int, arch: int) -> dict[str, int]:
-    """`longest` is max(Tq, Tk): up to 256 it is the short regime, whose tiles are no larger than the sequence."""
+def forward_config(head_size: int, element_size: int, longest: int, descriptors: bool) -> dict[str, int]:
+    """`longest` is max(Tq, Tk): tiles are no larger than a short sequence."""
     d = _block_d(head_size)
     if element_size == 4:
         return _config(32, 32, 4, 1, d)
+    if descriptors:
+        return _config(128, 64, 4, 3, d) if d <= 64 else _config(128, 64, 8, 2, d)
     if longest <= 32:
         return _config(32, 32, 2, 1, d)
-    if longest <= 256 or arch not in (90, 100):
-        return _config(64, 64 if d <= 128 else 32, 4, 2, d)
-    if d <= 64:
-        return _config(128, 64, 4, 3, d)
-    return _config(128, 64, 8, 2, d)
+    return _config(64, 64 if d <= 128 else 32, 4, 2, d)
 
 
-def grad_q_config(head_size: int, element_size: int, longest: int, arch: int) -> dict[str, int]:
+def grad_q_config(head_size: int, element_size: int, longest: int, descriptors: bool) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
         return _config(32, 32, 4, 1, d)
-    if longest <= 256 or arch not in (90, 100):
-        return _config(64, 64 if d <= 128 else 32, 4, 2, d)
-    if d <= 64:
-        return _config(128, 64, 8, 3, d)
-    return _config(128, 64, 8, 2, d)
+    if descriptors:
+        return _config(128, 64, 8, 3 if d <= 64 else 2, d)
+    return _config(64, 64 if d <= 128 else 32, 4, 2, d)
 
 
-def grad_kv_config(head_size: int, element_size: int, longest: int, arch: int) -> dict[str, int]:
+def grad_kv_config(head_size: int, element_size: int, longest: int, descriptors: bool) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
         return _config(32, 32, 4, 1, d)
-    if longest <= 256 or arch not in (90, 100):
-        return _config(64 if d <= 128 else 32, 64, 4, 2, d)
-    if d <= 64:
-        return _config(64, 128, 8, 3, d)
-    return _config(64, 128, 8, 2, d)
+    if descriptors:
+        return _config(64, 128, 8, 2, d)
+    return _config(64 if d <= 128 else 32, 64, 4, 2, d)
 
 
 def one_tile_config(head_size: int, element_size: int, longest: int) -> dict[str, int] | None:
@@ -685,8 +623,17 @@ def n_decode_splits(n_key_heads: int, n_keys: int, block_n: int, n_multiprocesso
 
 
 def _dense_heads(x: Tensor) -> Tensor:
-    """x itself where the elements of a head lie side by side, which every view of a (B, T, H, D) tensor has."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    """x itself where a head's elements lie side by side, as in every view of a (B, T, H, D) tensor; else a copy.
+
+    Offsets within a tile are 32 bits wide, which a stride of 2^24 between rows would leave.
+    """
+    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**24 else x.contiguous()
+
+
+def _describe(tensors: tuple[Tensor, ...], n_rows: int, config: dict[str, int]) -> tuple:
+    """Descriptors of tiles of `n_rows` rows of one head."""
+    block = [1, 1, n_rows, config["BLOCK_D"]]
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in tensors)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -695,6 +642,20 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 def _precision(dtype: torch.dtype) -> str:
     return float32_precision() if dtype == torch.float32 else "ieee"
+
+
+def _takes_descriptors(longest: int, *tensors: Tensor) -> bool:
+    """The long regime: where making descriptors (microseconds each) is worth it, and the chip has the accelerator."""
+    x = tensors[0]
+    return (
+        longest > SHORT
+        and x.element_size() == 2
+        and architecture(x) // 10 in (9, 10)
+        and all(
+            t.data_ptr() % 16 == 0 and all(s > 0 and s * t.element_size() % 16 == 0 for s in t.stride()[:3])
+            for t in tensors
+        )
+    )
 
 
 def _section(n_keys: int, head_size: int, element_size: int) -> int:
@@ -735,13 +696,17 @@ def forward(
         if n_splits > 1:
             _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
             return out, lse
-    config = forward_config(D, q.element_size(), max(Tq, Tk), architecture(q))
+    descriptors = _takes_descriptors(max(Tq, Tk), q, k, v)
+    config = forward_config(D, q.element_size(), max(Tq, Tk), descriptors)
+    sources = (q, k, v)
+    if descriptors:
+        sources = _describe((q,), config["BLOCK_M"], config) + _describe((k, v), config["BLOCK_N"], config)
     with device_of(q):
         forward_kernel[(B * H * triton.cdiv(Tq, config["BLOCK_M"]),)](
-            q, k, v, out, lse, lse if seed is None else seed, *_strides(q, k, v),
+            *sources, out, lse, lse if seed is None else seed, *_strides(q, k, v),
             B, H, group, Tq, Tk, _section(Tk, D, q.element_size()),
             score_scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
-            DROPOUT=dropout_p > 0.0, **constants, **config,
+            DROPOUT=dropout_p > 0.0, DESCRIPTORS=descriptors, **constants, **config,
         )  # fmt: skip
     return out, lse
 
@@ -789,7 +754,7 @@ def backward(
     section = _section(Tk, D, q.element_size())
     factors = (scale * math.log2(math.e), scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p))
     constants = {"HEAD_SIZE": D, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0.0, "PRECISION": _precision(q.dtype)}
-    size, longest, arch = q.element_size(), max(Tq, Tk), architecture(q)
+    size, longest = q.element_size(), max(Tq, Tk)
     with device_of(q):
         config = one_tile_config(D, size, longest)
         if config is not None:
@@ -798,15 +763,25 @@ def backward(
                 **constants, **config,
             )  # fmt: skip
             return grad_q, grad_k, grad_v
+        descriptors = _takes_descriptors(longest, q, k, v, grad_out)
+        constants["DESCRIPTORS"] = descriptors
         delta = torch.empty_like(lse)
-        config = grad_q_config(D, size, longest, arch)
+        config = grad_q_config(D, size, longest, descriptors)
+        sources = (grad_out, q, k, v)
+        if descriptors:
+            queries, keys = config["BLOCK_M"], config["BLOCK_N"]
+            sources = _describe((grad_out, q), queries, config) + _describe((k, v), keys, config)
         grad_q_kernel[(B * H * triton.cdiv(Tq, config["BLOCK_M"]),)](
-            grad_out, q, k, v, out, lse, delta, grad_q, key, *strides, B, H, group, Tq, Tk, section, *factors,
+            *sources, out, lse, delta, grad_q, key, *strides, B, H, group, Tq, Tk, section, *factors,
             **constants, **config,
         )  # fmt: skip
-        config = grad_kv_config(D, size, longest, arch)
+        config = grad_kv_config(D, size, longest, descriptors)
+        sources = (grad_out, q, k, v)
+        if descriptors:
+            queries, keys = config["BLOCK_M"], config["BLOCK_N"]
+            sources = _describe((grad_out, q), queries, config) + _describe((k, v), keys, config)
         grad_kv_kernel[(B * Hkv * triton.cdiv(Tk, config["BLOCK_N"]),)](
-            grad_out, q, k, v, lse, delta, grad_k, grad_v, key, *strides, B, H, group, Tq, Tk, section, *factors,
+            *sources, lse, delta, grad_k, grad_v, key, *strides, B, H, group, Tq, Tk, section, *factors,
             **constants, **config,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
