@@ -79,17 +79,19 @@ def _load_tile(
     """
     tensor, batch_stride, head_stride, stride = source
     if DESCRIPTORS:
-        return tensor.load([batch, head, first, 0]).reshape(N_ROWS, BLOCK_D)
-    base = _row(_row(_row(tensor, batch, batch_stride), head, head_stride), first, stride)
-    pointers = base + _offsets(stride, N_ROWS, BLOCK_D)
-    in_head = (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
-    if MASK_ROWS:
-        in_rows = (first + tl.arange(0, N_ROWS) < n_rows)[:, None]
-        return tl.load(pointers, mask=in_rows & in_head if HEAD_SIZE != BLOCK_D else in_rows, other=0.0)
-    elif HEAD_SIZE != BLOCK_D:
-        return tl.load(pointers, mask=in_head, other=0.0)
+        tile = tensor.load([batch, head, first, 0]).reshape(N_ROWS, BLOCK_D)
     else:
-        return tl.load(pointers)
+        base = _row(_row(_row(tensor, batch, batch_stride), head, head_stride), first, stride)
+        pointers = base + _offsets(stride, N_ROWS, BLOCK_D)
+        in_head = (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
+        if MASK_ROWS:
+            in_rows = (first + tl.arange(0, N_ROWS) < n_rows)[:, None]
+            tile = tl.load(pointers, mask=in_rows & in_head if HEAD_SIZE != BLOCK_D else in_rows, other=0.0)
+        elif HEAD_SIZE != BLOCK_D:
+            tile = tl.load(pointers, mask=in_head, other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit
@@ -121,7 +123,7 @@ def _seen(
 def _key_range(
     first_query, n_queries, n_keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """(unmasked end, end) of a tile of queries: all its rows see the keys before the first, none those from the second."""
+    """(unmasked end, end) of a tile of queries: all of it sees the keys before the first, none of it those after."""
     end, unmasked_end = n_keys, n_keys
     if CAUSAL:
         offset = n_keys - n_queries
