@@ -110,13 +110,14 @@ def _store_tile(
 def _seen(
     first_query, first_key, n_queries, n_keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Mask (BLOCK_M, BLOCK_N): True where the key exists and the query may see it."""
+    """Mask (BLOCK_M, BLOCK_N): True where the query may see the key, and the key exists.
+
+    A causal query that exists sees only keys that exist. What a query beyond the last one sees goes nowhere: its row
+    of the output is not stored, and in backward its logsumexp of +inf makes its weights exactly 0.
+    """
     keys = first_key + tl.arange(0, BLOCK_N)[None, :]
     queries = first_query + tl.arange(0, BLOCK_M)[:, None]
-    seen = (keys < n_keys) & (queries < n_queries)
-    if CAUSAL:
-        seen = seen & (keys <= queries + (n_keys - n_queries))
-    return seen
+    return keys <= queries + (n_keys - n_queries) if CAUSAL else keys < n_keys
 
 
 @triton.jit
@@ -328,37 +329,6 @@ def grad_q_kernel(
     _store_tile(GradQ, grad_q * scale, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
 
 
-@triton.jit
-def _grad_kv_tiles(
-    grad_k, grad_v, k, v, q_source, grad_source, Lse, Delta, batch, head, first_key, start, stop,
-    n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    for first_query in range(start, stop, BLOCK_M):
-        q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
-        grad_out = _load_tile(
-            grad_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D
-        )
-        queries = first_query + tl.arange(0, BLOCK_M)
-        # Rows that do not exist, and those that see no key, have a logsumexp of +inf: their weights are exactly 0.
-        lse = tl.load(Lse + mask_row + queries, mask=queries < n_queries, other=float("inf"))
-        delta = tl.load(Delta + mask_row + queries, mask=queries < n_queries, other=0.0)
-        seen = None
-        keep = None
-        if MASKED:
-            seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
-        if DROPOUT:
-            keep = keep_tile(seed, mask_row + first_query, first_key, last_dropped, BLOCK_M, BLOCK_N)
-        weights, grad_scores = _weights_and_grad(
-            q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale, MASKED, DROPOUT, PRECISION
-        )
-        grad_v = _dot_add(weights.to(q.dtype), grad_out, grad_v, PRECISION)
-        grad_k = _dot_add(grad_scores.to(q.dtype), q, grad_k, PRECISION)
-    return grad_k, grad_v
-
-
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
 def grad_kv_kernel(
     GradOut, Q, K, V, Lse, Delta, GradK, GradV, Seed,
@@ -370,7 +340,11 @@ def grad_kv_kernel(
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """GradK and GradV are (B, Tk, Hkv, D) contiguous. The first keys have the most queries, and start first."""
+    """GradK and GradV are (B, Tk, Hkv, D) contiguous. The first keys have the most queries, and start first.
+
+    Unlike the other passes this one masks every tile: a second loop for the whole tiles costs forty registers, which
+    two sums of (BLOCK_N, BLOCK_D) leave no room for, and spilling costs more than a compare and a select a score.
+    """
     n_key_heads = n_heads // group
     batch, key_head, tile = _locate(batch_size, n_key_heads, tl.cdiv(n_keys, BLOCK_N), section, False)
     first_key = tile * BLOCK_N
@@ -381,27 +355,31 @@ def grad_kv_kernel(
     k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
     v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
     seed = tl.load(Seed) if DROPOUT else 0
-    start, unmasked_start = 0, 0
-    if CAUSAL:
-        offset = n_keys - n_queries
-        start = tl.maximum(0, first_key - offset) // BLOCK_M * BLOCK_M
-        unmasked_start = tl.cdiv(tl.maximum(0, first_key + BLOCK_N - 1 - offset), BLOCK_M) * BLOCK_M
-        unmasked_start = tl.minimum(unmasked_start, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M)
+    start = tl.maximum(0, first_key - (n_keys - n_queries)) // BLOCK_M * BLOCK_M if CAUSAL else 0
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for head in range(key_head * group, (key_head + 1) * group):
         mask_row = _first_row(batch, n_heads, head, n_queries)
-        if CAUSAL:
-            grad_k, grad_v = _grad_kv_tiles(
-                grad_k, grad_v, k, v, q_source, grad_source, Lse, Delta, batch, head, first_key,
-                start, unmasked_start, n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-                HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-        grad_k, grad_v = _grad_kv_tiles(
-            grad_k, grad_v, k, v, q_source, grad_source, Lse, Delta, batch, head, first_key,
-            unmasked_start, n_queries, n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-            HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        for first_query in range(start, n_queries, BLOCK_M):
+            q = _load_tile(
+                q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D
+            )
+            grad_out = _load_tile(
+                grad_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D
+            )
+            queries = first_query + tl.arange(0, BLOCK_M)
+            # Rows that do not exist, and those that see no key, have a logsumexp of +inf: their weights are exactly 0.
+            lse = tl.load(Lse + mask_row + queries, mask=queries < n_queries, other=float("inf"))
+            delta = tl.load(Delta + mask_row + queries, mask=queries < n_queries, other=0.0)
+            seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+            keep = None
+            if DROPOUT:
+                keep = keep_tile(seed, mask_row + first_query, first_key, last_dropped, BLOCK_M, BLOCK_N)
+            weights, grad_scores = _weights_and_grad(
+                q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale, CAUSAL, DROPOUT, PRECISION
+            )
+            grad_v = _dot_add(weights.to(q.dtype), grad_out, grad_v, PRECISION)
+            grad_k = _dot_add(grad_scores.to(q.dtype), q, grad_k, PRECISION)
     _store_tile(GradK, grad_k * scale, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
     _store_tile(GradV, grad_v, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
