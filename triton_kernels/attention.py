@@ -238,25 +238,30 @@ def forward_kernel(
 
 
 @triton.jit
-def _weights_and_grad(
-    q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale,
+def _add_to_grad_kv(
+    grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(weights after dropout, dS), both transposed: (BLOCK_N, BLOCK_M).
+    """(grad_k, grad_v, dS^T): one tile of queries added to the sums of one tile of keys.
 
-    So they leave the first two products in the layout in which the next two read their left operand.
+    Scores are made transposed, (BLOCK_N, BLOCK_M), the layout in which the products with dO and q read them. dV is
+    finished before dP is begun, so that fewer tiles are alive at a time.
     """
     weights = tl.exp2(_dot(k, tl.trans(q), PRECISION) * score_scale - lse[None, :])
     if MASKED:
         weights = tl.where(tl.trans(seen), weights, 0.0)
-    grad_weights = _dot(v, tl.trans(grad_out), PRECISION)
     if DROPOUT:
         keep = tl.trans(keep)
-        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
         dropped = tl.where(keep, weights * keep_scale, 0.0)
     else:
         dropped = weights
-    return dropped, weights * (grad_weights - delta[None, :])
+    grad_v = _dot_add(dropped.to(q.dtype), grad_out, grad_v, PRECISION)
+    grad_weights = _dot(v, tl.trans(grad_out), PRECISION)
+    if DROPOUT:
+        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+    grad_scores = (weights * (grad_weights - delta[None, :])).to(q.dtype)
+    grad_k = _dot_add(grad_scores, q, grad_k, PRECISION)
+    return grad_k, grad_v, grad_scores
 
 
 @triton.jit
@@ -375,11 +380,10 @@ def grad_kv_kernel(
             keep = None
             if DROPOUT:
                 keep = keep_tile(seed, mask_row + first_query, first_key, last_dropped, BLOCK_M, BLOCK_N)
-            weights, grad_scores = _weights_and_grad(
-                q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale, CAUSAL, DROPOUT, PRECISION
-            )
-            grad_v = _dot_add(weights.to(q.dtype), grad_out, grad_v, PRECISION)
-            grad_k = _dot_add(grad_scores.to(q.dtype), q, grad_k, PRECISION)
+            grad_k, grad_v, _ = _add_to_grad_kv(
+                grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
+                CAUSAL, DROPOUT, PRECISION,
+            )  # fmt: skip
     _store_tile(GradK, grad_k * scale, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
     _store_tile(GradV, grad_v, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
@@ -425,12 +429,10 @@ def one_tile_backward_kernel(
         keep = None
         if DROPOUT:
             keep = keep_tile(seed, mask_row, 0, last_dropped, BLOCK_M, BLOCK_N)
-        weights, grad_scores = _weights_and_grad(
-            q, k, v, grad_out, lse, delta, seen, score_scale, keep, keep_scale, True, DROPOUT, PRECISION
-        )
-        grad_v = _dot_add(weights.to(q.dtype), grad_out, grad_v, PRECISION)
-        grad_scores = grad_scores.to(q.dtype)
-        grad_k = _dot_add(grad_scores, q, grad_k, PRECISION)
+        grad_k, grad_v, grad_scores = _add_to_grad_kv(
+            grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
+            True, DROPOUT, PRECISION,
+        )  # fmt: skip
         grad_q = _dot(tl.trans(grad_scores), k, PRECISION) * scale
         _store_tile(GradQ, grad_q, batch, head, 0, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
     _store_tile(GradK, grad_k * scale, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
