@@ -541,49 +541,54 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, block_d
     }
 
 
+def _float32_config(block_d: int) -> dict[str, int]:
+    """Products of float32 take no tensor core: each lane holds whole rows of its operands, so tiles are small."""
+    return _config(16, 16, 4 if block_d <= 64 else 8, 1, block_d)
+
+
 def _block_d(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))  # 16 is the least depth of a tensor core product
 
 
-def forward_config(head_size: int, element_size: int, longest: int, descriptors: bool) -> dict[str, int]:
-    """`longest` is max(Tq, Tk): tiles are no larger than a short sequence."""
+def forward_config(head_size: int, element_size: int, longest: int, descriptors: bool, dropout: bool) -> dict[str, int]:
+    """`longest` is max(Tq, Tk). Masks of dropout take registers: there the same tile is spread over more warps."""
     d = _block_d(head_size)
     if element_size == 4:
-        return _config(32, 32, 4, 1, d)
+        return _float32_config(d)
     if descriptors:
-        return _config(128, 64, 4, 3, d) if d <= 64 else _config(128, 64, 8, 2, d)
+        return _config(128, 64, 8 if dropout or d > 64 else 4, 3, d)
     if longest <= 32:
-        return _config(32, 32, 2, 1, d)
-    return _config(64, 64 if d <= 128 else 32, 4, 2, d)
+        return _config(32, 32, 2 if d <= 64 else 8, 1, d)
+    return _config(64, 64, 4, 2, d) if d <= 64 else _config(64, 32, 4 if d == 128 else 8, 2, d)
 
 
-def grad_q_config(head_size: int, element_size: int, longest: int, descriptors: bool) -> dict[str, int]:
+def grad_q_config(head_size: int, element_size: int, descriptors: bool) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
-        return _config(32, 32, 4, 1, d)
+        return _float32_config(d)
     if descriptors:
         return _config(128, 64, 8, 3 if d <= 64 else 2, d)
-    return _config(64, 64 if d <= 128 else 32, 4, 2, d)
+    if d <= 128:
+        return _config(64, 32, 4 if d <= 64 else 8, 2, d)
+    return _config(16, 32, 4, 1, d)
 
 
-def grad_kv_config(head_size: int, element_size: int, longest: int, descriptors: bool) -> dict[str, int]:
+def grad_kv_config(head_size: int, element_size: int, descriptors: bool, dropout: bool, group: int) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
-        return _config(32, 32, 4, 1, d)
+        return _float32_config(d)
     if descriptors:
-        return _config(64, 128, 8, 2, d)
-    return _config(64 if d <= 128 else 32, 64, 4, 2, d)
+        return _config(64 if d <= 64 or (group == 1 and not dropout) else 32, 128, 8, 2, d)
+    return _config(32, 32, 4 if d <= 64 else 8, 2 if d <= 128 else 1, d)
 
 
 def one_tile_config(head_size: int, element_size: int, longest: int) -> dict[str, int] | None:
     """The single-pass backward, where queries and keys fit one tile; None where they do not."""
     d = _block_d(head_size)
     block = max(16, triton.next_power_of_2(longest))
-    if element_size == 4:
-        return _config(block, block, 4, 1, d) if block <= 32 and d <= 64 else None
-    if block > 128 or d > 128 or block * d > 128 * 64:
+    if element_size == 4 or block > 64 or d > 64:
         return None
-    return _config(block, block, 8 if block == 128 else 4, 1, d)
+    return _config(block, block, 8 if block == 64 else 4, 1, d)
 
 
 def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, int]:
@@ -632,7 +637,8 @@ def _takes_descriptors(longest: int, *tensors: Tensor) -> bool:
     return (
         longest > SHORT
         and x.element_size() == 2
-        and architecture(x) // 10 in (9, 10)
+        and x.shape[3] <= 128
+        and architecture(x) // 10 == 9
         and all(
             t.data_ptr() % 16 == 0 and all(s > 0 and s * t.element_size() % 16 == 0 for s in t.stride()[:3])
             for t in tensors
@@ -679,7 +685,7 @@ def forward(
             _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
             return out, lse
     descriptors = _takes_descriptors(max(Tq, Tk), q, k, v)
-    config = forward_config(D, q.element_size(), max(Tq, Tk), descriptors)
+    config = forward_config(D, q.element_size(), max(Tq, Tk), descriptors, dropout_p > 0.0)
     sources = (q, k, v)
     if descriptors:
         sources = _describe((q,), config["BLOCK_M"], config) + _describe((k, v), config["BLOCK_N"], config)
@@ -748,7 +754,7 @@ def backward(
         descriptors = _takes_descriptors(longest, q, k, v, grad_out)
         constants["DESCRIPTORS"] = descriptors
         delta = torch.empty_like(lse)
-        config = grad_q_config(D, size, longest, descriptors)
+        config = grad_q_config(D, size, descriptors)
         sources = (grad_out, q, k, v)
         if descriptors:
             queries, keys = config["BLOCK_M"], config["BLOCK_N"]
@@ -757,7 +763,7 @@ def backward(
             *sources, out, lse, delta, grad_q, key, *strides, B, H, group, Tq, Tk, section, *factors,
             **constants, **config,
         )  # fmt: skip
-        config = grad_kv_config(D, size, longest, descriptors)
+        config = grad_kv_config(D, size, descriptors, dropout_p > 0.0, group)
         sources = (grad_out, q, k, v)
         if descriptors:
             queries, keys = config["BLOCK_M"], config["BLOCK_N"]
