@@ -599,6 +599,9 @@ def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, i
     return config | {"ROWS": max(16, triton.next_power_of_2(n_rows))}
 
 
+JOIN_CONFIG = {"num_warps": 4, **COMPILE_OPTIONS}
+
+
 def n_decode_splits(n_key_heads: int, n_keys: int, block_n: int, n_multiprocessors: int) -> tuple[int, int]:
     """(splits, keys in each): two programs for every multiprocessor, and at least 128 keys for each program."""
     wanted = min(128, triton.cdiv(2 * n_multiprocessors, n_key_heads), triton.cdiv(n_keys, 128))
@@ -678,7 +681,8 @@ def forward(
     group = H // Hkv
     score_scale = scale * math.log2(math.e)
     constants = {"HEAD_SIZE": D, "CAUSAL": is_causal, "PRECISION": _precision(q.dtype)}
-    if Tq <= MAX_DECODED_QUERIES and group * Tq <= 64 and dropout_p == 0.0:
+    decodes = Tq <= MAX_DECODED_QUERIES and group * Tq * _block_d(D) <= 64 * 128  # rows that fit the registers
+    if decodes and dropout_p == 0.0:
         config = decode_config(D, q.element_size(), group * Tq)
         n_splits, split_size = n_decode_splits(B * Hkv, Tk, config["BLOCK_N"], multiprocessors(q))
         if n_splits > 1:
@@ -711,8 +715,7 @@ def _decode(q, k, v, out, lse, n_splits, split_size, score_scale, config):
         )  # fmt: skip
         join_splits_kernel[(B * H * Tq,)](
             partial_out, partial_lse, out, lse, B * H * Tq, H, Tq, n_splits,
-            HEAD_SIZE=D, BLOCK_D=config["BLOCK_D"], SPLITS=triton.next_power_of_2(n_splits), num_warps=4,
-            **COMPILE_OPTIONS,
+            HEAD_SIZE=D, BLOCK_D=config["BLOCK_D"], SPLITS=triton.next_power_of_2(n_splits), **JOIN_CONFIG,
         )  # fmt: skip
 
 
