@@ -582,11 +582,11 @@ def grad_kv_config(head_size: int, element_size: int, descriptors: bool, dropout
     return _config(32, 32, 4 if d <= 64 else 8, 2 if d <= 128 else 1, d)
 
 
-def one_tile_config(head_size: int, element_size: int, longest: int) -> dict[str, int] | None:
-    """The single-pass backward, where queries and keys fit one tile; None where they do not."""
+def one_tile_config(head_size: int, element_size: int, longest: int, dropout: bool) -> dict[str, int] | None:
+    """The single-pass backward, where queries, keys and all three sums fit one tile; None where they do not."""
     d = _block_d(head_size)
     block = max(16, triton.next_power_of_2(longest))
-    if element_size == 4 or block > 64 or d > 64:
+    if element_size == 4 or block > 64 or d > 64 or (dropout and block * d > 64 * 32):
         return None
     return _config(block, block, 8 if block == 64 else 4, 1, d)
 
@@ -747,7 +747,7 @@ def backward(
     constants = {"HEAD_SIZE": D, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0.0, "PRECISION": _precision(q.dtype)}
     size, longest = q.element_size(), max(Tq, Tk)
     with device_of(q):
-        config = one_tile_config(D, size, longest)
+        config = one_tile_config(D, size, longest, dropout_p > 0.0)
         if config is not None:
             one_tile_backward_kernel[(B * Hkv,)](
                 grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, key, *strides, H, group, Tq, Tk, *factors,

@@ -89,10 +89,10 @@ def _attention_cases(arch: int) -> Iterator[Case]:
     for head_size in (64, 128):
         config = attention.forward_config(head_size, 2, 32, False, True)
         yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", head_size, config, DROPOUT=True)
-    for longest in (16, 32, 64):
-        config = attention.one_tile_config(64, 2, longest)
-        name = f"one_tile_backward.t{longest}.dropout"
-        yield case(name, attention.one_tile_backward_kernel, "bf16", 64, config, DROPOUT=True)
+    for longest, head_size, dropout in ((16, 64, True), (32, 64, True), (64, 64, False), (64, 32, True)):
+        config = attention.one_tile_config(head_size, 2, longest, dropout)
+        name = f"one_tile_backward.t{longest}" + (".dropout" if dropout else "")
+        yield case(name, attention.one_tile_backward_kernel, "bf16", head_size, config, DROPOUT=dropout)
     for head_size, rows in ((64, 8), (128, 64), (256, 8)):
         config = attention.decode_config(head_size, 2, rows)
         yield case(f"decode.rows{config['ROWS']}", attention.decode_kernel, "bf16", head_size, config)
