@@ -5,7 +5,7 @@ import os
 # Tensors are small, and cores may be shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 # Where the Triton kernels run: on the GPU if there is one, else on Triton's interpreter, which is chosen when a kernel
 # is decorated.

@@ -64,7 +64,7 @@ def _offsets(stride, N_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _row(base, first, stride):
     """The address of row `first`, in 64 bits: a tensor may exceed 2^31 elements. (Within a tile 32 bits will do.)"""
-    return base + first * tl.to_tensor(stride).to(tl.int64)
+    return base + first * tl.cast(stride, tl.int64)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _store_tile(
 ):  # fmt: skip
     """Into a contiguous (B, n_rows, n_heads, HEAD_SIZE)."""
     stride = n_heads * HEAD_SIZE
-    base = _row(_row(tensor, batch * tl.to_tensor(n_rows).to(tl.int64) + first, stride), head, HEAD_SIZE)
+    base = _row(_row(tensor, batch * tl.cast(n_rows, tl.int64) + first, stride), head, HEAD_SIZE)
     mask = (first + tl.arange(0, N_ROWS) < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
     tl.store(base + _offsets(stride, N_ROWS, BLOCK_D), tile.to(tensor.dtype.element_ty), mask=mask)
 
@@ -307,7 +307,7 @@ def grad_q_kernel(
     k_source = (K, k_batch_stride, k_head_stride, k_stride)
     v_source = (V, v_batch_stride, v_head_stride, v_stride)
     out_stride = n_heads * HEAD_SIZE
-    out_source = (Out, n_queries * tl.to_tensor(out_stride).to(tl.int64), HEAD_SIZE, out_stride)
+    out_source = (Out, n_queries * tl.cast(out_stride, tl.int64), HEAD_SIZE, out_stride)
     q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
     grad_out = _load_tile(
         grad_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D
@@ -411,7 +411,7 @@ def one_tile_backward_kernel(
     k_source = (K, k_batch_stride, k_head_stride, k_stride)
     v_source = (V, v_batch_stride, v_head_stride, v_stride)
     out_stride = n_heads * HEAD_SIZE
-    out_source = (Out, n_queries * tl.to_tensor(out_stride).to(tl.int64), HEAD_SIZE, out_stride)
+    out_source = (Out, n_queries * tl.cast(out_stride, tl.int64), HEAD_SIZE, out_stride)
     k = _load_tile(k_source, batch, key_head, 0, n_keys, HEAD_SIZE, True, False, BLOCK_N, BLOCK_D)
     v = _load_tile(v_source, batch, key_head, 0, n_keys, HEAD_SIZE, True, False, BLOCK_N, BLOCK_D)
     seed = tl.load(Seed) if DROPOUT else 0
@@ -493,7 +493,7 @@ def decode_kernel(
         largest = new_largest
     blind = total == 0.0
     safe_total = tl.where(blind, 1.0, total)
-    out_row = ((split * tl.to_tensor(batch_size).to(tl.int64) + batch) * n_heads + head) * n_queries + query
+    out_row = ((split * tl.cast(batch_size, tl.int64) + batch) * n_heads + head) * n_queries + query
     tl.store(PartialOut + out_row[:, None] * HEAD_SIZE + columns, accumulator / safe_total[:, None], mask=in_tile)
     tl.store(PartialLse + out_row, tl.where(blind, -float("inf"), largest + tl.log2(safe_total)), mask=in_rows)
 
@@ -582,11 +582,12 @@ def grad_kv_config(head_size: int, element_size: int, descriptors: bool, dropout
     return _config(32, 32, 4 if d <= 64 else 8, 2 if d <= 128 else 1, d)
 
 
-def one_tile_config(head_size: int, element_size: int, longest: int, dropout: bool) -> dict[str, int] | None:
+def one_tile_config(head_size: int, element_size: int, longest: int, dropout: bool, arch: int) -> dict[str, int] | None:
     """The single-pass backward, where queries, keys and all three sums fit one tile; None where they do not."""
     d = _block_d(head_size)
     block = max(16, triton.next_power_of_2(longest))
-    if element_size == 4 or block > 64 or d > 64 or (dropout and block * d > 64 * 32):
+    largest = 64 * 32 if dropout or arch < 90 else 64 * 64  # from sm_90 on, operands may stay in shared memory
+    if element_size == 4 or block > 64 or block * d > largest:
         return None
     return _config(block, block, 8 if block == 64 else 4, 1, d)
 
@@ -747,7 +748,7 @@ def backward(
     constants = {"HEAD_SIZE": D, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0.0, "PRECISION": _precision(q.dtype)}
     size, longest = q.element_size(), max(Tq, Tk)
     with device_of(q):
-        config = one_tile_config(D, size, longest, dropout_p > 0.0)
+        config = one_tile_config(D, size, longest, dropout_p > 0.0, architecture(q))
         if config is not None:
             one_tile_backward_kernel[(B * Hkv,)](
                 grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, key, *strides, H, group, Tq, Tk, *factors,

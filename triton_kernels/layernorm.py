@@ -247,7 +247,7 @@ def forward_config(width: int) -> dict[str, int]:
 def backward_config(width: int) -> dict[str, int]:
     """Half of that a lane: the gradient, the weight and the two sums lie in registers beside the row."""
     block = _block(width)
-    rows = min(64, max(1, 2048 // block))
+    rows = min(32, max(1, 2048 // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 512), **COMPILE_OPTIONS}
 
 
