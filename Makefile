@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = runs/demo
+OUT ?= runs/gpu-check
 
-.PHONY: demo test lint types install clean
+.PHONY: demo test lint types install clean gpu-check
 
 $(VENV)/installed: requirements-dev.lock pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
@@ -31,6 +32,11 @@ lint: install
 
 types: install
 	$(BIN)/mypy fastgpt
+
+# On a machine with a GPU, with the PyTorch that is installed there: no network, nothing downloaded.
+gpu-check:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info
