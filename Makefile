@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO = runs/demo
 OUT ?= runs/gpu-check
 
-.PHONY: demo test lint types install clean gpu-check
+.PHONY: demo test lint types install sanitize gpu-check clean
 
 $(VENV)/installed: requirements-dev.lock pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
@@ -37,6 +37,14 @@ types: install
 gpu-check:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+
+# The CPU row kernels of every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
+		tests/sanitize.cpp csrc/kernels.cpp csrc/kernels_generic.cpp csrc/kernels_avx2.cpp csrc/kernels_avx512.cpp \
+		-o build/sanitize
+	build/sanitize
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,9 +1,240 @@
-"""Packages and where they lie; the rest is in pyproject.toml."""
+"""Packages and where they lie, and the compiled extension; the rest is in pyproject.toml.
+
+The extension is three modules, each optional, each built alone so that one may fail without the others:
+fastgpt._build_info (pybind11), fastgpt._C (CPU) and fastgpt._C_cuda. Whatever stands in the way (no torch at build
+time, no compiler, an error of the compiler), the installation is the Python package, which runs without them; the
+reason is kept in fastgpt/_build_error.txt, where `fastgpt doctor` finds it.
+
+FASTGPT_NATIVE=0        build none of them
+FASTGPT_NATIVE=require  a module that cannot be built fails the installation
+FASTGPT_CUDA=1          build the CUDA module although this torch has no CUDA; 0: leave it out.
+                        Otherwise it is built where nvcc is found and torch has CUDA, with or without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = os.environ.get("FASTGPT_NATIVE", "auto")
+CUDA = os.environ.get("FASTGPT_CUDA", "auto")
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # A100, H100, B200, and whatever comes later through PTX
+ERROR_FILE = "_build_error.txt"
+
+# Py_LIMITED_API: one build for every Python from 3.10 on; TORCH_TARGET_VERSION: for every torch from 2.11 on.
+DEFINES = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# A fused multiply-add is one rounding less; errno of exp and log is never read.
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
+CPU_SOURCES = ["bindings", "cross_entropy", "embedding", "tensor", "large_blocks", "kernels", "kernels_generic"]
+CPU_SOURCES += ["kernels_avx2", "kernels_avx512"]  # empty on other processors
+CUDA_SOURCES = ["bindings_cuda.cpp", "cross_entropy.cu", "embedding.cu"]
+
+
+def source_hash() -> str:
+    """What `doctor` compares with the sources beside it, to tell a module that was not rebuilt."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "csrc").iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def first_line(command: list[str]) -> str:
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return output.strip().splitlines()[0] if output.strip() else "unknown"
+
+
+def find_cuda() -> str | None:
+    """The CUDA toolkit, by the way of an nvcc that lies in one: torch takes any nvcc's grandparent for it."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        candidates.append(str(Path(nvcc).resolve().parent.parent))
+    for home in candidates:
+        if home and (Path(home) / "bin" / "nvcc").exists() and (Path(home) / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+@contextlib.contextmanager
+def recorded_output() -> Iterator[list[str]]:
+    """Everything that is written to stdout and stderr, subprocesses included; passed on to stderr at the end."""
+    lines: list[str] = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(1), os.dup(2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, target)
+                os.close(copy)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+            lines += text.splitlines()
+            sys.stderr.write(text)
+
+
+def compiler_error(lines: list[str], error: BaseException) -> str:
+    """The first line in which a compiler or linker says what is wrong."""
+    for line in lines:
+        if re.search(r"\berror\b|not found", line, re.IGNORECASE) and not re.match(r"ninja:|FAILED|\[", line):
+            return line.strip()
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+class Optional(build_ext):
+    """build_ext that goes on where a module cannot be built, and writes down why."""
+
+    errors: list[str]
+
+    def package_folder(self) -> Path:
+        return ROOT / "fastgpt" if self.inplace or self.editable_mode else Path(self.build_lib) / "fastgpt"
+
+    def run(self) -> None:
+        self.errors = []
+        with self.optional("the extension"):
+            super().run()
+        write_errors(self.package_folder(), self.errors)
+
+    def build_extensions(self) -> None:
+        modules, folder = self.extensions, self.build_temp
+        for module in modules:
+            self.extensions = [module]
+            self.build_temp = os.path.join(folder, module.name)  # two modules have a cross_entropy.o
+            with self.optional(module.name):
+                super().build_extensions()
+        self.extensions, self.build_temp = modules, folder
+
+    @contextlib.contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        lines: list[str] = []
+        try:
+            with recorded_output() as lines:
+                yield
+        except (Exception, SystemExit) as error:
+            if NATIVE == "require":
+                raise
+            self.errors.append(f"{what}: {compiler_error(lines, error)}")
+            print(f"fastgpt: not built: {self.errors[-1]}", file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        return [file for file in super().get_outputs() if os.path.exists(file)]
+
+
+class BuildPython(build_py):
+    """build_py that leaves the reason where no module is even tried."""
+
+    def run(self) -> None:
+        super().run()
+        write_errors(ROOT / "fastgpt" if self.editable_mode else Path(self.build_lib) / "fastgpt", not_tried)
+
+
+def write_errors(folder: Path, errors: list[str]) -> None:
+    file = folder / ERROR_FILE
+    if errors:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(errors) + "\n", encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)
+
+
+def modules() -> tuple[list, type]:
+    """The extension modules to try, and the build_ext that builds them. Raises where none can be."""
+    if NATIVE == "0":
+        raise RuntimeError("switched off by FASTGPT_NATIVE=0")
+    if NATIVE not in ("auto", "require"):
+        raise RuntimeError(f"FASTGPT_NATIVE: expected 0, auto or require, got {NATIVE!r}")
+    cuda_home = find_cuda()
+    if cuda_home:
+        os.environ["CUDA_HOME"] = cuda_home  # before torch looks for it
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise RuntimeError(
+            "torch was not there when FastGPT was built; with torch installed, "
+            "pip install --no-build-isolation builds the extension"
+        ) from None
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+        raise RuntimeError(f"torch {torch.__version__} is older than 2.11, the first with a complete stable ABI")
+    from torch.utils import cpp_extension
+
+    with_cuda = CUDA == "1" or (CUDA != "0" and torch.version.cuda is not None and cuda_home is not None)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else ""
+    compiler = os.environ.get("CXX", "c++")
+    facts = {
+        "COMPILER": first_line([compiler, "--version"]),
+        "FLAGS": " ".join(CXX_FLAGS),
+        "TORCH": torch.__version__,
+        "CUDA_VERSION": torch.version.cuda or "" if with_cuda else "",
+        "CUDA_ARCHITECTURES": architectures,
+        "SOURCE_HASH": source_hash(),
+    }
+    # Through a header, not -D: strings with spaces pass through two shells and ninja.
+    header = ROOT / "build" / "build_facts.h"
+    header.parent.mkdir(exist_ok=True)
+    quoted = (f'#define FASTGPT_{name} "{value.replace(chr(34), chr(39))}"\n' for name, value in facts.items())
+    header.write_text("".join(quoted), encoding="utf-8")
+
+    def module(kind, name: str, sources: list[str], flags, **more):
+        made = kind(f"fastgpt.{name}", sources, extra_compile_args=flags, extra_link_args=["-s"], **more)
+        made.optional = NATIVE != "require"  # an editable installation does not insist on a file that was not built
+        return made
+
+    cpu = [f"csrc/{name}.cpp" for name in CPU_SOURCES]
+    info_flags = {"cxx": [*CXX_FLAGS, "-include", str(header)]}
+    found = [
+        module(cpp_extension.CppExtension, "_build_info", ["csrc/build_info.cpp"], info_flags),
+        module(cpp_extension.CppExtension, "_C", cpu, {"cxx": CXX_FLAGS + DEFINES}, py_limited_api=True),
+    ]
+    if with_cuda:
+        cuda = [f"csrc/{file}" for file in CUDA_SOURCES]
+        nvcc_flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-UNDEBUG", "--threads=2", *DEFINES]  # assert: range checks
+        flags = {"cxx": CXX_FLAGS + DEFINES, "nvcc": nvcc_flags}
+        found.append(module(cpp_extension.CUDAExtension, "_C_cuda", cuda, flags, py_limited_api=True))
+
+    class TorchOptional(Optional, cpp_extension.BuildExtension):
+        pass
+
+    return found, TorchOptional
+
+
+not_tried: list[str] = []
+command: type = Optional
+extensions: list = []
+try:
+    extensions, command = modules()
+except Exception as error:  # whatever it is, the Python package installs
+    if NATIVE == "require":
+        raise
+    not_tried = [f"the extension: {error}"]
+    print(f"fastgpt: {not_tried[0]}", file=sys.stderr)
 
 # triton_kernels/ is installed inside fastgpt: a top-level package of that name belongs to the Triton project.
 setup(
     packages=["fastgpt", "fastgpt.ops", "fastgpt.triton_kernels"],
     package_dir={"fastgpt": "fastgpt", "fastgpt.triton_kernels": "triton_kernels"},
+    ext_modules=extensions,
+    cmdclass={"build_ext": command, "build_py": BuildPython},
 )

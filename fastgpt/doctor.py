@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__, ops
+from .ops import native
 from .ops.backend import BACKENDS, OPS, requested, unavailable
 
 
@@ -61,5 +62,6 @@ def report() -> str:
                 lines.append(f"  {op}: {error}")
         for backend in BACKENDS:
             reason = unavailable(backend, device)
-            lines.append(f"  backend {backend}: {'ran' if reason is None else reason}")
+            how = f" ({native.describe(device)})" if backend == "native" and reason is None else ""
+            lines.append(f"  backend {backend}: {'ran' if reason is None else reason}{how}")
     return "\n".join(lines)

@@ -36,9 +36,9 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "attention": ("torch",),
         "layer_norm": ("torch",),
         "add_layer_norm": ("torch",),
-        "embedding": ("torch",),
-        "cross_entropy": ("torch",),
-        "linear_cross_entropy": ("torch",),
+        "embedding": ("native", "torch"),
+        "cross_entropy": ("native", "torch"),
+        "linear_cross_entropy": ("native", "torch"),
     },
 }
 OPS = tuple(PREFERENCE["cpu"])

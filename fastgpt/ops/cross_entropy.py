@@ -2,10 +2,19 @@
 
 The fused form is the idea of Cut Your Losses (Wijmans et al. 2024) and Liger-Kernel (Hsu et al. 2024): rows are taken
 in chunks; a chunk's logits are made, turned into their own gradient in place, multiplied into dx and dW, and dropped.
+
+Where a gradient is wanted and the loss is a scalar, the forward ops compute it with the loss, while the logits are in
+the caches; backward hands it out, scaled in place by the incoming gradient where that is not 1. It is handed out
+once: a
+second pass through a kept graph, or one with create_graph, computes it again from the saved inputs.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +32,13 @@ from .arguments import (
     first_out_of_range,
 )
 from .backend import dispatch, register
-from .library import library, raise_on_double_backward, refuse_forward_mode
+from .library import (
+    inside_transform,
+    library,
+    raise_on_double_backward,
+    refuse_forward_mode,
+    register_autograd,
+)
 
 
 def cross_entropy(
@@ -184,173 +199,353 @@ def _torch(
         raise first_out_of_range("targets", targets, 0, C, ignore=ignore_index) from None
 
 
-# --- linear_cross_entropy on the torch backend -----------------------------------------------------------------------
+# --- gradients made in the forward pass ------------------------------------------------------------------------------
+
+library.define("scale_gradient_(Tensor(a!) gradient, Tensor scale) -> ()")
+
+
+def _scale_gradient_(gradient: Tensor, scale: Tensor) -> None:
+    """gradient *= scale, but an ignored row's 0 stays 0 where `scale` is not finite, as in PyTorch.
+
+    The CUDA extension has a kernel that reads `scale` on the device and leaves at once where it is 1.
+    """
+    torch.where(gradient == 0, gradient, gradient * scale, out=gradient)
+
+
+library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastgpt::scale_gradient_", lib=library)
+def _scale_gradient_fake(gradient, scale):
+    return None
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """gradient * scale, in place where that can be done behind autograd's back."""
+    if type(scale) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(scale):  # being traced
+        return torch.where(gradient == 0, gradient, gradient * scale)
+    factor = float(scale) if scale.device.type == "cpu" else math.nan
+    if math.isfinite(factor):
+        return gradient if factor == 1.0 else gradient.mul_(factor)
+    in_kernel = gradient.dtype != torch.float64 and scale.dtype == torch.float32
+    (torch.ops.fastgpt.scale_gradient_ if in_kernel else _scale_gradient_)(gradient, scale)
+    return gradient
+
+
+# --- cross_entropy on the native backend -----------------------------------------------------------------------------
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # PyTorch's numbers
+
+library.define(
+    "cross_entropy_native(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, int reduction, "
+    "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor statistics, Tensor gradient)"
+)
+library.define(
+    "cross_entropy_native_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor? weight, Tensor statistics, "
+    "int ignore_index, int reduction, float label_smoothing) -> Tensor"
+)
+library.define(
+    "cross_entropy_chunk_(Tensor(a!) logits, Tensor targets, Tensor row_scale, int ignore_index, "
+    "float label_smoothing, bool with_grad) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastgpt::cross_entropy_native", lib=library)
+def _native_fake(logits, targets, weight, ignore_index, reduction, label_smoothing, with_grad):
+    N, C = logits.shape
+    return (
+        logits.new_empty(N if reduction == REDUCTIONS["none"] else (), dtype=torch.float32),
+        logits.new_empty((N, 2), dtype=torch.float32),  # the row's maximum, and the log of its sum of exp(x - maximum)
+        logits.new_empty((N, C) if with_grad else 0),
+    )
+
+
+@torch.library.register_fake("fastgpt::cross_entropy_native_backward", lib=library)
+def _native_backward_fake(grad_loss, logits, targets, weight, statistics, ignore_index, reduction, label_smoothing):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("fastgpt::cross_entropy_chunk_", lib=library)
+def _chunk_fake(logits, targets, row_scale, ignore_index, label_smoothing, with_grad):
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def _native_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, targets, weight, *ctx.options, with_grad = inputs
+    _, statistics, gradient = output
+    ctx.mark_non_differentiable(statistics, gradient)
+    ctx.set_materialize_grads(False)  # or autograd fills a zero gradient of the gradient, as large as the logits
+    ctx.save_for_backward(logits, targets, weight, statistics)
+    ctx.gradient = gradient if with_grad else None
+
+
+def _native_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple:
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None or torch.is_grad_enabled():
+        backward = torch.ops.fastgpt.cross_entropy_native_backward
+        gradient = backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    else:
+        gradient = _scaled(gradient, grad_loss)
+    return gradient, None, None, None, None, None, None
+
+
+_cross_entropy_native = register_autograd("cross_entropy_native", _native_autograd, _native_setup_context)
+raise_on_double_backward("cross_entropy_native_backward")
+
+
+def _native(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    refuse_forward_mode("cross_entropy", logits)
+    C = logits.shape[0 if logits.ndim == 1 else 1]
+    rows = logits if logits.ndim == 2 else logits.movedim(0 if logits.ndim == 1 else 1, -1).reshape(-1, C)
+    with_grad = torch.is_grad_enabled() and logits.requires_grad and reduction != "none"
+    # float16 with a scaled loss: the mean's gradient would be rounded, and vanish, before the scale reaches it.
+    with_grad = with_grad and logits.dtype != torch.float16
+    try:
+        loss = _cross_entropy_native(
+            rows,
+            targets.reshape(-1).long(),
+            None if weight is None else weight.detach().float(),
+            ignore_index,
+            REDUCTIONS[reduction],
+            label_smoothing,
+            with_grad,
+        )[0]
+    except IndexError:
+        raise first_out_of_range("targets", targets, 0, C, ignore=ignore_index) from None
+    if reduction == "none":
+        loss = loss.view(targets.shape)
+    return loss if autocast_dtype(logits) is not None else loss.to(logits.dtype)
+
+
+def _native_supports(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None, **options: Any) -> str | None:
+    if logits.dtype == torch.float64:
+        return "its kernels take float32, float16 and bfloat16, and logits is float64"
+    return inside_transform()
+
+
+# --- linear_cross_entropy --------------------------------------------------------------------------------------------
 #
-# The forward op returns the loss and, where a gradient is wanted and the loss is a scalar, already dx, dW and db of the
-# sum of the losses: the chunk's logits are at hand, so no second product is needed. The backward op then only scales
-# them. (Of the sum, not of the mean: a probability times 1 / N is 0 in float16, before a loss scale could save it.)
-# For "none" the incoming gradient differs per row, so backward makes the logits once more.
-
-library.define(
-    "linear_cross_entropy_torch(Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, "
-    "str reduction, float label_smoothing, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-library.define(
-    "linear_cross_entropy_torch_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor targets, Tensor? bias, "
-    "int ignore_index, str reduction, float label_smoothing, Tensor dx, Tensor dw, Tensor db) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+# One chunked algorithm for both backends; they differ in what turns a chunk of logits into losses and gradients. The
+# forward op returns the sum of the losses (or each, for "none") and, where a gradient is wanted and the loss is a
+# scalar, already dx, dW and db: the chunk's logits are at hand, so no second product is needed. For "none" the incoming
+# gradient differs per row, and the backward op makes the logits once more.
 
 
-def _chunk_rows(n_rows: int, vocab_size: int) -> int:
-    """Rows per chunk: about 16M logits (64 MB in float32), so that products stay large and memory small."""
-    return max(1, min(n_rows, max(64, 2**24 // vocab_size)))
+SMALLEST_CHUNK = 256  # rows: with fewer, reading and writing dW once per chunk is no longer hidden by the products
+
+
+def _chunk_rows(n_rows: int, vocab_size: int, values: int | None = None) -> int:
+    """Rows per chunk, for equal chunks of at most `values` logits; None: the float32 that fit the CPU's last cache."""
+    rows = max(SMALLEST_CHUNK, (_cache_bytes() // 4 if values is None else values) // vocab_size)
+    n_chunks = max(1, -(-n_rows // rows))
+    return max(1, -(-n_rows // n_chunks))
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 2**25
+    except (AttributeError, OSError, ValueError):  # only glibc knows
+        return 2**25
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, counted: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """logits (n, V) less their row's maximum -> (loss (n,), logsumexp (n,))."""
-    logsumexp = torch.logsumexp(logits, dim=1)
-    loss = logsumexp - logits.gather(1, targets[:, None])[:, 0] * (1.0 - label_smoothing)
-    if label_smoothing > 0.0:
-        loss = loss - logits.mean(dim=1) * label_smoothing
-    return torch.where(counted, loss, 0.0), logsumexp
-
-
-def _chunk_grad_(
-    logits: Tensor, targets: Tensor, logsumexp: Tensor, row_grad: Tensor, label_smoothing: float
+def _torch_chunk_(
+    logits: Tensor, targets: Tensor, row_scale: Tensor, ignore_index: int, label_smoothing: float, with_grad: bool
 ) -> Tensor:
-    """Overwrite logits (n, V) with the gradient of sum(row_grad * loss)."""
-    grad = logits.sub_(logsumexp[:, None]).exp_()
+    """Losses (n,) of logits (n, V); with_grad overwrites the logits with the gradient of sum(row_scale * loss)."""
+    counted = targets != ignore_index
+    targets = torch.where(counted, targets, 0)
+    values = logits.to(_statistics_dtype(logits))
+    values = values.sub_(values.amax(1, keepdim=True))  # else logsumexp - logit would cancel in large logits
+    logsumexp = torch.logsumexp(values, dim=1)
+    loss = logsumexp - values.gather(1, targets[:, None])[:, 0] * (1.0 - label_smoothing)
     if label_smoothing > 0.0:
-        grad.sub_(label_smoothing / grad.shape[1])
-    grad.scatter_add_(1, targets[:, None], torch.full_like(logsumexp, label_smoothing - 1.0)[:, None])
-    return grad.mul_(row_grad[:, None]).masked_fill_((row_grad == 0.0)[:, None], 0.0)
+        loss = loss - values.mean(dim=1) * label_smoothing
+    if with_grad:
+        grad = values.sub_(logsumexp[:, None]).exp_()
+        if label_smoothing > 0.0:
+            grad.sub_(label_smoothing / grad.shape[1])
+        grad.scatter_add_(1, targets[:, None], torch.full_like(logsumexp, label_smoothing - 1.0)[:, None])
+        grad.mul_(row_scale[:, None]).masked_fill_(~counted[:, None], 0.0)
+        if grad is not logits:
+            logits.copy_(grad)
+    return torch.where(counted, loss, 0.0)
 
 
-class _Chunks:
-    """The rows of x, chunk by chunk, with the sums that dW and db are gathered in."""
+_CHUNKS = {"torch": _torch_chunk_, "native": lambda *args: torch.ops.fastgpt.cross_entropy_chunk_(*args)}
+
+
+class _Head:
+    """x weight^T + bias, chunk by chunk, and the sums in which its gradients are gathered."""
 
     def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int) -> None:
-        self.x = x.reshape(targets.numel(), x.shape[-1])
+        self.x = x.reshape(targets.numel(), x.shape[-1])  # (N, C)
         self.weight, self.bias = weight, bias
-        flat = targets.reshape(-1).long()
+        self.targets = targets.reshape(-1).long()
+        self.counted = self.targets != ignore_index
         V = weight.shape[0]
-        self.counted = flat != ignore_index
-        self.targets = torch.where(self.counted, flat, 0)
-        if flat.device.type == "cpu" and flat.numel() and (int(self.targets.min()) < 0 or int(self.targets.max()) >= V):
+        if x.device.type == "cpu" and bool((((self.targets < 0) | (self.targets >= V)) & self.counted).any()):
             raise first_out_of_range("targets", targets, 0, V, ignore=ignore_index)
-        self.stats = _statistics_dtype(x)
-        self.rows = _chunk_rows(self.x.shape[0], V)
+        if x.device.type == "cuda":  # 1/512 of its memory: hundreds of rows, enough for every multiprocessor
+            values = torch.cuda.get_device_properties(x.device).total_memory // (512 * x.element_size())
+            self.rows = _chunk_rows(self.x.shape[0], V, values)
+        else:
+            self.rows = _chunk_rows(self.x.shape[0], V)
+        self.buffer = x.new_empty((min(self.rows, self.x.shape[0]), V))
 
     def __iter__(self):
         for start in range(0, self.x.shape[0], self.rows):
             rows = slice(start, start + self.rows)
-            logits = F.linear(self.x[rows], self.weight, self.bias).to(self.stats)
-            yield rows, logits.sub_(logits.amax(1, keepdim=True))  # else logsumexp - logit would cancel in large logits
+            x = self.x[rows]
+            logits = self.buffer[: x.shape[0]]
+            if self.bias is None:
+                torch.mm(x, self.weight.t(), out=logits)
+            else:
+                torch.addmm(self.bias, x, self.weight.t(), out=logits)
+            yield rows, logits
 
     def start_gradients(self) -> None:
+        stats = _statistics_dtype(self.x)
+        V, C = self.weight.shape
         self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
-        self.dw = torch.zeros_like(self.weight, dtype=self.stats, memory_format=torch.contiguous_format)
-        self.db = torch.zeros(
-            self.weight.shape[0] if self.bias is not None else 0, dtype=self.stats, device=self.x.device
-        )
+        self.dw = self.x.new_zeros((V, C), dtype=stats) if self.x.shape[0] == 0 else None
+        self.db = self.x.new_zeros(V if self.bias is not None else 0, dtype=stats)
 
     def add_gradient(self, rows: slice, grad: Tensor) -> None:
-        low = grad.to(self.x.dtype)  # (n, V): the product runs in the dtype of x, as F.linear's backward would
-        torch.mm(low, self.weight, out=self.dx[rows])
-        if self.dw.dtype == low.dtype:
-            self.dw.addmm_(low.t(), self.x[rows])
+        torch.mm(grad, self.weight, out=self.dx[rows])
+        x = self.x[rows]
+        if self.dw is None:
+            self.dw = (grad.t() @ x).to(self.db.dtype)
+        elif self.dw.dtype == grad.dtype:
+            self.dw.addmm_(grad.t(), x)
         else:
-            self.dw += low.t() @ self.x[rows]
+            self.dw += grad.t() @ x
         if self.bias is not None:
-            self.db += grad.sum(0)
+            self.db += grad.sum(0, dtype=self.db.dtype)
 
 
-@torch.no_grad()
-def _linear_forward(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
-    chunks = _Chunks(x, weight, targets, bias, ignore_index)
-    row_grad = chunks.counted.to(chunks.stats)
-    losses = torch.empty(chunks.x.shape[0], dtype=chunks.stats, device=x.device)
-    if with_grad:
-        chunks.start_gradients()
-    for rows, logits in chunks:
-        counted, chunk_targets = chunks.counted[rows], chunks.targets[rows]
-        losses[rows], logsumexp = _chunk_loss(logits, chunk_targets, counted, label_smoothing)
+def _mean_scale(counted: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """What the reduction multiplies the sum of the losses by; infinite for the mean of nothing."""
+    return counted.sum().to(dtype).reciprocal() if reduction == "mean" else torch.ones_like(counted.sum(), dtype=dtype)
+
+
+def _mean_comes_last(x: Tensor) -> bool:
+    """In float16 a chunk's gradient would vanish if it were divided by the number of rows first."""
+    return x.dtype == torch.float16
+
+
+def _define_linear(backend: str) -> Callable[..., Any]:
+    name = f"linear_cross_entropy_{backend}"
+    chunk_ = _CHUNKS[backend]
+
+    @torch.no_grad()
+    def forward(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
+        head = _Head(x, weight, targets, bias, ignore_index)
+        stats = _statistics_dtype(x)
+        losses = torch.empty(head.x.shape[0], dtype=stats, device=x.device)
+        scale = _mean_scale(head.counted, reduction, stats)
+        row_scale = (torch.ones_like(scale) if _mean_comes_last(x) else scale).expand(losses.shape).contiguous()
         if with_grad:
-            chunks.add_gradient(rows, _chunk_grad_(logits, chunk_targets, logsumexp, row_grad[rows], label_smoothing))
-    if reduction == "none":
-        loss = losses.view(targets.shape)
-    else:
-        total = losses.sum()
-        loss = total / chunks.counted.sum() if reduction == "mean" else total
-    if not with_grad:
-        return loss, losses.new_empty(0), losses.new_empty(0), losses.new_empty(0)
-    return loss, chunks.dx.view(x.shape), chunks.dw, chunks.db
+            head.start_gradients()
+        for rows, logits in head:
+            losses[rows] = chunk_(logits, head.targets[rows], row_scale[rows], ignore_index, label_smoothing, with_grad)
+            if with_grad:
+                head.add_gradient(rows, logits)
+        if reduction == "none":
+            loss = losses.view(targets.shape)
+        else:
+            loss = losses.sum() / head.counted.sum() if reduction == "mean" else losses.sum()
+        if not with_grad:
+            return loss, losses.new_empty(0), losses.new_empty(0), losses.new_empty(0)
+        return loss, head.dx.view(x.shape), head.dw, head.db
+
+    @torch.no_grad()
+    def backward(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing):
+        head = _Head(x, weight, targets, bias, ignore_index)
+        head.start_gradients()
+        stats = _statistics_dtype(x)
+        scale = _mean_scale(head.counted, reduction, stats)
+        row_scale = (grad_loss.reshape(-1).to(stats) * scale).expand(head.targets.shape).contiguous()
+        for rows, logits in head:
+            chunk_(logits, head.targets[rows], row_scale[rows], ignore_index, label_smoothing, True)
+            head.add_gradient(rows, logits)
+        return head.dx.view(x.shape), head.dw.to(weight.dtype), head.db.to(weight.dtype)
+
+    def forward_fake(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
+        stats = _statistics_dtype(x)
+        loss = x.new_empty(targets.shape if reduction == "none" else (), dtype=stats)
+        if not with_grad:
+            return loss, x.new_empty(0, dtype=stats), x.new_empty(0, dtype=stats), x.new_empty(0, dtype=stats)
+        dw = x.new_empty(weight.shape, dtype=stats)
+        db = x.new_empty(weight.shape[0] if bias is not None else 0, dtype=stats)
+        return loss, x.new_empty(x.shape), dw, db
+
+    def backward_fake(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing):
+        db_rows = weight.shape[0] if bias is not None else 0
+        return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(db_rows)
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, weight, targets, bias, *ctx.options, with_grad = inputs
+        _, *gradients = output
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for each
+        ctx.save_for_backward(x, weight, targets, bias)
+        ctx.gradients = gradients if with_grad else None
+
+    def autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple:
+        x, weight, targets, bias = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled():
+            gradients = getattr(torch.ops.fastgpt, f"{name}_backward")(grad_loss, *ctx.saved_tensors, *ctx.options)
+        else:
+            if _mean_comes_last(x):
+                ignore_index, reduction, _ = ctx.options
+                scale = _mean_scale(targets != ignore_index, reduction, grad_loss.dtype)
+                grad_loss = torch.where(scale.isfinite(), grad_loss * scale, 0.0)  # 0 for the mean of nothing
+            gradients = [_scaled(gradient, grad_loss) for gradient in gradients]
+        dx, dw, db = gradients
+        return dx, dw.to(weight.dtype), None, None if bias is None else db.to(bias.dtype), None, None, None, None
+
+    library.define(
+        f"{name}(Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, str reduction, "
+        "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor dx, Tensor dw, Tensor db)"
+    )
+    library.define(
+        f"{name}_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, "
+        "str reduction, float label_smoothing) -> (Tensor dx, Tensor dw, Tensor db)"
+    )
+    library.impl(name, forward, "CompositeExplicitAutograd")
+    library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgpt::{name}", forward_fake, lib=library)
+    torch.library.register_fake(f"fastgpt::{name}_backward", backward_fake, lib=library)
+    raise_on_double_backward(f"{name}_backward")
+    return register_autograd(name, autograd, setup_context)
 
 
-@torch.no_grad()
-def _linear_backward(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing, dx, dw, db):
-    if reduction != "none":
-        factor = grad_loss.to(dw.dtype)
-        if reduction == "mean":  # of no counted target: the loss is NaN and the gradient 0, as PyTorch's
-            count = (targets != ignore_index).sum()
-            factor = torch.where(count > 0, factor / count, 0.0)
-        return tuple((grad.to(dw.dtype) * factor).to(x.dtype) for grad in (dx, dw, db))
-    chunks = _Chunks(x, weight, targets, bias, ignore_index)
-    chunks.start_gradients()
-    row_grad = torch.where(chunks.counted, grad_loss.reshape(-1).to(chunks.stats), 0.0)
-    for rows, logits in chunks:
-        logsumexp = torch.logsumexp(logits, dim=1)
-        chunks.add_gradient(
-            rows, _chunk_grad_(logits, chunks.targets[rows], logsumexp, row_grad[rows], label_smoothing)
-        )
-    return chunks.dx.view(x.shape), chunks.dw.to(weight.dtype), chunks.db.to(weight.dtype)
+_linear_torch, _linear_native = _define_linear("torch"), _define_linear("native")
 
 
-library.impl("linear_cross_entropy_torch", _linear_forward, "CompositeExplicitAutograd")
-library.impl("linear_cross_entropy_torch_backward", _linear_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgpt::linear_cross_entropy_torch", lib=library)
-def _linear_forward_fake(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
-    stats = _statistics_dtype(x)
-    loss = x.new_empty(targets.shape if reduction == "none" else (), dtype=stats)
-    if not with_grad:
-        return loss, x.new_empty(0, dtype=stats), x.new_empty(0, dtype=stats), x.new_empty(0, dtype=stats)
-    dw = x.new_empty(weight.shape, dtype=stats)
-    db = x.new_empty(weight.shape[0] if bias is not None else 0, dtype=stats)
-    return loss, x.new_empty(x.shape), dw, db
-
-
-@torch.library.register_fake("fastgpt::linear_cross_entropy_torch_backward", lib=library)
-def _linear_backward_fake(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing, dx, dw, db):
-    db_rows = weight.shape[0] if bias is not None else 0
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(db_rows)
-
-
-def _linear_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, targets, bias, *ctx.options, _ = inputs
-    _, dx, dw, db = output
-    ctx.mark_non_differentiable(dx, dw, db)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, targets, bias, dx, dw, db)
-
-
-def _linear_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple:
-    x, weight, targets, bias, dx, dw, db = ctx.saved_tensors
-    backward = torch.ops.fastgpt.linear_cross_entropy_torch_backward.default
-    dx, dw, db = backward(grad_loss, x, weight, targets, bias, *ctx.options, dx, dw, db)
-    return dx, dw, None, db if ctx.has_bias else None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "fastgpt::linear_cross_entropy_torch", _linear_autograd, setup_context=_linear_setup_context, lib=library
-)
-raise_on_double_backward("linear_cross_entropy_torch_backward")
+def _linear(
+    run: Callable[..., Any], x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: tuple
+) -> Tensor:
+    refuse_forward_mode("linear_cross_entropy", x, weight, bias)
+    reduction = options[1]
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    return run(x, weight, targets, bias, *options, wants_grad and reduction != "none")[0]
 
 
 def _torch_linear(
@@ -363,14 +558,29 @@ def _torch_linear(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    refuse_forward_mode("linear_cross_entropy", x, weight, bias)
-    wants_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    return torch.ops.fastgpt.linear_cross_entropy_torch(
-        x, weight, targets, bias, ignore_index, reduction, label_smoothing, wants_grad and reduction != "none"
-    )[0]
+    return _linear(_linear_torch, x, weight, targets, bias, (ignore_index, reduction, label_smoothing))
+
+
+def _native_linear(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    return _linear(_linear_native, x, weight, targets, bias, (ignore_index, reduction, label_smoothing))
+
+
+def _native_linear_supports(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> str | None:
+    if x.dtype == torch.float64:
+        return "its kernels take float32, float16 and bfloat16, and x is float64"
+    return inside_transform()
 
 
 register("cross_entropy", "torch", _torch)
+register("cross_entropy", "native", _native, _native_supports)
 register("linear_cross_entropy", "torch", _torch_linear)
+register("linear_cross_entropy", "native", _native_linear, _native_linear_supports)

@@ -1,6 +1,12 @@
-"""Token embedding plus position embedding: two gathers and an add in one op."""
+"""Token embedding plus position embedding: two gathers and an add in one op.
+
+The native backend (csrc/embedding.*) stores each output row once, and sums the gradient rows of one token in the order
+of the sequence: tokens are grouped by a stable counting sort, so there are no atomics and the bits never change.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +14,7 @@ from torch import Tensor
 
 from .arguments import check_float, check_index, check_like, first_out_of_range
 from .backend import dispatch, register
+from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
 
 
 def embedding(
@@ -68,4 +75,86 @@ def _torch(
     return x + position_table[position_offset : position_offset + tokens.shape[1]]
 
 
+# --- the native backend ----------------------------------------------------------------------------------------------
+
+library.define(
+    "embedding_native(Tensor tokens, Tensor token_table, Tensor? position_table, SymInt position_offset) -> Tensor"
+)
+library.define(
+    "embedding_native_backward(Tensor grad, Tensor tokens, SymInt vocab_size, SymInt n_positions, "
+    "SymInt position_offset, bool with_tokens, bool with_positions) -> (Tensor, Tensor)"
+)
+library.define("embedding_sum_sorted(Tensor grad, Tensor sorted, Tensor order, SymInt vocab_size) -> Tensor")
+library.define("embedding_sum_positions(Tensor grad, SymInt n_positions, SymInt position_offset) -> Tensor")
+
+
+@torch.no_grad()
+def _native_backward_cuda(grad, tokens, vocab_size, n_positions, position_offset, with_tokens, with_positions):
+    """On a GPU the tokens are sorted by PyTorch, stably, and the kernels sum runs of equal ones."""
+    grad = grad.contiguous()
+    C = grad.shape[2]
+    d_tokens, d_positions = grad.new_empty((0, C)), grad.new_empty((0, C))
+    if with_tokens:
+        in_order, order = torch.sort(tokens.reshape(-1), stable=True)
+        d_tokens = torch.ops.fastgpt.embedding_sum_sorted(grad.view(tokens.numel(), C), in_order, order, vocab_size)
+    if with_positions:
+        d_positions = torch.ops.fastgpt.embedding_sum_positions(grad, n_positions, position_offset)
+    return d_tokens, d_positions
+
+
+library.impl("embedding_native_backward", _native_backward_cuda, "CUDA")
+
+
+@torch.library.register_fake("fastgpt::embedding_native", lib=library)
+def _native_fake(tokens, token_table, position_table, position_offset):
+    return token_table.new_empty((*tokens.shape, token_table.shape[1]))
+
+
+@torch.library.register_fake("fastgpt::embedding_native_backward", lib=library)
+def _native_backward_fake(grad, tokens, vocab_size, n_positions, position_offset, with_tokens, with_positions):
+    C = grad.shape[2]
+    return grad.new_empty((vocab_size if with_tokens else 0, C)), grad.new_empty(
+        (n_positions if with_positions else 0, C)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    tokens, token_table, position_table, ctx.position_offset = inputs
+    ctx.vocab_size = token_table.shape[0]
+    ctx.n_positions = 0 if position_table is None else position_table.shape[0]
+    ctx.save_for_backward(tokens)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple:
+    (tokens,) = ctx.saved_tensors
+    _, with_tokens, with_positions, _ = ctx.needs_input_grad
+    d_tokens, d_positions = torch.ops.fastgpt.embedding_native_backward(
+        grad, tokens, ctx.vocab_size, ctx.n_positions, ctx.position_offset, with_tokens, with_positions
+    )
+    return None, d_tokens if with_tokens else None, d_positions if with_positions else None, None
+
+
+raise_on_double_backward("embedding_native_backward")
+_embedding_native = register_autograd("embedding_native", _autograd, _setup_context)
+
+
+def _native(
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
+) -> Tensor:
+    refuse_forward_mode("embedding", token_table, position_table)
+    try:
+        return _embedding_native(tokens.long(), token_table, position_table, position_offset)
+    except IndexError:
+        raise first_out_of_range("tokens", tokens, 0, token_table.shape[0]) from None
+
+
+def _native_supports(
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
+) -> str | None:
+    if token_table.dtype == torch.float64:
+        return "its kernels take float32, float16 and bfloat16, and token_table is float64"
+    return inside_transform()
+
+
 register("embedding", "torch", _torch)
+register("embedding", "native", _native, _native_supports)

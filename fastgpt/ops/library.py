@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,42 @@ def raise_on_double_backward(op: str) -> None:
         )
 
     torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_context, lib=library)
+
+
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple, Any], None]
+) -> Callable[..., Any]:
+    """Give `fastgpt::op` its derivative, and return what to call it by.
+
+    At the dispatcher, for torch.compile and everybody who calls torch.ops.fastgpt directly. Plain eager code takes the
+    same forward and backward through an autograd.Function, which costs less: about 90 against 120 microseconds for a
+    forward and backward, where a small cross-entropy computes for 100.
+    """
+    torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_context, lib=library)
+    run = getattr(torch.ops.fastgpt, op).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = run(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    eager: Any = type(
+        op, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return run(*args)
+        return eager.apply(*args)
+
+    return call
+
+
+def inside_transform() -> str | None:
+    """Why an op with `register_autograd` cannot serve here: PyTorch has no torch.func rules for such ops."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it does not work inside torch.func transforms"
+    return None
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:

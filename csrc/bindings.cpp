@@ -1,0 +1,38 @@
+// fastgpt._C: the CPU implementations of the ops that Python has defined, and which instructions they use.
+//
+// On libtorch's stable ABI: one build serves every torch from 2.11 on.
+#include <Python.h>
+
+#include "cross_entropy.h"
+#include "embedding.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("embedding_native", TORCH_BOX(&fastgpt::embedding));
+  m.impl("embedding_native_backward", TORCH_BOX(&fastgpt::embedding_backward));
+  m.impl("cross_entropy_native", TORCH_BOX(&fastgpt::cross_entropy));
+  m.impl("cross_entropy_native_backward", TORCH_BOX(&fastgpt::cross_entropy_backward));
+  m.impl("cross_entropy_chunk_", TORCH_BOX(&fastgpt::cross_entropy_chunk));
+}
+
+static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(fastgpt::kernels().name); }
+
+static PyObject* use_instruction_set(PyObject*, PyObject* name) {
+  PyObject* bytes = PyUnicode_AsUTF8String(name);
+  if (bytes == nullptr) return nullptr;
+  const bool found = fastgpt::use_kernels(PyBytes_AsString(bytes));
+  Py_DECREF(bytes);
+  return PyBool_FromLong(found);
+}
+
+static PyObject* stream_threshold(PyObject*, PyObject*) { return PyLong_FromLongLong(fastgpt::stream_threshold()); }
+
+static PyMethodDef methods[] = {
+    {"stream_threshold", stream_threshold, METH_NOARGS, "Bytes from which on a result is stored round the caches."},
+    {"instruction_set", instruction_set, METH_NOARGS, "Which vector instructions the kernels use."},
+    {"use_instruction_set", use_instruction_set, METH_O,
+     "Use the kernels for 'avx512', 'avx2' or 'generic', for tests and comparisons. False where they do not run here."},
+    {nullptr, nullptr, 0, nullptr}};
+
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+extern "C" PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&definition); }

@@ -1,0 +1,140 @@
+#include "cross_entropy.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr int64_t VALUES_PER_TASK = 16384;  // about 10 us of work: below, waking a thread costs more than it brings
+
+// The rows of a call, as the kernels take them; keeps alive what it points into.
+struct Call {
+  Tensor logits, targets;
+  std::optional<Tensor> weight;
+  CrossEntropyRows rows{};
+  int64_t n;
+  Storage storage;
+
+  Call(const Tensor& given_logits, const Tensor& given_targets, const std::optional<Tensor>& given_weight,
+       int64_t ignore_index, double label_smoothing)
+      : logits(given_logits), targets(given_targets), storage(storage_of(given_logits, "logits")) {
+    STD_TORCH_CHECK(logits.dim() == 2 && targets.dim() == 1 && targets.size(0) == logits.size(0),
+                    "logits: expected (N, C) with targets (N,)");
+    STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
+    n = logits.size(0);
+    rows.classes = logits.size(1);
+    STD_TORCH_CHECK(rows.classes > 0, "logits: expected at least one class");
+    if (rows.classes > 1 && logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
+    targets = torch::stable::contiguous(targets);
+    rows.logits = logits.const_data_ptr();
+    rows.logits_stride = logits.stride(0);
+    rows.targets = targets.const_data_ptr<int64_t>();
+    rows.ignore_index = ignore_index;
+    rows.label_smoothing = static_cast<float>(label_smoothing);
+    rows.class_weight_sum = static_cast<float>(rows.classes);
+    if (given_weight.has_value()) {
+      weight = torch::stable::contiguous(*given_weight);
+      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->numel() == rows.classes,
+                      "weight: expected float32 (C,)");
+      rows.class_weight = weight->const_data_ptr<float>();
+      double sum = 0.0;
+      for (int64_t c = 0; c < rows.classes; ++c) sum += rows.class_weight[c];
+      rows.class_weight_sum = static_cast<float>(sum);
+    }
+    check_range("targets", rows.targets, n, rows.classes, &ignore_index);
+  }
+
+  // What "mean" divides by: the sum of the counted targets' weights.
+  double denominator() const {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i)
+      if (rows.targets[i] != rows.ignore_index) sum += rows.class_weight ? rows.class_weight[rows.targets[i]] : 1.0f;
+    return sum;
+  }
+
+  Tensor start_gradient() {
+    Tensor gradient = new_buffer(logits, {n, rows.classes}, /*zeros=*/false);
+    rows.gradient = gradient.mutable_data_ptr();
+    rows.gradient_stride = rows.classes;
+    rows.stream = n * rows.classes * static_cast<int64_t>(gradient.element_size()) > stream_threshold();
+    return gradient;
+  }
+
+  void run() const {
+    const auto kernel = kernels().cross_entropy[storage];
+    const int64_t grain = (VALUES_PER_TASK + rows.classes - 1) / rows.classes;
+    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
+                                                 const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                 int64_t reduction, double label_smoothing, bool with_grad) {
+  Call call(logits, targets, weight, ignore_index, label_smoothing);
+  Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
+  Tensor statistics = torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
+  call.rows.loss = losses.mutable_data_ptr<float>();
+  call.rows.statistics = statistics.mutable_data_ptr<float>();
+
+  const double scale = reduction == MEAN ? 1.0 / call.denominator() : 1.0;
+  const float row_scale = static_cast<float>(scale);
+  Tensor gradient = with_grad ? call.start_gradient() : torch::stable::new_empty(logits, {0});
+  call.rows.row_scale = &row_scale;
+  call.run();
+  if (reduction == NONE) return {losses, statistics, gradient};
+
+  double sum = 0.0;  // in the order of the rows: the same for any number of threads
+  for (int64_t i = 0; i < call.n; ++i) sum += call.rows.loss[i];
+  Tensor loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(reduction == MEAN ? sum / call.denominator() : sum);
+  return {loss, statistics, gradient};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets,
+                              const std::optional<Tensor>& weight, const Tensor& statistics, int64_t ignore_index,
+                              int64_t reduction, double label_smoothing) {
+  Call call(logits, targets, weight, ignore_index, label_smoothing);
+  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && statistics.scalar_type() == ScalarType::Float,
+                  "grad_loss, statistics: expected float32");
+  STD_TORCH_CHECK(grad_loss.numel() == (reduction == NONE ? call.n : 1) && statistics.numel() == 2 * call.n,
+                  "grad_loss, statistics: expected one value per loss and two per row");
+  const Tensor grad = torch::stable::contiguous(grad_loss);
+  const Tensor known = torch::stable::contiguous(statistics);
+  float shared = 0.0f;
+  if (reduction == NONE) {
+    call.rows.row_scale = grad.const_data_ptr<float>();
+    call.rows.row_scale_stride = 1;
+  } else {
+    const float upstream = *grad.const_data_ptr<float>();
+    shared = static_cast<float>(reduction == MEAN ? upstream / call.denominator() : upstream);
+    call.rows.row_scale = &shared;
+  }
+  call.rows.statistics = const_cast<float*>(known.const_data_ptr<float>());  // only read: statistics_known
+  call.rows.statistics_known = true;
+  Tensor gradient = call.start_gradient();
+  call.run();
+  return gradient;
+}
+
+Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
+                           double label_smoothing, bool with_grad) {
+  STD_TORCH_CHECK(logits.is_contiguous(), "logits: expected a contiguous chunk");
+  STD_TORCH_CHECK(row_scale.scalar_type() == ScalarType::Float && row_scale.is_contiguous() &&
+                      row_scale.numel() == targets.numel(),
+                  "row_scale: expected contiguous float32 (n,)");
+  Call call(logits, targets, std::nullopt, ignore_index, label_smoothing);
+  Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
+  Tensor statistics = torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
+  call.rows.loss = losses.mutable_data_ptr<float>();
+  call.rows.statistics = statistics.mutable_data_ptr<float>();
+  call.rows.row_scale = row_scale.const_data_ptr<float>();
+  call.rows.row_scale_stride = 1;
+  if (with_grad) {  // in place, and left in the caches for the products that follow
+    call.rows.gradient = logits.mutable_data_ptr();
+    call.rows.gradient_stride = call.rows.classes;
+  }
+  call.run();
+  return losses;
+}
+
+}  // namespace fastgpt

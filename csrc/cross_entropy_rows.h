@@ -1,0 +1,183 @@
+// Cross-entropy, row by row: the loss, and the logits' gradient, from one read and one write of main memory.
+//
+// A row's log of the sum of exp is taken in blocks that stay in the first-level cache: the block's maximum, then its sum of
+// exp(x - maximum), then both are merged into the row's (online softmax, Milakov and Gimelshein 2018). One exp per value,
+// whatever the order of the values. The gradient then reads the row again, from the second-level cache. Taking exp a
+// second time is cheaper than keeping it: writing a row, reading it back and scaling it costs the third pass over memory.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr int64_t BLOCK = 2048;  // values; 8 KB of float32, a quarter of the smallest first-level cache
+
+struct Statistics {
+  float max, log_sum;  // of the row; the log of the sum of exp(x - max)
+};
+
+template <class T>
+Statistics row_statistics(const T* x, int64_t n) {
+  float row_max = -INFINITY;
+  float row_sum = 0.0f;
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const T* block = x + start;
+    const int64_t size = n - start < BLOCK ? n - start : BLOCK;
+    const int64_t whole = size / LANES * LANES;
+    const Vec tail = whole < size ? load_tail(block, size, -INFINITY) : splat(-INFINITY);
+
+    Vec max0 = tail, max1 = tail;  // two chains: the processor runs them side by side
+    int64_t i = 0;
+    for (; i + 2 * LANES <= whole; i += 2 * LANES) {
+      max0 = larger(load(block + i), max0);
+      max1 = larger(load(block + i + LANES), max1);
+    }
+    if (i < whole) max0 = larger(load(block + i), max0);
+    const float block_max = max_lanes(larger(max0, max1));
+    if (block_max > row_max) {
+      if (start > 0) row_sum *= std::exp(row_max - block_max);
+      row_max = block_max;
+    }
+    // Only -inf so far: exp(-inf - -inf) would be NaN here, and the row may still hold finite values.
+    const Vec shift = splat(row_max == -INFINITY ? 0.0f : row_max);
+
+    Vec sum0 = whole < size ? exp_nonpositive(tail - shift) : Vec{};
+    Vec sum1 = Vec{};
+    for (i = 0; i + 2 * LANES <= whole; i += 2 * LANES) {
+      sum0 += exp_nonpositive(load(block + i) - shift);
+      sum1 += exp_nonpositive(load(block + i + LANES) - shift);
+    }
+    if (i < whole) sum0 += exp_nonpositive(load(block + i) - shift);
+    row_sum += sum_lanes(sum0 + sum1);
+  }
+  // All -inf: NaN, as softmax's 0 / 0 is.
+  return {row_max, row_max == -INFINITY ? row_sum + NAN : std::log(row_sum)};
+}
+
+// sum over j of w[j] * (log_sum - (x[j] - max)): what label smoothing adds, before its factor
+template <class T>
+float smoothing_loss(const T* x, int64_t n, Statistics row, const float* class_weight) {
+  Vec sum0 = Vec{}, sum1 = Vec{};
+  int64_t i = 0;
+  const auto term = [&](int64_t j) {
+    const Vec log_p = row.log_sum - (load(x + j) - row.max);
+    return class_weight ? log_p * load(class_weight + j) : log_p;
+  };
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    sum0 += term(i);
+    sum1 += term(i + LANES);
+  }
+  for (; i + LANES <= n; i += LANES) sum0 += term(i);
+  float sum = sum_lanes(sum0 + sum1);
+  for (; i < n; ++i) sum += (row.log_sum - (to_float(x[i]) - row.max)) * (class_weight ? class_weight[i] : 1.0f);
+  return sum;
+}
+
+// out[j] = exp(x[j] - max - log_sum) * scale - smooth * w[j]; out may be x
+template <class T, bool SMOOTH, bool STREAM>
+void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale, float smooth,
+                      const float* class_weight) {
+  const auto gradient = [&](Vec values, int64_t at) {
+    Vec g = exp_nonpositive((values - row.max) - row.log_sum) * scale;
+    if constexpr (SMOOTH) g -= class_weight ? load(class_weight + at) * smooth : splat(smooth);
+    return g;
+  };
+  if (n < LANES) {
+    Vec g = exp_nonpositive((load_some(x, n, 0.0f) - row.max) - row.log_sum) * scale;
+    if constexpr (SMOOTH) g -= class_weight ? load_some(class_weight, n, 0.0f) * smooth : splat(smooth);
+    store_some(out, n, g);
+    return;
+  }
+  // First and last vector overlap their neighbours, which hold the same values; both are read before anything is
+  // written, so that this holds in place as well.
+  const Vec first = gradient(load(x), 0);
+  const Vec last = gradient(load(x + n - LANES), n - LANES);
+  int64_t i = 0;
+  if constexpr (STREAM) {
+    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % stream_alignment<T>() / sizeof(T));
+    i = past == 0 ? 0 : LANES - past;
+    for (; i + LANES <= n; i += LANES) stream(out + i, gradient(load(x + i), i));
+  } else {
+    for (; i + LANES <= n; i += LANES) store(out + i, gradient(load(x + i), i));
+  }
+  store(out, first);
+  store(out + n - LANES, last);
+}
+
+// A short row of float32 without smoothing: its exp values are kept in the gradient's place, one exp per value, and scaled
+// there, all in the first-level cache. (In 16 bits they would be rounded twice.) out may be x.
+inline Statistics short_row(const float* x, float* out, int64_t n, float scale) {
+  const int64_t whole = n / LANES * LANES;
+  const Vec tail = whole < n ? load_tail(x, n, -INFINITY) : splat(-INFINITY);
+  Vec max = tail;
+  for (int64_t i = 0; i < whole; i += LANES) max = larger(load(x + i), max);
+  const float row_max = max_lanes(max);
+  const Vec shift = splat(row_max);
+  const Vec tail_exp = exp_nonpositive(tail - shift);
+  Vec sum = whole < n ? tail_exp : Vec{};
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const Vec e = exp_nonpositive(load(x + i) - shift);
+    sum += e;
+    store(out + i, e);
+  }
+  const float row_sum = sum_lanes(sum);
+  const Vec factor = splat(scale / row_sum);
+  for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(out + i) * factor);
+  if (whole < n) store_tail(out, n, tail_exp * factor);
+  return {row_max, std::log(row_sum)};
+}
+
+template <class T>
+void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
+  const int64_t n = a.classes;
+  const float smooth_each = a.label_smoothing / static_cast<float>(n);
+  const bool smooths = a.label_smoothing > 0.0f;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* x = static_cast<const T*>(a.logits) + i * a.logits_stride;
+    T* out = a.gradient ? static_cast<T*>(a.gradient) + i * a.gradient_stride : nullptr;
+    float* statistics = a.statistics + 2 * i;
+    const int64_t target = a.targets[i];
+    if (target == a.ignore_index) {
+      if (a.loss) a.loss[i] = 0.0f;
+      if (!a.statistics_known) statistics[0] = statistics[1] = 0.0f;
+      if (out) std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(n));
+      continue;
+    }
+    const float weight = (1.0f - a.label_smoothing) * (a.class_weight ? a.class_weight[target] : 1.0f);
+    const float x_target = to_float(x[target]);
+    const float g = out ? a.row_scale[i * a.row_scale_stride] : 0.0f;
+    Statistics row;
+    bool has_gradient = false;
+    if (a.statistics_known) {
+      row = {statistics[0], statistics[1]};
+    } else {
+      if constexpr (std::is_same_v<T, float>) has_gradient = out && n <= BLOCK && !smooths && !a.stream;
+      if constexpr (std::is_same_v<T, float>)
+        row = has_gradient ? short_row(x, out, n, g * weight) : row_statistics(x, n);
+      else
+        row = row_statistics(x, n);
+      statistics[0] = row.max;
+      statistics[1] = row.log_sum;
+    }
+    const float log_p = (x_target - row.max) - row.log_sum;
+    if (a.loss) a.loss[i] = smooths ? smooth_each * smoothing_loss(x, n, row, a.class_weight) - weight * log_p : -weight * log_p;
+    if (!out) continue;
+    const float smoothed = smooth_each * (a.class_weight ? a.class_weight[target] : 1.0f);
+    const float scale = g * (weight + smooth_each * a.class_weight_sum);
+    if (!has_gradient) {
+      const auto gradient = smooths ? (a.stream ? softmax_gradient<T, true, true> : softmax_gradient<T, true, false>)
+                                    : (a.stream ? softmax_gradient<T, false, true> : softmax_gradient<T, false, false>);
+      gradient(x, out, n, row, scale, g * smooth_each, a.class_weight);
+    }
+    // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
+    from_float(exp_nonpositive(splat(log_p))[0] * scale - g * (weight + smoothed), out[target]);
+  }
+  if (a.stream) finish_streams();
+}
+
+}  // namespace
+}  // namespace fastgpt

@@ -1,0 +1,90 @@
+// What the CUDA kernels share: 16-byte vectors of each storage type, block reductions, streams.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cassert>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its older name
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+namespace fastgpt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+
+// 16 bytes, the widest load a thread makes.
+template <class T>
+struct alignas(16) Vec16 {
+  static constexpr int SIZE = 16 / sizeof(T);
+  T values[SIZE];
+};
+
+template <class T>
+__device__ __forceinline__ Vec16<T> load16(const T* p) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(p);
+  return *reinterpret_cast<const Vec16<T>*>(&bits);
+}
+
+template <class T>
+__device__ __forceinline__ void store16(T* p, const Vec16<T>& v) {
+  *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&v);
+}
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Calls run(null pointer of the tensor's storage type).
+template <class Run>
+void by_type(const Tensor& tensor, const char* name, const Run& run) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return run(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16:
+      return run(static_cast<__nv_bfloat16*>(nullptr));
+    case ScalarType::Half:
+      return run(static_cast<__half*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace fastgpt

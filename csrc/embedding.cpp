@@ -1,0 +1,138 @@
+#include "embedding.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace fastgpt {
+namespace {
+
+constexpr int64_t VALUES_PER_TASK = 16384;  // below, waking a thread costs more than it brings
+constexpr int64_t STRIP = 128;  // columns that one task sums: 512 bytes of float32, long enough for the prefetcher
+
+// A table whose rows are contiguous; rows may lie apart.
+Tensor with_contiguous_rows(const Tensor& table) {
+  return table.size(1) > 1 && table.stride(1) != 1 ? torch::stable::contiguous(table) : table;
+}
+
+int64_t grain(int64_t columns) { return (VALUES_PER_TASK + columns - 1) / std::max<int64_t>(columns, 1); }
+
+// The positions of each token that occurs, in the order of the sequence: a stable counting sort.
+struct Segments {
+  std::vector<int64_t> order;   // (N): positions, grouped by token
+  std::vector<int64_t> starts;  // (U + 1): where in `order` the u-th group begins
+  std::vector<int64_t> token;   // (U): its token
+
+  Segments(const int64_t* tokens, int64_t n, int64_t vocab_size) : order(static_cast<size_t>(n)) {
+    std::vector<int64_t> next(static_cast<size_t>(vocab_size), 0);
+    for (int64_t i = 0; i < n; ++i) ++next[static_cast<size_t>(tokens[i])];
+    int64_t start = 0;
+    for (int64_t v = 0; v < vocab_size; ++v) {
+      int64_t& count = next[static_cast<size_t>(v)];
+      if (count > 0) {
+        starts.push_back(start);
+        token.push_back(v);
+      }
+      start += std::exchange(count, start);
+    }
+    starts.push_back(n);
+    for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(next[static_cast<size_t>(tokens[i])]++)] = i;
+  }
+};
+
+}  // namespace
+
+Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::optional<Tensor>& position_table,
+                 int64_t position_offset) {
+  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
+  const Storage storage = storage_of(token_table, "token_table");
+  const int64_t B = tokens.size(0), T = tokens.size(1), C = token_table.size(1);
+  const Tensor indices = torch::stable::contiguous(tokens);
+  const Tensor table = with_contiguous_rows(token_table);
+
+  GatherRows rows{};
+  rows.tokens = indices.const_data_ptr<int64_t>();
+  check_range("tokens", rows.tokens, B * T, token_table.size(0), nullptr);
+  rows.token_table = table.const_data_ptr();
+  rows.token_stride = table.stride(0);
+  rows.length = T;
+  rows.columns = C;
+  Tensor positions = table;
+  if (position_table.has_value()) {
+    positions = with_contiguous_rows(*position_table);
+    STD_TORCH_CHECK(storage_of(positions, "position_table") == storage && positions.size(1) == C &&
+                        position_offset >= 0 && position_offset + T <= positions.size(0),
+                    "position_table: expected rows up to position_offset + T, like those of token_table");
+    rows.position_stride = positions.stride(0);
+    rows.position_table = static_cast<const char*>(positions.const_data_ptr()) +
+                          position_offset * rows.position_stride * static_cast<int64_t>(positions.element_size());
+  }
+  Tensor out = new_buffer(token_table, {B, T, C}, /*zeros=*/false);
+  rows.out = out.mutable_data_ptr();
+  rows.stream = out.numel() * static_cast<int64_t>(out.element_size()) > stream_threshold();
+  const auto kernel = kernels().gather[storage];
+  torch::stable::parallel_for(0, B * T, grain(C), [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& tokens, int64_t vocab_size,
+                                              int64_t n_positions, int64_t position_offset, bool with_tokens,
+                                              bool with_positions) {
+  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
+  STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == tokens.size(0) && grad.size(1) == tokens.size(1),
+                  "grad: expected (B, T, C)");
+  const Storage storage = storage_of(grad, "grad");
+  const auto kernel = kernels().sum_rows[storage];
+  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor indices = torch::stable::contiguous(tokens);
+  const int64_t B = tokens.size(0), T = tokens.size(1), C = grad.size(2), N = B * T;
+  const int64_t value_bytes = static_cast<int64_t>(g.element_size());
+  const char* values = static_cast<const char*>(g.const_data_ptr());
+  const int64_t strips = (C + STRIP - 1) / STRIP;
+
+  Tensor token_grad = new_buffer(grad, {with_tokens ? vocab_size : 0, C}, /*zeros=*/true);
+  Tensor position_grad = new_buffer(grad, {with_positions ? n_positions : 0, C}, /*zeros=*/true);
+
+  if (with_tokens && N > 0 && C > 0) {
+    check_range("tokens", indices.const_data_ptr<int64_t>(), N, vocab_size, nullptr);
+    const Segments segments(indices.const_data_ptr<int64_t>(), N, vocab_size);
+    char* out = static_cast<char*>(token_grad.mutable_data_ptr());
+    // A task is one strip of columns of one token; its cost is how often the token occurs. Threads share the cost evenly:
+    // the range of [0, strips * N) that a thread is given holds the tasks that begin in it. A token that is half the text
+    // still keeps `strips` threads busy.
+    torch::stable::parallel_for(0, strips * N, grain(STRIP), [&](int64_t begin, int64_t end) {
+      for (int64_t strip = begin / N; strip <= (end - 1) / N; ++strip) {
+        const int64_t first = std::max(begin - strip * N, int64_t{0}), last = std::min(end - strip * N, N);
+        const auto from = std::lower_bound(segments.starts.begin(), segments.starts.end() - 1, first);
+        for (auto u = static_cast<size_t>(from - segments.starts.begin());
+             u < segments.token.size() && segments.starts[u] < last; ++u) {
+          SumRows rows{};
+          rows.rows = values + strip * STRIP * value_bytes;
+          rows.row_stride = C;
+          rows.order = segments.order.data() + segments.starts[u];
+          rows.count = segments.starts[u + 1] - segments.starts[u];
+          rows.columns = std::min(STRIP, C - strip * STRIP);
+          rows.out = out + (segments.token[u] * C + strip * STRIP) * value_bytes;
+          kernel(rows);
+        }
+      }
+    });
+  }
+  if (with_positions && N > 0 && C > 0) {
+    STD_TORCH_CHECK(position_offset >= 0 && position_offset + T <= n_positions, "position_offset: past n_positions");
+    char* out = static_cast<char*>(position_grad.mutable_data_ptr()) + position_offset * C * value_bytes;
+    torch::stable::parallel_for(0, T, grain(B * C), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        SumRows rows{};
+        rows.rows = values + t * C * value_bytes;
+        rows.row_stride = T * C;
+        rows.count = B;
+        rows.columns = C;
+        rows.out = out + t * C * value_bytes;
+        kernel(rows);
+      }
+    });
+  }
+  return {token_grad, position_grad};
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,77 @@
+// Embedding, row by row. Forward: token row plus position row, stored once. Backward: the rows of one token are summed in
+// registers, in the order of the sequence, and written once: no atomics, the same bits for any number of threads.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastgpt {
+namespace {
+
+template <class T, bool WITH_POSITIONS, bool STREAM>
+void gather_row(const T* token, const T* position, T* out, int64_t n) {
+  const auto value = [&](int64_t i) { return WITH_POSITIONS ? load(token + i) + load(position + i) : load(token + i); };
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    if constexpr (STREAM)
+      stream(out + i, value(i));
+    else
+      store(out + i, value(i));
+  }
+  for (; i < n; ++i)
+    if constexpr (WITH_POSITIONS)
+      from_float(to_float(token[i]) + to_float(position[i]), out[i]);
+    else
+      out[i] = token[i];
+}
+
+template <class T>
+void gather_rows(const GatherRows& a, int64_t begin, int64_t end) {
+  // Streamed stores need every row aligned; the caller's buffer is, so it depends on the row length alone.
+  const bool aligned = reinterpret_cast<uintptr_t>(a.out) % stream_alignment<T>() == 0 && a.columns % LANES == 0;
+  const bool around_caches = a.stream && aligned;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* token = static_cast<const T*>(a.token_table) + a.tokens[row] * a.token_stride;
+    T* out = static_cast<T*>(a.out) + row * a.columns;
+    const T* position = nullptr;
+    if (a.position_table) position = static_cast<const T*>(a.position_table) + row % a.length * a.position_stride;
+    if (position && around_caches)
+      gather_row<T, true, true>(token, position, out, a.columns);
+    else if (position)
+      gather_row<T, true, false>(token, position, out, a.columns);
+    else if (around_caches)
+      gather_row<T, false, true>(token, nullptr, out, a.columns);
+    else
+      gather_row<T, false, false>(token, nullptr, out, a.columns);
+  }
+  if (around_caches) finish_streams();
+}
+
+// One strip of VECTORS * LANES columns, its sums in registers over all the rows.
+template <class T, int VECTORS>
+void sum_strip(const SumRows& a, int64_t column) {
+  const T* rows = static_cast<const T*>(a.rows) + column;
+  Vec sum[VECTORS] = {};
+  for (int64_t i = 0; i < a.count; ++i) {
+    const T* row = rows + (a.order ? a.order[i] : i) * a.row_stride;
+    for (int v = 0; v < VECTORS; ++v) sum[v] += load(row + v * LANES);
+  }
+  T* out = static_cast<T*>(a.out) + column;
+  for (int v = 0; v < VECTORS; ++v) store(out + v * LANES, sum[v]);
+}
+
+template <class T>
+void sum_rows(const SumRows& a) {
+  int64_t column = 0;
+  for (; column + 8 * LANES <= a.columns; column += 8 * LANES) sum_strip<T, 8>(a, column);
+  for (; column + LANES <= a.columns; column += LANES) sum_strip<T, 1>(a, column);
+  for (; column < a.columns; ++column) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < a.count; ++i)
+      sum += to_float(static_cast<const T*>(a.rows)[(a.order ? a.order[i] : i) * a.row_stride + column]);
+    from_float(sum, static_cast<T*>(a.out)[column]);
+  }
+}
+
+}  // namespace
+}  // namespace fastgpt

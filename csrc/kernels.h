@@ -1,0 +1,65 @@
+// The row kernels, compiled once per instruction set, and the table through which the best one is called.
+//
+// This header and the row kernels know nothing of tensors: the sanitizer driver (tests/sanitize.cpp) links them alone.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt {
+
+enum Storage { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORAGES = 3 };
+
+// Rows of logits -> losses, and gradients where `gradient` is set (it may be the logits themselves: in place).
+struct CrossEntropyRows {
+  const void* logits;  // (rows, classes), rows logits_stride values apart
+  void* gradient;      // (rows, classes), or null
+  int64_t logits_stride, gradient_stride, classes;
+  const int64_t* targets;  // (rows), each in [0, classes) or ignore_index
+  int64_t ignore_index;
+  const float* class_weight;  // (classes), or null for 1
+  float class_weight_sum;     // classes where class_weight is null
+  float label_smoothing;
+  const float* row_scale;  // d(result) / d(loss of the row); stride 0 where all rows share one
+  int64_t row_scale_stride;
+  float* loss;        // (rows), or null where only gradients are wanted
+  float* statistics;  // (rows, 2): the maximum, and the log of the sum of exp(x - maximum): kept apart, because their sum
+                      // would lose in large logits what the loss is made of. Written, or read where known.
+  bool statistics_known;
+  bool stream;  // the gradient is larger than the caches: store round them
+};
+
+// out[i] = token_table[tokens[i]] + position_table[i % length]
+struct GatherRows {
+  const int64_t* tokens;  // (rows), each a row of token_table
+  const void* token_table;
+  const void* position_table;  // from the first position on, or null
+  int64_t token_stride, position_stride, length, columns;
+  void* out;  // (rows, columns)
+  bool stream;
+};
+
+// out[0 .. columns) = sum over i < count of rows[order ? order[i] : i], added in that order in float32
+struct SumRows {
+  const void* rows;
+  int64_t row_stride;
+  const int64_t* order;
+  int64_t count, columns;
+  void* out;
+};
+
+struct Kernels {
+  const char* name;
+  void (*cross_entropy[STORAGES])(const CrossEntropyRows&, int64_t begin, int64_t end);
+  void (*gather[STORAGES])(const GatherRows&, int64_t begin, int64_t end);
+  void (*sum_rows[STORAGES])(const SumRows&);
+};
+
+extern const Kernels AVX512_KERNELS;  // each empty (its name null) where the compiler lacks the instructions
+extern const Kernels AVX2_KERNELS;
+extern const Kernels GENERIC_KERNELS;
+
+// The widest this processor runs, found once; tests and benchmarks ask for another by name.
+const Kernels& kernels();
+bool use_kernels(const char* name);
+
+}  // namespace fastgpt

@@ -1,0 +1,22 @@
+// The table of the row kernels of one instruction set. Included by one kernels_*.cpp each.
+//
+// The table must be a constant: code run to fill it would be code for that instruction set, run on any processor.
+#pragma once
+
+#include "cross_entropy_rows.h"
+#include "embedding_rows.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr Kernels table(const char* name) {
+  return {
+      name,
+      {cross_entropy_rows<float>, cross_entropy_rows<BFloat16>, cross_entropy_rows<Float16>},
+      {gather_rows<float>, gather_rows<BFloat16>, gather_rows<Float16>},
+      {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Float16>},
+  };
+}
+
+}  // namespace
+}  // namespace fastgpt

@@ -1,0 +1,232 @@
+// One float vector per instruction set, in the compiler's own vector types: the same source gives AVX-512, AVX2, SSE2 and
+// NEON code. Included by one kernels_*.cpp per instruction set, which sets FASTGPT_LANES and the target first.
+//
+// Everything here has internal linkage: a function compiled for AVX-512 must never be the copy the linker keeps for all.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "storage.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr int LANES = FASTGPT_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * FASTGPT_LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * FASTGPT_LANES)));
+typedef int32_t Mask __attribute__((vector_size(4 * FASTGPT_LANES)));
+typedef uint16_t Half __attribute__((vector_size(2 * FASTGPT_LANES)));
+
+inline Vec splat(float value) { return value - Vec{}; }  // value - 0 keeps -0, infinities and NaN as they are
+inline Mask lane_numbers() {
+  Mask lanes;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i;
+  return lanes;
+}
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// Reductions over the lanes by halves: always in the same order.
+#if defined(FASTGPT_AVX512) || defined(FASTGPT_AVX2)
+inline float sum_lanes(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+inline float max_lanes(__m256 v) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+#if defined(FASTGPT_AVX512)
+inline __m256 upper_half(__m512 v) { return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd(v), 1)); }
+inline float sum_lanes(Vec v) { return sum_lanes(_mm256_add_ps(_mm512_castps512_ps256((__m512)v), upper_half((__m512)v))); }
+inline float max_lanes(Vec v) { return max_lanes(_mm256_max_ps(_mm512_castps512_ps256((__m512)v), upper_half((__m512)v))); }
+#endif
+#else
+inline float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float max_lanes(Vec v) {
+  const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+  return a > b ? a : b;
+}
+#endif
+
+// --- load and store: float32 in registers, whatever lies in memory ---
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec load(const BFloat16* p) {
+  Half h;
+  std::memcpy(&h, p, sizeof h);
+  const Bits bits = __builtin_convertvector(h, Bits) << 16;
+  Vec v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline Half to_bfloat16(Vec v) {  // to nearest, ties to even; NaN stays NaN
+  Bits bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits result = (v == v) ? rounded : ((bits >> 16) | 0x40u);
+  return __builtin_convertvector(result, Half);
+}
+
+inline void store(BFloat16* p, Vec v) {
+  const Half h = to_bfloat16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline Vec load(const Float16* p) {
+  Vec v;
+#if defined(FASTGPT_AVX512)
+  v = (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(FASTGPT_AVX2)
+  v = (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  float lane[LANES];
+  for (int i = 0; i < LANES; ++i) lane[i] = to_float(p[i]);
+  std::memcpy(&v, lane, sizeof v);
+#endif
+  return v;
+}
+
+inline Half to_float16(Vec v) {
+  Half h;
+#if defined(FASTGPT_AVX512)
+  h = (Half)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(FASTGPT_AVX2)
+  h = (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  float lane[LANES];
+  std::memcpy(lane, &v, sizeof lane);
+  Float16 out[LANES];
+  for (int i = 0; i < LANES; ++i) from_float(lane[i], out[i]);
+  std::memcpy(&h, out, sizeof h);
+#endif
+  return h;
+}
+
+inline void store(Float16* p, Vec v) {
+  const Half h = to_float16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The last n % LANES values of a row, without a branch per value: the last whole vector of the row, in which the lanes that
+// the loop over whole vectors has seen already are replaced by `fill`. Rows shorter than a vector go value by value.
+template <class T>
+inline Vec load_tail(const T* row, int64_t n, float fill) {
+  Vec v;
+  if (n >= LANES) {
+    const Vec overlapping = load(row + n - LANES);
+    v = (lane_numbers() < static_cast<int32_t>(LANES - n % LANES)) ? splat(fill) : overlapping;
+  } else {
+    float lane[LANES];
+    for (int i = 0; i < LANES; ++i) lane[i] = i >= LANES - n ? to_float(row[i - (LANES - n)]) : fill;
+    std::memcpy(&v, lane, sizeof v);
+  }
+  return v;
+}
+
+// Stores the lanes of `v` that load_tail read last into the end of the row.
+inline void store_tail(float* row, int64_t n, Vec v) {
+  float lane[LANES];
+  std::memcpy(lane, &v, sizeof lane);
+  const int64_t count = n % LANES;
+  for (int64_t i = 0; i < count; ++i) row[n - count + i] = lane[LANES - count + i];
+}
+
+// The first n < LANES values of a row; the other lanes are `fill`.
+template <class T>
+inline Vec load_some(const T* p, int64_t n, float fill) {
+  float lane[LANES];
+  for (int i = 0; i < LANES; ++i) lane[i] = i < n ? to_float(p[i]) : fill;
+  Vec v;
+  std::memcpy(&v, lane, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store_some(T* p, int64_t n, Vec v) {
+  float lane[LANES];
+  std::memcpy(lane, &v, sizeof lane);
+  for (int64_t i = 0; i < n; ++i) from_float(lane[i], p[i]);
+}
+
+// --- stores that go round the caches: for results larger than the caches, a plain store first reads what it overwrites ---
+
+template <class T>
+constexpr int64_t stream_alignment() {
+  return static_cast<int64_t>(sizeof(T)) * LANES;
+}
+
+template <class T>
+inline void stream(T* p, Vec v) {  // p is a multiple of stream_alignment
+#if defined(FASTGPT_AVX512)
+  if constexpr (std::is_same_v<T, float>) _mm512_stream_ps(p, (__m512)v);
+  if constexpr (std::is_same_v<T, BFloat16>) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)to_bfloat16(v));
+  if constexpr (std::is_same_v<T, Float16>) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)to_float16(v));
+#elif defined(FASTGPT_AVX2)
+  if constexpr (std::is_same_v<T, float>) _mm256_stream_ps(p, (__m256)v);
+  if constexpr (std::is_same_v<T, BFloat16>) _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)to_bfloat16(v));
+  if constexpr (std::is_same_v<T, Float16>) _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)to_float16(v));
+#else
+  store(p, v);
+#endif
+}
+
+inline void finish_streams() {  // streamed stores become visible to other threads only behind a fence
+#if defined(FASTGPT_AVX512) || defined(FASTGPT_AVX2)
+  _mm_sfence();
+#endif
+}
+
+// --- exp ---
+
+// exp(x) for x <= 0 (softmax never asks for more), about one unit in the last place; 0 for -inf, NaN for NaN.
+// x = k ln 2 + r with |r| <= ln 2 / 2: exp(r) is a polynomial (coefficients: a minimax fit of (exp(r) - 1 - r) / r^2,
+// relative error of exp 3e-9), times 2^k. ln 2 is split in two so that k ln2_hi is exact.
+inline Vec exp_of_remainder(Vec y, Vec k) {
+  const Vec r = (y - k * 0.693359375f) + k * 2.12194440e-4f;
+  Vec q = r * 1.381446674e-3f + 8.368780429e-3f;
+  q = q * r + 4.166839422e-2f;
+  q = q * r + 1.666652011e-1f;
+  q = q * r + 4.999999341e-1f;
+  q = q * r + 1.0f;
+  return q * r + 1.0f;
+}
+
+#if defined(FASTGPT_AVX512)
+inline Vec exp_nonpositive(Vec x) {
+  const Vec smallest = splat(-150.0f);  // below, float32 has only 0; and -inf would make k and r infinite
+  const Vec y = smallest > x ? smallest : x;
+  const Vec k = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)(y * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_of_remainder(y, k), (__m512)k);
+}
+#else
+inline Vec exp_nonpositive(Vec x) {
+  const Vec smallest = splat(-87.0f);  // below, 2^k would leave float32's normal numbers: 0
+  const Mask vanishes = x < smallest;
+  const Vec y = vanishes ? smallest : x;
+  const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+  const Vec shifted = y * 1.44269504f + shifter;
+  const Vec p = exp_of_remainder(y, shifted - shifter);
+  Bits exponent, bits;
+  std::memcpy(&exponent, &shifted, sizeof bits);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += exponent << 23;  // k into the exponent's bits
+  Vec result;
+  std::memcpy(&result, &bits, sizeof bits);
+  return vanishes ? Vec{} : result;
+}
+#endif
+
+}  // namespace
+}  // namespace fastgpt

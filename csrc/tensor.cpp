@@ -1,0 +1,53 @@
+#include "tensor.h"
+
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include "large_blocks.h"
+
+namespace fastgpt {
+
+Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros, std::optional<ScalarType> dtype) {
+  const ScalarType type = dtype.value_or(like.scalar_type());
+  int64_t bytes = type == ScalarType::Float ? 4 : 2;
+  for (int64_t size : sizes) bytes *= size;
+  if (bytes >= SMALLEST_LARGE_BLOCK) {
+    const LargeBlock block = zeros ? new_zeroed_block(bytes) : take_block(bytes);
+    if (block.memory != nullptr) {
+      std::vector<int64_t> strides(sizes.size());
+      int64_t stride = 1;
+      for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+      return torch::stable::from_blob(block.memory, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
+                                      like.device(), type, [block](void*) { give_back_block(block); });
+    }
+  }
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
+  return zeros ? torch::stable::new_zeros(like, shape, dtype) : torch::stable::new_empty(like, shape, dtype);
+}
+
+int64_t stream_threshold() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (found > 0) return static_cast<int64_t>(found) / 2;
+#endif
+    return int64_t{16} << 20;
+  }();
+  return bytes;
+}
+
+void check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore) {
+  // Two passes: the first has no early exit, so that the compiler vectorises it; the second finds what to say.
+  const int64_t ignored = ignore ? *ignore : 0;
+  bool bad = false;
+  for (int64_t i = 0; i < n; ++i)
+    bad |= static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(limit) && (!ignore || indices[i] != ignored);
+  if (!bad) return;
+  for (int64_t i = 0; i < n; ++i)
+    if (static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(limit) && (!ignore || indices[i] != ignored))
+      throw std::out_of_range(std::string(name) + ": value " + std::to_string(indices[i]) + " at flat position " +
+                              std::to_string(i) + " is outside [0, " + std::to_string(limit) + ")");
+}
+
+}  // namespace fastgpt

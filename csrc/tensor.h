@@ -1,0 +1,48 @@
+// What the CPU ops share: the stable tensor type, its three storage types, large buffers, errors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastgpt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Storage storage_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return FLOAT32;
+    case ScalarType::BFloat16:
+      return BFLOAT16;
+    case ScalarType::Half:
+      return FLOAT16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+// Uninitialised, or zeros, of the dtype of `like` (or `dtype`), on the CPU. Large ones are blocks of large_blocks.h.
+Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
+                  std::optional<ScalarType> dtype = std::nullopt);
+
+// A result of more bytes than this, half the last cache, is written round the caches: with what it is made from, it would
+// not stay in them.
+int64_t stream_threshold();
+
+// IndexError in Python, for the first of n indices outside [0, limit) that is not `ignore`.
+void check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore);
+
+}  // namespace fastgpt

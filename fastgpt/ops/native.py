@@ -1,0 +1,85 @@
+"""The compiled extension: loaded when a call first asks for it, tried once, and the reason where it is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .backend import register_smoke_test
+
+PACKAGE = Path(__file__).resolve().parent.parent
+MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
+
+
+def build_error(module: str) -> str | None:
+    """What the installation wrote down where `module` could not be built."""
+    try:
+        lines = (PACKAGE / "_build_error.txt").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    about = [line for line in lines if line.startswith(f"fastgpt.{module}:")] or lines
+    return about[0] if about else None
+
+
+def load(device_type: str) -> ModuleType:
+    """The extension module of `device_type`; loading it registers its ops. ImportError says why it is not there."""
+    name = MODULES.get(device_type)
+    if name is None:
+        raise ImportError(f"the extension has no kernels for {device_type}")
+    if name == "_C_cuda" and torch.version.cuda is None:
+        raise ImportError("this PyTorch has no CUDA")
+    try:
+        return importlib.import_module(f"fastgpt.{name}")
+    except ModuleNotFoundError:
+        reason = build_error(name) or "this installation was made without it"
+        raise ImportError(f"fastgpt.{name} is not built: {reason}") from None
+    except ImportError as error:
+        raise ImportError(
+            f"fastgpt.{name} does not load: {error}; it was built for torch {build_info()['torch']}"
+        ) from None
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, flags, torch and CUDA of the build; "unknown" where that module is missing too."""
+    try:
+        return importlib.import_module("fastgpt._build_info").build_info()
+    except ImportError:
+        return dict.fromkeys(("compiler", "flags", "torch", "cuda", "cuda_architectures", "source_hash"), "unknown")
+
+
+def is_stale() -> bool:
+    """Whether the sources beside the package are not those that the extension was built from."""
+    sources = PACKAGE.parent / "csrc"
+    if not (sources / "kernels.h").is_file():
+        return False
+    digest = hashlib.sha256()
+    for file in sorted(sources.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return build_info()["source_hash"] not in (digest.hexdigest()[:16], "unknown")
+
+
+def describe(device_type: str) -> str:
+    """One line for `fastgpt doctor`: instructions in use and how it was built, or why it is not there."""
+    try:
+        module = load(device_type)
+    except ImportError as error:
+        return str(error)
+    info = build_info()
+    uses = module.instruction_set() if device_type == "cpu" else info["cuda_architectures"]
+    stale = "; STALE: csrc/ has changed since, build again" if is_stale() else ""
+    return f"{uses}, built by {info['compiler']} with torch {info['torch']}{stale}"
+
+
+def _run_once(device_type: str) -> None:
+    load(device_type)
+    table = torch.eye(4, 8, device=device_type)
+    out = torch.ops.fastgpt.embedding_native(torch.tensor([[3, 0]], device=device_type), table, None, 0)
+    if not torch.equal(out, table[[3, 0]][None]):
+        raise RuntimeError("the extension's embedding gives a wrong result on this machine")
+
+
+register_smoke_test("native", _run_once)

@@ -1,0 +1,144 @@
+// The row kernels of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+//
+// Each buffer is exactly as long as its rows and lies at every offset from a vector's boundary, so that a load or store
+// past either end is seen. Results are compared with sums in double; the tests in Python compare them with the oracle.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "storage.h"
+
+using namespace fastgpt;
+
+static int failures = 0;
+
+static void expect(bool ok, const char* what, const char* kernels_name, int64_t n) {
+  if (ok) return;
+  ++failures;
+  std::printf("%s: wrong with %s at length %lld\n", what, kernels_name, static_cast<long long>(n));
+}
+
+// n values on the heap with nothing behind them, `offset` values past an allocation's start.
+template <class T>
+struct Buffer {
+  std::unique_ptr<T[]> memory;
+  T* data;
+
+  Buffer(int64_t n, int64_t offset) : memory(new T[static_cast<size_t>(n + offset)]), data(memory.get() + offset) {
+    for (int64_t i = 0; i < n; ++i) from_float(std::sin(static_cast<float>(i) * 1.7f) * 4.0f, data[i]);
+  }
+};
+
+template <class T>
+constexpr Storage storage() {
+  return std::is_same_v<T, float> ? FLOAT32 : std::is_same_v<T, BFloat16> ? BFLOAT16 : FLOAT16;
+}
+
+template <class T>
+static void cross_entropy(int64_t n, int64_t offset, bool in_place, bool stream, bool smoothing, bool weighted) {
+  Buffer<T> logits(n, offset), gradient(n, offset);
+  Buffer<float> weight(n, 0);
+  for (int64_t i = 0; i < n; ++i) weight.data[i] = 1.0f;
+  std::vector<double> values(static_cast<size_t>(n));
+  double max = -INFINITY, sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) max = std::fmax(max, values[static_cast<size_t>(i)] = to_float(logits.data[i]));
+  for (double value : values) sum += std::exp(value - max);
+
+  const int64_t target = n / 2;
+  float loss = 0.0f, statistics[2] = {}, row_scale = 2.0f;
+  CrossEntropyRows rows{};
+  rows.logits = logits.data;
+  rows.gradient = in_place ? logits.data : gradient.data;
+  rows.logits_stride = rows.gradient_stride = rows.classes = n;
+  rows.targets = &target;
+  rows.ignore_index = -100;
+  rows.class_weight = weighted ? weight.data : nullptr;
+  rows.class_weight_sum = static_cast<float>(n);
+  rows.label_smoothing = smoothing ? 0.1f : 0.0f;
+  rows.row_scale = &row_scale;
+  rows.loss = &loss;
+  rows.statistics = statistics;
+  rows.stream = stream;
+  kernels().cross_entropy[storage<T>()](rows, 0, 1);
+
+  double expected = 0.0, total = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double log_p = values[static_cast<size_t>(i)] - max - std::log(sum);
+    expected -= log_p * ((smoothing ? 0.1 / static_cast<double>(n) : 0.0) + (i == target ? (smoothing ? 0.9 : 1.0) : 0.0));
+    total += to_float(static_cast<T*>(rows.gradient)[i]);
+  }
+  expect(std::fabs(loss - expected) < 1e-4 * (1.0 + expected), "loss", kernels().name, n);
+  expect(std::fabs(total) < 0.05, "gradient", kernels().name, n);  // it sums to 0
+
+  const int64_t ignored = -100;
+  rows.targets = &ignored;
+  kernels().cross_entropy[storage<T>()](rows, 0, 1);
+  expect(loss == 0.0f && to_float(static_cast<T*>(rows.gradient)[n - 1]) == 0.0f, "ignored row", kernels().name, n);
+}
+
+template <class T>
+static void embedding(int64_t columns, bool with_positions, bool stream) {
+  constexpr int64_t V = 3, N = 5;
+  Buffer<T> table(V * columns, 0), positions(2 * columns, 0), out(N * columns, 0), sum(columns, 0);
+  const int64_t tokens[N] = {2, 0, 0, 1, 2};
+  GatherRows rows{};
+  rows.tokens = tokens;
+  rows.token_table = table.data;
+  rows.position_table = with_positions ? positions.data : nullptr;
+  rows.token_stride = rows.position_stride = rows.columns = columns;
+  rows.length = 2;
+  rows.out = out.data;
+  rows.stream = stream;
+  kernels().gather[storage<T>()](rows, 0, N);
+  for (int64_t i = 0; i < columns; ++i) {
+    T expected;
+    const float position = with_positions ? to_float(positions.data[columns + i]) : 0.0f;
+    from_float(to_float(table.data[columns + i]) + position, expected);
+    expect(to_float(out.data[3 * columns + i]) == to_float(expected), "gather", kernels().name, columns);
+  }
+  const int64_t order[2] = {1, 4};
+  SumRows sums{};
+  sums.rows = out.data;
+  sums.row_stride = sums.columns = columns;
+  sums.order = order;
+  sums.count = 2;
+  sums.out = sum.data;
+  kernels().sum_rows[storage<T>()](sums);
+  for (int64_t i = 0; i < columns; ++i) {
+    T expected;
+    from_float(to_float(out.data[columns + i]) + to_float(out.data[4 * columns + i]), expected);
+    expect(to_float(sum.data[i]) == to_float(expected), "sum", kernels().name, columns);
+  }
+}
+
+template <class T>
+static void all() {
+  std::vector<int64_t> lengths;
+  for (int64_t n = 1; n <= 70; ++n) lengths.push_back(n);
+  for (int64_t n : {127, 128, 129, 2047, 2048, 2049, 2100, 4099}) lengths.push_back(n);
+  for (int64_t n : lengths) {
+    for (int64_t offset : {0, 1, 3})
+      for (int branch = 0; branch < 16; ++branch)
+        cross_entropy<T>(n, offset, branch & 1, branch & 2, branch & 4, branch & 8);
+    for (int branch = 0; branch < 4; ++branch) embedding<T>(n, branch & 1, branch & 2);
+  }
+}
+
+int main() {
+  for (const char* name : {"avx512", "avx2", "generic"}) {
+    if (!use_kernels(name)) {
+      std::printf("%s: not on this processor\n", name);
+      continue;
+    }
+    all<float>();
+    all<BFloat16>();
+    all<Float16>();
+    std::printf("%s: done\n", name);
+  }
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,181 @@
+"""The build: what the extension says of itself, a wheel installed elsewhere, builds that cannot succeed, nvcc."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import doctor
+from fastgpt.ops import native
+from fastgpt.ops.backend import unavailable
+
+ROOT = Path(__file__).resolve().parent.parent
+REASON = unavailable("native", "cpu")
+built = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+in_source_tree = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the source tree")
+NVCC = shutil.which("nvcc", path=os.pathsep.join(["/usr/local/cuda/bin", os.environ.get("PATH", "")]))
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what a source distribution holds, so that nothing is built in this tree."""
+    copy = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_error.txt")
+    for folder in ("fastgpt", "triton_kernels", "csrc"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, copy / file)
+    return copy
+
+
+def make(source: Path, kind: str, **environment: str) -> Path:
+    """The wheel or sdist that the build backend makes in this very environment, as --no-build-isolation does."""
+    out = source.parent / f"{kind}-out"
+    out.mkdir()
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    run(sys.executable, "-c", code, cwd=source, **environment)
+    (made,) = out.iterdir()
+    return made
+
+
+@built
+def test_build_info() -> None:
+    info = native.build_info()
+    assert info["torch"].split(".")[0].isdigit() and "-O3" in info["flags"] and info["compiler"] != "unknown"
+    from fastgpt import _build_info
+
+    features = _build_info.cpu_features()
+    used = native.load("cpu").instruction_set()
+    assert used in ("avx512", "avx2", "generic")
+    assert used == "generic" or any(feature.startswith(used) for feature in features)
+
+
+@built
+def test_doctor_shows_the_instruction_set() -> None:
+    text = doctor.report()
+    assert re.search(r"backend native: ran \((avx512|avx2|generic), built by ", text), text
+
+
+@built
+def test_importing_fastgpt_does_not_load_the_extension() -> None:
+    code = "import sys, fastgpt; assert 'fastgpt._C' not in sys.modules, 'loaded'"
+    run(sys.executable, "-c", code, cwd=Path.cwd())
+
+
+def test_a_missing_module_says_why(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setitem(native.MODULES, "cpu", "_not_there")
+    with pytest.raises(ImportError, match="this installation was made without it"):
+        native.load("cpu")
+    (tmp_path / "_build_error.txt").write_text("fastgpt._not_there: tensor.h:1: error: no\n")
+    with pytest.raises(ImportError, match=r"not built: fastgpt\._not_there: tensor\.h:1: error: no"):
+        native.load("cpu")
+    with pytest.raises(ImportError, match="no kernels for mps"):
+        native.load("mps")
+
+
+@in_source_tree
+def test_wheel_runs_where_it_is_installed(source: Path, tmp_path: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    wheel = make(source, "wheel", FASTGPT_NATIVE="require", FASTGPT_CUDA="0")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not any(name.startswith(("triton_kernels/", "csrc/")) for name in names)
+    assert any(name.startswith("fastgpt/_C.") for name in names) and "fastgpt/triton_kernels/__init__.py" in names
+    assert "fastgpt/_build_error.txt" not in names
+
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
+    code = (
+        "import fastgpt, torch; from fastgpt import ops; print(fastgpt.__file__)\n"
+        "x = torch.randn(3, 5, requires_grad=True); t = torch.tensor([0, 4, 2])\n"
+        "loss = ops.cross_entropy(x, t, backend='native'); loss.backward()\n"
+        "torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, t))"
+    )
+    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.stdout.startswith(str(site))
+
+
+@in_source_tree
+@pytest.mark.parametrize("case", ["no torch", "switched off", "broken compiler", "broken source"])
+def test_a_build_that_cannot_succeed_leaves_the_python_package(source: Path, tmp_path: Path, case: str) -> None:
+    environment = {"FASTGPT_CUDA": "0"}
+    if case == "no torch":
+        hidden = tmp_path / "hidden" / "torch"
+        hidden.mkdir(parents=True)
+        (hidden / "__init__.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+        environment["PYTHONPATH"] = str(hidden.parent)
+        reason = "--no-build-isolation"
+    elif case == "switched off":
+        environment["FASTGPT_NATIVE"] = "0"
+        reason = "FASTGPT_NATIVE=0"
+    elif case == "broken compiler":
+        environment["CXX"] = "no-such-compiler"
+        reason = "no-such-compiler"
+    else:
+        for file in ("tensor.h", "build_info.cpp"):
+            (source / "csrc" / file).write_text("#error the header is broken\n")
+        reason = r"csrc/tensor.h:1:2: error: #error the header is broken"
+    wheel = zipfile.ZipFile(make(source, "wheel", **environment))
+    assert not any(name.endswith(".so") for name in wheel.namelist())
+    text = wheel.read("fastgpt/_build_error.txt").decode()
+    assert re.search(reason, text), text
+
+
+@in_source_tree
+def test_a_build_that_is_required_fails(source: Path) -> None:
+    with pytest.raises(AssertionError, match="Error compiling objects"):
+        make(source, "wheel", FASTGPT_NATIVE="require", FASTGPT_CUDA="0", CXX="no-such-compiler")
+
+
+@in_source_tree
+def test_source_distribution_holds_the_sources(source: Path) -> None:
+    with tarfile.open(make(source, "sdist", FASTGPT_NATIVE="0")) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()} <= names
+
+
+@in_source_tree
+@pytest.mark.skipif(NVCC is None, reason="no nvcc here")
+@pytest.mark.parametrize("name", ["cross_entropy", "embedding"])
+def test_cuda_kernels_compile_within_their_budgets(name: str, tmp_path: Path) -> None:
+    """For A100, H100 and B200, with or without such a GPU. Compiled, not run."""
+    include = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{sysconfig.get_paths()['include']}"]
+    targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90, 100)]
+    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler=-fPIC"]
+    source_file = str(ROOT / "csrc" / f"{name}.cu")
+    assert NVCC is not None
+    command = [NVCC, "-c", source_file, "-o", str(tmp_path / "out.o"), *include, *targets, *flags, "--threads=2"]
+    log = run(*command, "-Xptxas=-v", cwd=tmp_path).stderr
+    budgets = tomllib.loads((ROOT / "tests" / "kernel_budgets_cuda.toml").read_text())[name]
+
+    seen = set()
+    for entry in re.split(r"Compiling entry function ", log)[1:]:
+        symbol, architecture = re.match(r"'(\w+)' for '(\w+)'", entry).groups()
+        kernel = next(known for known in budgets if known in symbol)
+        registers = int(re.search(r"Used (\d+) registers", entry).group(1))
+        spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill", entry))
+        assert registers <= budgets[kernel]["registers"], (symbol, architecture, registers)
+        assert spills <= budgets[kernel]["spills"], (symbol, architecture, spills)
+        seen.add((kernel, architecture))
+    assert seen == {(kernel, sm) for kernel in budgets for sm in ("sm_80", "sm_90", "sm_100")}
