@@ -7,7 +7,7 @@ OUT ?= runs/gpu-check
 
 .PHONY: demo test lint types install sanitize gpu-check clean
 
-$(VENV)/installed: requirements-dev.lock pyproject.toml setup.py
+$(VENV)/installed: requirements-dev.lock pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
