@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = runs/demo
+OUT ?= runs/gpu-check
 
-.PHONY: demo test lint types install sanitize clean
+.PHONY: demo test lint types install sanitize gpu-check clean
 
-$(VENV)/installed: requirements-dev.lock pyproject.toml setup.py
+$(VENV)/installed: requirements-dev.lock pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
@@ -31,6 +32,11 @@ lint: install
 
 types: install
 	$(BIN)/mypy fastgpt
+
+# On a machine with a GPU, with the PyTorch that is installed there: no network, nothing downloaded.
+gpu-check:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
 # The CPU row kernels of every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:

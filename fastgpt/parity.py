@@ -376,6 +376,49 @@ def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
     return F.pad(weights @ v, (0, 0, blind, 0))
 
 
+class _FlashSteps(torch.autograd.Function):
+    """The steps of PyTorch's flash kernel, with what it rounds to the dtype of q rounded: weights, output, dS.
+
+    (FlashAttention-2, Dao 2023, algorithms 1 and 2; sums are float32.) It stands for that kernel where the kernel
+    itself cannot be measured: on a CPU, and with a dropout mask that is given.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, keep, mask, scale):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(wide) @ k.transpose(-2, -1).to(wide) * scale
+        weights = torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1).nan_to_num(0.0)  # NaN: sees no key
+        out = ((weights * keep).to(q.dtype).to(wide) @ v.to(wide)).to(q.dtype)
+        ctx.save_for_backward(q, k, v, keep, weights, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, keep, weights, out = ctx.saved_tensors
+        dtype, wide = q.dtype, weights.dtype
+        q, k, v, grad, out = (t.to(wide) for t in (q, k, v, grad, out))
+        grad_v = (weights * keep).to(dtype).to(wide).transpose(-2, -1) @ grad
+        grad_weights = grad @ v.transpose(-2, -1) * keep
+        delta = (grad * out).sum(-1, keepdim=True)
+        grad_scores = (weights * (grad_weights - delta)).to(dtype).to(wide)
+        grad_q, grad_k = grad_scores @ k * ctx.scale, grad_scores.transpose(-2, -1) @ q * ctx.scale
+        return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None, None
+
+
+def _flash(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
+    B, H, Tq, D = q.shape
+    Tk = k.shape[2]
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+    if is_causal:
+        mask = reference.causal_mask(Tq, Tk, q.device)
+    keep = torch.ones((), device=q.device)
+    if dropout_p > 0.0:
+        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk) / (1.0 - dropout_p)
+    return _FlashSteps.apply(q, k, v, keep, mask, D**-0.5 if scale is None else scale)
+
+
 def _layer_norm(x, weight, bias=None, eps=1e-5):
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
@@ -415,6 +458,13 @@ PEERS: dict[str, Callable[..., Any]] = {
     "cross_entropy": _torch_cross_entropy,
     "linear_cross_entropy": _linear_then_cross_entropy,
 }
+
+
+def _peer(case: Case, backend: str, device: str) -> Callable[..., Any]:
+    """PyTorch's own op for `case`, of the kind that `backend` is to be compared with."""
+    if case.op == "attention" and backend == "triton" and (device == "cpu" or "dropout_p" in case.options):
+        return _flash
+    return PEERS[case.op]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -495,7 +545,7 @@ def measure(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -
     exact = {name: _exact(tensor) for name, tensor in arguments.items()}
     ours = _evaluate(getattr(ops, case.op), case, arguments, {**case.options, "backend": backend})
     changed = [name for name, before in exact.items() if not torch.equal(_exact(arguments[name]), before)]
-    theirs = _evaluate(PEERS[case.op], case, arguments, case.options)
+    theirs = _evaluate(_peer(case, backend, device), case, arguments, case.options)
     oracle = _evaluate(getattr(reference, case.op), case, exact, case.options)
     rows = []
     for name, expected in oracle.items():

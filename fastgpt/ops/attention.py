@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from torch import Tensor
 from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
+from .library import library, raise_on_double_backward
 from .reference import causal_mask
+from .triton_backend import seed_tensor
 
 MAX_HEAD_SIZE = 256
 
@@ -131,3 +134,98 @@ def _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed):
 
 
 register("attention", "torch", _torch)
+
+
+# --- the triton backend: triton_kernels/attention.py ------------------------------------------------------------------
+
+_MAX_FLOAT32_HEAD_SIZE = 128
+
+library.define(
+    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p) "
+    "-> (Tensor, Tensor)"
+)
+library.define(
+    "attention_triton_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, "
+    "bool is_causal, float scale, float dropout_p) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _triton_forward(q, k, v, seed, is_causal, scale, dropout_p):
+    from ..triton_kernels import attention
+
+    return attention.forward(q, k, v, is_causal, scale, dropout_p, seed)
+
+
+def _triton_backward(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p):
+    from ..triton_kernels import attention
+
+    return attention.backward(grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed)
+
+
+library.impl("attention_triton", _triton_forward, "CompositeExplicitAutograd")
+library.impl("attention_triton_backward", _triton_backward, "CompositeExplicitAutograd")
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    """The shape of `like`, (B, H, T, D), in the layout the kernels write: (B, T, H, D)."""
+    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
+
+
+@torch.library.register_fake("fastgpt::attention_triton", lib=library)
+def _triton_forward_fake(q, k, v, seed, is_causal, scale, dropout_p):
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("fastgpt::attention_triton_backward", lib=library)
+def _triton_backward_fake(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p):
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+
+
+def _triton_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, seed, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, seed)
+
+
+def _triton_autograd(ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) -> tuple:
+    if grad_out is None:
+        return (None,) * 7
+    q, k, v, out, lse, seed = ctx.saved_tensors
+    backward = torch.ops.fastgpt.attention_triton_backward.default
+    return *backward(grad_out, q, k, v, out, lse, seed, *ctx.options), None, None, None, None
+
+
+torch.library.register_autograd(
+    "fastgpt::attention_triton", _triton_autograd, setup_context=_triton_setup_context, lib=library
+)
+raise_on_double_backward("attention_triton_backward")
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    key = seed_tensor(dropout_p, seed, q.device)
+    return torch.ops.fastgpt.attention_triton(q, k, v, key, is_causal, scale, dropout_p)[0]
+
+
+def _triton_supports(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "float64 is not supported: the kernels keep their statistics in float32"
+    if q.dtype == torch.float32 and q.shape[3] > _MAX_FLOAT32_HEAD_SIZE:
+        return f"float32 heads above {_MAX_FLOAT32_HEAD_SIZE} do not fit the registers; use float16 or bfloat16"
+    if scale is not None and scale <= 0.0:
+        return "scale must be positive: it is folded into the exponential, whose largest score is found before"
+    return None
+
+
+register("attention", "triton", _triton, _triton_supports)

@@ -25,9 +25,9 @@ BACKENDS = ("torch", "triton", "native")
 # Fastest first. A device that is not listed runs on "torch".
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": {
-        "attention": ("torch",),
-        "layer_norm": ("torch",),
-        "add_layer_norm": ("torch",),
+        "attention": ("triton", "torch"),
+        "layer_norm": ("triton", "torch"),
+        "add_layer_norm": ("triton", "torch"),
         "embedding": ("torch",),
         "cross_entropy": ("torch",),
         "linear_cross_entropy": ("torch",),

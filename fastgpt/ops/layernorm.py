@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
+from .library import library, raise_on_double_backward
+from .triton_backend import seed_tensor
 
 
 def layer_norm(
@@ -116,3 +120,128 @@ def _torch_add(
 
 register("layer_norm", "torch", _torch)
 register("add_layer_norm", "torch", _torch_add)
+
+
+# --- the triton backend: triton_kernels/layernorm.py ------------------------------------------------------------------
+#
+# One op serves both: without `residual` it is layer_norm, and its second output is empty.
+
+_MAX_TRITON_WIDTH = 16384
+
+library.define(
+    "layer_norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
+    "Tensor? seed, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "layer_norm_triton_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor stats, "
+    "float dropout_p, Tensor? seed, ScalarType residual_dtype, ScalarType x_dtype) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _triton_forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
+    from ..triton_kernels import layernorm
+
+    return layernorm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype)
+
+
+def _triton_backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype):
+    from ..triton_kernels import layernorm
+
+    return layernorm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype)
+
+
+library.impl("layer_norm_triton", _triton_forward, "CompositeExplicitAutograd")
+library.impl("layer_norm_triton_backward", _triton_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastgpt::layer_norm_triton", lib=library)
+def _triton_forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
+    n_rows = x.numel() // x.shape[-1]
+    h = x.new_empty(0)
+    if residual is not None:
+        h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return x.new_empty(x.shape, dtype=out_dtype), h, x.new_empty((2, n_rows), dtype=torch.float32)
+
+
+@torch.library.register_fake("fastgpt::layer_norm_triton_backward", lib=library)
+def _triton_backward_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype):
+    grad_x_shape = x.shape if dropout_p > 0.0 or x_dtype != residual_dtype else (0,)
+    grad_residual = x.new_empty(x.shape, dtype=residual_dtype)
+    return grad_residual, x.new_empty(grad_x_shape, dtype=x_dtype), weight.new_empty((2, *weight.shape))
+
+
+def _triton_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, residual, weight, bias, _, ctx.dropout_p, seed, ctx.out_dtype = inputs
+    _, h, stats = output
+    ctx.mark_non_differentiable(*((h, stats) if residual is None else (stats,)))
+    ctx.set_materialize_grads(False)  # where only one of y and h is used, the other's gradient is not read as zeros
+    ctx.x_dtype = x.dtype
+    ctx.residual_dtype = x.dtype if residual is None else residual.dtype
+    ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+    ctx.save_for_backward(x if residual is None else h, weight, stats, seed)
+
+
+def _triton_autograd(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *unused: Tensor | None) -> tuple:
+    x, weight, stats, seed = ctx.saved_tensors
+    if grad_y is None and grad_h is None:
+        return (None,) * 8
+    if grad_y is None:
+        grad_y = torch.zeros(x.shape, dtype=ctx.out_dtype, device=x.device)
+    grad_residual, grad_x, grad_affine = torch.ops.fastgpt.layer_norm_triton_backward(
+        grad_y, grad_h, x, weight, stats, ctx.dropout_p, seed, ctx.residual_dtype, ctx.x_dtype
+    )
+    if grad_x.shape != x.shape or not ctx.has_residual:
+        grad_x = grad_residual
+    grad_weight, grad_bias = grad_affine.unbind()
+    if not ctx.has_bias:
+        grad_bias = None
+    return grad_x, grad_residual if ctx.has_residual else None, grad_weight, grad_bias, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fastgpt::layer_norm_triton", _triton_autograd, setup_context=_triton_setup_context, lib=library
+)
+raise_on_double_backward("layer_norm_triton_backward")
+
+
+def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype of F.layer_norm's result: autocast makes it float32 on CUDA, and leaves it alone on a CPU."""
+    return torch.float32 if device_type == "cuda" and torch.is_autocast_enabled("cuda") else h_dtype
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    out_dtype = _out_dtype(x.dtype, x.device.type)
+    return torch.ops.fastgpt.layer_norm_triton(x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
+
+
+def _triton_add(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    out_dtype = _out_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
+    key = seed_tensor(dropout_p, seed, x.device)
+    y, h, _ = torch.ops.fastgpt.layer_norm_triton(x, residual, weight, bias, eps, dropout_p, key, out_dtype)
+    return y, h
+
+
+def _triton_supports(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64 is not supported: the kernels keep their statistics in float32"
+    if x.shape[-1] > _MAX_TRITON_WIDTH:
+        return f"width {x.shape[-1]} is above {_MAX_TRITON_WIDTH}: a row must fit into one program's registers"
+    return None
+
+
+def _triton_add_supports(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return _triton_supports(residual if residual.dtype == torch.float64 else x, *args)
+
+
+register("layer_norm", "triton", _triton, _triton_supports)
+register("add_layer_norm", "triton", _triton_add, _triton_add_supports)

@@ -1,0 +1,86 @@
+"""Everything that only a GPU can show, in one run: parity on the device, memory errors, and the benchmarks.
+
+    make gpu-check OUT=dir          installs this tree first; no network; under 8 minutes on an H100
+
+Writes OUT/gpu_check.json (device, driver, versions, commit, and what ran, failed or was skipped) and one file per
+benchmark with raw times. Without a GPU it runs too, and says what it skipped. Exit code 1 when a step failed.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from harness import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+TIME_LIMIT_S = 470
+# The smallest cases of each kernel, under every tool that applies to them.
+SANITIZED = "one_token or blind_rows or (layer_norm and width_1)"
+
+
+def step(name: str, command: list[str], deadline: float, why_not: str | None = None) -> dict:
+    """Run `command` unless there is a reason not to; its end, its time, and the last of what it said."""
+    left = deadline - time.monotonic()
+    if why_not is None and left < 5:
+        why_not = f"the {TIME_LIMIT_S} s of this check are used up"
+    if why_not is not None:
+        print(f"{name}: skipped, {why_not}", flush=True)
+        return {"step": name, "result": "skipped", "reason": why_not}
+    print(f"{name}: {' '.join(command)}", flush=True)
+    started = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
+        result, said = ("passed" if done.returncode == 0 else "failed"), done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        result, said = "cut off", (error.stdout or b"").decode(errors="replace")
+    seconds = round(time.monotonic() - started, 1)
+    print("\n".join(said.splitlines()[-15:]), f"\n{name}: {result} after {seconds} s", flush=True)
+    return {"step": name, "result": result, "seconds": seconds, "output": said[-6000:]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check")
+    out = parser.parse_args().out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + TIME_LIMIT_S
+    no_gpu = None if torch.cuda.is_available() else "there is no CUDA device"
+    no_pytest = None if find_spec("pytest") else "pytest is not installed"
+    sanitizer = shutil.which("compute-sanitizer")
+    no_sanitizer = None if sanitizer else "compute-sanitizer is not installed"
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "tests"]
+    checked = [*tests, "-x", "-k", SANITIZED]
+    steps = [step("parity on the device", tests, deadline, no_gpu or no_pytest)]
+    for tool in ("memcheck", "racecheck"):
+        command = [
+            str(sanitizer),
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "1",
+            "--kernel-name-exclude",
+            "kns=at::",
+            *checked,
+        ]
+        # Half the time may go into it: under these tools a kernel is a hundred times slower.
+        limit = min(deadline, time.monotonic() + 60)
+        steps.append(step(f"compute-sanitizer {tool}", command, limit, no_gpu or no_pytest or no_sanitizer))
+    for bench in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+        command = [sys.executable, str(bench), "--out", str(out / f"{bench.stem}.json")]
+        steps.append(step(bench.stem, command, deadline, no_gpu))
+    report = {"environment": environment(), "steps": steps}
+    (out / "gpu_check.json").write_text(json.dumps(report, indent=1))
+    print(f"written: {out / 'gpu_check.json'}")
+    return int(
+        any(s["result"] in ("failed", "cut off") for s in steps if not s["step"].startswith("compute-sanitizer"))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

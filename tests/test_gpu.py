@@ -1,0 +1,128 @@
+"""What only a GPU can show: the kernels as compiled, in every dtype and at real sizes. `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from fastgpt import GPT, GPTConfig, ops
+from fastgpt.ops import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ATOL = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+# name: (B, H, Hkv, Tq, Tk, D, causal, dropout)
+ATTENTION = {
+    "one_token": (1, 1, 1, 1, 1, 16, True, 0.0),
+    "blind_rows": (1, 2, 1, 40, 20, 20, True, 0.2),
+    "characters": (4, 4, 4, 64, 64, 32, True, 0.0),
+    "characters_dropout": (4, 4, 4, 64, 64, 32, True, 0.2),
+    "short": (2, 6, 6, 256, 256, 64, True, 0.2),
+    "gpt2": (2, 12, 12, 1024, 1024, 64, True, 0.0),
+    "gpt2_dropout": (1, 12, 12, 1000, 1000, 64, True, 0.1),
+    "grouped_128": (1, 8, 2, 777, 777, 128, True, 0.0),
+    "heads_of_128": (1, 4, 4, 700, 700, 128, True, 0.0),
+    "heads_of_128_dropout": (1, 4, 2, 500, 600, 128, False, 0.3),
+    "full": (1, 4, 4, 300, 513, 80, False, 0.0),
+    "heads_of_96": (1, 3, 3, 333, 333, 96, True, 0.0),
+    "heads_of_256": (1, 2, 2, 300, 300, 256, True, 0.1),
+    "odd_head_size": (1, 2, 2, 300, 300, 33, True, 0.0),
+    "decode": (2, 8, 2, 1, 3000, 64, True, 0.0),
+    "decode_5": (1, 8, 8, 5, 3000, 128, True, 0.0),
+}
+
+
+def results(function, inputs, grads, **options):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs, **options)
+    out = out if isinstance(out, tuple) else (out,)
+    grads = [grad.to(y.dtype) for grad, y in zip(grads, out, strict=True)]
+    return [*(y.detach() for y in out), *torch.autograd.grad(out, inputs, grads)]
+
+
+def check(op, inputs, grads, dtype, **options):
+    ours = results(getattr(ops, op), inputs, grads, backend="triton", **options)
+    torchs = results(getattr(ops, op), inputs, grads, backend="torch", **options)
+    oracle = results(getattr(reference, op), [x.double() for x in inputs], [g.double() for g in grads], **options)
+    for i, (mine, pytorchs, exact) in enumerate(zip(ours, torchs, oracle, strict=True)):
+        error, allowed = (mine - exact).abs().max(), 2 * (pytorchs - exact).abs().max()
+        assert error <= allowed + ATOL[dtype], f"result {i}: error {error:.2e}, PyTorch's {allowed / 2:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, dtype):
+    B, H, Hkv, Tq, Tk, D, causal, dropout_p = ATTENTION[name]
+    if dtype == torch.float32 and D > 128:
+        pytest.skip("float32 heads above 128 run on torch")
+    torch.manual_seed(0)
+    q, grad = torch.randn(2, B, Tq, H, D, dtype=dtype, device="cuda").transpose(2, 3)
+    k, v = torch.randn(2, B, Tk, Hkv, D, dtype=dtype, device="cuda").transpose(2, 3)
+    check("attention", [q, k, v], [grad], dtype, is_causal=causal, dropout_p=dropout_p, seed=-(2**45) + 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 33, 768, 1023, 4096, 5000, 16384], ids=lambda width: f"width_{width}")
+def test_layer_norm(width, dtype):
+    torch.manual_seed(0)
+    x, residual, grad_y, grad_h = torch.randn(4, 531, width, dtype=dtype, device="cuda")
+    weight, bias = torch.randn(2, width, dtype=dtype, device="cuda")
+    check("layer_norm", [x, weight, bias], [grad_y], dtype)
+    for p in (0.0, 0.25):
+        check("add_layer_norm", [x, residual, weight, bias], [grad_y, grad_h], dtype, dropout_p=p, seed=11)
+
+
+def test_layer_norm_of_more_than_2_to_the_31_elements():
+    x = torch.zeros(140_000, 16384, dtype=torch.bfloat16, device="cuda")
+    x[-1] = torch.randn(16384)
+    weight = torch.ones(16384, dtype=torch.bfloat16, device="cuda")
+    y = ops.layer_norm(x, weight, backend="triton")
+    torch.testing.assert_close(y[-1], ops.layer_norm(x[-1], weight, backend="torch"))
+
+
+def test_attention_of_more_than_2_to_the_31_elements():
+    q = torch.zeros(1, 65, 262_144, 128, dtype=torch.bfloat16, device="cuda")  # the last head begins past 2^31
+    q[:, -1, :512] = torch.randn(512, 128)
+    out = ops.attention(q[:, :, :512], q[:, :, :512], q[:, :, :512], backend="triton")
+    expected = ops.attention(*(q[:, -1:, :512].contiguous(),) * 3, backend="torch")
+    torch.testing.assert_close(out[:, -1:], expected, atol=2e-2, rtol=2e-2)
+
+
+def test_cuda_graph_replays_with_new_dropout():
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    heads = torch.randn(2, 4, 100, 64, device="cuda", dtype=torch.bfloat16)
+    run = lambda: (  # noqa: E731
+        ops.add_layer_norm(x, x, x[0], dropout_p=0.5, backend="triton")[1],
+        ops.attention(heads, heads, heads, dropout_p=0.5, backend="triton"),
+    )
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    graph.replay()
+    first = [y.clone() for y in outputs]
+    graph.replay()
+    assert all(y.isfinite().all() and not torch.equal(y, z) for y, z in zip(outputs, first, strict=True))
+
+
+def test_autocast_gives_the_torch_ops_dtypes():
+    x, weight = torch.randn(4, 64, device="cuda"), torch.ones(64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        for inputs in ((x, x), (x.bfloat16(), x), (x.bfloat16(), x.bfloat16())):
+            ours, torchs = (ops.add_layer_norm(*inputs, weight, weight, backend=b) for b in ("triton", "torch"))
+            assert [y.dtype for y in ours] == [y.dtype for y in torchs]
+            torch.testing.assert_close(ours, torchs, atol=2e-2, rtol=2e-2)
+
+
+def test_the_model_takes_the_kernels_and_compiles():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=65, block_size=128, n_layer=2, n_head=4, n_embd=128, dropout=0.0)).cuda()
+    tokens = torch.randint(65, (4, 128), device="cuda")
+    heads = torch.zeros(1, 4, 8, 32, device="cuda")
+    assert ops.explain("attention", heads, heads, heads).backend == "triton"
+    with torch.autocast("cuda", torch.bfloat16):
+        eager = model(tokens, tokens)[1]
+        compiled = torch.compile(model)(tokens, tokens)[1]
+    torch.testing.assert_close(eager, compiled, atol=1e-2, rtol=1e-2)

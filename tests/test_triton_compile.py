@@ -1,0 +1,70 @@
+"""Every kernel configuration compiles for sm_80, sm_90 and sm_100 without a GPU, within tests/kernel_budgets.toml.
+
+The compilations run in two processes of their own: this one may have Triton's interpreter switched on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+offline = pytest.importorskip("fastgpt.triton_kernels.offline")
+
+BUDGETS = tomllib.loads((Path(__file__).parent / "kernel_budgets.toml").read_text())
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may have, of each chip
+SMALL_SHARED_LIMIT = 101376  # of the consumer chips (sm_86, sm_89, sm_120), which run all but the long regime
+CASES = [(arch, case.name) for arch in offline.ARCHITECTURES for case in offline.cases(arch)]
+
+
+@pytest.fixture(scope="session")
+def measured() -> dict[tuple[int, str], dict]:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    rows = {}
+
+    def start(part: str, arch: int) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "fastgpt.triton_kernels.offline",
+            "--json",
+            "--part",
+            part,
+            "--arch",
+            str(arch),
+        ]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for arch in offline.ARCHITECTURES:
+        workers = [start(f"{i}/2", arch) for i in range(2)]
+        for worker in workers:
+            out, errors = worker.communicate(timeout=600)
+            assert worker.returncode == 0, errors[-3000:]
+            rows |= {(arch, row["name"]): row for row in map(json.loads, out.splitlines())}
+    return rows
+
+
+@pytest.mark.parametrize(("arch", "name"), CASES, ids=lambda value: str(value))
+def test_budget(measured, arch, name):
+    row, budget = measured[arch, name], BUDGETS[f"sm_{arch}"][name]
+    assert row["spilled_bytes"] == 0
+    assert row["registers"] <= budget["registers"]
+    assert row["shared_bytes"] <= min(budget["shared_bytes"], SHARED_LIMIT[arch])
+    assert row["hgmma"] >= budget.get("hgmma", 0)
+    assert row["tma_loads"] >= budget.get("tma_loads", 0)
+    if ".long." not in name:
+        assert row["shared_bytes"] <= SMALL_SHARED_LIMIT
+
+
+def test_budget_file_has_no_stale_rows():
+    listed = {(int(section.removeprefix("sm_")), name) for section in BUDGETS for name in BUDGETS[section]}
+    assert listed == set(CASES)
+
+
+def test_long_attention_uses_the_tensor_memory_accelerator_and_warpgroup_products(measured):
+    for (arch, name), row in measured.items():
+        if arch == 90 and ".long." in name:
+            assert row["tma_loads"] > 0 and row["hgmma"] > 0

@@ -1,0 +1,367 @@
+"""Layer norm over rows, alone and fused with the dropout and the residual add that come before it.
+
+Forward: a row is read once, lies in registers while mean and variance are taken (in two passes, so that a large mean
+cancels nothing), and is written once. `add_layer_norm` makes h = residual + dropout(x) on the way, so the stream is
+not written by one kernel and read back by the next; the dropout mask is drawn in registers and never stored.
+
+    bytes per element, 16-bit:   forward 2 + 2      separate dropout, add, norm: (2 + 1 + 2) + (2 + 2 + 2) + (2 + 2)
+                                 add     4 + 4      (with the mask's byte): 15
+
+Backward: with g = dy * weight, x_hat = (x - mean) * rstd and C columns (Ba et al. 2016, arXiv:1607.06450)
+
+    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)),   dweight = sum over rows of dy * x_hat,   dbias = of dy
+
+The grid is persistent: each program walks over many rows and keeps its own sums of dweight and dbias in registers,
+writes them once as one float32 row, and a reduction over these few rows ends it. No atomics: same bits every time.
+Above `MAX_FUSED_WIDTH` columns the sums do not fit beside the row, nor does the row beside its gradient: one kernel
+goes through the row in blocks, twice, and a second one, tiled over columns, makes the sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import keep_tile, last_dropped
+from .target import COMPILE_OPTIONS, device_of, multiprocessors
+
+MAX_WIDTH = 16384
+MAX_FUSED_WIDTH = 4096
+_PROGRAMS_PER_MULTIPROCESSOR = 4  # enough bytes in flight to cover the latency of memory, few enough partial rows
+# Above MAX_FUSED_WIDTH. For the kernel of dweight and dbias: 128 columns are whole 128-byte lines in any dtype.
+WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **COMPILE_OPTIONS}
+AFFINE_GRAD_CONFIG = {"ROWS": 32, "BLOCK": 128, "num_warps": 8, **COMPILE_OPTIONS}
+
+
+@triton.jit
+def forward_kernel(
+    X,
+    Residual,
+    Weight,
+    Bias,
+    Y,
+    Sum,
+    Stats,
+    Seed,
+    n_rows,
+    width,
+    x_stride,
+    residual_stride,
+    eps,
+    last_dropped,
+    keep_scale,
+    ADD: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first_row + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < n_rows) & (columns < width)
+    x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        if DROPOUT:
+            keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
+            x = tl.where(keep, x * keep_scale, 0.0)
+        x += tl.load(Residual + rows * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        stored = x.to(Sum.dtype.element_ty)
+        tl.store(Sum + rows * width + columns, stored, mask=mask)
+        x = stored.to(tl.float32)  # the norm is of the stream as it is stored: backward reads that one
+    mean = tl.sum(x, axis=1) / width
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+    y = centred * rstd[:, None] * tl.load(Weight + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(Bias + columns, mask=columns < width, other=0.0).to(tl.float32)
+    tl.store(Y + rows * width + columns, y.to(Y.dtype.element_ty), mask=mask)
+    row = first_row + tl.arange(0, ROWS)
+    tl.store(Stats + row, mean, mask=row < n_rows)
+    tl.store(Stats + n_rows + row, rstd, mask=row < n_rows)
+
+
+@triton.jit
+def backward_kernel(
+    GradY,
+    GradSum,
+    X,
+    Weight,
+    Stats,
+    Seed,
+    GradResidual,
+    GradX,
+    Partial,
+    n_rows,
+    width,
+    grad_y_stride,
+    grad_sum_stride,
+    x_stride,
+    last_dropped,
+    keep_scale,
+    HAS_GRAD_SUM: tl.constexpr,
+    WRITE_GRAD_X: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial is (2, programs, width) float32: the program's sums of dweight and of dbias."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    in_row = columns < width
+    weight = tl.load(Weight + columns, mask=in_row, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        first_row = tile * ROWS
+        rows = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        mask = (rows < n_rows) & in_row
+        grad_y = tl.load(GradY + rows * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
+        x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
+        grad_weight += grad_y * x_hat
+        grad_bias += grad_y
+        grad = grad_y * weight
+        along_mean = tl.sum(grad, axis=1) / width
+        along_x = tl.sum(grad * x_hat, axis=1) / width
+        grad = (grad - along_mean[:, None] - x_hat * along_x[:, None]) * rstd
+        if HAS_GRAD_SUM:
+            grad += tl.load(GradSum + rows * grad_sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        out = rows * width + columns
+        tl.store(GradResidual + out, grad.to(GradResidual.dtype.element_ty), mask=mask)
+        if WRITE_GRAD_X:
+            if DROPOUT:
+                keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
+                grad = tl.where(keep, grad * keep_scale, 0.0)
+            tl.store(GradX + out, grad.to(GradX.dtype.element_ty), mask=mask)
+    out = tl.program_id(0).to(tl.int64) * width + columns
+    tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
+    out += tl.num_programs(0).to(tl.int64) * width
+    tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
+
+
+@triton.jit
+def wide_backward_kernel(
+    GradY,
+    GradSum,
+    X,
+    Weight,
+    Stats,
+    Seed,
+    GradResidual,
+    GradX,
+    n_rows,
+    width,
+    grad_y_stride,
+    grad_sum_stride,
+    x_stride,
+    last_dropped,
+    keep_scale,
+    HAS_GRAD_SUM: tl.constexpr,
+    WRITE_GRAD_X: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradients of x and residual for rows that do not fit beside their gradients: block by block, twice.
+
+    One row a program. The second reading of x, grad_y and weight comes from the cache: a row is at most 128 KB.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    mean = tl.load(Stats + row)
+    rstd = tl.load(Stats + n_rows + row)
+    along_mean = tl.zeros((BLOCK,), tl.float32)
+    along_x = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < width
+        grad = tl.load(GradY + row * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        grad *= tl.load(Weight + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        along_mean += grad
+        along_x += grad * (x - mean) * rstd
+    mean_grad = tl.sum(along_mean, axis=0) / width
+    mean_grad_x = tl.sum(along_x, axis=0) / width
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < width
+        grad = tl.load(GradY + row * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        grad *= tl.load(Weight + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        grad = (grad - mean_grad - (x - mean) * rstd * mean_grad_x) * rstd
+        if HAS_GRAD_SUM:
+            grad += tl.load(GradSum + row * grad_sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        out = row * width + columns
+        tl.store(GradResidual + out, grad.to(GradResidual.dtype.element_ty), mask=mask)
+        if WRITE_GRAD_X:
+            if DROPOUT:
+                keep = keep_tile(tl.load(Seed), row, start, last_dropped, 1, BLOCK)
+                grad = tl.where(tl.reshape(keep, (BLOCK,)), grad * keep_scale, 0.0)
+            tl.store(GradX + out, grad.to(GradX.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def affine_grad_kernel(
+    GradY,
+    X,
+    Stats,
+    Partial,
+    n_rows,
+    width,
+    grad_y_stride,
+    x_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums that `wide_backward_kernel` leaves out: programs (row parts, column blocks)."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    in_row = columns < width
+    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        mask = (rows < n_rows) & in_row
+        grad_y = tl.load(GradY + rows * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
+        grad_weight += grad_y * tl.where(mask, (x - mean) * rstd, 0.0)
+        grad_bias += grad_y
+    out = tl.program_id(0).to(tl.int64) * width + columns
+    tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
+    out += tl.num_programs(0).to(tl.int64) * width
+    tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
+
+
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))  # the mask is drawn for four columns at a time
+
+
+def forward_config(width: int) -> dict[str, int]:
+    """One warp holds 1024 elements, 32 a lane: up to that width a row needs no exchange between warps."""
+    block = _block(width)
+    rows = max(1, 1024 // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 1024), **COMPILE_OPTIONS}
+
+
+def backward_config(width: int) -> dict[str, int]:
+    """Half of that a lane: the gradient, the weight and the two sums lie in registers beside the row."""
+    block = _block(width)
+    rows = min(32, max(1, 2048 // block))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 512), **COMPILE_OPTIONS}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., C) -> (N, C) with neighbouring columns side by side; a copy only where strides leave no other way."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h, stats): y (..., C) in `out_dtype`; h is empty without `residual`; stats (2, rows): mean, 1/std."""
+    C = x.shape[-1]
+    n_rows = x.numel() // C
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    stats = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
+    if residual is None:
+        h = torch.empty(0, dtype=x.dtype, device=x.device)
+    else:
+        h = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    if n_rows == 0:
+        return y, h, stats
+    rows = _rows(x)
+    residual_rows = rows if residual is None else _rows(residual)
+    config = forward_config(C)
+    with device_of(x):
+        forward_kernel[(triton.cdiv(n_rows, config["ROWS"]),)](
+            rows,
+            residual_rows,
+            weight.contiguous(),
+            weight if bias is None else bias.contiguous(),
+            y,
+            h,
+            stats,
+            stats if seed is None else seed,
+            n_rows,
+            C,
+            rows.stride(0),
+            residual_rows.stride(0),
+            eps,
+            last_dropped(dropout_p),
+            1.0 / (1.0 - dropout_p),
+            ADD=residual is not None,
+            DROPOUT=dropout_p > 0.0,
+            HAS_BIAS=bias is not None,
+            **config,
+        )
+    return y, h, stats
+
+
+def backward(
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    residual_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_residual, grad_x, grad_affine) of `forward`, whose normed tensor (x, or the sum h) is `x`.
+
+    grad_sum is the gradient of h, None where there is none. grad_x is empty where it would equal grad_residual:
+    without dropout and in the same dtype. grad_affine is (2, C): the gradients of weight and of bias.
+    """
+    C = x.shape[-1]
+    n_rows = x.numel() // C
+    write_grad_x = dropout_p > 0.0 or x_dtype != residual_dtype
+    grad_residual = torch.empty(x.shape, dtype=residual_dtype, device=x.device)
+    grad_x = torch.empty(x.shape if write_grad_x else (0,), dtype=x_dtype, device=x.device)
+    if n_rows == 0:
+        return grad_residual, grad_x, weight.new_zeros((2, C))
+    rows, grad_rows = _rows(x), _rows(grad_y)
+    grad_sum_rows = grad_rows if grad_sum is None else _rows(grad_sum)
+    shared = (
+        n_rows,
+        C,
+        grad_rows.stride(0),
+        grad_sum_rows.stride(0),
+        rows.stride(0),
+        last_dropped(dropout_p),
+        1.0 / (1.0 - dropout_p),
+    )
+    flags = {"HAS_GRAD_SUM": grad_sum is not None, "WRITE_GRAD_X": write_grad_x, "DROPOUT": dropout_p > 0.0}
+    key = stats if seed is None else seed
+    weight = weight.contiguous()
+    n_programs = multiprocessors(x) * _PROGRAMS_PER_MULTIPROCESSOR
+    with device_of(x):
+        if C <= MAX_FUSED_WIDTH:
+            config = backward_config(C)
+            n_parts = min(n_programs, triton.cdiv(n_rows, config["ROWS"]))
+            partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
+            backward_kernel[(n_parts,)](
+                grad_rows, grad_sum_rows, rows, weight, stats, key, grad_residual, grad_x, partial, *shared,
+                **flags, **config,
+            )  # fmt: skip
+        else:
+            wide_backward_kernel[(n_rows,)](
+                grad_rows, grad_sum_rows, rows, weight, stats, key, grad_residual, grad_x, *shared,
+                **flags, **WIDE_CONFIG,
+            )  # fmt: skip
+            column_blocks = triton.cdiv(C, AFFINE_GRAD_CONFIG["BLOCK"])
+            n_parts = min(triton.cdiv(n_programs, column_blocks), triton.cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"]))
+            partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
+            affine_grad_kernel[(n_parts, column_blocks)](
+                grad_rows, rows, stats, partial, n_rows, C, grad_rows.stride(0), rows.stride(0), **AFFINE_GRAD_CONFIG
+            )
+    return grad_residual, grad_x, partial.sum(dim=1).to(weight.dtype)

@@ -1,0 +1,193 @@
+"""Compile every kernel and launch configuration for a GPU this machine need not have, and read the machine code.
+
+    python -m fastgpt.triton_kernels.offline --arch 90             # all cases for sm_90, a row each
+    python -m fastgpt.triton_kernels.offline --arch 90 --json      # the same for a program
+
+Triton's wheel carries NVIDIA's assembler and disassembler, so registers, spills, shared memory and the tensor core
+instructions are known without a device. `cases` lists what the launchers in this package can pick; a dropout case
+stands for its plain twin on the older and newer chips, because masks only add registers.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import attention, layernorm
+from .target import INTERPRETING
+
+ARCHITECTURES = (80, 90, 100)
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_COUNTS = [
+    *("batch_size", "n_heads", "group", "n_queries", "n_keys", "section", "last_dropped", "split_size", "n_splits"),
+    *("n_rows", "width", "x_stride", "residual_stride", "grad_y_stride", "grad_sum_stride"),
+    *(f"{x}_{part}stride" for x in ("q", "k", "v", "grad") for part in ("batch_", "head_", "")),
+]
+_TYPES = (
+    dict.fromkeys(_COUNTS, "i32")
+    | dict.fromkeys(("score_scale", "scale", "keep_scale", "eps"), "fp32")
+    | dict.fromkeys(("Lse", "Delta", "PartialOut", "PartialLse", "Stats", "Partial"), "*fp32")
+    | {"Seed": "*i64"}
+)
+_ALIGNED = ("stride", "width")  # multiples of 16, as PyTorch's allocator and every usual width give them
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a kernel, the element type of its tensors, its constants and launch options."""
+
+    name: str
+    kernel: Any
+    dtype: str
+    constants: dict[str, Any]
+    descriptors: bool = False
+
+
+def _attention_cases(arch: int) -> Iterator[Case]:
+    def case(name, kernel, dtype, head_size, config, **constants):
+        wanted = {"HEAD_SIZE": head_size, "CAUSAL": True, "PRECISION": "ieee", "DESCRIPTORS": False} | constants
+        wanted = {key: value for key, value in wanted.items() if key in kernel.arg_names}
+        descriptors = bool(wanted.get("DESCRIPTORS"))
+        return Case(f"attention.{name}.d{head_size}", kernel, dtype, wanted | config, descriptors)
+
+    def three(regime, dtype, head_size, longest, descriptors, dropout, **constants):
+        size = 4 if dtype == "fp32" else 2
+        label = f"{regime}.dropout" if dropout else regime
+        flags = {"DESCRIPTORS": descriptors, "DROPOUT": dropout} | constants
+        config = attention.forward_config(head_size, size, longest, descriptors, dropout)
+        yield case(f"forward.{label}", attention.forward_kernel, dtype, head_size, config, **flags)
+        config = attention.grad_q_config(head_size, size, descriptors)
+        yield case(f"grad_q.{label}", attention.grad_q_kernel, dtype, head_size, config, **flags)
+        config = attention.grad_kv_config(head_size, size, descriptors, dropout, group=2)
+        yield case(f"grad_kv.{label}", attention.grad_kv_kernel, dtype, head_size, config, **flags)
+
+    for head_size in (64, 128, 256):
+        for dropout in (False, True) if arch == 90 else (True,):
+            yield from three("tiled", "bf16", head_size, 4096, False, dropout)
+    if arch == 90:
+        for head_size in (64, 128):
+            for dropout in (False, True):
+                yield from three("long", "bf16", head_size, 4096, True, dropout)
+        config = attention.grad_kv_config(128, 2, True, False, group=1)
+        flags = {"DESCRIPTORS": True, "DROPOUT": False, "group": 1}
+        yield case("grad_kv.long.group1", attention.grad_kv_kernel, "bf16", 128, config, **flags)
+        flags = {"DESCRIPTORS": True, "DROPOUT": False, "CAUSAL": False}
+        config = attention.forward_config(80, 2, 4096, True, False)
+        yield case("forward.long.full", attention.forward_kernel, "bf16", 80, config, **flags)
+    if arch != 100:
+        for head_size in (64, 128):
+            yield from three("float32", "fp32", head_size, 4096, False, False)
+    for head_size in (64, 128):
+        config = attention.forward_config(head_size, 2, 32, False, True)
+        yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", head_size, config, DROPOUT=True)
+    for longest, head_size, dropout in ((16, 64, True), (32, 64, True), (64, 64, False), (64, 32, True)):
+        config = attention.one_tile_config(head_size, 2, longest, dropout, arch)
+        if config is None:  # two passes take it
+            continue
+        name = f"one_tile_backward.t{longest}" + (".dropout" if dropout else "")
+        yield case(name, attention.one_tile_backward_kernel, "bf16", head_size, config, DROPOUT=dropout)
+    for head_size, rows in ((64, 8), (128, 64), (256, 8)):
+        config = attention.decode_config(head_size, 2, rows)
+        yield case(f"decode.rows{config['ROWS']}", attention.decode_kernel, "bf16", head_size, config)
+    for splits in (2, 128):
+        config = {"SPLITS": splits, "BLOCK_D": 128, **attention.JOIN_CONFIG}
+        yield case(f"join_splits.s{splits}", attention.join_splits_kernel, "bf16", 128, config)
+
+
+def _layernorm_cases(arch: int) -> Iterator[Case]:
+    widths = [2**n for n in range(4, 15)] if arch == 90 else [16, 1024, 4096, 16384]
+    for width in widths:
+        config = layernorm.forward_config(width)
+        flags = {"ADD": True, "DROPOUT": True, "HAS_BIAS": True}
+        yield Case(f"add_layer_norm.forward.w{width}", layernorm.forward_kernel, "bf16", flags | config)
+        flags = {"ADD": False, "DROPOUT": False, "HAS_BIAS": True}
+        if arch == 90:
+            yield Case(f"layer_norm.forward.w{width}", layernorm.forward_kernel, "bf16", flags | config)
+        if width > layernorm.MAX_FUSED_WIDTH:
+            continue
+        config = layernorm.backward_config(width)
+        for dtype in ("bf16", "fp32") if width == layernorm.MAX_FUSED_WIDTH else ("bf16",):
+            flags = {"HAS_GRAD_SUM": True, "WRITE_GRAD_X": True, "DROPOUT": True}
+            name = f"add_layer_norm.backward.{dtype}.w{width}"
+            yield Case(name, layernorm.backward_kernel, dtype, flags | config)
+    flags = {"HAS_GRAD_SUM": True, "WRITE_GRAD_X": True, "DROPOUT": True}
+    name = "add_layer_norm.wide_backward"
+    yield Case(name, layernorm.wide_backward_kernel, "bf16", flags | layernorm.WIDE_CONFIG)
+    yield Case("layer_norm.affine_grad", layernorm.affine_grad_kernel, "bf16", dict(layernorm.AFFINE_GRAD_CONFIG))
+
+
+def cases(arch: int) -> list[Case]:
+    """Every case for sm_`arch`, in a fixed order."""
+    return [*_attention_cases(arch), *_layernorm_cases(arch)]
+
+
+def _signature(case: Case) -> dict[str, str]:
+    types = {}
+    for name in case.kernel.arg_names:
+        if name in case.constants:
+            types[name] = "constexpr"
+        elif case.descriptors and name in ("Q", "GradOut", "K", "V"):
+            rows = case.constants["BLOCK_M" if name in ("Q", "GradOut") else "BLOCK_N"]
+            types[name] = f"tensordesc<{case.dtype}[1,1,{rows},{case.constants['BLOCK_D']}]>"
+        else:
+            types[name] = _TYPES.get(name, f"*{case.dtype}")
+    return types
+
+
+def measure(case: Case, arch: int) -> dict[str, int | str]:
+    """Compile `case` for sm_`arch`; registers a thread, bytes spilled, shared bytes, and instructions counted."""
+    if INTERPRETING:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: the interpreter's functions cannot be compiled")
+    options = {key: value for key, value in case.constants.items() if key in _OPTIONS}
+    constants = {key: value for key, value in case.constants.items() if key not in _OPTIONS}
+    signature = _signature(case)
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name.endswith(_ALIGNED))
+    }
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", cubin.name], text=True)
+        assembly = subprocess.check_output([tools / "nvdisasm", cubin.name], text=True)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return {
+        "name": case.name,
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "shared_bytes": compiled.metadata.shared,
+        "hgmma": len(re.findall(r"\bHGMMA\b", assembly)),
+        "tma_loads": len(re.findall(r"\bUTMALDG\b", assembly)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, required=True, choices=ARCHITECTURES)
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th case from the i-th on, to compile in parallel")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    arguments = parser.parse_args()
+    first, step = map(int, arguments.part.split("/"))
+    for case in cases(arguments.arch)[first::step]:
+        row = measure(case, arguments.arch)
+        if arguments.json:
+            print(json.dumps(row), flush=True)
+        else:
+            print("  ".join(f"{key} {value}" for key, value in row.items() if key != "name").ljust(90), row["name"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What the launchers ask of the machine they run on."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+# Under TRITON_INTERPRET=1 triton.jit gives functions that run on CPU tensors; it is read when they are decorated.
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+# Contracting a * b + c is what every result here was tested with; Triton's own default is about to change.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+
+# A CPU has no multiprocessors. Two make every persistent loop and every split of small test shapes run more than once.
+_INTERPRETED_MULTIPROCESSORS = 2
+
+
+@lru_cache
+def _cuda_properties(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major * 10 + properties.minor
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    return _INTERPRETED_MULTIPROCESSORS if INTERPRETING else _cuda_properties(tensor.device.index)[0]
+
+
+def architecture(tensor: Tensor) -> int:
+    """80, 90, 100, ...: the compute capability of the tensor's device. The interpreter takes the newest code path."""
+    return 90 if INTERPRETING else _cuda_properties(tensor.device.index)[1]
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if INTERPRETING or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def float32_precision() -> str:
+    """How a dot of float32 runs: as float32, unless the user allowed TF32 for matrix products."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
