@@ -65,7 +65,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         flags = {"DESCRIPTORS": descriptors, "DROPOUT": dropout} | constants
         config = attention.forward_config(head_size, size, longest, descriptors, dropout)
         yield case(f"forward.{label}", attention.forward_kernel, dtype, head_size, config, **flags)
-        config = attention.grad_q_config(head_size, size, descriptors)
+        config = attention.grad_q_config(head_size, size, descriptors, dropout)
         yield case(f"grad_q.{label}", attention.grad_q_kernel, dtype, head_size, config, **flags)
         config = attention.grad_kv_config(head_size, size, descriptors, dropout, group=2)
         yield case(f"grad_kv.{label}", attention.grad_kv_kernel, dtype, head_size, config, **flags)
