@@ -4,8 +4,7 @@
     python -m fastgpt.triton_kernels.offline --arch 90 --json      # the same for a program
 
 Triton's wheel carries NVIDIA's assembler and disassembler, so registers, spills, shared memory and the tensor core
-instructions are known without a device. `cases` lists what the launchers in this package can pick; a dropout case
-stands for its plain twin on the older and newer chips, because masks only add registers.
+instructions are known without a device. `cases` lists what the launchers in this package can pick.
 """
 
 import argparse
@@ -71,7 +70,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         yield case(f"grad_kv.{label}", attention.grad_kv_kernel, dtype, head_size, config, **flags)
 
     for head_size in (64, 128, 256):
-        for dropout in (False, True) if arch == 90 else (True,):
+        for dropout in (False, True):
             yield from three("tiled", "bf16", head_size, 4096, False, dropout)
     if arch == 90:
         for head_size in (64, 128):
