@@ -7,7 +7,7 @@ reason is kept in fastgpt/_build_error.txt, where `fastgpt doctor` finds it.
 
 FASTGPT_NATIVE=0        build none of them
 FASTGPT_NATIVE=require  a module that cannot be built fails the installation
-FASTGPT_CUDA=1          build the CUDA module although this torch has no CUDA; 0: leave it out.
+FASTGPT_CUDA=1          try the CUDA module, and say what is missing for it; 0: leave it out.
                         Otherwise it is built where nvcc is found and torch has CUDA, with or without a GPU.
 """
 
@@ -112,7 +112,7 @@ class Optional(build_ext):
         return ROOT / "fastgpt" if self.inplace or self.editable_mode else Path(self.build_lib) / "fastgpt"
 
     def run(self) -> None:
-        self.errors = []
+        self.errors = list(not_tried)
         with self.optional("the extension"):
             super().run()
         write_errors(self.package_folder(), self.errors)
@@ -209,10 +209,19 @@ def modules() -> tuple[list, type]:
         module(cpp_extension.CppExtension, "_C", cpu, {"cxx": CXX_FLAGS + DEFINES}, py_limited_api=True),
     ]
     if with_cuda:
-        cuda = [f"csrc/{file}" for file in CUDA_SOURCES]
         nvcc_flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-UNDEBUG", "--threads=2", *DEFINES]  # assert: range checks
         flags = {"cxx": CXX_FLAGS + DEFINES, "nvcc": nvcc_flags}
-        found.append(module(cpp_extension.CUDAExtension, "_C_cuda", cuda, flags, py_limited_api=True))
+        cuda = [f"csrc/{file}" for file in CUDA_SOURCES]
+        try:
+            if torch.version.cuda is None:
+                raise RuntimeError(f"torch {torch.__version__} has no CUDA libraries to link with")
+            if cuda_home is None:
+                raise RuntimeError("no CUDA toolkit with nvcc was found; set CUDA_HOME")
+            found.append(module(cpp_extension.CUDAExtension, "_C_cuda", cuda, flags, py_limited_api=True))
+        except Exception as error:
+            if NATIVE == "require":
+                raise
+            not_tried.append(f"fastgpt._C_cuda: {error}")
 
     class TorchOptional(Optional, cpp_extension.BuildExtension):
         pass
@@ -228,8 +237,9 @@ try:
 except Exception as error:  # whatever it is, the Python package installs
     if NATIVE == "require":
         raise
-    not_tried = [f"the extension: {error}"]
-    print(f"fastgpt: {not_tried[0]}", file=sys.stderr)
+    not_tried.append(f"the extension: {error}")
+for reason in not_tried:
+    print(f"fastgpt: not built: {reason}", file=sys.stderr)
 
 # triton_kernels/ is installed inside fastgpt: a top-level package of that name belongs to the Triton project.
 setup(

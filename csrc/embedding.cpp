@@ -9,6 +9,9 @@ namespace {
 constexpr int64_t VALUES_PER_TASK = 16384;  // below, waking a thread costs more than it brings
 constexpr int64_t STRIP = 128;  // columns that one task sums: 512 bytes of float32, long enough for the prefetcher
 
+constexpr int64_t NARROWEST = 64;       // columns a thread takes in the one pass: four cache lines of a row
+constexpr int64_t SMALL_TABLES = 512 << 10;  // bytes of float32 sums per thread: half a second-level cache
+
 // A table whose rows are contiguous; rows may lie apart.
 Tensor with_contiguous_rows(const Tensor& table) {
   return table.size(1) > 1 && table.stride(1) != 1 ? torch::stable::contiguous(table) : table;
@@ -92,8 +95,39 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
   Tensor token_grad = new_buffer(grad, {with_tokens ? vocab_size : 0, C}, /*zeros=*/true);
   Tensor position_grad = new_buffer(grad, {with_positions ? n_positions : 0, C}, /*zeros=*/true);
 
-  if (with_tokens && N > 0 && C > 0) {
-    check_range("tokens", indices.const_data_ptr<int64_t>(), N, vocab_size, nullptr);
+  if (N == 0 || C == 0) return {token_grad, position_grad};
+  if (with_tokens) check_range("tokens", indices.const_data_ptr<int64_t>(), N, vocab_size, nullptr);
+  if (with_positions)
+    STD_TORCH_CHECK(position_offset >= 0 && position_offset + T <= n_positions, "position_offset: past n_positions");
+
+  // Columns are independent, so that any division of them among threads gives the same sums.
+  const int64_t sum_rows = (with_tokens ? vocab_size : 0) + (with_positions ? T : 0);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t width = (C + threads - 1) / threads;
+  if (width >= NARROWEST && sum_rows * width * 4 <= SMALL_TABLES) {
+    torch::stable::parallel_for(0, C, grain(N), [&](int64_t begin, int64_t end) {
+      std::vector<float> sums(static_cast<size_t>(sum_rows * (end - begin)));
+      AccumulateRows rows{};
+      rows.rows = values;
+      rows.tokens = indices.const_data_ptr<int64_t>();
+      rows.count = N;
+      rows.length = T;
+      rows.vocab_size = vocab_size;
+      rows.columns = C;
+      rows.begin = begin;
+      rows.end = end;
+      if (with_tokens) rows.token_sums = sums.data();
+      rows.token_grad = token_grad.mutable_data_ptr();
+      if (with_positions) {
+        rows.position_sums = sums.data() + (with_tokens ? vocab_size * (end - begin) : 0);
+        rows.position_grad = static_cast<char*>(position_grad.mutable_data_ptr()) + position_offset * C * value_bytes;
+      }
+      kernels().accumulate_rows[storage](rows);
+    });
+    return {token_grad, position_grad};
+  }
+
+  if (with_tokens) {
     const Segments segments(indices.const_data_ptr<int64_t>(), N, vocab_size);
     char* out = static_cast<char*>(token_grad.mutable_data_ptr());
     // A task is one strip of columns of one token; its cost is how often the token occurs. Threads share the cost evenly:
@@ -117,8 +151,7 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
       }
     });
   }
-  if (with_positions && N > 0 && C > 0) {
-    STD_TORCH_CHECK(position_offset >= 0 && position_offset + T <= n_positions, "position_offset: past n_positions");
+  if (with_positions) {
     char* out = static_cast<char*>(position_grad.mutable_data_ptr()) + position_offset * C * value_bytes;
     torch::stable::parallel_for(0, T, grain(B * C), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {

@@ -1,5 +1,6 @@
 // Embedding, row by row. Forward: token row plus position row, stored once. Backward: the rows of one token are summed in
-// registers, in the order of the sequence, and written once: no atomics, the same bits for any number of threads.
+// registers, in the order of the sequence, and written once; or, where both tables are small, in one pass over all rows
+// into sums that stay in the cache. Both add in the same order: no atomics, the same bits for any number of threads.
 #pragma once
 
 #include "kernels.h"
@@ -71,6 +72,44 @@ void sum_rows(const SumRows& a) {
       sum += to_float(static_cast<const T*>(a.rows)[(a.order ? a.order[i] : i) * a.row_stride + column]);
     from_float(sum, static_cast<T*>(a.out)[column]);
   }
+}
+
+inline void add_to(float* sum, int64_t i, Vec values) { store(sum + i, load(sum + i) + values); }
+
+template <class T>
+void write_sums(const float* sums, int64_t rows, int64_t width, void* out, int64_t columns, int64_t begin) {
+  for (int64_t row = 0; row < rows; ++row) {
+    T* to = static_cast<T*>(out) + row * columns + begin;
+    const float* from = sums + row * width;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) store(to + i, load(from + i));
+    for (; i < width; ++i) from_float(from[i], to[i]);
+  }
+}
+
+template <class T>
+void accumulate_rows(const AccumulateRows& a) {
+  const int64_t width = a.end - a.begin;
+  int64_t t = 0;
+  for (int64_t row = 0; row < a.count; ++row) {
+    const T* values = static_cast<const T*>(a.rows) + row * a.columns + a.begin;
+    float* token = a.token_sums ? a.token_sums + a.tokens[row] * width : nullptr;
+    float* position = a.position_sums ? a.position_sums + t * width : nullptr;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+      const Vec v = load(values + i);
+      if (token) add_to(token, i, v);
+      if (position) add_to(position, i, v);
+    }
+    for (; i < width; ++i) {
+      const float v = to_float(values[i]);
+      if (token) token[i] += v;
+      if (position) position[i] += v;
+    }
+    if (++t == a.length) t = 0;
+  }
+  if (a.token_sums) write_sums<T>(a.token_sums, a.vocab_size, width, a.token_grad, a.columns, a.begin);
+  if (a.position_sums) write_sums<T>(a.position_sums, a.length, width, a.position_grad, a.columns, a.begin);
 }
 
 }  // namespace

@@ -47,11 +47,24 @@ struct SumRows {
   void* out;
 };
 
+// Columns [begin, end) of the rows, summed into both tables at once, in the order of the rows: for tables that stay in the
+// second-level cache. The sums are (vocab_size, end - begin) and (length, end - begin), zero at first; either may be null.
+struct AccumulateRows {
+  const void* rows;
+  const int64_t* tokens;
+  int64_t count, length, vocab_size, columns, begin, end;
+  float* token_sums;
+  float* position_sums;
+  void* token_grad;  // (vocab_size, columns)
+  void* position_grad;  // (length, columns)
+};
+
 struct Kernels {
   const char* name;
   void (*cross_entropy[STORAGES])(const CrossEntropyRows&, int64_t begin, int64_t end);
   void (*gather[STORAGES])(const GatherRows&, int64_t begin, int64_t end);
   void (*sum_rows[STORAGES])(const SumRows&);
+  void (*accumulate_rows[STORAGES])(const AccumulateRows&);
 };
 
 extern const Kernels AVX512_KERNELS;  // each empty (its name null) where the compiler lacks the instructions

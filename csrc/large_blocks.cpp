@@ -28,14 +28,14 @@ Kept& kept() {
 
 }  // namespace
 
-LargeBlock new_zeroed_block(int64_t bytes) {
+static LargeBlock new_block(int64_t bytes) {
   const size_t length = static_cast<size_t>(bytes) + HUGE_PAGE;
   void* mapping = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping == MAP_FAILED) return {nullptr, nullptr, 0};
+  if (mapping == MAP_FAILED) return {nullptr, nullptr, 0, false};
   const uintptr_t address = (reinterpret_cast<uintptr_t>(mapping) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   void* memory = reinterpret_cast<void*>(address);
   madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
-  return {memory, mapping, length};
+  return {memory, mapping, length, true};
 }
 
 LargeBlock take_block(int64_t bytes) {
@@ -45,12 +45,13 @@ LargeBlock take_block(int64_t bytes) {
     auto& blocks = kept().blocks;
     for (auto block = blocks.begin(); block != blocks.end(); ++block)
       if (block->length >= length && block->length <= length + length / 4) {
-        const LargeBlock found = *block;
+        LargeBlock found = *block;
+        found.is_fresh = false;
         blocks.erase(block);
         return found;
       }
   }
-  return new_zeroed_block(bytes);
+  return new_block(bytes);
 }
 
 void give_back_block(const LargeBlock& block) {
@@ -68,8 +69,7 @@ void give_back_block(const LargeBlock& block) {
 
 #else
 
-LargeBlock new_zeroed_block(int64_t) { return {nullptr, nullptr, 0}; }
-LargeBlock take_block(int64_t) { return {nullptr, nullptr, 0}; }
+LargeBlock take_block(int64_t) { return {nullptr, nullptr, 0, false}; }
 void give_back_block(const LargeBlock&) {}
 
 #endif

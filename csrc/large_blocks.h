@@ -17,10 +17,10 @@ struct LargeBlock {
   void* memory;  // on a huge page's boundary; null where there is none
   void* mapping;
   size_t length;  // of the mapping
+  bool is_fresh;  // its pages are zeros
 };
 
-LargeBlock take_block(int64_t bytes);        // kept or fresh; its contents are anything
-LargeBlock new_zeroed_block(int64_t bytes);  // fresh pages are zeros, and those never written cost nothing
+LargeBlock take_block(int64_t bytes);  // kept or fresh
 void give_back_block(const LargeBlock& block);
 
 }  // namespace fastgpt

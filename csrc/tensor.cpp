@@ -1,5 +1,8 @@
 #include "tensor.h"
 
+#include <algorithm>
+#include <cstring>
+
 #if defined(__linux__)
 #include <unistd.h>
 #endif
@@ -13,8 +16,15 @@ Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool ze
   int64_t bytes = type == ScalarType::Float ? 4 : 2;
   for (int64_t size : sizes) bytes *= size;
   if (bytes >= SMALLEST_LARGE_BLOCK) {
-    const LargeBlock block = zeros ? new_zeroed_block(bytes) : take_block(bytes);
+    const LargeBlock block = take_block(bytes);
     if (block.memory != nullptr) {
+      if (zeros && !block.is_fresh) {
+        constexpr int64_t PIECE = int64_t{1} << 20;
+        torch::stable::parallel_for(0, (bytes + PIECE - 1) / PIECE, 1, [&](int64_t begin, int64_t end) {
+          const int64_t last = std::min(end * PIECE, bytes);
+          std::memset(static_cast<char*>(block.memory) + begin * PIECE, 0, static_cast<size_t>(last - begin * PIECE));
+        });
+      }
       std::vector<int64_t> strides(sizes.size());
       int64_t stride = 1;
       for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
