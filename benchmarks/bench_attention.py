@@ -38,8 +38,10 @@ def _parity(shape: tuple[int, ...], dropout_p: float) -> None:
     T = min(T, 512)
     q, k, v = (torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16) for h in (H, Hkv, Hkv))
     options = {"dropout_p": dropout_p, "seed": 7}
-    ours, torchs = (ops.attention(q, k, v, backend=name, **options) for name in ("triton", "torch"))
-    check("attention", ours, torchs, reference.attention(q.double(), k.double(), v.double(), **options), 8e-3)
+    ours = ops.attention(q, k, v, backend="triton", **options)
+    # With dropout the torch backend computes in float32: then the peer is the formula in bfloat16.
+    peer = reference.attention(q, k, v, **options) if dropout_p else ops.attention(q, k, v, backend="torch")
+    check("attention", ours, peer, reference.attention(q.double(), k.double(), v.double(), **options), 8e-3)
 
 
 def _calls(backward: bool, function: Callable[..., Any], q, k, v) -> Callable[[], Any]:

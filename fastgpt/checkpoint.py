@@ -40,7 +40,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except Exception as error:  # safetensors reports a full disk with an exception type of its own
         raise CheckpointError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # missing, or the folder is no folder: nothing was left
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -134,6 +135,19 @@ def load_parameters(model: torch.nn.Module, found: dict[str, Tensor], path: Path
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(found[name])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint to take weights from: `path` itself, or the best (else the latest) of a run's folder."""
+    if not path.is_dir():
+        return path
+    for folder in (path / "checkpoint", path):
+        for name in ("best", "latest"):
+            if (found := folder / f"{name}.safetensors").exists():
+                return found
+    if (path / "config.json").exists():
+        raise CheckpointError(f"{path}: holds a model without a tokenizer, not a run; GPT.from_pretrained reads it")
+    raise CheckpointError(f"{path}: holds no checkpoint; expected the folder of a run, as fastgpt train writes it")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

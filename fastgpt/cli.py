@@ -6,6 +6,7 @@ A setting is looked up in this order: command line, --config file, and for `trai
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 import warnings
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import PRESETS, ConfigError, GPTConfig, TrainConfig, check_types, from_dict, preset
+from .ops.backend import BACKENDS
 
 
 class UsageError(ValueError):
@@ -102,10 +104,9 @@ def _parse(cls: type, args: Sequence[str], command: str) -> Any:
     import tyro
 
     path = _option(args, "config")
-    default = cls(**_read_toml(path, {f.name for f in dataclasses.fields(cls)} - {"config"})) if path else None
-    settings = tyro.cli(cls, args=list(args), prog=f"fastgpt {command}", default=default)
-    check_types(settings)
-    return settings
+    default = cls(**_read_toml(path, {f.name for f in dataclasses.fields(cls)} - {"config"})) if path else cls()
+    check_types(default)
+    return tyro.cli(cls, args=list(args), prog=f"fastgpt {command}", default=default)
 
 
 def _require(settings: Any, command: str, *names: str) -> None:
@@ -126,14 +127,34 @@ def _train_settings(args: Sequence[str]) -> Any:
         values |= model | train
     out = _option(args, "out") or from_file.get("out")
     if ("--resume" in args or from_file.get("resume")) and out:
-        stored = Path(out) / "config.toml"
-        if stored.exists():
-            values |= {k: v for k, v in _read_toml(str(stored), known).items() if k != "resume"}
+        values |= _settings_of_run(Path(out), args, known)
     values |= from_file
     cls = _settings_class([(n, kind, values.get(n, default)) for n, kind, default in fields], _TRAIN_HELP)
     settings = _parse(cls, args, "train")
     _require(settings, "train", "data", "out")
     return settings
+
+
+def _settings_of_run(out: Path, args: Sequence[str], known: set[str]) -> dict[str, Any]:
+    stored = out / "config.toml"
+    if not stored.exists():
+        raise RuntimeError(f"{out}: holds no run to resume; leave --resume out to start one")
+    if _option(args, "preset"):
+        raise UsageError(f"--preset: the run in {out} has its settings already; leave it out, or start another run")
+    values = _read_toml(str(stored), known)
+    for name in ("tokenizer", "vocab_size"):
+        asked = _option(args, name.replace("_", "-"))
+        if asked is not None and asked != str(values.get(name)):
+            raise UsageError(f"--{name}: the run in {out} has {values.get(name)}, not {asked}; it cannot be changed")
+    return values
+
+
+def _say_changes(saved: dict[str, Any], now: TrainConfig) -> None:
+    """What a resumed run does differently from the run as it was."""
+    for name, value in dataclasses.asdict(now).items():
+        if saved.get(name) != value:
+            more = ", which the learning rate's schedule follows" if name == "max_steps" else ""
+            print(f"{name}: {saved.get(name)} -> {value}{more}")
 
 
 def train(args: Sequence[str]) -> None:
@@ -142,6 +163,9 @@ def train(args: Sequence[str]) -> None:
     train_config = from_dict(TrainConfig, {f.name: values[f.name] for f in _TRAIN_FIELDS})
     model_values = {f.name: values[f.name] for f in _MODEL_FIELDS}
     from_dict(GPTConfig, model_values)  # refuse a bad model before the data is read
+    if settings.tokenizer == "char" and settings.vocab_size is not None:
+        raise UsageError("--vocab-size: the characters of the data are the vocabulary; it goes with --tokenizer bpe")
+    _check_backend(settings.backend)
 
     from .checkpoint import Checkpoint, CheckpointError
     from .data import Corpus
@@ -175,12 +199,18 @@ def train(args: Sequence[str]) -> None:
         trainer = Trainer(build_model(model_config, train_config.seed), corpus, train_config, folder, command)
         if saved is not None:
             trainer.restore(saved)
+            _say_changes(saved.train_config, train_config)
             folder.rewind(trainer.state["step"])
             folder.write_settings(stored)
         n = trainer.model.num_parameters()
         print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {trainer.device}", flush=True)
         state = trainer.run()
     print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
+
+
+def _check_backend(name: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise UsageError(f"--backend: unknown backend {name!r}; expected one of auto, {', '.join(BACKENDS)}")
 
 
 def _absolute(data: str) -> str:
@@ -221,17 +251,15 @@ def sample(args: Sequence[str]) -> None:
     _require(settings, "sample", "checkpoint")
     import torch
 
-    from .checkpoint import Checkpoint, load_parameters
+    from .checkpoint import Checkpoint, find_checkpoint, load_parameters
     from .generate import stream
     from .model import GPT
     from .ops.backend import use_backend
     from .tokenizer import StreamDecoder, tokenizer_from_json
-    from .train import RunFolder, resolve_device
+    from .train import resolve_device
 
-    path = Path(settings.checkpoint)
-    if path.is_dir():
-        folder = RunFolder(path)
-        path = folder.best if folder.best.exists() else folder.latest
+    _check_backend(settings.backend)
+    path = find_checkpoint(Path(settings.checkpoint))
     saved = Checkpoint.load(path)
     tokenizer = tokenizer_from_json(saved.tokenizer)
     model = GPT(from_dict(GPTConfig, saved.model_config))
@@ -242,12 +270,16 @@ def sample(args: Sequence[str]) -> None:
     generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
     if not settings.prompt:
         raise UsageError("--prompt: is empty; give at least one character")
-    idx = torch.tensor([tokenizer.encode(settings.prompt)], device=device)
+    prompt = settings.prompt.replace("\r\n", "\n")  # as in the training data
+    idx = torch.tensor([tokenizer.encode(prompt)], device=device)
     decoder = StreamDecoder(tokenizer)
     with use_backend(settings.backend):
-        tokens = stream(
-            model, idx, settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, generator
-        )
+        try:
+            tokens = stream(
+                model, idx, settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, generator
+            )
+        except ValueError as error:  # a setting it cannot have
+            raise UsageError(str(error)) from None
         print(settings.prompt, end="", flush=True)
         for token in tokens:
             print(decoder.push(int(token)), end="", flush=True)
@@ -324,6 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, UsageError) as error:
         print(f"fastgpt {args[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has gone: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, RuntimeError, OSError, IndexError, TypeError) as error:
         print(f"fastgpt {args[0]}: {error}", file=sys.stderr)
         return 1

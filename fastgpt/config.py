@@ -142,6 +142,7 @@ class TrainConfig:
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("beta1", "beta2"):
             _expect(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "a number in [0, 1)")
+        _expect(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr}")
         _expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2**63)")
         _expect(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "auto, float32 or bfloat16")
 

@@ -10,6 +10,7 @@ batches on a thread of its own.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import http.client
 import importlib.util
@@ -78,7 +79,7 @@ def load_text(source: str | os.PathLike[str]) -> str:
 
 
 def _folder_text(folder: Path, shown: str) -> str:
-    files = sorted(file for file in folder.iterdir() if file.suffix == ".txt" and file.is_file())
+    files = sorted(file for file in folder.rglob("*.txt") if file.is_file())
     if not files:
         raise DataError(f"{shown} holds no text files: put files named *.txt into it, or give one file's path")
     texts = [_read_utf8(file) for file in files]
@@ -96,9 +97,10 @@ def _decode_utf8(raw: bytes, shown: str) -> str:
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
         raise DataError(
-            f"{shown} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; convert it, "
-            f"for instance with iconv -f latin1 -t utf-8"
+            f"{shown} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; if it is text, convert it, "
+            f"for instance with iconv -f {encoding} -t utf-8"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, atomic_path, load_parameters, read_tensors, write_tensors
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    atomic_path,
+    find_checkpoint,
+    load_parameters,
+    read_tensors,
+    write_tensors,
+)
 from .config import ConfigError, GPTConfig, from_dict
 from .model import GPT
 
@@ -92,9 +100,11 @@ def _hf_tensors(model: GPT) -> dict[str, Tensor]:
 
 
 def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
-    """Read a folder in either format. `changes` override settings, such as dropout=0.1."""
+    """Read a folder in either format, or a run's. `changes` override settings, such as dropout=0.1."""
     folder = Path(directory)
     config_path = folder / "config.json"
+    if not config_path.exists() and (folder / "checkpoint").is_dir():
+        return _from_run(find_checkpoint(folder), changes)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -112,6 +122,13 @@ def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
         raise CheckpointError(f"{config_path}: {error}") from error
     tensors, _ = read_tensors(weights)
     load_parameters(model, tensors if kind == "fastgpt" else _from_hf(model, tensors, weights), weights)
+    return model
+
+
+def _from_run(path: Path, changes: dict[str, Any]) -> GPT:
+    saved = Checkpoint.load(path)
+    model = GPT(from_dict(GPTConfig, {**saved.model_config, **changes}))
+    load_parameters(model, saved.part("model"), path)
     return model
 
 

@@ -228,7 +228,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> GPT:
-        """Read what `save_pretrained` wrote, in either format, or a Hugging Face GPT-2 folder."""
+        """Read what `save_pretrained` wrote, in either format, a Hugging Face GPT-2 folder, or a run's folder."""
         from .huggingface import from_pretrained
 
         return from_pretrained(directory, **changes)

@@ -77,7 +77,7 @@ class RunFolder:
 
     def create(self, settings: dict[str, Any]) -> None:
         """Start a new run. A folder that already holds one is refused: resuming it, or another folder, is the way."""
-        if self.latest.exists() or self.metrics_path.exists():
+        if self.latest.exists() or (self.metrics_path.exists() and self.metrics_path.stat().st_size > 0):
             raise TrainingError(f"{self.path}: already holds a run; add --resume to go on, or give another --out")
         try:
             self.latest.parent.mkdir(parents=True, exist_ok=True)

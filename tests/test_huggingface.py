@@ -98,6 +98,13 @@ def test_models_gpt2_cannot_express_are_refused(tmp_path, options):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        random_model().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="format: expected 'fastgpt' or 'huggingface', got 'onnx'"):
         random_model().save_pretrained(tmp_path, format="onnx")

@@ -198,7 +198,7 @@ def test_schedule():
     assert rates[59] == pytest.approx(0.55)
     assert rates[109:] == [0.1] * 3
     assert all(a > b for a, b in pairwise(rates[9:110]))
-    assert learning_rate(0, TrainConfig(max_steps=0, warmup_steps=0, min_lr=0.5)) == 0.5
+    assert learning_rate(0, TrainConfig(max_steps=0, warmup_steps=0, lr=1.0, min_lr=0.5)) == 0.5
 
 
 def test_weight_decay_is_on_matrices_only(corpus):

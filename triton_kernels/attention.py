@@ -559,15 +559,15 @@ def forward_config(head_size: int, element_size: int, longest: int, descriptors:
         return _config(128, 64, 8 if dropout or d > 64 else 4, 3, d)
     if longest <= 32:
         return _config(32, 32, 2 if d <= 64 else 8, 1, d)
-    return _config(64, 64, 4, 2, d) if d <= 64 else _config(64, 32, 4 if d == 128 else 8, 2, d)
+    return _config(64, 32 if dropout or d > 64 else 64, 4 if d <= 128 else 8, 2, d)
 
 
-def grad_q_config(head_size: int, element_size: int, descriptors: bool) -> dict[str, int]:
+def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout: bool) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
         return _float32_config(d)
     if descriptors:
-        return _config(128, 64, 8, 3 if d <= 64 else 2, d)
+        return _config(128, 32 if dropout and d > 64 else 64, 8, 3 if d <= 64 else 2, d)
     if d <= 128:
         return _config(64, 32, 4 if d <= 64 else 8, 2, d)
     return _config(16, 32, 4, 1, d)
@@ -758,7 +758,7 @@ def backward(
         descriptors = _takes_descriptors(longest, q, k, v, grad_out)
         constants["DESCRIPTORS"] = descriptors
         delta = torch.empty_like(lse)
-        config = grad_q_config(D, size, descriptors)
+        config = grad_q_config(D, size, descriptors, dropout_p > 0.0)
         sources = (grad_out, q, k, v)
         if descriptors:
             queries, keys = config["BLOCK_M"], config["BLOCK_N"]
