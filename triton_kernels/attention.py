@@ -31,6 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import keep_tile, last_dropped
+from .rounding import round_to
 from .target import COMPILE_OPTIONS, INTERPRETING, architecture, device_of, float32_precision, multiprocessors
 
 MAX_HEAD_SIZE = 256
@@ -103,7 +104,7 @@ def _store_tile(
     stride = n_heads * HEAD_SIZE
     base = _row(_row(tensor, batch * tl.cast(n_rows, tl.int64) + first, stride), head, HEAD_SIZE)
     mask = (first + tl.arange(0, N_ROWS) < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
-    tl.store(base + _offsets(stride, N_ROWS, BLOCK_D), tile.to(tensor.dtype.element_ty), mask=mask)
+    tl.store(base + _offsets(stride, N_ROWS, BLOCK_D), round_to(tile, tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def _forward_tiles(
             keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
         v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        accumulator = _dot_add(weights.to(v.dtype), v, accumulator, PRECISION)
+        accumulator = _dot_add(round_to(weights, v.dtype), v, accumulator, PRECISION)
         largest = new_largest
     return accumulator, largest, total
 
@@ -255,11 +256,11 @@ def _add_to_grad_kv(
         dropped = tl.where(keep, weights * keep_scale, 0.0)
     else:
         dropped = weights
-    grad_v = _dot_add(dropped.to(q.dtype), grad_out, grad_v, PRECISION)
+    grad_v = _dot_add(round_to(dropped, q.dtype), grad_out, grad_v, PRECISION)
     grad_weights = _dot(v, tl.trans(grad_out), PRECISION)
     if DROPOUT:
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-    grad_scores = (weights * (grad_weights - delta[None, :])).to(q.dtype)
+    grad_scores = round_to(weights * (grad_weights - delta[None, :]), q.dtype)
     grad_k = _dot_add(grad_scores, q, grad_k, PRECISION)
     return grad_k, grad_v, grad_scores
 
@@ -284,7 +285,7 @@ def _grad_q_tiles(
             keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
             grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
         grad_scores = weights * (grad_weights - delta[:, None])
-        grad_q = _dot_add(grad_scores.to(k.dtype), k, grad_q, PRECISION)
+        grad_q = _dot_add(round_to(grad_scores, k.dtype), k, grad_q, PRECISION)
     return grad_q
 
 
@@ -489,7 +490,7 @@ def decode_kernel(
         weights = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(weights, axis=1)
-        accumulator = _dot_add(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
+        accumulator = _dot_add(round_to(weights, v.dtype), v, accumulator * shrink[:, None], PRECISION)
         largest = new_largest
     blind = total == 0.0
     safe_total = tl.where(blind, 1.0, total)
@@ -520,7 +521,7 @@ def join_splits_kernel(
     out = tl.sum(parts * weights[:, None], axis=0) / total
     batch_head = row // n_queries
     out_row = (batch_head // n_heads * n_queries + row % n_queries) * n_heads + batch_head % n_heads
-    tl.store(Out + out_row * HEAD_SIZE + columns, out.to(Out.dtype.element_ty), mask=columns < HEAD_SIZE)
+    tl.store(Out + out_row * HEAD_SIZE + columns, round_to(out, Out.dtype.element_ty), mask=columns < HEAD_SIZE)
     tl.store(Lse + row, tl.where(blind, float("inf"), largest + tl.log2(total)))
 
 
