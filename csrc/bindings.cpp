@@ -6,11 +6,24 @@
 #include "cross_entropy.h"
 #include "embedding.h"
 
+namespace fastgpt {
+
+static Tensor large_buffer(const Tensor& like, int64_t rows, int64_t columns) {
+  if (like.scalar_type() == ScalarType::Double) {  // the torch backend's
+    const int64_t sizes[] = {rows, columns};
+    return torch::stable::new_empty(like, {sizes, 2});
+  }
+  return new_buffer(like, {rows, columns}, /*zeros=*/false);
+}
+
+}  // namespace fastgpt
+
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("embedding_native", TORCH_BOX(&fastgpt::embedding));
   m.impl("embedding_native_backward", TORCH_BOX(&fastgpt::embedding_backward));
   m.impl("cross_entropy_native", TORCH_BOX(&fastgpt::cross_entropy));
   m.impl("cross_entropy_native_backward", TORCH_BOX(&fastgpt::cross_entropy_backward));
+  m.impl("large_buffer", TORCH_BOX(&fastgpt::large_buffer));
   m.impl("cross_entropy_chunk_", TORCH_BOX(&fastgpt::cross_entropy_chunk));
 }
 

@@ -1,10 +1,10 @@
 // Cross-entropy on the GPU: one block per row, online softmax, loss and gradient from one read and one write.
 //
 // Between the statistics and the gradient a row is held where it fits: a short one in registers, one vector a thread, a
-// long one in the block's shared memory: 227 KB on an H100, GPT-2's vocabulary in float32. A thread reads back only what
-// it wrote, so that costs no barrier. (Eight vectors a thread in registers were tried first: they spilled.) A still longer
-// row is read twice; the second time comes from the L2 cache where it is large enough. Rows of odd length start at any 2-
-// or 4-byte boundary: up to the first 16-byte boundary, and after the last, values go one by one.
+// long one in the block's shared memory: 227 KB on an H100, GPT-2's vocabulary in float32. A thread reads back only
+// what it wrote, so that costs no barrier. (Eight vectors a thread in registers were tried first: they spilled.) A
+// still longer row is read twice; the second time comes from the L2 cache where it is large enough. Rows of odd length
+// start at any 2- or 4-byte boundary: up to the first 16-byte boundary, and after the last, values go one by one.
 #include "device.cuh"
 
 #include <algorithm>

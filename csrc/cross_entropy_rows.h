@@ -1,9 +1,10 @@
 // Cross-entropy, row by row: the loss, and the logits' gradient, from one read and one write of main memory.
 //
-// A row's log of the sum of exp is taken in blocks that stay in the first-level cache: the block's maximum, then its sum of
-// exp(x - maximum), then both are merged into the row's (online softmax, Milakov and Gimelshein 2018). One exp per value,
-// whatever the order of the values. The gradient then reads the row again, from the second-level cache. Taking exp a
-// second time is cheaper than keeping it: writing a row, reading it back and scaling it costs the third pass over memory.
+// A row's log of the sum of exp is taken in blocks that stay in the first-level cache: the block's maximum, then its
+// sum of exp(x - maximum), then both are merged into the row's (online softmax, Milakov and Gimelshein 2018). One exp
+// per value, whatever the order of the values. The gradient then reads the row again, from the second-level cache.
+// Taking exp a second time is cheaper than keeping it: writing a row, reading it back and scaling it costs the third
+// pass over memory.
 #pragma once
 
 #include <cmath>
@@ -108,8 +109,8 @@ void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale
   store(out + n - LANES, last);
 }
 
-// A short row of float32 without smoothing: its exp values are kept in the gradient's place, one exp per value, and scaled
-// there, all in the first-level cache. (In 16 bits they would be rounded twice.) out may be x.
+// A short row of float32 without smoothing: its exp values are kept in the gradient's place, one exp per value, and
+// scaled there, all in the first-level cache. (In 16 bits they would be rounded twice.) out may be x.
 inline Statistics short_row(const float* x, float* out, int64_t n, float scale) {
   const int64_t whole = n / LANES * LANES;
   const Vec tail = whole < n ? load_tail(x, n, -INFINITY) : splat(-INFINITY);

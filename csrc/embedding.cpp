@@ -130,9 +130,9 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
   if (with_tokens) {
     const Segments segments(indices.const_data_ptr<int64_t>(), N, vocab_size);
     char* out = static_cast<char*>(token_grad.mutable_data_ptr());
-    // A task is one strip of columns of one token; its cost is how often the token occurs. Threads share the cost evenly:
-    // the range of [0, strips * N) that a thread is given holds the tasks that begin in it. A token that is half the text
-    // still keeps `strips` threads busy.
+    // A task is one strip of columns of one token; its cost is how often the token occurs. Threads share the cost
+    // evenly: the range of [0, strips * N) that a thread is given holds the tasks that begin in it. A token that is
+    // half the text still keeps `strips` threads busy.
     torch::stable::parallel_for(0, strips * N, grain(STRIP), [&](int64_t begin, int64_t end) {
       for (int64_t strip = begin / N; strip <= (end - 1) / N; ++strip) {
         const int64_t first = std::max(begin - strip * N, int64_t{0}), last = std::min(end - strip * N, N);

@@ -1,9 +1,9 @@
 // Token and position embedding on the GPU. Forward: 16 bytes a thread, token row plus position row, stored once.
 //
-// Backward without atomics: the tokens are sorted (stably, by PyTorch), and the sorted sequence is cut into chunks of 64.
-// A block sums the runs of equal tokens in its chunk in float32, in order. A run inside one chunk is written at once; one
-// that crosses chunks leaves partial sums, which a second kernel adds up in order. So a token that is half of the text
-// keeps as many blocks busy as any other text of that length, and the bits never change.
+// Backward without atomics: the tokens are sorted (stably, by PyTorch), and the sorted sequence is cut into chunks of
+// 64. A block sums the runs of equal tokens in its chunk in float32, in order. A run inside one chunk is written at
+// once; one that crosses chunks leaves partial sums, which a second kernel adds up in order. So a token that is half of
+// the text keeps as many blocks busy as any other text of that length, and the bits never change.
 #include "device.cuh"
 
 #include <type_traits>
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// partial: (chunks, 2, columns) float32: the sum of the run a chunk begins with, and of the one it ends with, where they
-// go on in its neighbours.
+// partial: (chunks, 2, columns) float32: the sum of the run a chunk begins with, and of the one it ends with, where
+// they go on in its neighbours.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(THREADS)
     sum_runs_kernel(const T* grad, const int64_t* sorted, const int64_t* order, T* token_grad, float* partial, int64_t n,

@@ -1,6 +1,7 @@
-// Embedding, row by row. Forward: token row plus position row, stored once. Backward: the rows of one token are summed in
-// registers, in the order of the sequence, and written once; or, where both tables are small, in one pass over all rows
-// into sums that stay in the cache. Both add in the same order: no atomics, the same bits for any number of threads.
+// Embedding, row by row. Forward: token row plus position row, stored once. Backward: the rows of one token are summed
+// in registers, in the order of the sequence, and written once; or, where both tables are small, in one pass over all
+// rows into sums that stay in the cache. Both add in the same order: no atomics, the same bits for any number of
+// threads.
 #pragma once
 
 #include "kernels.h"

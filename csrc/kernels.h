@@ -47,8 +47,9 @@ struct SumRows {
   void* out;
 };
 
-// Columns [begin, end) of the rows, summed into both tables at once, in the order of the rows: for tables that stay in the
-// second-level cache. The sums are (vocab_size, end - begin) and (length, end - begin), zero at first; either may be null.
+// Columns [begin, end) of the rows, summed into both tables at once, in the order of the rows: for tables that stay in
+// the second-level cache. The sums are (vocab_size, end - begin) and (length, end - begin), zero at first; either may
+// be null.
 struct AccumulateRows {
   const void* rows;
   const int64_t* tokens;

@@ -1,8 +1,9 @@
 // Large result buffers on the CPU, without paying for their page faults at every call.
 //
-// The first touch of a fresh 200 MB buffer costs more than cross-entropy on it: 50,000 faults, each of which zeroes 4 KB.
-// Two remedies: huge pages (100 faults), and reuse. A block that comes back is kept for the next call of about its size,
-// marked MADV_FREE: the kernel may take its pages when memory is short, and until then they are reused without a fault.
+// The first touch of a fresh 200 MB buffer costs more than cross-entropy on it: 50,000 faults, each of which zeroes 4
+// KB. Two remedies: huge pages (100 faults), and reuse. A block that comes back is kept for the next call of about its
+// size, marked MADV_FREE: the kernel may take its pages when memory is short, and until then they are reused without a
+// fault.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,8 @@
-// One float vector per instruction set, in the compiler's own vector types: the same source gives AVX-512, AVX2, SSE2 and
-// NEON code. Included by one kernels_*.cpp per instruction set, which sets FASTGPT_LANES and the target first.
+// One float vector per instruction set, in the compiler's own vector types: the same source gives AVX-512, AVX2, SSE2
+// and NEON code. Included by one kernels_*.cpp per instruction set, which sets FASTGPT_LANES and the target first.
 //
-// Everything here has internal linkage: a function compiled for AVX-512 must never be the copy the linker keeps for all.
+// Everything here has internal linkage: a function compiled for AVX-512 must never be the copy the linker keeps for
+// all.
 #pragma once
 
 #include <cstdint>
@@ -119,8 +120,9 @@ inline void store(Float16* p, Vec v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// The last n % LANES values of a row, without a branch per value: the last whole vector of the row, in which the lanes that
-// the loop over whole vectors has seen already are replaced by `fill`. Rows shorter than a vector go value by value.
+// The last n % LANES values of a row, without a branch per value: the last whole vector of the row, in which the lanes
+// that the loop over whole vectors has seen already are replaced by `fill`. Rows shorter than a vector go value by
+// value.
 template <class T>
 inline Vec load_tail(const T* row, int64_t n, float fill) {
   Vec v;

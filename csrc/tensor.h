@@ -38,8 +38,8 @@ inline Storage storage_of(const Tensor& tensor, const char* name) {
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
                   std::optional<ScalarType> dtype = std::nullopt);
 
-// A result of more bytes than this, half the last cache, is written round the caches: with what it is made from, it would
-// not stay in them.
+// A result of more bytes than this, half the last cache, is written round the caches: with what it is made from, it
+// would not stay in them.
 int64_t stream_threshold();
 
 // IndexError in Python, for the first of n indices outside [0, limit) that is not `ignore`.

@@ -232,6 +232,20 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     return gradient
 
 
+# --- large buffers ---------------------------------------------------------------------------------------------------
+
+library.define("large_buffer(Tensor like, SymInt rows, SymInt columns) -> Tensor")
+
+
+@torch.library.register_fake("fastgpt::large_buffer", lib=library)
+def _large_buffer(like, rows, columns):
+    """Uninitialised. The CPU extension keeps freed ones for the next call, see csrc/large_blocks.h."""
+    return like.new_empty((rows, columns))
+
+
+library.impl("large_buffer", _large_buffer, "CompositeExplicitAutograd")
+
+
 # --- cross_entropy on the native backend -----------------------------------------------------------------------------
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # PyTorch's numbers
@@ -403,7 +417,7 @@ class _Head:
             self.rows = _chunk_rows(self.x.shape[0], V, values)
         else:
             self.rows = _chunk_rows(self.x.shape[0], V)
-        self.buffer = x.new_empty((min(self.rows, self.x.shape[0]), V))
+        self.buffer = torch.ops.fastgpt.large_buffer(x, min(self.rows, self.x.shape[0]), V)
 
     def __iter__(self):
         for start in range(0, self.x.shape[0], self.rows):
@@ -426,7 +440,10 @@ class _Head:
     def add_gradient(self, rows: slice, grad: Tensor) -> None:
         torch.mm(grad, self.weight, out=self.dx[rows])
         x = self.x[rows]
-        if self.dw is None:
+        if self.dw is None and self.db.dtype == grad.dtype:
+            self.dw = torch.ops.fastgpt.large_buffer(x, *self.weight.shape)
+            torch.mm(grad.t(), x, out=self.dw)
+        elif self.dw is None:
             self.dw = (grad.t() @ x).to(self.db.dtype)
         elif self.dw.dtype == grad.dtype:
             self.dw.addmm_(grad.t(), x)
