@@ -586,13 +586,17 @@ def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout:
 
 
 @lru_cache
-def grad_kv_config(head_size: int, element_size: int, descriptors: bool, dropout: bool, group: int) -> dict[str, int]:
+def grad_kv_config(
+    head_size: int, element_size: int, descriptors: bool, dropout: bool, group: int, arch: int
+) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
         return _float32_config(d)
     if descriptors:
         return _config(64 if d <= 64 or (group == 1 and not dropout) else 32, 128, 8, 2, d)
-    return _config(32, 32, 4 if d <= 64 else 8, 2 if d <= 128 else 1, d)
+    if d <= 64:  # from sm_90 on, operands may stay in shared memory
+        return _config(32, 64 if arch >= 90 or not dropout else 32, 4, 2, d)
+    return _config(32, 32, 8, 2 if d == 128 else 1, d)
 
 
 @lru_cache
@@ -600,7 +604,7 @@ def one_tile_config(head_size: int, element_size: int, longest: int, dropout: bo
     """The single-pass backward, where queries, keys and all three sums fit one tile; None where they do not."""
     d = _block_d(head_size)
     block = max(16, next_power_of_2(longest))
-    largest = 64 * 32 if dropout or arch < 90 else 64 * 64  # from sm_90 on, operands may stay in shared memory
+    largest = 64 * 32 if dropout or arch < 90 else 64 * 64
     if element_size == 4 or block > 64 or block * d > largest:
         return None
     return _config(block, block, 8 if block == 64 else 4, 1, d)
@@ -782,7 +786,7 @@ def backward(
             *sources, out, lse, delta, grad_q, key, *strides, B, H, group, Tq, Tk, section, *factors,
             **constants, **config,
         )  # fmt: skip
-        config = grad_kv_config(D, size, descriptors, dropout_p > 0.0, group)
+        config = grad_kv_config(D, size, descriptors, dropout_p > 0.0, group, architecture(q))
         sources = (grad_out, q, k, v)
         if descriptors:
             queries, keys = config["BLOCK_M"], config["BLOCK_N"]

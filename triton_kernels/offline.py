@@ -66,7 +66,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         yield case(f"forward.{label}", attention.forward_kernel, dtype, head_size, config, **flags)
         config = attention.grad_q_config(head_size, size, descriptors, dropout)
         yield case(f"grad_q.{label}", attention.grad_q_kernel, dtype, head_size, config, **flags)
-        config = attention.grad_kv_config(head_size, size, descriptors, dropout, group=2)
+        config = attention.grad_kv_config(head_size, size, descriptors, dropout, 2, arch)
         yield case(f"grad_kv.{label}", attention.grad_kv_kernel, dtype, head_size, config, **flags)
 
     for head_size in (64, 128, 256):
@@ -78,7 +78,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         for head_size in (64, 128):
             for dropout in (False, True):
                 yield from three("long", "bf16", head_size, 4096, True, dropout)
-        config = attention.grad_kv_config(128, 2, True, False, group=1)
+        config = attention.grad_kv_config(128, 2, True, False, 1, arch)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "group": 1}
         yield case("grad_kv.long.group1", attention.grad_kv_kernel, "bf16", 128, config, **flags)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "CAUSAL": False}
