@@ -32,9 +32,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import keep_tile, last_dropped
-from .interpreter import dot, dot_add, rounded
+from .rounding import round_to
 from .target import (
     COMPILE_OPTIONS,
+    INTERPRETING,
     architecture,
     cdiv,
     device_of,
@@ -47,6 +48,23 @@ MAX_HEAD_SIZE = 256
 MAX_DECODED_QUERIES = 8
 SHORT = 256  # the longest sequence of the short regime
 _L2_SECTION_BYTES = 24 * 2**20  # keys and values that are in use at one time: half of the L2 cache of an H100
+_UPCAST = tl.constexpr(INTERPRETING)  # the interpreter's dots of bfloat16 are wrong; the operands are already rounded
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_add(a, b, accumulator, PRECISION: tl.constexpr):
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
@@ -96,7 +114,7 @@ def _store_tile(
     stride = n_heads * HEAD_SIZE
     base = _row(_row(tensor, batch * tl.cast(n_rows, tl.int64) + first, stride), head, HEAD_SIZE)
     mask = (first + tl.arange(0, N_ROWS) < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
-    tl.store(base + _offsets(stride, N_ROWS, BLOCK_D), rounded(tile, tensor.dtype.element_ty), mask=mask)
+    tl.store(base + _offsets(stride, N_ROWS, BLOCK_D), round_to(tile, tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -159,7 +177,7 @@ def _forward_tiles(
 ):  # fmt: skip
     for first_key in range(start, stop, BLOCK_N):
         k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        scores = dot(q, tl.trans(k), PRECISION)
+        scores = _dot(q, tl.trans(k), PRECISION)
         if MASKED:
             seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
             scores = tl.where(seen, scores, -float("inf"))
@@ -175,7 +193,7 @@ def _forward_tiles(
             keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
         v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        accumulator = dot_add(rounded(weights, v.dtype), v, accumulator, PRECISION)
+        accumulator = _dot_add(round_to(weights, v.dtype), v, accumulator, PRECISION)
         largest = new_largest
     return accumulator, largest, total
 
@@ -240,7 +258,7 @@ def _add_to_grad_kv(
     Scores are made transposed, (BLOCK_N, BLOCK_M), the layout in which the products with dO and q read them. dV is
     finished before dP is begun, so that fewer tiles are alive at a time.
     """
-    weights = tl.exp2(dot(k, tl.trans(q), PRECISION) * score_scale - lse[None, :])
+    weights = tl.exp2(_dot(k, tl.trans(q), PRECISION) * score_scale - lse[None, :])
     if MASKED:
         weights = tl.where(tl.trans(seen), weights, 0.0)
     if DROPOUT:
@@ -248,12 +266,12 @@ def _add_to_grad_kv(
         dropped = tl.where(keep, weights * keep_scale, 0.0)
     else:
         dropped = weights
-    grad_v = dot_add(rounded(dropped, q.dtype), grad_out, grad_v, PRECISION)
-    grad_weights = dot(v, tl.trans(grad_out), PRECISION)
+    grad_v = _dot_add(round_to(dropped, q.dtype), grad_out, grad_v, PRECISION)
+    grad_weights = _dot(v, tl.trans(grad_out), PRECISION)
     if DROPOUT:
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-    grad_scores = rounded(weights * (grad_weights - delta[None, :]), q.dtype)
-    grad_k = dot_add(grad_scores, q, grad_k, PRECISION)
+    grad_scores = round_to(weights * (grad_weights - delta[None, :]), q.dtype)
+    grad_k = _dot_add(grad_scores, q, grad_k, PRECISION)
     return grad_k, grad_v, grad_scores
 
 
@@ -268,16 +286,16 @@ def _grad_q_tiles(
     for first_key in range(start, stop, BLOCK_N):
         k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
         v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * score_scale - lse[:, None])
+        weights = tl.exp2(_dot(q, tl.trans(k), PRECISION) * score_scale - lse[:, None])
         if MASKED:
             seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
             weights = tl.where(seen, weights, 0.0)
-        grad_weights = dot(grad_out, tl.trans(v), PRECISION)
+        grad_weights = _dot(grad_out, tl.trans(v), PRECISION)
         if DROPOUT:
             keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
             grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
         grad_scores = weights * (grad_weights - delta[:, None])
-        grad_q = dot_add(rounded(grad_scores, k.dtype), k, grad_q, PRECISION)
+        grad_q = _dot_add(round_to(grad_scores, k.dtype), k, grad_q, PRECISION)
     return grad_q
 
 
@@ -426,7 +444,7 @@ def one_tile_backward_kernel(
             grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
             True, DROPOUT, PRECISION,
         )  # fmt: skip
-        grad_q = dot(tl.trans(grad_scores), k, PRECISION) * scale
+        grad_q = _dot(tl.trans(grad_scores), k, PRECISION) * scale
         _store_tile(GradQ, grad_q, batch, head, 0, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
     _store_tile(GradK, grad_k * scale, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
     _store_tile(GradV, grad_v, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
@@ -476,13 +494,13 @@ def decode_kernel(
         seen = keys < n_keys
         if CAUSAL:
             seen = seen & (keys <= query[:, None] + (n_keys - n_queries))
-        scores = tl.where(seen, dot(q, tl.trans(k), PRECISION) * score_scale, -float("inf"))
+        scores = tl.where(seen, _dot(q, tl.trans(k), PRECISION) * score_scale, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
         weights = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(weights, axis=1)
-        accumulator = dot_add(rounded(weights, v.dtype), v, accumulator * shrink[:, None], PRECISION)
+        accumulator = _dot_add(round_to(weights, v.dtype), v, accumulator * shrink[:, None], PRECISION)
         largest = new_largest
     blind = total == 0.0
     safe_total = tl.where(blind, 1.0, total)
@@ -513,7 +531,7 @@ def join_splits_kernel(
     out = tl.sum(parts * weights[:, None], axis=0) / total
     batch_head = row // n_queries
     out_row = (batch_head // n_heads * n_queries + row % n_queries) * n_heads + batch_head % n_heads
-    tl.store(Out + out_row * HEAD_SIZE + columns, rounded(out, Out.dtype.element_ty), mask=columns < HEAD_SIZE)
+    tl.store(Out + out_row * HEAD_SIZE + columns, round_to(out, Out.dtype.element_ty), mask=columns < HEAD_SIZE)
     tl.store(Lse + row, tl.where(blind, float("inf"), largest + tl.log2(total)))
 
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_tile, last_dropped
-from .interpreter import rounded
+from .rounding import round_to
 from .target import COMPILE_OPTIONS, cdiv, device_of, multiprocessors, next_power_of_2
 
 MAX_WIDTH = 16384
@@ -69,7 +69,7 @@ def forward_kernel(
             keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
             x = tl.where(keep, x * keep_scale, 0.0)
         x += tl.load(Residual + rows * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        stored = rounded(x, Sum.dtype.element_ty)
+        stored = round_to(x, Sum.dtype.element_ty)
         tl.store(Sum + rows * width + columns, stored, mask=mask)
         x = stored.to(tl.float32)  # the norm is of the stream as it is stored: backward reads that one
     mean = tl.sum(x, axis=1) / width
@@ -78,7 +78,7 @@ def forward_kernel(
     y = centred * rstd[:, None] * tl.load(Weight + columns, mask=columns < width, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(Bias + columns, mask=columns < width, other=0.0).to(tl.float32)
-    tl.store(Y + rows * width + columns, rounded(y, Y.dtype.element_ty), mask=mask)
+    tl.store(Y + rows * width + columns, round_to(y, Y.dtype.element_ty), mask=mask)
     row = first_row + tl.arange(0, ROWS)
     tl.store(Stats + row, mean, mask=row < n_rows)
     tl.store(Stats + n_rows + row, rstd, mask=row < n_rows)
@@ -132,12 +132,12 @@ def backward_kernel(
         if HAS_GRAD_SUM:
             grad += tl.load(GradSum + rows * grad_sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
         out = rows * width + columns
-        tl.store(GradResidual + out, rounded(grad, GradResidual.dtype.element_ty), mask=mask)
+        tl.store(GradResidual + out, round_to(grad, GradResidual.dtype.element_ty), mask=mask)
         if WRITE_GRAD_X:
             if DROPOUT:
                 keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
                 grad = tl.where(keep, grad * keep_scale, 0.0)
-            tl.store(GradX + out, rounded(grad, GradX.dtype.element_ty), mask=mask)
+            tl.store(GradX + out, round_to(grad, GradX.dtype.element_ty), mask=mask)
     out = tl.program_id(0).to(tl.int64) * width + columns
     tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
     out += tl.num_programs(0).to(tl.int64) * width
@@ -195,12 +195,12 @@ def wide_backward_kernel(
         if HAS_GRAD_SUM:
             grad += tl.load(GradSum + row * grad_sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
         out = row * width + columns
-        tl.store(GradResidual + out, rounded(grad, GradResidual.dtype.element_ty), mask=mask)
+        tl.store(GradResidual + out, round_to(grad, GradResidual.dtype.element_ty), mask=mask)
         if WRITE_GRAD_X:
             if DROPOUT:
                 keep = keep_tile(tl.load(Seed), row, start, last_dropped, 1, BLOCK)
                 grad = tl.where(tl.reshape(keep, (BLOCK,)), grad * keep_scale, 0.0)
-            tl.store(GradX + out, rounded(grad, GradX.dtype.element_ty), mask=mask)
+            tl.store(GradX + out, round_to(grad, GradX.dtype.element_ty), mask=mask)
 
 
 @triton.jit
