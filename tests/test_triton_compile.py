@@ -22,28 +22,15 @@ CASES = [(arch, case.name) for arch in offline.ARCHITECTURES for case in offline
 
 @pytest.fixture(scope="session")
 def measured() -> dict[tuple[int, str], dict]:
+    command = [sys.executable, "-m", "fastgpt.triton_kernels.offline", "--json", "--part"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([*command, f"{i}/2"], env=environment, **pipes) for i in range(2)]
     rows = {}
-
-    def start(part: str, arch: int) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "fastgpt.triton_kernels.offline",
-            "--json",
-            "--part",
-            part,
-            "--arch",
-            str(arch),
-        ]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    for arch in offline.ARCHITECTURES:
-        workers = [start(f"{i}/2", arch) for i in range(2)]
-        for worker in workers:
-            out, errors = worker.communicate(timeout=600)
-            assert worker.returncode == 0, errors[-3000:]
-            rows |= {(arch, row["name"]): row for row in map(json.loads, out.splitlines())}
+    for worker in workers:
+        out, errors = worker.communicate(timeout=900)
+        assert worker.returncode == 0, errors[-3000:]
+        rows |= {(row["arch"], row["name"]): row for row in map(json.loads, out.splitlines())}
     return rows
 
 

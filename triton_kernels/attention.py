@@ -23,6 +23,7 @@ first, and heads in sections whose keys and values fit the L2 cache together, so
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -32,7 +33,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import keep_tile, last_dropped
 from .rounding import round_to
-from .target import COMPILE_OPTIONS, INTERPRETING, architecture, device_of, float32_precision, multiprocessors
+from .target import (
+    COMPILE_OPTIONS,
+    INTERPRETING,
+    architecture,
+    cdiv,
+    device_of,
+    float32_precision,
+    multiprocessors,
+    next_power_of_2,
+)
 
 MAX_HEAD_SIZE = 256
 MAX_DECODED_QUERIES = 8
@@ -548,9 +558,10 @@ def _float32_config(block_d: int) -> dict[str, int]:
 
 
 def _block_d(head_size: int) -> int:
-    return max(16, triton.next_power_of_2(head_size))  # 16 is the least depth of a tensor core product
+    return max(16, next_power_of_2(head_size))  # 16 is the least depth of a tensor core product
 
 
+@lru_cache
 def forward_config(head_size: int, element_size: int, longest: int, descriptors: bool, dropout: bool) -> dict[str, int]:
     """`longest` is max(Tq, Tk). Masks of dropout take registers: there the same tile is spread over more warps."""
     d = _block_d(head_size)
@@ -563,6 +574,7 @@ def forward_config(head_size: int, element_size: int, longest: int, descriptors:
     return _config(64, 32 if dropout or d > 64 else 64, 4 if d <= 128 else 8, 2, d)
 
 
+@lru_cache
 def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout: bool) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
@@ -574,31 +586,38 @@ def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout:
     return _config(16, 32, 4, 1, d)
 
 
-def grad_kv_config(head_size: int, element_size: int, descriptors: bool, dropout: bool, group: int) -> dict[str, int]:
+@lru_cache
+def grad_kv_config(
+    head_size: int, element_size: int, descriptors: bool, dropout: bool, group: int, arch: int
+) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
         return _float32_config(d)
     if descriptors:
         return _config(64 if d <= 64 or (group == 1 and not dropout) else 32, 128, 8, 2, d)
-    return _config(32, 32, 4 if d <= 64 else 8, 2 if d <= 128 else 1, d)
+    if d <= 64:  # from sm_90 on, operands may stay in shared memory
+        return _config(32, 64 if arch >= 90 or not dropout else 32, 4, 2, d)
+    return _config(32, 32, 8, 2 if d == 128 else 1, d)
 
 
+@lru_cache
 def one_tile_config(head_size: int, element_size: int, longest: int, dropout: bool, arch: int) -> dict[str, int] | None:
     """The single-pass backward, where queries, keys and all three sums fit one tile; None where they do not."""
     d = _block_d(head_size)
-    block = max(16, triton.next_power_of_2(longest))
-    largest = 64 * 32 if dropout or arch < 90 else 64 * 64  # from sm_90 on, operands may stay in shared memory
+    block = max(16, next_power_of_2(longest))
+    largest = 64 * 32 if dropout or arch < 90 else 64 * 64
     if element_size == 4 or block > 64 or block * d > largest:
         return None
     return _config(block, block, 8 if block == 64 else 4, 1, d)
 
 
+@lru_cache
 def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, int]:
     """`n_rows`: query heads that share a key head, times queries."""
     d = _block_d(head_size)
     config = _config(0, 32 if element_size == 4 or d > 128 else 64, 4, 1 if element_size == 4 else 2, d)
     del config["BLOCK_M"]
-    return config | {"ROWS": max(16, triton.next_power_of_2(n_rows))}
+    return config | {"ROWS": max(16, next_power_of_2(n_rows))}
 
 
 JOIN_CONFIG = {"num_warps": 4, **COMPILE_OPTIONS}
@@ -606,9 +625,9 @@ JOIN_CONFIG = {"num_warps": 4, **COMPILE_OPTIONS}
 
 def n_decode_splits(n_key_heads: int, n_keys: int, block_n: int, n_multiprocessors: int) -> tuple[int, int]:
     """(splits, keys in each): two programs for every multiprocessor, and at least 128 keys for each program."""
-    wanted = min(128, triton.cdiv(2 * n_multiprocessors, n_key_heads), triton.cdiv(n_keys, 128))
-    split_size = triton.cdiv(triton.cdiv(n_keys, wanted), block_n) * block_n
-    return triton.cdiv(n_keys, split_size), split_size
+    wanted = min(128, cdiv(2 * n_multiprocessors, n_key_heads), cdiv(n_keys, 128))
+    split_size = cdiv(cdiv(n_keys, wanted), block_n) * block_n
+    return cdiv(n_keys, split_size), split_size
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -696,7 +715,7 @@ def forward(
     if descriptors:
         sources = _describe((q,), config["BLOCK_M"], config) + _describe((k, v), config["BLOCK_N"], config)
     with device_of(q):
-        forward_kernel[(B * H * triton.cdiv(Tq, config["BLOCK_M"]),)](
+        forward_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
             *sources, out, lse, lse if seed is None else seed, *_strides(q, k, v),
             B, H, group, Tq, Tk, _section(Tk, D, q.element_size()),
             score_scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
@@ -717,7 +736,7 @@ def _decode(q, k, v, out, lse, n_splits, split_size, score_scale, config):
         )  # fmt: skip
         join_splits_kernel[(B * H * Tq,)](
             partial_out, partial_lse, out, lse, B * H * Tq, H, Tq, n_splits,
-            HEAD_SIZE=D, BLOCK_D=config["BLOCK_D"], SPLITS=triton.next_power_of_2(n_splits), **JOIN_CONFIG,
+            HEAD_SIZE=D, BLOCK_D=config["BLOCK_D"], SPLITS=next_power_of_2(n_splits), **JOIN_CONFIG,
         )  # fmt: skip
 
 
@@ -764,16 +783,16 @@ def backward(
         if descriptors:
             queries, keys = config["BLOCK_M"], config["BLOCK_N"]
             sources = _describe((grad_out, q), queries, config) + _describe((k, v), keys, config)
-        grad_q_kernel[(B * H * triton.cdiv(Tq, config["BLOCK_M"]),)](
+        grad_q_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
             *sources, out, lse, delta, grad_q, key, *strides, B, H, group, Tq, Tk, section, *factors,
             **constants, **config,
         )  # fmt: skip
-        config = grad_kv_config(D, size, descriptors, dropout_p > 0.0, group)
+        config = grad_kv_config(D, size, descriptors, dropout_p > 0.0, group, architecture(q))
         sources = (grad_out, q, k, v)
         if descriptors:
             queries, keys = config["BLOCK_M"], config["BLOCK_N"]
             sources = _describe((grad_out, q), queries, config) + _describe((k, v), keys, config)
-        grad_kv_kernel[(B * Hkv * triton.cdiv(Tk, config["BLOCK_N"]),)](
+        grad_kv_kernel[(B * Hkv * cdiv(Tk, config["BLOCK_N"]),)](
             *sources, lse, delta, grad_k, grad_v, key, *strides, B, H, group, Tq, Tk, section, *factors,
             **constants, **config,
         )  # fmt: skip

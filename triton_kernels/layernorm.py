@@ -17,6 +17,8 @@ Above `MAX_FUSED_WIDTH` columns the sums do not fit beside the row, nor does the
 goes through the row in blocks, twice, and a second one, tiled over columns, makes the sums.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from .dropout import keep_tile, last_dropped
 from .rounding import round_to
-from .target import COMPILE_OPTIONS, device_of, multiprocessors
+from .target import COMPILE_OPTIONS, cdiv, device_of, multiprocessors, next_power_of_2
 
 MAX_WIDTH = 16384
 MAX_FUSED_WIDTH = 4096
@@ -235,9 +237,10 @@ def affine_grad_kernel(
 
 
 def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))  # the mask is drawn for four columns at a time
+    return max(16, next_power_of_2(width))  # the mask is drawn for four columns at a time
 
 
+@lru_cache
 def forward_config(width: int) -> dict[str, int]:
     """One warp holds 1024 elements, 32 a lane: up to that width a row needs no exchange between warps."""
     block = _block(width)
@@ -245,6 +248,7 @@ def forward_config(width: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 1024), **COMPILE_OPTIONS}
 
 
+@lru_cache
 def backward_config(width: int) -> dict[str, int]:
     """Half of that a lane: the gradient, the weight and the two sums lie in registers beside the row."""
     block = _block(width)
@@ -283,7 +287,7 @@ def forward(
     residual_rows = rows if residual is None else _rows(residual)
     config = forward_config(C)
     with device_of(x):
-        forward_kernel[(triton.cdiv(n_rows, config["ROWS"]),)](
+        forward_kernel[(cdiv(n_rows, config["ROWS"]),)](
             rows,
             residual_rows,
             weight.contiguous(),
@@ -348,7 +352,7 @@ def backward(
     with device_of(x):
         if C <= MAX_FUSED_WIDTH:
             config = backward_config(C)
-            n_parts = min(n_programs, triton.cdiv(n_rows, config["ROWS"]))
+            n_parts = min(n_programs, cdiv(n_rows, config["ROWS"]))
             partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
             backward_kernel[(n_parts,)](
                 grad_rows, grad_sum_rows, rows, weight, stats, key, grad_residual, grad_x, partial, *shared,
@@ -359,8 +363,8 @@ def backward(
                 grad_rows, grad_sum_rows, rows, weight, stats, key, grad_residual, grad_x, *shared,
                 **flags, **WIDE_CONFIG,
             )  # fmt: skip
-            column_blocks = triton.cdiv(C, AFFINE_GRAD_CONFIG["BLOCK"])
-            n_parts = min(triton.cdiv(n_programs, column_blocks), triton.cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"]))
+            column_blocks = cdiv(C, AFFINE_GRAD_CONFIG["BLOCK"])
+            n_parts = min(cdiv(n_programs, column_blocks), cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"]))
             partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
             affine_grad_kernel[(n_parts, column_blocks)](
                 grad_rows, rows, stats, partial, n_rows, C, grad_rows.stride(0), rows.stride(0), **AFFINE_GRAD_CONFIG

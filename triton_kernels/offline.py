@@ -66,7 +66,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         yield case(f"forward.{label}", attention.forward_kernel, dtype, head_size, config, **flags)
         config = attention.grad_q_config(head_size, size, descriptors, dropout)
         yield case(f"grad_q.{label}", attention.grad_q_kernel, dtype, head_size, config, **flags)
-        config = attention.grad_kv_config(head_size, size, descriptors, dropout, group=2)
+        config = attention.grad_kv_config(head_size, size, descriptors, dropout, 2, arch)
         yield case(f"grad_kv.{label}", attention.grad_kv_kernel, dtype, head_size, config, **flags)
 
     for head_size in (64, 128, 256):
@@ -78,7 +78,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         for head_size in (64, 128):
             for dropout in (False, True):
                 yield from three("long", "bf16", head_size, 4096, True, dropout)
-        config = attention.grad_kv_config(128, 2, True, False, group=1)
+        config = attention.grad_kv_config(128, 2, True, False, 1, arch)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "group": 1}
         yield case("grad_kv.long.group1", attention.grad_kv_kernel, "bf16", 128, config, **flags)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "CAUSAL": False}
@@ -145,7 +145,7 @@ def _signature(case: Case) -> dict[str, str]:
 
 
 def measure(case: Case, arch: int) -> dict[str, int | str]:
-    """Compile `case` for sm_`arch`; registers a thread, bytes spilled, shared bytes, and instructions counted."""
+    """Compile `case` for sm_`arch`; registers a thread, bytes spilled, shared bytes, and (sm_90's own) instructions."""
     if INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET=1 is set: the interpreter's functions cannot be compiled")
     options = {key: value for key, value in case.constants.items() if key in _OPTIONS}
@@ -163,9 +163,10 @@ def measure(case: Case, arch: int) -> dict[str, int | str]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", cubin.name], text=True)
-        assembly = subprocess.check_output([tools / "nvdisasm", cubin.name], text=True)
+        assembly = subprocess.check_output([tools / "nvdisasm", cubin.name], text=True) if arch == 90 else ""
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     return {
+        "arch": arch,
         "name": case.name,
         "registers": registers,
         "spilled_bytes": stack + local,
@@ -177,17 +178,18 @@ def measure(case: Case, arch: int) -> dict[str, int | str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, required=True, choices=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--part", default="0/1", help="i/n: every n-th case from the i-th on, to compile in parallel")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     first, step = map(int, arguments.part.split("/"))
-    for case in cases(arguments.arch)[first::step]:
-        row = measure(case, arguments.arch)
+    wanted = [(arch, case) for arch in arguments.arch for case in cases(arch)]
+    for arch, case in wanted[first::step]:
+        row = measure(case, arch)
         if arguments.json:
             print(json.dumps(row), flush=True)
         else:
-            print("  ".join(f"{key} {value}" for key, value in row.items() if key != "name").ljust(90), row["name"])
+            print("  ".join(f"{key} {value}" for key, value in row.items() if key != "name").ljust(100), row["name"])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,15 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 _INTERPRETED_MULTIPROCESSORS = 2
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own costs microseconds on the host, and every launch needs a few."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 @lru_cache
 def _cuda_properties(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
