@@ -12,7 +12,7 @@ from torch import Tensor
 from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
-from .library import library, raise_on_double_backward
+from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
 from .reference import causal_mask
 from .triton_backend import seed_tensor
 
@@ -197,9 +197,7 @@ def _triton_autograd(ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) 
     return *backward(grad_out, q, k, v, out, lse, seed, *ctx.options), None, None, None, None
 
 
-torch.library.register_autograd(
-    "fastgpt::attention_triton", _triton_autograd, setup_context=_triton_setup_context, lib=library
-)
+_attention_triton = register_autograd("attention_triton", _triton_autograd, _triton_setup_context)
 raise_on_double_backward("attention_triton_backward")
 
 
@@ -215,7 +213,8 @@ def _triton(
 ) -> Tensor:
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     key = seed_tensor(dropout_p, seed, q.device)
-    return torch.ops.fastgpt.attention_triton(q, k, v, key, is_causal, scale, dropout_p)[0]
+    refuse_forward_mode("attention", q, k, v)
+    return _attention_triton(q, k, v, key, is_causal, scale, dropout_p)[0]
 
 
 def _triton_supports(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> str | None:
@@ -225,7 +224,7 @@ def _triton_supports(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
         return f"float32 heads above {_MAX_FLOAT32_HEAD_SIZE} do not fit the registers; use float16 or bfloat16"
     if scale is not None and scale <= 0.0:
         return "scale must be positive: it is folded into the exponential, whose largest score is found before"
-    return None
+    return inside_transform()
 
 
 register("attention", "triton", _triton, _triton_supports)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
-from .library import library, raise_on_double_backward
+from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
 from .triton_backend import seed_tensor
 
 
@@ -199,9 +199,7 @@ def _triton_autograd(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *un
     return grad_x, grad_residual if ctx.has_residual else None, grad_weight, grad_bias, None, None, None, None
 
 
-torch.library.register_autograd(
-    "fastgpt::layer_norm_triton", _triton_autograd, setup_context=_triton_setup_context, lib=library
-)
+_layer_norm_triton = register_autograd("layer_norm_triton", _triton_autograd, _triton_setup_context)
 raise_on_double_backward("layer_norm_triton_backward")
 
 
@@ -212,7 +210,8 @@ def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     out_dtype = _out_dtype(x.dtype, x.device.type)
-    return torch.ops.fastgpt.layer_norm_triton(x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
+    refuse_forward_mode("layer_norm", x, weight, bias)
+    return _layer_norm_triton(x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
 
 
 def _triton_add(
@@ -227,7 +226,8 @@ def _triton_add(
 ) -> tuple[Tensor, Tensor]:
     out_dtype = _out_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
     key = seed_tensor(dropout_p, seed, x.device)
-    y, h, _ = torch.ops.fastgpt.layer_norm_triton(x, residual, weight, bias, eps, dropout_p, key, out_dtype)
+    refuse_forward_mode("add_layer_norm", x, residual, weight, bias)
+    y, h, _ = _layer_norm_triton(x, residual, weight, bias, eps, dropout_p, key, out_dtype)
     return y, h
 
 
@@ -236,7 +236,7 @@ def _triton_supports(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> st
         return "float64 is not supported: the kernels keep their statistics in float32"
     if x.shape[-1] > _MAX_TRITON_WIDTH:
         return f"width {x.shape[-1]} is above {_MAX_TRITON_WIDTH}: a row must fit into one program's registers"
-    return None
+    return inside_transform()
 
 
 def _triton_add_supports(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> str | None:
