@@ -67,7 +67,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        D = C // self.n_head
+        q, k, v = (t.view(B, T, self.n_head, D).transpose(1, 2) for t in self.qkv(x).split(C, dim=2))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = ops.attention(q, k, v, is_causal=self.is_causal, dropout_p=self.dropout if self.training else 0.0)
