@@ -128,9 +128,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple:
     (tokens,) = ctx.saved_tensors
     _, with_tokens, with_positions, _ = ctx.needs_input_grad
-    d_tokens, d_positions = torch.ops.fastgpt.embedding_native_backward(
-        grad, tokens, ctx.vocab_size, ctx.n_positions, ctx.position_offset, with_tokens, with_positions
-    )
+    backward = torch.ops.fastgpt.embedding_native_backward.default
+    sizes = ctx.vocab_size, ctx.n_positions, ctx.position_offset
+    d_tokens, d_positions = backward(grad, tokens, *sizes, with_tokens, with_positions)
     return None, d_tokens if with_tokens else None, d_positions if with_positions else None, None
 
 
