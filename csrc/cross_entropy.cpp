@@ -44,9 +44,14 @@ struct Call {
 
   // What "mean" divides by: the sum of the counted targets' weights.
   double denominator() const {
+    if (!rows.class_weight) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < n; ++i) count += rows.targets[i] != rows.ignore_index;
+      return static_cast<double>(count);
+    }
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i)
-      if (rows.targets[i] != rows.ignore_index) sum += rows.class_weight ? rows.class_weight[rows.targets[i]] : 1.0f;
+      if (rows.targets[i] != rows.ignore_index) sum += rows.class_weight[rows.targets[i]];
     return sum;
   }
 
@@ -76,17 +81,23 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   call.rows.loss = losses.mutable_data_ptr<float>();
   call.rows.statistics = statistics.mutable_data_ptr<float>();
 
-  const double scale = reduction == MEAN ? 1.0 / call.denominator() : 1.0;
-  const float row_scale = static_cast<float>(scale);
+  const double denominator = reduction == MEAN ? call.denominator() : 1.0;
+  const float row_scale = static_cast<float>(1.0 / denominator);
   Tensor gradient = with_grad ? call.start_gradient() : torch::stable::new_empty(logits, {0});
   call.rows.row_scale = &row_scale;
   call.run();
   if (reduction == NONE) return {losses, statistics, gradient};
 
-  double sum = 0.0;  // in the order of the rows: the same for any number of threads
-  for (int64_t i = 0; i < call.n; ++i) sum += call.rows.loss[i];
+  // Four sums, so that an addition need not wait for the last; always the same ones, for any number of threads.
+  double sums[4] = {};
+  const float* loss_of = call.rows.loss;
+  int64_t i = 0;
+  for (; i + 4 <= call.n; i += 4)
+    for (int k = 0; k < 4; ++k) sums[k] += loss_of[i + k];
+  for (; i < call.n; ++i) sums[0] += loss_of[i];
+  const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   Tensor loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
-  *loss.mutable_data_ptr<float>() = static_cast<float>(reduction == MEAN ? sum / call.denominator() : sum);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(sum / denominator);
   return {loss, statistics, gradient};
 }
 
