@@ -41,8 +41,8 @@ def register_autograd(
     """Give `fastgpt::op` its derivative, and return what to call it by.
 
     At the dispatcher, for torch.compile and everybody who calls torch.ops.fastgpt directly. Plain eager code takes the
-    same forward and backward through an autograd.Function, which costs less: a forward and backward of a small
-    cross-entropy takes about 60 microseconds so, and twice that through the dispatcher.
+    same forward and backward through an autograd.Function, which costs less: about 60 microseconds for the
+    forward and backward of a small cross-entropy.
 
     `first_only`: what is returned gives the first output alone; the others are for backward, and each output of an
     autograd.Function costs something.
