@@ -1,5 +1,7 @@
 #include "cross_entropy.h"
 
+#include <memory>
+
 namespace fastgpt {
 namespace {
 
@@ -23,7 +25,7 @@ struct Call {
     rows.classes = logits.size(1);
     STD_TORCH_CHECK(rows.classes > 0, "logits: expected at least one class");
     if (rows.classes > 1 && logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
-    targets = torch::stable::contiguous(targets);
+    targets = packed(targets);
     rows.logits = logits.const_data_ptr();
     rows.logits_stride = logits.stride(0);
     rows.targets = targets.const_data_ptr<int64_t>();
@@ -31,7 +33,7 @@ struct Call {
     rows.label_smoothing = static_cast<float>(label_smoothing);
     rows.class_weight_sum = static_cast<float>(rows.classes);
     if (given_weight.has_value()) {
-      weight = torch::stable::contiguous(*given_weight);
+      weight = packed(*given_weight);
       STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->numel() == rows.classes,
                       "weight: expected float32 (C,)");
       rows.class_weight = weight->const_data_ptr<float>();
@@ -44,9 +46,14 @@ struct Call {
 
   // What "mean" divides by: the sum of the counted targets' weights.
   double denominator() const {
+    if (!rows.class_weight) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < n; ++i) count += rows.targets[i] != rows.ignore_index;
+      return static_cast<double>(count);
+    }
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i)
-      if (rows.targets[i] != rows.ignore_index) sum += rows.class_weight ? rows.class_weight[rows.targets[i]] : 1.0f;
+      if (rows.targets[i] != rows.ignore_index) sum += rows.class_weight[rows.targets[i]];
     return sum;
   }
 
@@ -71,22 +78,28 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  const std::optional<Tensor>& weight, int64_t ignore_index,
                                                  int64_t reduction, double label_smoothing, bool with_grad) {
   Call call(logits, targets, weight, ignore_index, label_smoothing);
-  Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
-  Tensor statistics = torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
-  call.rows.loss = losses.mutable_data_ptr<float>();
+  Tensor loss = new_small(reduction == NONE ? std::vector<int64_t>{call.n} : std::vector<int64_t>{}, ScalarType::Float);
+  Tensor statistics = new_small({call.n, 2}, ScalarType::Float);
+  std::unique_ptr<float[]> losses(reduction == NONE ? nullptr : new float[static_cast<size_t>(call.n)]);
+  call.rows.loss = losses ? losses.get() : loss.mutable_data_ptr<float>();
   call.rows.statistics = statistics.mutable_data_ptr<float>();
 
-  const double scale = reduction == MEAN ? 1.0 / call.denominator() : 1.0;
-  const float row_scale = static_cast<float>(scale);
-  Tensor gradient = with_grad ? call.start_gradient() : torch::stable::new_empty(logits, {0});
+  const double denominator = reduction == MEAN ? call.denominator() : 1.0;
+  const float row_scale = static_cast<float>(1.0 / denominator);
+  Tensor gradient = with_grad ? call.start_gradient() : new_small({0}, logits.scalar_type());
   call.rows.row_scale = &row_scale;
   call.run();
-  if (reduction == NONE) return {losses, statistics, gradient};
+  if (reduction == NONE) return {loss, statistics, gradient};
 
-  double sum = 0.0;  // in the order of the rows: the same for any number of threads
-  for (int64_t i = 0; i < call.n; ++i) sum += call.rows.loss[i];
-  Tensor loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
-  *loss.mutable_data_ptr<float>() = static_cast<float>(reduction == MEAN ? sum / call.denominator() : sum);
+  // Four sums, so that an addition need not wait for the last; always the same ones, for any number of threads.
+  double sums[4] = {};
+  const float* loss_of = call.rows.loss;
+  int64_t i = 0;
+  for (; i + 4 <= call.n; i += 4)
+    for (int k = 0; k < 4; ++k) sums[k] += loss_of[i + k];
+  for (; i < call.n; ++i) sums[0] += loss_of[i];
+  const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(sum / denominator);
   return {loss, statistics, gradient};
 }
 
@@ -98,8 +111,8 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
                   "grad_loss, statistics: expected float32");
   STD_TORCH_CHECK(grad_loss.numel() == (reduction == NONE ? call.n : 1) && statistics.numel() == 2 * call.n,
                   "grad_loss, statistics: expected one value per loss and two per row");
-  const Tensor grad = torch::stable::contiguous(grad_loss);
-  const Tensor known = torch::stable::contiguous(statistics);
+  const Tensor grad = packed(grad_loss);
+  const Tensor known = packed(statistics);
   float shared = 0.0f;
   if (reduction == NONE) {
     call.rows.row_scale = grad.const_data_ptr<float>();
@@ -123,8 +136,8 @@ Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& r
                       row_scale.numel() == targets.numel(),
                   "row_scale: expected contiguous float32 (n,)");
   Call call(logits, targets, std::nullopt, ignore_index, label_smoothing);
-  Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
-  Tensor statistics = torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
+  Tensor losses = new_small({call.n}, ScalarType::Float);
+  Tensor statistics = new_small({call.n, 2}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();
   call.rows.statistics = statistics.mutable_data_ptr<float>();
   call.rows.row_scale = row_scale.const_data_ptr<float>();

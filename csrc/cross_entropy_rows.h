@@ -109,27 +109,77 @@ void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale
   store(out + n - LANES, last);
 }
 
+struct ShortRow {
+  float max, sum;
+};
+
 // A short row of float32 without smoothing: its exp values are kept in the gradient's place, one exp per value, and
 // scaled there, all in the first-level cache. (In 16 bits they would be rounded twice.) out may be x.
-inline Statistics short_row(const float* x, float* out, int64_t n, float scale) {
+template <bool WITH_GRADIENT>
+ShortRow short_row(const float* x, float* out, int64_t n, float scale) {
   const int64_t whole = n / LANES * LANES;
-  const Vec tail = whole < n ? load_tail(x, n, -INFINITY) : splat(-INFINITY);
-  Vec max = tail;
+  // The last vector overlaps the whole ones before it: those lanes hold the same values, and are not summed again.
+  const Vec last = n >= LANES ? load(x + n - LANES) : load_some(x, n, -INFINITY);
+  const Mask seen = lane_numbers() < static_cast<int32_t>(n >= LANES && whole < n ? LANES - n % LANES : 0);
+  Vec max = last;
   for (int64_t i = 0; i < whole; i += LANES) max = larger(load(x + i), max);
   const float row_max = max_lanes(max);
-  const Vec shift = splat(row_max);
-  const Vec tail_exp = exp_nonpositive(tail - shift);
-  Vec sum = whole < n ? tail_exp : Vec{};
+  const Vec last_exp = exp_nonpositive(last - row_max);
+  Vec sum = whole < n ? (seen ? Vec{} : last_exp) : Vec{};
   for (int64_t i = 0; i < whole; i += LANES) {
-    const Vec e = exp_nonpositive(load(x + i) - shift);
+    const Vec e = exp_nonpositive(load(x + i) - row_max);
     sum += e;
-    store(out + i, e);
+    if constexpr (WITH_GRADIENT) store(out + i, e);
   }
   const float row_sum = sum_lanes(sum);
-  const Vec factor = splat(scale / row_sum);
-  for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(out + i) * factor);
-  if (whole < n) store_tail(out, n, tail_exp * factor);
-  return {row_max, std::log(row_sum)};
+  if constexpr (WITH_GRADIENT) {
+    const Vec factor = splat(scale / row_sum);
+    for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(out + i) * factor);
+    if (n < LANES)
+      store_some(out, n, last_exp * factor);
+    else if (whole < n)
+      store(out + n - LANES, last_exp * factor);
+  }
+  return {row_max, row_sum};
+}
+
+// Short rows LANES at a time: what a row needs once (a log, a loss, the target's entry) is done for all in one vector.
+template <bool WITH_GRADIENT>
+void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
+  for (int64_t start = begin; start < end; start += LANES) {
+    const int count = static_cast<int>(end - start < LANES ? end - start : LANES);
+    float max[LANES] = {}, sum[LANES], at_target[LANES] = {}, weight[LANES] = {}, scale[LANES] = {};
+    for (int r = 0; r < LANES; ++r) sum[r] = 1.0f;  // an ignored row: loss and statistics are 0
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = start + r;
+      const float* x = static_cast<const float*>(a.logits) + i * a.logits_stride;
+      float* out = WITH_GRADIENT ? static_cast<float*>(a.gradient) + i * a.gradient_stride : nullptr;
+      const int64_t target = a.targets[i];
+      if (target == a.ignore_index) {
+        if (out) std::memset(out, 0, sizeof(float) * static_cast<size_t>(a.classes));
+        continue;
+      }
+      weight[r] = a.class_weight ? a.class_weight[target] : 1.0f;
+      if constexpr (WITH_GRADIENT) scale[r] = a.row_scale[i * a.row_scale_stride] * weight[r];
+      at_target[r] = x[target];
+      const ShortRow row = short_row<WITH_GRADIENT>(x, out, a.classes, scale[r]);
+      max[r] = row.max;
+      sum[r] = row.sum;
+    }
+    const Vec log_sum = log_of_sum(load(sum));
+    const Vec log_p = (load(at_target) - load(max)) - log_sum;
+    const Vec loss = 0.0f - load(weight) * log_p;
+    // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
+    const Vec target_gradient = WITH_GRADIENT ? exp_nonpositive(log_p) * load(scale) - load(scale) : Vec{};
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = start + r;
+      if (a.loss) a.loss[i] = loss[r];
+      a.statistics[2 * i] = max[r];
+      a.statistics[2 * i + 1] = log_sum[r];
+      if (WITH_GRADIENT && a.targets[i] != a.ignore_index)
+        static_cast<float*>(a.gradient)[i * a.gradient_stride + a.targets[i]] = target_gradient[r];
+    }
+  }
 }
 
 template <class T>
@@ -137,6 +187,9 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const int64_t n = a.classes;
   const float smooth_each = a.label_smoothing / static_cast<float>(n);
   const bool smooths = a.label_smoothing > 0.0f;
+  if constexpr (std::is_same_v<T, float>)
+    if (n <= BLOCK && !smooths && !a.stream && !a.statistics_known)
+      return a.gradient ? short_rows<true>(a, begin, end) : short_rows<false>(a, begin, end);
   for (int64_t i = begin; i < end; ++i) {
     const T* x = static_cast<const T*>(a.logits) + i * a.logits_stride;
     T* out = a.gradient ? static_cast<T*>(a.gradient) + i * a.gradient_stride : nullptr;
@@ -152,15 +205,10 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
     const float x_target = to_float(x[target]);
     const float g = out ? a.row_scale[i * a.row_scale_stride] : 0.0f;
     Statistics row;
-    bool has_gradient = false;
     if (a.statistics_known) {
       row = {statistics[0], statistics[1]};
     } else {
-      if constexpr (std::is_same_v<T, float>) has_gradient = out && n <= BLOCK && !smooths && !a.stream;
-      if constexpr (std::is_same_v<T, float>)
-        row = has_gradient ? short_row(x, out, n, g * weight) : row_statistics(x, n);
-      else
-        row = row_statistics(x, n);
+      row = row_statistics(x, n);
       statistics[0] = row.max;
       statistics[1] = row.log_sum;
     }
@@ -169,11 +217,9 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
     if (!out) continue;
     const float smoothed = smooth_each * (a.class_weight ? a.class_weight[target] : 1.0f);
     const float scale = g * (weight + smooth_each * a.class_weight_sum);
-    if (!has_gradient) {
-      const auto gradient = smooths ? (a.stream ? softmax_gradient<T, true, true> : softmax_gradient<T, true, false>)
-                                    : (a.stream ? softmax_gradient<T, false, true> : softmax_gradient<T, false, false>);
-      gradient(x, out, n, row, scale, g * smooth_each, a.class_weight);
-    }
+    const auto gradient = smooths ? (a.stream ? softmax_gradient<T, true, true> : softmax_gradient<T, true, false>)
+                                  : (a.stream ? softmax_gradient<T, false, true> : softmax_gradient<T, false, false>);
+    gradient(x, out, n, row, scale, g * smooth_each, a.class_weight);
     // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
     from_float(exp_nonpositive(splat(log_p))[0] * scale - g * (weight + smoothed), out[target]);
   }

@@ -49,7 +49,7 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
   STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
   const Storage storage = storage_of(token_table, "token_table");
   const int64_t B = tokens.size(0), T = tokens.size(1), C = token_table.size(1);
-  const Tensor indices = torch::stable::contiguous(tokens);
+  const Tensor indices = packed(tokens);
   const Tensor table = with_contiguous_rows(token_table);
 
   GatherRows rows{};
@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
                   "grad: expected (B, T, C)");
   const Storage storage = storage_of(grad, "grad");
   const auto kernel = kernels().sum_rows[storage];
-  const Tensor g = torch::stable::contiguous(grad);
-  const Tensor indices = torch::stable::contiguous(tokens);
+  const Tensor g = packed(grad);
+  const Tensor indices = packed(tokens);
   const int64_t B = tokens.size(0), T = tokens.size(1), C = grad.size(2), N = B * T;
   const int64_t value_bytes = static_cast<int64_t>(g.element_size());
   const char* values = static_cast<const char*>(g.const_data_ptr());

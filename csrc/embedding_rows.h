@@ -97,6 +97,15 @@ void accumulate_rows(const AccumulateRows& a) {
     float* token = a.token_sums ? a.token_sums + a.tokens[row] * width : nullptr;
     float* position = a.position_sums ? a.position_sums + t * width : nullptr;
     int64_t i = 0;
+    if (token && position) {
+      for (; i + LANES <= width; i += LANES) {
+        __builtin_prefetch(values + i + 2 * a.columns);  // two rows ahead: the sums' lines slow the hardware's down
+        const Vec v = load(values + i);
+        const Vec token_sum = load(token + i) + v, position_sum = load(position + i) + v;
+        store(token + i, token_sum);
+        store(position + i, position_sum);
+      }
+    }
     for (; i + LANES <= width; i += LANES) {
       const Vec v = load(values + i);
       if (token) add_to(token, i, v);

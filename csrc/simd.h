@@ -230,5 +230,31 @@ inline Vec exp_nonpositive(Vec x) {
 }
 #endif
 
+// --- log ---
+
+// log(x) for x >= 1 (a sum of exp of which one is 1), within a unit in the last place; NaN for NaN.
+// x = 2^k m with sqrt(1/2) <= m < sqrt(2); log(m) is Cephes' polynomial of degree 9 in m - 1.
+inline Vec log_of_sum(Vec x) {
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Bits shifted = bits - 0x3f3504f3u;  // the bits of sqrt(1/2)
+  const Bits m_bits = (shifted & 0x7fffffu) + 0x3f3504f3u;
+  const Vec k = __builtin_convertvector((Mask)(shifted >> 23), Vec);
+  Vec m;
+  std::memcpy(&m, &m_bits, sizeof m);
+  const Vec f = m - 1.0f;
+  Vec p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec square = f * f;
+  const Vec log_m = f + (p * f * square - k * 2.12194440e-4f - square * 0.5f);
+  return x == x ? log_m + k * 0.693359375f : x;
+}
+
 }  // namespace
 }  // namespace fastgpt

@@ -11,6 +11,23 @@
 
 namespace fastgpt {
 
+static std::vector<int64_t> packed_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return strides;
+}
+
+Tensor new_small(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  const std::vector<int64_t> strides = packed_strides(sizes);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros, std::optional<ScalarType> dtype) {
   const ScalarType type = dtype.value_or(like.scalar_type());
   int64_t bytes = type == ScalarType::Float ? 4 : 2;
@@ -25,15 +42,13 @@ Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool ze
           std::memset(static_cast<char*>(block.memory) + begin * PIECE, 0, static_cast<size_t>(last - begin * PIECE));
         });
       }
-      std::vector<int64_t> strides(sizes.size());
-      int64_t stride = 1;
-      for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+      const std::vector<int64_t> strides = packed_strides(sizes);
       return torch::stable::from_blob(block.memory, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
                                       like.device(), type, [block](void*) { give_back_block(block); });
     }
   }
-  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
-  return zeros ? torch::stable::new_zeros(like, shape, dtype) : torch::stable::new_empty(like, shape, dtype);
+  if (!zeros) return new_small(sizes, type);
+  return torch::stable::new_zeros(like, {sizes.data(), sizes.size()}, dtype);
 }
 
 int64_t stream_threshold() {

@@ -34,6 +34,12 @@ inline Storage storage_of(const Tensor& tensor, const char* name) {
   }
 }
 
+// Uninitialised, on the CPU; past the dispatcher, which takes longer than a small op.
+Tensor new_small(const std::vector<int64_t>& sizes, ScalarType dtype);
+
+// Itself where its values are contiguous, else a copy.
+inline Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 // Uninitialised, or zeros, of the dtype of `like` (or `dtype`), on the CPU. Large ones are blocks of large_blocks.h.
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
                   std::optional<ScalarType> dtype = std::nullopt);

@@ -224,7 +224,7 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient * scale, in place where that can be done behind autograd's back."""
     if type(scale) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(scale):  # being traced
         return torch.where(gradient == 0, gradient, gradient * scale)
-    factor = float(scale) if scale.device.type == "cpu" else math.nan
+    factor = float(scale) if scale.is_cpu else math.nan
     if math.isfinite(factor):
         return gradient if factor == 1.0 else gradient.mul_(factor)
     in_kernel = gradient.dtype != torch.float64 and scale.dtype == torch.float32
@@ -303,7 +303,9 @@ def _native_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple:
     return gradient, None, None, None, None, None, None
 
 
-_cross_entropy_native = register_autograd("cross_entropy_native", _native_autograd, _native_setup_context)
+_cross_entropy_native = register_autograd(
+    "cross_entropy_native", _native_autograd, _native_setup_context, first_only=True
+)
 raise_on_double_backward("cross_entropy_native_backward")
 
 
@@ -325,18 +327,18 @@ def _native(
     try:
         loss = _cross_entropy_native(
             rows,
-            targets.reshape(-1).long(),
+            (targets if targets.ndim == 1 else targets.reshape(-1)).long(),
             None if weight is None else weight.detach().float(),
             ignore_index,
             REDUCTIONS[reduction],
             label_smoothing,
             with_grad,
-        )[0]
+        )
     except IndexError:
         raise first_out_of_range("targets", targets, 0, C, ignore=ignore_index) from None
     if reduction == "none":
         loss = loss.view(targets.shape)
-    return loss if autocast_dtype(logits) is not None else loss.to(logits.dtype)
+    return loss if loss.dtype == logits.dtype or autocast_dtype(logits) is not None else loss.to(logits.dtype)
 
 
 def _native_supports(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None, **options: Any) -> str | None:

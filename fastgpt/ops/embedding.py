@@ -14,7 +14,14 @@ from torch import Tensor
 
 from .arguments import check_float, check_index, check_like, first_out_of_range
 from .backend import dispatch, register
-from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
+from .library import (
+    below_autograd,
+    inside_transform,
+    library,
+    raise_on_double_backward,
+    refuse_forward_mode,
+    register_autograd,
+)
 
 
 def embedding(
@@ -128,9 +135,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple:
     (tokens,) = ctx.saved_tensors
     _, with_tokens, with_positions, _ = ctx.needs_input_grad
-    d_tokens, d_positions = torch.ops.fastgpt.embedding_native_backward(
-        grad, tokens, ctx.vocab_size, ctx.n_positions, ctx.position_offset, with_tokens, with_positions
-    )
+    backward = torch.ops.fastgpt.embedding_native_backward.default
+    sizes = ctx.vocab_size, ctx.n_positions, ctx.position_offset
+    arguments = (grad, tokens, *sizes, with_tokens, with_positions)
+    plain = type(grad) is Tensor and not torch.is_grad_enabled()  # not traced, and not to be derived again
+    d_tokens, d_positions = below_autograd(backward, *arguments) if plain else backward(*arguments)
     return None, d_tokens if with_tokens else None, d_positions if with_positions else None, None
 
 
