@@ -32,6 +32,10 @@ CASES = {
     "one tile backward": (1, 4, 2, 30, 50, 64, True, 0.0, torch.float16),
     "one tile backward, dropout, blind rows": (2, 2, 1, 29, 13, 20, True, 0.3, torch.bfloat16),
     "one tile backward, tiny, full": (1, 2, 2, 9, 14, 16, False, 0.1, torch.float16),
+    # On the interpreter, as on a chip of two multiprocessors, 12 (16-row tiles) or 6 programs: some take another head.
+    "one tile, more heads than programs": (3, 6, 3, 13, 13, 24, True, 0.0, torch.float16),
+    "one tile of 32, more heads than programs": (2, 4, 4, 20, 25, 128, True, 0.2, torch.bfloat16),
+    "one tile of 64, more heads than programs": (1, 10, 10, 60, 45, 32, False, 0.0, torch.bfloat16),
     "short, several tiles": (1, 2, 1, 150, 150, 64, True, 0.0, torch.bfloat16),
     "short, several tiles, dropout": (1, 1, 1, 140, 100, 40, True, 0.2, torch.float16),
     "short, head size 256": (1, 1, 1, 40, 70, 256, True, 0.0, torch.bfloat16),
@@ -145,7 +149,8 @@ def test_backward_is_deterministic():
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0), (2, 0, 3, 3)], ids=str)
 def test_empty_inputs_launch_nothing(shape, monkeypatch):
-    for name in ("forward_kernel", "grad_q_kernel", "grad_kv_kernel", "one_tile_backward_kernel", "decode_kernel"):
+    passes = ("forward", "one_tile_forward", "grad_q", "grad_kv", "one_tile_backward", "decode")
+    for name in (f"{each}_kernel" for each in passes):
         monkeypatch.setattr(kernels, name, None)
     B, H, Tq, Tk = shape
     q, k = torch.randn(B, H, Tq, 8, device=DEVICE), torch.randn(B, H, Tk, 8, device=DEVICE)

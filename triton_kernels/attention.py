@@ -10,6 +10,7 @@ logsumexp of each row is kept for backward.
                            +-----+-----+-----+-----+      Tiles left of the diagonal are whole and need no mask;
                queries  m  |     |     |     |\\    |      tiles right of it are never visited. The exponential is
                            +-----+-----+-----+-----+      exp2 with log2(e) folded into the scale: one FMA a score.
+               Where queries and keys fit one tile, a program takes several heads, and fetches the next beside this.
 
     backward   two passes, so that every sum has one owner and no atomics are needed:
                dQ    a program owns queries, walks over keys; also makes delta = rowsum(dO * O) for the other pass
@@ -168,6 +169,36 @@ def _locate(batch_size, n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _forward_tile(
+    accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, first_key,
+    n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The online softmax of a tile of queries, one tile of keys further."""
+    k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+    scores = _dot(q, tl.trans(k), PRECISION)
+    if MASKED:
+        seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+        scores = tl.where(seen, scores, -float("inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1) * score_scale)
+    shift = new_largest
+    if MASKED:  # a row that has seen no key yet: its largest score is -inf, and -inf - -inf would be NaN
+        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+    weights = tl.exp2(scores * score_scale - shift[:, None])
+    shrink = tl.exp2(largest - shift)
+    total = total * shrink + tl.sum(weights, axis=1)
+    accumulator = accumulator * shrink[:, None]
+    if DROPOUT:
+        keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
+        weights = tl.where(keep, weights, 0.0)
+    v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+    accumulator = _dot_add(round_to(weights, v.dtype), v, accumulator, PRECISION)
+    return accumulator, new_largest, total
+
+
+@triton.jit
 def _forward_tiles(
     accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, start, stop,
     n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
@@ -176,26 +207,27 @@ def _forward_tiles(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     for first_key in range(start, stop, BLOCK_N):
-        k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        scores = _dot(q, tl.trans(k), PRECISION)
-        if MASKED:
-            seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
-            scores = tl.where(seen, scores, -float("inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * score_scale)
-        shift = new_largest
-        if MASKED:  # a row that has seen no key yet: its largest score is -inf, and -inf - -inf would be NaN
-            shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        weights = tl.exp2(scores * score_scale - shift[:, None])
-        shrink = tl.exp2(largest - shift)
-        total = total * shrink + tl.sum(weights, axis=1)
-        accumulator = accumulator * shrink[:, None]
-        if DROPOUT:
-            keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
-            weights = tl.where(keep, weights, 0.0)
-        v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        accumulator = _dot_add(round_to(weights, v.dtype), v, accumulator, PRECISION)
-        largest = new_largest
+        accumulator, largest, total = _forward_tile(
+            accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, first_key,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            HEAD_SIZE, CAUSAL, MASKED, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
     return accumulator, largest, total
+
+
+@triton.jit
+def _store_forward(
+    Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row, n_heads, n_queries, keep_scale,
+    HEAD_SIZE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    blind = total == 0.0
+    factor = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
+    if DROPOUT:
+        factor *= keep_scale
+    out = accumulator * factor[:, None]
+    _store_tile(Out, out, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+    lse = tl.where(blind, float("inf"), largest + tl.log2(tl.where(blind, 1.0, total)))
+    tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=first_query + tl.arange(0, BLOCK_M) < n_queries)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
@@ -231,14 +263,47 @@ def forward_kernel(
         n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
         HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    blind = total == 0.0
-    factor = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
-    if DROPOUT:
-        factor *= keep_scale
-    out = accumulator * factor[:, None]
-    _store_tile(Out, out, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
-    lse = tl.where(blind, float("inf"), largest + tl.log2(tl.where(blind, 1.0, total)))
-    tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=first_query + tl.arange(0, BLOCK_M) < n_queries)
+    _store_forward(
+        Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row, n_heads, n_queries, keep_scale,
+        HEAD_SIZE, DROPOUT, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch_size", "n_queries", "n_keys", "last_dropped"])
+def one_tile_forward_kernel(
+    Q, K, V, Out, Lse, Seed,
+    q_batch_stride, q_head_stride, q_stride,
+    k_batch_stride, k_head_stride, k_stride,
+    v_batch_stride, v_head_stride, v_stride,
+    batch_size, n_heads, group, n_queries, n_keys, score_scale, last_dropped, keep_scale,
+    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`forward_kernel` where Tq <= BLOCK_M and Tk <= BLOCK_N: a program takes every n-th head.
+
+    No loop over keys is left, so the loop over heads is the one that is pipelined: the next head is on its way while
+    this one is multiplied.
+    """
+    q_source = (Q, q_batch_stride, q_head_stride, q_stride)
+    k_source = (K, k_batch_stride, k_head_stride, k_stride)
+    v_source = (V, v_batch_stride, v_head_stride, v_stride)
+    seed = tl.load(Seed) if DROPOUT else 0
+    for index in range(tl.program_id(0), batch_size * n_heads, tl.num_programs(0)):
+        batch, head = index // n_heads, index % n_heads
+        q = _load_tile(q_source, batch, head, 0, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
+        mask_row = _first_row(batch, n_heads, head, n_queries)
+        accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        accumulator, largest, total = _forward_tile(
+            accumulator, largest, total, q, k_source, v_source, batch, head // group, 0, 0,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, False, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        _store_forward(
+            Out, Lse, accumulator, largest, total, batch, head, 0, mask_row, n_heads, n_queries, keep_scale,
+            HEAD_SIZE, DROPOUT, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -569,9 +634,23 @@ def forward_config(head_size: int, element_size: int, longest: int, descriptors:
         return _float32_config(d)
     if descriptors:
         return _config(128, 64, 8 if dropout or d > 64 else 4, 3, d)
-    if longest <= 32:
-        return _config(32, 32, 2 if d <= 64 else 8, 1, d)
+    if longest <= 32:  # of 16-bit elements, only heads above 128: the others fit one tile
+        return _config(32, 32, 4, 1, d)
     return _config(64, 32 if dropout or d > 64 else 64, 4 if d <= 128 else 8, 2, d)
+
+
+@lru_cache
+def one_tile_forward_config(
+    head_size: int, element_size: int, longest: int, dropout: bool, arch: int
+) -> dict[str, int] | None:
+    """The forward without a loop over keys, where two heads (one used, one on its way) fit; None where they do not."""
+    d = _block_d(head_size)
+    block = max(16, next_power_of_2(longest))
+    if element_size == 4 or d > 128 or block > 64 or block * d > 64 * 64:
+        return None
+    if arch >= 100 and block * d == 64 * 64 and not dropout:  # four warps spill there
+        return _config(block, block, 8, 2, d)
+    return _config(block, block, 4 if block >= 32 else 2, 2, d)
 
 
 @lru_cache
@@ -618,6 +697,11 @@ def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, i
     config = _config(0, 32 if element_size == 4 or d > 128 else 64, 4, 1 if element_size == 4 else 2, d)
     del config["BLOCK_M"]
     return config | {"ROWS": max(16, next_power_of_2(n_rows))}
+
+
+def one_tile_programs(n_heads: int, num_warps: int, n_multiprocessors: int) -> int:
+    """12 warps of 170 registers a thread fill a multiprocessor; a program beyond that takes its heads in a loop."""
+    return min(n_heads, 12 // num_warps * n_multiprocessors)
 
 
 JOIN_CONFIG = {"num_warps": 4, **COMPILE_OPTIONS}
@@ -709,6 +793,16 @@ def forward(
         if n_splits > 1:
             _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
             return out, lse
+    key = lse if seed is None else seed
+    factors = (score_scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p))
+    constants["DROPOUT"] = dropout_p > 0.0
+    config = one_tile_forward_config(D, q.element_size(), max(Tq, Tk), dropout_p > 0.0, architecture(q))
+    if config is not None:
+        with device_of(q):
+            one_tile_forward_kernel[(one_tile_programs(B * H, config["num_warps"], multiprocessors(q)),)](
+                q, k, v, out, lse, key, *_strides(q, k, v), B, H, group, Tq, Tk, *factors, **constants, **config
+            )
+        return out, lse
     descriptors = _takes_descriptors(max(Tq, Tk), q, k, v)
     config = forward_config(D, q.element_size(), max(Tq, Tk), descriptors, dropout_p > 0.0)
     sources = (q, k, v)
@@ -716,10 +810,8 @@ def forward(
         sources = _describe((q,), config["BLOCK_M"], config) + _describe((k, v), config["BLOCK_N"], config)
     with device_of(q):
         forward_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
-            *sources, out, lse, lse if seed is None else seed, *_strides(q, k, v),
-            B, H, group, Tq, Tk, _section(Tk, D, q.element_size()),
-            score_scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
-            DROPOUT=dropout_p > 0.0, DESCRIPTORS=descriptors, **constants, **config,
+            *sources, out, lse, key, *_strides(q, k, v), B, H, group, Tq, Tk, _section(Tk, D, q.element_size()),
+            *factors, DESCRIPTORS=descriptors, **constants, **config,
         )  # fmt: skip
     return out, lse
 

@@ -87,9 +87,13 @@ def _attention_cases(arch: int) -> Iterator[Case]:
     if arch != 100:
         for head_size in (64, 128):
             yield from three("float32", "fp32", head_size, 4096, False, False)
-    for head_size in (64, 128):
-        config = attention.forward_config(head_size, 2, 32, False, True)
-        yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", head_size, config, DROPOUT=True)
+    config = attention.forward_config(256, 2, 32, False, True)
+    yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", 256, config, DROPOUT=True)
+    one_tile = ((16, 128, True), (32, 128, True), (64, 64, False), (64, 64, True), (64, 32, True))
+    for longest, head_size, dropout in one_tile:
+        config = attention.one_tile_forward_config(head_size, 2, longest, dropout, arch)
+        name = f"one_tile_forward.t{longest}" + (".dropout" if dropout else "")
+        yield case(name, attention.one_tile_forward_kernel, "bf16", head_size, config, DROPOUT=dropout)
     for longest, head_size, dropout in ((16, 64, True), (32, 64, True), (64, 64, False), (64, 32, True)):
         config = attention.one_tile_config(head_size, 2, longest, dropout, arch)
         if config is None:  # two passes take it
