@@ -21,6 +21,7 @@ logsumexp of each row is kept for backward.
 
 The causal mask is aligned to the bottom right: query i sees key j when j <= i + Tk - Tq. Long causal rows are started
 first, and heads in sections whose keys and values fit the L2 cache together, so that the programs end at one time.
+The long forward starts only as many programs as the chip holds, where equal pairs of tiles share out evenly.
 """
 
 import math
@@ -152,17 +153,27 @@ def _first_row(batch, n_heads, head, n_rows):
 
 
 @triton.jit
-def _locate(batch_size, n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
-    """(batch, head, tile) of this program: all tiles of `section` heads before the next section's."""
-    program = tl.program_id(0)
-    first_head = program // (section * n_tiles) * section
+def _locate(job, batch_size, n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
+    """(batch, head, tile) of a job: all tiles of `section` heads before the next section's."""
+    first_head = job // (section * n_tiles) * section
     heads_here = tl.minimum(section, batch_size * n_heads - first_head)
-    within = program - first_head * n_tiles
+    within = job - first_head * n_tiles
     tile = within // heads_here
     if LAST_FIRST:
         tile = n_tiles - 1 - tile
     head = first_head + within % heads_here
     return head // n_heads, head % n_heads, tile
+
+
+@triton.jit
+def _locate_of_pair(turn, batch_size, n_heads, n_tiles, section):
+    """(batch, head, tile) of a persistent program's turn, n_tiles even: a heavy tile, then the light one beside it.
+
+    Under the causal mask tiles i and n_tiles - 1 - i together see as many keys as any other such two.
+    """
+    pair = tl.program_id(0) + turn // 2 * tl.num_programs(0)
+    batch, head, tile = _locate(pair, batch_size, n_heads, n_tiles // 2, section, False)
+    return batch, head, tl.where(turn % 2 == 0, n_tiles - 1 - tile, tile)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -238,35 +249,47 @@ def forward_kernel(
     v_batch_stride, v_head_stride, v_stride,
     batch_size, n_heads, group, n_queries, n_keys, section, score_scale, last_dropped, keep_scale,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Out is (B, Tq, H, D) contiguous; Lse (B, H, Tq) float32, in base 2, +inf where a query sees no key."""
-    batch, head, tile = _locate(batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
-    first_query = tile * BLOCK_M
+    """Out is (B, Tq, H, D) contiguous; Lse (B, H, Tq) float32, in base 2, +inf where a query sees no key.
+
+    A persistent program takes pairs of tiles, others a tile each.
+    """
     q_source = (Q, q_batch_stride, q_head_stride, q_stride)
-    q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
     k_source = (K, k_batch_stride, k_head_stride, k_stride)
     v_source = (V, v_batch_stride, v_head_stride, v_stride)
-    mask_row = _first_row(batch, n_heads, head, n_queries) + first_query
     seed = tl.load(Seed) if DROPOUT else 0
-    unmasked_end, end = _key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    accumulator, largest, total = _forward_tiles(
-        accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
-        n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-        HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    accumulator, largest, total = _forward_tiles(
-        accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
-        n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-        HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    _store_forward(
-        Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row, n_heads, n_queries, keep_scale,
-        HEAD_SIZE, DROPOUT, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
+    n_tiles = tl.cdiv(n_queries, BLOCK_M)
+    n_turns = 1
+    if PERSISTENT:
+        n_turns = 2 * tl.cdiv(batch_size * n_heads * n_tiles // 2 - tl.program_id(0), tl.num_programs(0))
+    for turn in range(n_turns):
+        if PERSISTENT:
+            batch, head, tile = _locate_of_pair(turn, batch_size, n_heads, n_tiles, section)
+        else:
+            batch, head, tile = _locate(tl.program_id(0), batch_size, n_heads, n_tiles, section, CAUSAL)
+        first_query = tile * BLOCK_M
+        q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
+        mask_row = _first_row(batch, n_heads, head, n_queries) + first_query
+        unmasked_end, end = _key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+        accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        accumulator, largest, total = _forward_tiles(
+            accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        accumulator, largest, total = _forward_tiles(
+            accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        _store_forward(
+            Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row, n_heads, n_queries, keep_scale,
+            HEAD_SIZE, DROPOUT, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch_size", "n_queries", "n_keys", "last_dropped"])
@@ -376,7 +399,7 @@ def grad_q_kernel(
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """GradQ and Out are (B, Tq, H, D) contiguous; Delta (B, H, Tq) float32 is written for `grad_kv_kernel`."""
-    batch, head, tile = _locate(batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
+    batch, head, tile = _locate(tl.program_id(0), batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
     first_query = tile * BLOCK_M
     q_source = (Q, q_batch_stride, q_head_stride, q_stride)
     grad_source = (GradOut, grad_batch_stride, grad_head_stride, grad_stride)
@@ -427,7 +450,7 @@ def grad_kv_kernel(
     two sums of (BLOCK_N, BLOCK_D) leave no room for, and spilling costs more than a compare and a select a score.
     """
     n_key_heads = n_heads // group
-    batch, key_head, tile = _locate(batch_size, n_key_heads, tl.cdiv(n_keys, BLOCK_N), section, False)
+    batch, key_head, tile = _locate(tl.program_id(0), batch_size, n_key_heads, tl.cdiv(n_keys, BLOCK_N), section, False)
     first_key = tile * BLOCK_N
     q_source = (Q, q_batch_stride, q_head_stride, q_stride)
     grad_source = (GradOut, grad_batch_stride, grad_head_stride, grad_stride)
@@ -699,6 +722,17 @@ def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, i
     return config | {"ROWS": max(16, next_power_of_2(n_rows))}
 
 
+def persistent_programs(n_heads: int, n_tiles: int, num_warps: int, n_multiprocessors: int) -> int | None:
+    """For the long forward, as many programs as a chip holds: 8 warps of 255 registers a thread fill a multiprocessor.
+
+    None where pairs of tiles would leave programs idle for more than 1/20 of the time: there one program a tile,
+    started when another ends, shares the work out better.
+    """
+    n_pairs, n_programs = n_heads * n_tiles // 2, 8 // num_warps * n_multiprocessors
+    even = n_tiles % 2 == 0 and n_pairs > n_programs
+    return n_programs if even and 20 * n_pairs >= 19 * cdiv(n_pairs, n_programs) * n_programs else None
+
+
 def one_tile_programs(n_heads: int, num_warps: int, n_multiprocessors: int) -> int:
     """12 warps of 170 registers a thread fill a multiprocessor; a program beyond that takes its heads in a loop."""
     return min(n_heads, 12 // num_warps * n_multiprocessors)
@@ -808,10 +842,13 @@ def forward(
     sources = (q, k, v)
     if descriptors:
         sources = _describe((q,), config["BLOCK_M"], config) + _describe((k, v), config["BLOCK_N"], config)
+    n_tiles, n_programs = cdiv(Tq, config["BLOCK_M"]), None
+    if descriptors:
+        n_programs = persistent_programs(B * H, n_tiles, config["num_warps"], multiprocessors(q))
     with device_of(q):
-        forward_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
+        forward_kernel[(n_programs or B * H * n_tiles,)](
             *sources, out, lse, key, *_strides(q, k, v), B, H, group, Tq, Tk, _section(Tk, D, q.element_size()),
-            *factors, DESCRIPTORS=descriptors, **constants, **config,
+            *factors, DESCRIPTORS=descriptors, PERSISTENT=n_programs is not None, **constants, **config,
         )  # fmt: skip
     return out, lse
 
