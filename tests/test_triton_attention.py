@@ -14,7 +14,7 @@ from fastgpt import BackendError, ops, use_backend
 from fastgpt.ops import reference
 
 kernels = pytest.importorskip("fastgpt.triton_kernels.attention")
-decode = kernels._decode
+decode, persistent_programs = kernels._decode, kernels.persistent_programs
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -32,6 +32,10 @@ CASES = {
     "one tile backward": (1, 4, 2, 30, 50, 64, True, 0.0, torch.float16),
     "one tile backward, dropout, blind rows": (2, 2, 1, 29, 13, 20, True, 0.3, torch.bfloat16),
     "one tile backward, tiny, full": (1, 2, 2, 9, 14, 16, False, 0.1, torch.float16),
+    # On the interpreter, as on a chip of two multiprocessors, 12 (16-row tiles) or 6 programs: some take another head.
+    "one tile, more heads than programs": (3, 6, 3, 13, 13, 24, True, 0.0, torch.float16),
+    "one tile of 32, more heads than programs": (2, 4, 4, 20, 25, 128, True, 0.2, torch.bfloat16),
+    "one tile of 64, more heads than programs": (1, 10, 10, 60, 45, 32, False, 0.0, torch.bfloat16),
     "short, several tiles": (1, 2, 1, 150, 150, 64, True, 0.0, torch.bfloat16),
     "short, several tiles, dropout": (1, 1, 1, 140, 100, 40, True, 0.2, torch.float16),
     "short, head size 256": (1, 1, 1, 40, 70, 256, True, 0.0, torch.bfloat16),
@@ -40,6 +44,9 @@ CASES = {
     "long, descriptors, dropout, blind rows": (1, 1, 1, 290, 270, 32, True, 0.2, torch.float16),
     "long, descriptors, head size 80, full": (1, 1, 1, 70, 300, 80, False, 0.0, torch.float16),
     "long, descriptors, grouped heads of 128": (1, 2, 1, 140, 260, 128, True, 0.0, torch.float16),
+    # On the interpreter 4 programs take 19 pairs of tiles, or with dropout 2 programs 4.
+    "long, persistent": (19, 1, 1, 140, 270, 16, True, 0.0, torch.float16),
+    "long, persistent, full, dropout": (2, 1, 1, 500, 280, 16, False, 0.3, torch.bfloat16),
     "long, odd head size: no descriptors": (1, 1, 1, 260, 260, 20, True, 0.0, torch.bfloat16),
 }
 # Decoding: 1 to 8 queries against a long cache, split over keys.
@@ -83,8 +90,10 @@ def check_against_oracle(inputs, grad_out, dtype, **options):
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward(name, monkeypatch):
-    decoded = []
+    decoded, persistent = [], []
     monkeypatch.setattr(kernels, "_decode", lambda *args: (decoded.append(name), decode(*args)))
+    spy = lambda *args: persistent.append(persistent_programs(*args)) or persistent[-1]  # noqa: E731
+    monkeypatch.setattr(kernels, "persistent_programs", spy)
     B, H, Hkv, Tq, Tk, D, causal, dropout_p, dtype = CASES[name]
     torch.manual_seed(len(name))
     layout = "bthd" if len(name) % 2 else "bhtd"
@@ -92,6 +101,16 @@ def test_forward_and_backward(name, monkeypatch):
     seed = -(2**40) - 12345 if dropout_p else None
     check_against_oracle(inputs, heads(B, H, Tq, D, dtype), dtype, is_causal=causal, dropout_p=dropout_p, seed=seed)
     assert bool(decoded) == (name.startswith("decode") and dropout_p == 0.0)
+    if DEVICE == "cpu":
+        assert any(persistent) == ("persistent" in name)
+
+
+def test_programs_are_persistent_where_pairs_of_tiles_share_out_evenly():
+    assert persistent_programs(192, 8, 4, 132) == 264  # 768 pairs: 2.91 for each
+    assert persistent_programs(16, 64, 8, 132) == 132
+    assert persistent_programs(192, 9, 4, 132) is None  # a tile without its pair
+    assert persistent_programs(100, 8, 4, 132) is None  # 400 pairs: half of the programs would wait
+    assert persistent_programs(12, 8, 4, 132) is None  # all tiles run at once
 
 
 def test_strides_in_no_order_and_a_scale():
@@ -145,7 +164,8 @@ def test_backward_is_deterministic():
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0), (2, 0, 3, 3)], ids=str)
 def test_empty_inputs_launch_nothing(shape, monkeypatch):
-    for name in ("forward_kernel", "grad_q_kernel", "grad_kv_kernel", "one_tile_backward_kernel", "decode_kernel"):
+    passes = ("forward", "one_tile_forward", "grad_q", "grad_kv", "one_tile_backward", "decode")
+    for name in (f"{each}_kernel" for each in passes):
         monkeypatch.setattr(kernels, name, None)
     B, H, Tq, Tk = shape
     q, k = torch.randn(B, H, Tq, 8, device=DEVICE), torch.randn(B, H, Tk, 8, device=DEVICE)

@@ -10,6 +10,7 @@ logsumexp of each row is kept for backward.
                            +-----+-----+-----+-----+      Tiles left of the diagonal are whole and need no mask;
                queries  m  |     |     |     |\\    |      tiles right of it are never visited. The exponential is
                            +-----+-----+-----+-----+      exp2 with log2(e) folded into the scale: one FMA a score.
+               Where queries and keys fit one tile, a program takes several heads, and fetches the next beside this.
 
     backward   two passes, so that every sum has one owner and no atomics are needed:
                dQ    a program owns queries, walks over keys; also makes delta = rowsum(dO * O) for the other pass
@@ -20,6 +21,7 @@ logsumexp of each row is kept for backward.
 
 The causal mask is aligned to the bottom right: query i sees key j when j <= i + Tk - Tq. Long causal rows are started
 first, and heads in sections whose keys and values fit the L2 cache together, so that the programs end at one time.
+The long forward starts only as many programs as the chip holds, where equal pairs of tiles share out evenly.
 """
 
 import math
@@ -151,12 +153,11 @@ def _first_row(batch, n_heads, head, n_rows):
 
 
 @triton.jit
-def _locate(batch_size, n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
-    """(batch, head, tile) of this program: all tiles of `section` heads before the next section's."""
-    program = tl.program_id(0)
-    first_head = program // (section * n_tiles) * section
+def _locate(job, batch_size, n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
+    """(batch, head, tile) of a job: all tiles of `section` heads before the next section's."""
+    first_head = job // (section * n_tiles) * section
     heads_here = tl.minimum(section, batch_size * n_heads - first_head)
-    within = program - first_head * n_tiles
+    within = job - first_head * n_tiles
     tile = within // heads_here
     if LAST_FIRST:
         tile = n_tiles - 1 - tile
@@ -164,7 +165,48 @@ def _locate(batch_size, n_heads, n_tiles, section, LAST_FIRST: tl.constexpr):
     return head // n_heads, head % n_heads, tile
 
 
+@triton.jit
+def _locate_of_pair(turn, batch_size, n_heads, n_tiles, section):
+    """(batch, head, tile) of a persistent program's turn, n_tiles even: a heavy tile, then the light one beside it.
+
+    Under the causal mask tiles i and n_tiles - 1 - i together see as many keys as any other such two.
+    """
+    pair = tl.program_id(0) + turn // 2 * tl.num_programs(0)
+    batch, head, tile = _locate(pair, batch_size, n_heads, n_tiles // 2, section, False)
+    return batch, head, tl.where(turn % 2 == 0, n_tiles - 1 - tile, tile)
+
+
 # --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_tile(
+    accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, first_key,
+    n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The online softmax of a tile of queries, one tile of keys further."""
+    k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+    scores = _dot(q, tl.trans(k), PRECISION)
+    if MASKED:
+        seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+        scores = tl.where(seen, scores, -float("inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1) * score_scale)
+    shift = new_largest
+    if MASKED:  # a row that has seen no key yet: its largest score is -inf, and -inf - -inf would be NaN
+        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+    weights = tl.exp2(scores * score_scale - shift[:, None])
+    shrink = tl.exp2(largest - shift)
+    total = total * shrink + tl.sum(weights, axis=1)
+    accumulator = accumulator * shrink[:, None]
+    if DROPOUT:
+        keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
+        weights = tl.where(keep, weights, 0.0)
+    v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+    accumulator = _dot_add(round_to(weights, v.dtype), v, accumulator, PRECISION)
+    return accumulator, new_largest, total
 
 
 @triton.jit
@@ -176,26 +218,27 @@ def _forward_tiles(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     for first_key in range(start, stop, BLOCK_N):
-        k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        scores = _dot(q, tl.trans(k), PRECISION)
-        if MASKED:
-            seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
-            scores = tl.where(seen, scores, -float("inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * score_scale)
-        shift = new_largest
-        if MASKED:  # a row that has seen no key yet: its largest score is -inf, and -inf - -inf would be NaN
-            shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        weights = tl.exp2(scores * score_scale - shift[:, None])
-        shrink = tl.exp2(largest - shift)
-        total = total * shrink + tl.sum(weights, axis=1)
-        accumulator = accumulator * shrink[:, None]
-        if DROPOUT:
-            keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
-            weights = tl.where(keep, weights, 0.0)
-        v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        accumulator = _dot_add(round_to(weights, v.dtype), v, accumulator, PRECISION)
-        largest = new_largest
+        accumulator, largest, total = _forward_tile(
+            accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, first_key,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            HEAD_SIZE, CAUSAL, MASKED, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
     return accumulator, largest, total
+
+
+@triton.jit
+def _store_forward(
+    Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row, n_heads, n_queries, keep_scale,
+    HEAD_SIZE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    blind = total == 0.0
+    factor = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
+    if DROPOUT:
+        factor *= keep_scale
+    out = accumulator * factor[:, None]
+    _store_tile(Out, out, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+    lse = tl.where(blind, float("inf"), largest + tl.log2(tl.where(blind, 1.0, total)))
+    tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=first_query + tl.arange(0, BLOCK_M) < n_queries)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
@@ -206,39 +249,84 @@ def forward_kernel(
     v_batch_stride, v_head_stride, v_stride,
     batch_size, n_heads, group, n_queries, n_keys, section, score_scale, last_dropped, keep_scale,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Out is (B, Tq, H, D) contiguous; Lse (B, H, Tq) float32, in base 2, +inf where a query sees no key."""
-    batch, head, tile = _locate(batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
-    first_query = tile * BLOCK_M
+    """Out is (B, Tq, H, D) contiguous; Lse (B, H, Tq) float32, in base 2, +inf where a query sees no key.
+
+    A persistent program takes pairs of tiles, others a tile each.
+    """
     q_source = (Q, q_batch_stride, q_head_stride, q_stride)
-    q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
     k_source = (K, k_batch_stride, k_head_stride, k_stride)
     v_source = (V, v_batch_stride, v_head_stride, v_stride)
-    mask_row = _first_row(batch, n_heads, head, n_queries) + first_query
     seed = tl.load(Seed) if DROPOUT else 0
-    unmasked_end, end = _key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    accumulator, largest, total = _forward_tiles(
-        accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
-        n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-        HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    accumulator, largest, total = _forward_tiles(
-        accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
-        n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-        HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    blind = total == 0.0
-    factor = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
-    if DROPOUT:
-        factor *= keep_scale
-    out = accumulator * factor[:, None]
-    _store_tile(Out, out, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
-    lse = tl.where(blind, float("inf"), largest + tl.log2(tl.where(blind, 1.0, total)))
-    tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=first_query + tl.arange(0, BLOCK_M) < n_queries)
+    n_tiles = tl.cdiv(n_queries, BLOCK_M)
+    n_turns = 1
+    if PERSISTENT:
+        n_turns = 2 * tl.cdiv(batch_size * n_heads * n_tiles // 2 - tl.program_id(0), tl.num_programs(0))
+    for turn in range(n_turns):
+        if PERSISTENT:
+            batch, head, tile = _locate_of_pair(turn, batch_size, n_heads, n_tiles, section)
+        else:
+            batch, head, tile = _locate(tl.program_id(0), batch_size, n_heads, n_tiles, section, CAUSAL)
+        first_query = tile * BLOCK_M
+        q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
+        mask_row = _first_row(batch, n_heads, head, n_queries) + first_query
+        unmasked_end, end = _key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+        accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        accumulator, largest, total = _forward_tiles(
+            accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        accumulator, largest, total = _forward_tiles(
+            accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        _store_forward(
+            Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row, n_heads, n_queries, keep_scale,
+            HEAD_SIZE, DROPOUT, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch_size", "n_queries", "n_keys", "last_dropped"])
+def one_tile_forward_kernel(
+    Q, K, V, Out, Lse, Seed,
+    q_batch_stride, q_head_stride, q_stride,
+    k_batch_stride, k_head_stride, k_stride,
+    v_batch_stride, v_head_stride, v_stride,
+    batch_size, n_heads, group, n_queries, n_keys, score_scale, last_dropped, keep_scale,
+    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`forward_kernel` where Tq <= BLOCK_M and Tk <= BLOCK_N: a program takes every n-th head.
+
+    No loop over keys is left, so the loop over heads is the one that is pipelined: the next head is on its way while
+    this one is multiplied.
+    """
+    q_source = (Q, q_batch_stride, q_head_stride, q_stride)
+    k_source = (K, k_batch_stride, k_head_stride, k_stride)
+    v_source = (V, v_batch_stride, v_head_stride, v_stride)
+    seed = tl.load(Seed) if DROPOUT else 0
+    for index in range(tl.program_id(0), batch_size * n_heads, tl.num_programs(0)):
+        batch, head = index // n_heads, index % n_heads
+        q = _load_tile(q_source, batch, head, 0, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
+        mask_row = _first_row(batch, n_heads, head, n_queries)
+        accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        accumulator, largest, total = _forward_tile(
+            accumulator, largest, total, q, k_source, v_source, batch, head // group, 0, 0,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, False, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        _store_forward(
+            Out, Lse, accumulator, largest, total, batch, head, 0, mask_row, n_heads, n_queries, keep_scale,
+            HEAD_SIZE, DROPOUT, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -311,7 +399,7 @@ def grad_q_kernel(
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """GradQ and Out are (B, Tq, H, D) contiguous; Delta (B, H, Tq) float32 is written for `grad_kv_kernel`."""
-    batch, head, tile = _locate(batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
+    batch, head, tile = _locate(tl.program_id(0), batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
     first_query = tile * BLOCK_M
     q_source = (Q, q_batch_stride, q_head_stride, q_stride)
     grad_source = (GradOut, grad_batch_stride, grad_head_stride, grad_stride)
@@ -362,7 +450,7 @@ def grad_kv_kernel(
     two sums of (BLOCK_N, BLOCK_D) leave no room for, and spilling costs more than a compare and a select a score.
     """
     n_key_heads = n_heads // group
-    batch, key_head, tile = _locate(batch_size, n_key_heads, tl.cdiv(n_keys, BLOCK_N), section, False)
+    batch, key_head, tile = _locate(tl.program_id(0), batch_size, n_key_heads, tl.cdiv(n_keys, BLOCK_N), section, False)
     first_key = tile * BLOCK_N
     q_source = (Q, q_batch_stride, q_head_stride, q_stride)
     grad_source = (GradOut, grad_batch_stride, grad_head_stride, grad_stride)
@@ -569,9 +657,23 @@ def forward_config(head_size: int, element_size: int, longest: int, descriptors:
         return _float32_config(d)
     if descriptors:
         return _config(128, 64, 8 if dropout or d > 64 else 4, 3, d)
-    if longest <= 32:
-        return _config(32, 32, 2 if d <= 64 else 8, 1, d)
+    if longest <= 32:  # of 16-bit elements, only heads above 128: the others fit one tile
+        return _config(32, 32, 4, 1, d)
     return _config(64, 32 if dropout or d > 64 else 64, 4 if d <= 128 else 8, 2, d)
+
+
+@lru_cache
+def one_tile_forward_config(
+    head_size: int, element_size: int, longest: int, dropout: bool, arch: int
+) -> dict[str, int] | None:
+    """The forward without a loop over keys, where two heads (one used, one on its way) fit; None where they do not."""
+    d = _block_d(head_size)
+    block = max(16, next_power_of_2(longest))
+    if element_size == 4 or d > 128 or block > 64 or block * d > 64 * 64:
+        return None
+    if arch >= 100 and block * d == 64 * 64 and not dropout:  # four warps spill there
+        return _config(block, block, 8, 2, d)
+    return _config(block, block, 4 if block >= 32 else 2, 2, d)
 
 
 @lru_cache
@@ -618,6 +720,22 @@ def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, i
     config = _config(0, 32 if element_size == 4 or d > 128 else 64, 4, 1 if element_size == 4 else 2, d)
     del config["BLOCK_M"]
     return config | {"ROWS": max(16, next_power_of_2(n_rows))}
+
+
+def persistent_programs(n_heads: int, n_tiles: int, num_warps: int, n_multiprocessors: int) -> int | None:
+    """For the long forward, as many programs as a chip holds: 8 warps of 255 registers a thread fill a multiprocessor.
+
+    None where pairs of tiles would leave programs idle for more than 1/20 of the time: there one program a tile,
+    started when another ends, shares the work out better.
+    """
+    n_pairs, n_programs = n_heads * n_tiles // 2, 8 // num_warps * n_multiprocessors
+    even = n_tiles % 2 == 0 and n_pairs > n_programs
+    return n_programs if even and 20 * n_pairs >= 19 * cdiv(n_pairs, n_programs) * n_programs else None
+
+
+def one_tile_programs(n_heads: int, num_warps: int, n_multiprocessors: int) -> int:
+    """12 warps of 170 registers a thread fill a multiprocessor; a program beyond that takes its heads in a loop."""
+    return min(n_heads, 12 // num_warps * n_multiprocessors)
 
 
 JOIN_CONFIG = {"num_warps": 4, **COMPILE_OPTIONS}
@@ -709,17 +827,28 @@ def forward(
         if n_splits > 1:
             _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
             return out, lse
+    key = lse if seed is None else seed
+    factors = (score_scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p))
+    constants["DROPOUT"] = dropout_p > 0.0
+    config = one_tile_forward_config(D, q.element_size(), max(Tq, Tk), dropout_p > 0.0, architecture(q))
+    if config is not None:
+        with device_of(q):
+            one_tile_forward_kernel[(one_tile_programs(B * H, config["num_warps"], multiprocessors(q)),)](
+                q, k, v, out, lse, key, *_strides(q, k, v), B, H, group, Tq, Tk, *factors, **constants, **config
+            )
+        return out, lse
     descriptors = _takes_descriptors(max(Tq, Tk), q, k, v)
     config = forward_config(D, q.element_size(), max(Tq, Tk), descriptors, dropout_p > 0.0)
     sources = (q, k, v)
     if descriptors:
         sources = _describe((q,), config["BLOCK_M"], config) + _describe((k, v), config["BLOCK_N"], config)
+    n_tiles, n_programs = cdiv(Tq, config["BLOCK_M"]), None
+    if descriptors:
+        n_programs = persistent_programs(B * H, n_tiles, config["num_warps"], multiprocessors(q))
     with device_of(q):
-        forward_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
-            *sources, out, lse, lse if seed is None else seed, *_strides(q, k, v),
-            B, H, group, Tq, Tk, _section(Tk, D, q.element_size()),
-            score_scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
-            DROPOUT=dropout_p > 0.0, DESCRIPTORS=descriptors, **constants, **config,
+        forward_kernel[(n_programs or B * H * n_tiles,)](
+            *sources, out, lse, key, *_strides(q, k, v), B, H, group, Tq, Tk, _section(Tk, D, q.element_size()),
+            *factors, DESCRIPTORS=descriptors, PERSISTENT=n_programs is not None, **constants, **config,
         )  # fmt: skip
     return out, lse
 

@@ -53,7 +53,11 @@ class Case:
 
 def _attention_cases(arch: int) -> Iterator[Case]:
     def case(name, kernel, dtype, head_size, config, **constants):
-        wanted = {"HEAD_SIZE": head_size, "CAUSAL": True, "PRECISION": "ieee", "DESCRIPTORS": False} | constants
+        wanted = (
+            {"HEAD_SIZE": head_size, "CAUSAL": True, "PRECISION": "ieee"}
+            | dict.fromkeys(("DESCRIPTORS", "PERSISTENT"), False)
+            | constants
+        )
         wanted = {key: value for key, value in wanted.items() if key in kernel.arg_names}
         descriptors = bool(wanted.get("DESCRIPTORS"))
         return Case(f"attention.{name}.d{head_size}", kernel, dtype, wanted | config, descriptors)
@@ -78,6 +82,10 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         for head_size in (64, 128):
             for dropout in (False, True):
                 yield from three("long", "bf16", head_size, 4096, True, dropout)
+                config = attention.forward_config(head_size, 2, 4096, True, dropout)
+                flags = {"DESCRIPTORS": True, "PERSISTENT": True, "DROPOUT": dropout}
+                name = "forward.long.persistent" + (".dropout" if dropout else "")
+                yield case(name, attention.forward_kernel, "bf16", head_size, config, **flags)
         config = attention.grad_kv_config(128, 2, True, False, 1, arch)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "group": 1}
         yield case("grad_kv.long.group1", attention.grad_kv_kernel, "bf16", 128, config, **flags)
@@ -87,9 +95,13 @@ def _attention_cases(arch: int) -> Iterator[Case]:
     if arch != 100:
         for head_size in (64, 128):
             yield from three("float32", "fp32", head_size, 4096, False, False)
-    for head_size in (64, 128):
-        config = attention.forward_config(head_size, 2, 32, False, True)
-        yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", head_size, config, DROPOUT=True)
+    config = attention.forward_config(256, 2, 32, False, True)
+    yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", 256, config, DROPOUT=True)
+    one_tile = ((16, 128, True), (32, 128, True), (64, 64, False), (64, 64, True), (64, 32, True))
+    for longest, head_size, dropout in one_tile:
+        config = attention.one_tile_forward_config(head_size, 2, longest, dropout, arch)
+        name = f"one_tile_forward.t{longest}" + (".dropout" if dropout else "")
+        yield case(name, attention.one_tile_forward_kernel, "bf16", head_size, config, DROPOUT=dropout)
     for longest, head_size, dropout in ((16, 64, True), (32, 64, True), (64, 64, False), (64, 32, True)):
         config = attention.one_tile_config(head_size, 2, longest, dropout, arch)
         if config is None:  # two passes take it
