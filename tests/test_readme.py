@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -113,3 +114,10 @@ def test_the_file_tree_is_the_files():
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("http") or (ROOT / target).is_file(), target
+
+
+def test_the_table_of_training_steps_is_the_committed_result():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    assert report.train_step_table(ROOT / "benchmarks" / "results" / "amd-epyc-2-cores.jsonl") in README
