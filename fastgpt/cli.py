@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import PRESETS, ConfigError, GPTConfig, TrainConfig, check_types, from_dict, preset
-from .ops.backend import BACKENDS
+from .ops.backend import requested
 
 
 class UsageError(ValueError):
@@ -209,8 +209,11 @@ def train(args: Sequence[str]) -> None:
 
 
 def _check_backend(name: str) -> None:
-    if name not in ("auto", *BACKENDS):
-        raise UsageError(f"--backend: unknown backend {name!r}; expected one of auto, {', '.join(BACKENDS)}")
+    if name != "auto":
+        try:
+            requested(name)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from None
 
 
 def _absolute(data: str) -> str:

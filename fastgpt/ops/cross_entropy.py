@@ -15,6 +15,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -557,40 +558,22 @@ _linear_torch, _linear_native = _define_linear("torch"), _define_linear("native"
 
 
 def _linear(
-    run: Callable[..., Any], x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: tuple
+    run: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     refuse_forward_mode("linear_cross_entropy", x, weight, bias)
-    reduction = options[1]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    return run(x, weight, targets, bias, *options, wants_grad and reduction != "none")[0]
-
-
-def _torch_linear(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    return _linear(_linear_torch, x, weight, targets, bias, (ignore_index, reduction, label_smoothing))
-
-
-def _native_linear(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    return _linear(_linear_native, x, weight, targets, bias, (ignore_index, reduction, label_smoothing))
+    with_grad = wants_grad and reduction != "none"
+    return run(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad)[0]
 
 
 def _native_linear_supports(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> str | None:
@@ -601,5 +584,5 @@ def _native_linear_supports(x: Tensor, weight: Tensor, targets: Tensor, **option
 
 register("cross_entropy", "torch", _torch)
 register("cross_entropy", "native", _native, _native_supports)
-register("linear_cross_entropy", "torch", _torch_linear)
-register("linear_cross_entropy", "native", _native_linear, _native_linear_supports)
+register("linear_cross_entropy", "torch", partial(_linear, _linear_torch))
+register("linear_cross_entropy", "native", partial(_linear, _linear_native), _native_linear_supports)
