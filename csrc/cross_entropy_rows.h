@@ -109,75 +109,92 @@ void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale
   store(out + n - LANES, last);
 }
 
-struct ShortRow {
-  float max, sum;
-};
-
-// A short row of float32 without smoothing: its exp values are kept in the gradient's place, one exp per value, and
-// scaled there, all in the first-level cache. (In 16 bits they would be rounded twice.) out may be x.
-template <bool WITH_GRADIENT>
-ShortRow short_row(const float* x, float* out, int64_t n, float scale) {
-  const int64_t whole = n / LANES * LANES;
-  // The last vector overlaps the whole ones before it: those lanes hold the same values, and are not summed again.
-  const Vec last = n >= LANES ? load(x + n - LANES) : load_some(x, n, -INFINITY);
-  const Mask seen = lane_numbers() < static_cast<int32_t>(n >= LANES && whole < n ? LANES - n % LANES : 0);
-  Vec max = last;
-  for (int64_t i = 0; i < whole; i += LANES) max = larger(load(x + i), max);
-  const float row_max = max_lanes(max);
-  const Vec last_exp = exp_nonpositive(last - row_max);
-  Vec sum = whole < n ? (seen ? Vec{} : last_exp) : Vec{};
-  for (int64_t i = 0; i < whole; i += LANES) {
-    const Vec e = exp_nonpositive(load(x + i) - row_max);
-    sum += e;
-    if constexpr (WITH_GRADIENT) store(out + i, e);
-  }
-  const float row_sum = sum_lanes(sum);
-  if constexpr (WITH_GRADIENT) {
-    const Vec factor = splat(scale / row_sum);
-    for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(out + i) * factor);
-    if (n < LANES)
-      store_some(out, n, last_exp * factor);
-    else if (whole < n)
-      store(out + n - LANES, last_exp * factor);
-  }
-  return {row_max, row_sum};
-}
-
-// Short rows LANES at a time: what a row needs once (a log, a loss, the target's entry) is done for all in one vector.
+// Short rows of float32 without smoothing, LANES of them at a time, all in the first-level cache. What a row needs once (a
+// maximum, a sum, a log, the target's entry) is one vector operation for all of them. So is each of the last n % LANES
+// columns where they are few; where they are many, a row's last vector overlaps the one before. The exp values are kept in the gradient's place, one exp per value, and
+// scaled there. (In 16 bits they would be rounded twice.) The gradient may be the logits.
 template <bool WITH_GRADIENT>
 void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
+  const int64_t n = a.classes;
+  const int64_t whole = n / LANES * LANES;
+  const int tail = whole > 0 && n - whole > LANES / 4 ? 0 : static_cast<int>(n - whole);  // columns
+  const bool overlaps = whole + tail < n;
+  const Mask seen = lane_numbers() < static_cast<int32_t>(whole + LANES - n);  // lanes of the overlapping vector
+
   for (int64_t start = begin; start < end; start += LANES) {
     const int count = static_cast<int>(end - start < LANES ? end - start : LANES);
-    float max[LANES] = {}, sum[LANES], at_target[LANES] = {}, weight[LANES] = {}, scale[LANES] = {};
-    for (int r = 0; r < LANES; ++r) sum[r] = 1.0f;  // an ignored row: loss and statistics are 0
-    for (int r = 0; r < count; ++r) {
-      const int64_t i = start + r;
-      const float* x = static_cast<const float*>(a.logits) + i * a.logits_stride;
-      float* out = WITH_GRADIENT ? static_cast<float*>(a.gradient) + i * a.gradient_stride : nullptr;
-      const int64_t target = a.targets[i];
-      if (target == a.ignore_index) {
-        if (out) std::memset(out, 0, sizeof(float) * static_cast<size_t>(a.classes));
-        continue;
-      }
+    const float* x[LANES];
+    float* out[LANES];
+    float columns[LANES][LANES];  // the tail's: columns[j][r] belongs to row r
+    float at_target[LANES] = {}, weight[LANES] = {}, scale[LANES] = {}, max[LANES], factor[LANES];
+    Vec parts[LANES];  // of row r, lane by lane: first the maximum, then the sum
+    Vec last[LANES];   // the overlapping vectors
+    for (int r = 0; r < LANES; ++r) {
+      x[r] = nullptr;  // an ignored row, or none: its loss and statistics are 0
+      parts[r] = Vec{};
+      for (int j = 0; j < tail; ++j) columns[j][r] = 0.0f;
+      if (r >= count) continue;
+      const int64_t i = start + r, target = a.targets[i];
+      if constexpr (WITH_GRADIENT) out[r] = static_cast<float*>(a.gradient) + i * a.gradient_stride;
+      if (target == a.ignore_index) continue;
+      x[r] = static_cast<const float*>(a.logits) + i * a.logits_stride;
       weight[r] = a.class_weight ? a.class_weight[target] : 1.0f;
       if constexpr (WITH_GRADIENT) scale[r] = a.row_scale[i * a.row_scale_stride] * weight[r];
-      at_target[r] = x[target];
-      const ShortRow row = short_row<WITH_GRADIENT>(x, out, a.classes, scale[r]);
-      max[r] = row.max;
-      sum[r] = row.sum;
+      at_target[r] = x[r][target];
+      for (int j = 0; j < tail; ++j) columns[j][r] = x[r][whole + j];
+      if (overlaps) last[r] = load(x[r] + n - LANES);
+      parts[r] = overlaps ? last[r] : splat(-INFINITY);
+      for (int64_t j = 0; j < whole; j += LANES) parts[r] = larger(load(x[r] + j), parts[r]);
     }
-    const Vec log_sum = log_of_sum(load(sum));
-    const Vec log_p = (load(at_target) - load(max)) - log_sum;
+    Vec row_max = reduce_each<larger>(parts);
+    for (int j = 0; j < tail; ++j) row_max = larger(load(columns[j]), row_max);
+    store(max, row_max);
+
+    for (int r = 0; r < LANES; ++r) {
+      parts[r] = Vec{};
+      if (!x[r]) continue;
+      if (overlaps) {
+        last[r] = exp_nonpositive(last[r] - max[r]);
+        parts[r] = seen ? Vec{} : last[r];
+      }
+      for (int64_t j = 0; j < whole; j += LANES) {
+        const Vec e = exp_nonpositive(load(x[r] + j) - max[r]);
+        parts[r] += e;
+        if constexpr (WITH_GRADIENT) store(out[r] + j, e);
+      }
+    }
+    Vec row_sum = reduce_each<plus>(parts);
+    for (int j = 0; j < tail; ++j) {
+      const Vec e = exp_nonpositive(load(columns[j]) - row_max);
+      row_sum += e;
+      store(columns[j], e);
+    }
+    for (int r = 0; r < LANES; ++r)
+      if (!x[r]) row_sum[r] = 1.0f;
+    const Vec log_sum = log_of_sum(row_sum);
+    const Vec log_p = (load(at_target) - row_max) - log_sum;
     const Vec loss = 0.0f - load(weight) * log_p;
-    // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
-    const Vec target_gradient = WITH_GRADIENT ? exp_nonpositive(log_p) * load(scale) - load(scale) : Vec{};
     for (int r = 0; r < count; ++r) {
-      const int64_t i = start + r;
-      if (a.loss) a.loss[i] = loss[r];
-      a.statistics[2 * i] = max[r];
-      a.statistics[2 * i + 1] = log_sum[r];
-      if (WITH_GRADIENT && a.targets[i] != a.ignore_index)
-        static_cast<float*>(a.gradient)[i * a.gradient_stride + a.targets[i]] = target_gradient[r];
+      if (a.loss) a.loss[start + r] = loss[r];
+      a.statistics[2 * (start + r)] = max[r];
+      a.statistics[2 * (start + r) + 1] = log_sum[r];
+    }
+    if constexpr (!WITH_GRADIENT) continue;
+
+    const Vec factors = load(scale) / row_sum;
+    store(factor, factors);
+    for (int j = 0; j < tail; ++j) store(columns[j], load(columns[j]) * factors);
+    // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
+    const Vec target_gradient = exp_nonpositive(log_p) * load(scale) - load(scale);
+    for (int r = 0; r < count; ++r) {
+      if (!x[r]) {
+        std::memset(out[r], 0, sizeof(float) * static_cast<size_t>(n));
+        continue;
+      }
+      for (int64_t j = 0; j < whole; j += LANES) store(out[r] + j, load(out[r] + j) * factor[r]);
+      if (overlaps) store(out[r] + n - LANES, last[r] * factor[r]);
+      for (int j = 0; j < tail; ++j) out[r][whole + j] = columns[j][r];
+      out[r][a.targets[start + r]] = target_gradient[r];
     }
   }
 }

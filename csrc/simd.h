@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "storage.h"
 
@@ -27,6 +28,7 @@ inline Mask lane_numbers() {
   return lanes;
 }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec plus(Vec a, Vec b) { return a + b; }
 
 // Reductions over the lanes by halves: always in the same order.
 #if defined(FASTGPT_AVX512) || defined(FASTGPT_AVX2)
@@ -52,6 +54,28 @@ inline float max_lanes(Vec v) {
   return a > b ? a : b;
 }
 #endif
+
+// `a` and `b` folded into one vector: lanes without the bit HALF reduce a's pairs (i, i ^ HALF), the others b's.
+template <Vec OP(Vec, Vec), int HALF, int... I>
+inline Vec fold_lanes(Vec a, Vec b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  const Vec kept = __builtin_shufflevector(a, b, ((I & HALF) ? LANES + I : I)...);
+  const Vec moved = __builtin_shufflevector(a, b, ((I & HALF) ? LANES + (I ^ HALF) : (I ^ HALF))...);
+#else
+  const Vec kept = __builtin_shuffle(a, b, Mask{((I & HALF) ? LANES + I : I)...});
+  const Vec moved = __builtin_shuffle(a, b, Mask{((I & HALF) ? LANES + (I ^ HALF) : (I ^ HALF))...});
+#endif
+  return OP(kept, moved);
+}
+
+// Lane i of the result is the reduction of the lanes of v[i]: LANES reductions for the price of a few.
+template <Vec OP(Vec, Vec), int HALF = LANES / 2>
+inline Vec reduce_each(Vec* v) {
+  for (int i = 0; i < HALF; ++i)
+    v[i] = fold_lanes<OP, HALF>(v[i], v[i + HALF], std::make_integer_sequence<int, LANES>());
+  if constexpr (HALF > 1) return reduce_each<OP, HALF / 2>(v);
+  return v[0];
+}
 
 // --- load and store: float32 in registers, whatever lies in memory ---
 
