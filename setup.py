@@ -38,7 +38,16 @@ ERROR_FILE = "_build_error.txt"
 DEFINES = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # A fused multiply-add is one rounding less; errno of exp and log is never read.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
-CPU_SOURCES = ["bindings", "cross_entropy", "embedding", "tensor", "large_blocks", "kernels", "kernels_generic"]
+CPU_SOURCES = [
+    "bindings",
+    "cross_entropy",
+    "embedding",
+    "matmul",
+    "tensor",
+    "large_blocks",
+    "kernels",
+    "kernels_generic",
+]
 CPU_SOURCES += ["kernels_avx2", "kernels_avx512"]  # empty on other processors
 CUDA_SOURCES = ["bindings_cuda.cpp", "cross_entropy.cu", "embedding.cu"]
 

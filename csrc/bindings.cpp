@@ -5,6 +5,7 @@
 
 #include "cross_entropy.h"
 #include "embedding.h"
+#include "matmul.h"
 
 namespace fastgpt {
 
@@ -25,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("cross_entropy_native_backward", TORCH_BOX(&fastgpt::cross_entropy_backward));
   m.impl("large_buffer", TORCH_BOX(&fastgpt::large_buffer));
   m.impl("cross_entropy_chunk_", TORCH_BOX(&fastgpt::cross_entropy_chunk));
+  m.impl("matmul_", TORCH_BOX(&fastgpt::matmul));
 }
 
 static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(fastgpt::kernels().name); }
@@ -39,7 +41,10 @@ static PyObject* use_instruction_set(PyObject*, PyObject* name) {
 
 static PyObject* stream_threshold(PyObject*, PyObject*) { return PyLong_FromLongLong(fastgpt::stream_threshold()); }
 
+static PyObject* prefers_own_matmul(PyObject*, PyObject*) { return PyBool_FromLong(fastgpt::prefers_own_matmul()); }
+
 static PyMethodDef methods[] = {
+    {"prefers_own_matmul", prefers_own_matmul, METH_NOARGS, "Whether matmul_ is faster here than PyTorch's product."},
     {"stream_threshold", stream_threshold, METH_NOARGS, "Bytes from which on a result is stored round the caches."},
     {"instruction_set", instruction_set, METH_NOARGS, "Which vector instructions the kernels use."},
     {"use_instruction_set", use_instruction_set, METH_O,

@@ -60,12 +60,23 @@ struct AccumulateRows {
   void* position_grad;  // (length, columns)
 };
 
+// c (+)= a b in float32: a (rows, depth) and b (depth, columns) of any strides, c with contiguous rows.
+struct Matmul {
+  const float *a, *b;
+  float* c;
+  int64_t a_row, a_depth, b_depth, b_column, c_row;  // strides
+  int64_t rows, columns, depth;
+  bool accumulate;
+};
+
 struct Kernels {
   const char* name;
   void (*cross_entropy[STORAGES])(const CrossEntropyRows&, int64_t begin, int64_t end);
   void (*gather[STORAGES])(const GatherRows&, int64_t begin, int64_t end);
   void (*sum_rows[STORAGES])(const SumRows&);
   void (*accumulate_rows[STORAGES])(const AccumulateRows&);
+  int64_t (*matmul_workspace)(const Matmul&);  // in values
+  void (*matmul)(const Matmul&, float* workspace);
 };
 
 extern const Kernels AVX512_KERNELS;  // each empty (its name null) where the compiler lacks the instructions

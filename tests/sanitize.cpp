@@ -129,6 +129,29 @@ static void all() {
   }
 }
 
+static void matmul(int64_t rows, int64_t columns, int64_t depth, bool a_transposed, bool b_transposed, bool accumulate) {
+  Buffer<float> a(rows * depth, 1), b(depth * columns, 0), c(rows * columns, 3);
+  std::vector<float> before(c.data, c.data + rows * columns);
+  Matmul m{};
+  m.a = a.data, m.b = b.data, m.c = c.data;
+  m.a_row = a_transposed ? 1 : depth, m.a_depth = a_transposed ? rows : 1;
+  m.b_depth = b_transposed ? 1 : columns, m.b_column = b_transposed ? depth : 1;
+  m.c_row = columns;
+  m.rows = rows, m.columns = columns, m.depth = depth;
+  m.accumulate = accumulate;
+  std::vector<float> workspace(static_cast<size_t>(kernels().matmul_workspace(m)));
+  kernels().matmul(m, workspace.data());
+  for (int64_t i : {int64_t{0}, rows - 1})
+    for (int64_t j : {int64_t{0}, columns - 1}) {
+      double expected = accumulate ? before[static_cast<size_t>(i * columns + j)] : 0.0, size = 1.0;
+      for (int64_t p = 0; p < depth; ++p) {
+        const double term = double{a.data[i * m.a_row + p * m.a_depth]} * b.data[p * m.b_depth + j * m.b_column];
+        expected += term, size += std::fabs(term);
+      }
+      expect(std::fabs(c.data[i * columns + j] - expected) < 1e-5 * size, "matmul", kernels().name, rows);
+    }
+}
+
 int main() {
   for (const char* name : {"avx512", "avx2", "generic"}) {
     if (!use_kernels(name)) {
@@ -138,6 +161,11 @@ int main() {
     all<float>();
     all<BFloat16>();
     all<Float16>();
+    for (int64_t rows : {1, 11, 12, 13, 300})
+      for (int64_t columns : {1, 31, 32, 33, 299, 301})
+        for (int64_t depth : {1, 7, 8, 513})
+          for (int branch = 0; branch < 8; ++branch)
+            matmul(rows, columns, depth, branch & 1, branch & 2, branch & 4);
     std::printf("%s: done\n", name);
   }
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

@@ -20,17 +20,6 @@ HALVES_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 module = sys.modules["fastgpt.ops.cross_entropy"]
 
 
-@pytest.fixture(params=["avx512", "avx2", "generic"])
-def instructions(request):
-    """Each set of kernels that runs on this processor."""
-    extension = native.load("cpu")
-    widest = extension.instruction_set()
-    if not extension.use_instruction_set(request.param):
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    extension.use_instruction_set(widest)
-
-
 def rows(n: int, classes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, classes, generator=generator).mul_(3).to(dtype).requires_grad_()
@@ -65,7 +54,7 @@ def test_every_length(instructions: str, dtype: torch.dtype) -> None:
 
 
 def test_groups_of_short_rows(instructions: str) -> None:
-    """Float32 rows go LANES at a time: groups that are not full, ignored rows among the others, every tail; in place."""
+    """Float32 rows go a vector of them at a time: groups that are not full, ignored rows, every tail; in place too."""
     for classes in (*range(1, 36), 65):
         for n in (1, 15, 16, 17, 37):
             logits, targets = rows(n, classes, seed=classes)

@@ -7,23 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops
-from fastgpt.ops import native
 from fastgpt.ops.backend import unavailable
 from fastgpt.parity import run
 
 REASON = unavailable("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-
-
-@pytest.fixture(params=["avx512", "avx2", "generic"])
-def instructions(request):
-    """Each set of kernels that runs on this processor."""
-    extension = native.load("cpu")
-    widest = extension.instruction_set()
-    if not extension.use_instruction_set(request.param):
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    extension.use_instruction_set(widest)
 
 
 def tables(V: int, P: int, C: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,8 +5,7 @@ in chunks; a chunk's logits are made, turned into their own gradient in place, m
 
 Where a gradient is wanted and the loss is a scalar, the forward ops compute it with the loss, while the logits are in
 the caches; backward hands it out, scaled in place by the incoming gradient where that is not 1. It is handed out
-once: a
-second pass through a kept graph, or one with create_graph, computes it again from the saved inputs.
+once: a second pass through a kept graph, or one with create_graph, computes it again from the saved inputs.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .arguments import (
     autocast_dtype,
     check_float,
@@ -247,6 +247,32 @@ def _large_buffer(like, rows, columns):
 library.impl("large_buffer", _large_buffer, "CompositeExplicitAutograd")
 
 
+# --- products --------------------------------------------------------------------------------------------------------
+
+library.define("matmul_(Tensor a, Tensor b, Tensor(c!) out, bool accumulate) -> ()")
+
+
+@torch.library.register_fake("fastgpt::matmul_", lib=library)
+def _matmul_fake(a, b, out, accumulate):
+    return None
+
+
+def _library_product_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out (+)= a b, by the matrix library that PyTorch calls."""
+    if accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _native_product_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out (+)= a b, by the extension's product where it is the faster one, see csrc/matmul.h."""
+    if a.is_cpu and a.dtype == torch.float32 and native.load("cpu").prefers_own_matmul():
+        torch.ops.fastgpt.matmul_(a, b, out, accumulate)
+    else:
+        _library_product_(a, b, out, accumulate)
+
+
 # --- cross_entropy on the native backend -----------------------------------------------------------------------------
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # PyTorch's numbers
@@ -402,12 +428,22 @@ def _torch_chunk_(
 
 
 _CHUNKS = {"torch": _torch_chunk_, "native": lambda *args: torch.ops.fastgpt.cross_entropy_chunk_(*args)}
+_PRODUCTS = {"torch": _library_product_, "native": _native_product_}
 
 
 class _Head:
     """x weight^T + bias, chunk by chunk, and the sums in which its gradients are gathered."""
 
-    def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        product_: Callable[..., None],
+    ) -> None:
+        self.product_ = product_
         self.x = x.reshape(targets.numel(), x.shape[-1])  # (N, C)
         self.weight, self.bias = weight, bias
         self.targets = targets.reshape(-1).long()
@@ -427,10 +463,9 @@ class _Head:
             rows = slice(start, start + self.rows)
             x = self.x[rows]
             logits = self.buffer[: x.shape[0]]
-            if self.bias is None:
-                torch.mm(x, self.weight.t(), out=logits)
-            else:
-                torch.addmm(self.bias, x, self.weight.t(), out=logits)
+            if self.bias is not None:
+                logits.copy_(self.bias.expand_as(logits))
+            self.product_(x, self.weight.t(), logits, accumulate=self.bias is not None)
             yield rows, logits
 
     def start_gradients(self) -> None:
@@ -441,15 +476,15 @@ class _Head:
         self.db = self.x.new_zeros(V if self.bias is not None else 0, dtype=stats)
 
     def add_gradient(self, rows: slice, grad: Tensor) -> None:
-        torch.mm(grad, self.weight, out=self.dx[rows])
+        self.product_(grad, self.weight, self.dx[rows])
         x = self.x[rows]
         if self.dw is None and self.db.dtype == grad.dtype:
             self.dw = torch.ops.fastgpt.large_buffer(x, *self.weight.shape)
-            torch.mm(grad.t(), x, out=self.dw)
+            self.product_(grad.t(), x, self.dw)
         elif self.dw is None:
             self.dw = (grad.t() @ x).to(self.db.dtype)
         elif self.dw.dtype == grad.dtype:
-            self.dw.addmm_(grad.t(), x)
+            self.product_(grad.t(), x, self.dw, accumulate=True)
         else:
             self.dw += grad.t() @ x
         if self.bias is not None:
@@ -468,11 +503,11 @@ def _mean_comes_last(x: Tensor) -> bool:
 
 def _define_linear(backend: str) -> Callable[..., Any]:
     name = f"linear_cross_entropy_{backend}"
-    chunk_ = _CHUNKS[backend]
+    chunk_, product_ = _CHUNKS[backend], _PRODUCTS[backend]
 
     @torch.no_grad()
     def forward(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
-        head = _Head(x, weight, targets, bias, ignore_index)
+        head = _Head(x, weight, targets, bias, ignore_index, product_)
         stats = _statistics_dtype(x)
         losses = torch.empty(head.x.shape[0], dtype=stats, device=x.device)
         scale = _mean_scale(head.counted, reduction, stats)
@@ -493,7 +528,7 @@ def _define_linear(backend: str) -> Callable[..., Any]:
 
     @torch.no_grad()
     def backward(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing):
-        head = _Head(x, weight, targets, bias, ignore_index)
+        head = _Head(x, weight, targets, bias, ignore_index, product_)
         head.start_gradients()
         stats = _statistics_dtype(x)
         scale = _mean_scale(head.counted, reduction, stats)

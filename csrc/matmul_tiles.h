@@ -1,0 +1,156 @@
+// A matrix product in float32, by packed panels and a register tile (Goto and van de Geijn 2008; BLIS, Van Zee 2015).
+//
+// For linear_cross_entropy on processors whose maker does not make the matrix library that PyTorch calls: see matmul.h.
+// Panels of A, TILE_ROWS rows high, and of B, two vectors wide, are copied so that the tile's loop reads both in order:
+// each step is two loads of B, TILE_ROWS broadcasts of A, and 2 * TILE_ROWS fused multiply-adds into registers.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr int TILE_COLUMNS = 2 * LANES;
+constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;  // 2 * TILE_ROWS sums and 3 more fill the registers
+constexpr int64_t DEPTH = 512;             // of a panel: of A's, 24 KB stay in the first-level cache
+constexpr int64_t RESIDENT = 288 * DEPTH;  // values of the smaller operand that stay in the second-level cache, 576 KB
+constexpr int64_t STREAMED = 128 * DEPTH;  // values of the larger one that pass by it, 256 KB
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Equal blocks of at most `most` lines, whole panels each: without a last one that is hardly worth its packing.
+constexpr int64_t equal_blocks(int64_t lines, int64_t most, int64_t panel) {
+  const int64_t panels = (lines + panel - 1) / panel, most_panels = most / panel;
+  const int64_t blocks = panels == 0 ? 1 : (panels + most_panels - 1) / most_panels;
+  return (panels + blocks - 1) / blocks * panel;
+}
+
+// c[TILE_ROWS][TILE_COLUMNS] (+)= panel of A times panel of B
+inline void multiply_tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool accumulate) {
+  Vec sum[TILE_ROWS][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < TILE_ROWS; ++i) {
+    sum[i][0] = sum[i][1] = Vec{};
+    __builtin_prefetch(c + i * c_stride, 1);
+    __builtin_prefetch(c + i * c_stride + LANES, 1);
+  }
+  for (int64_t p = 0; p < depth; ++p) {
+    const Vec b0 = load(b), b1 = load(b + LANES);
+    __builtin_prefetch(b + 8 * TILE_COLUMNS);
+    __builtin_prefetch(b + 8 * TILE_COLUMNS + LANES);
+#pragma GCC unroll 12
+    for (int i = 0; i < TILE_ROWS; ++i) {
+      sum[i][0] += a[i] * b0;
+      sum[i][1] += a[i] * b1;
+    }
+    a += TILE_ROWS;
+    b += TILE_COLUMNS;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < TILE_ROWS; ++i) {
+    float* row = c + i * c_stride;
+    store(row, accumulate ? load(row) + sum[i][0] : sum[i][0]);
+    store(row + LANES, accumulate ? load(row + LANES) + sum[i][1] : sum[i][1]);
+  }
+}
+
+// `count` lines of a matrix, `depth` values each, as panels of WIDTH lines: out[panel][p][line], 0 past the last line.
+template <int WIDTH>
+void pack(const float* from, int64_t line_stride, int64_t depth_stride, int64_t count, int64_t depth, float* out) {
+  for (int64_t first = 0; first < count; first += WIDTH, out += WIDTH * depth) {
+    const float* lines = from + first * line_stride;
+    const int width = static_cast<int>(smaller(WIDTH, count - first));
+    if (width == WIDTH && line_stride == 1) {
+      for (int64_t p = 0; p < depth; ++p) std::memcpy(out + p * WIDTH, lines + p * depth_stride, 4 * WIDTH);
+    } else if (width == WIDTH && depth_stride == 1) {
+      constexpr int64_t BATCH = 8;  // values of each line at a time: half a cache line in, BATCH panel rows out
+      int64_t p = 0;
+      for (; p + BATCH <= depth; p += BATCH)
+        for (int i = 0; i < WIDTH; ++i)
+          for (int64_t q = 0; q < BATCH; ++q) out[(p + q) * WIDTH + i] = lines[i * line_stride + p + q];
+      for (; p < depth; ++p)
+        for (int i = 0; i < WIDTH; ++i) out[p * WIDTH + i] = lines[i * line_stride + p];
+    } else {
+      for (int64_t p = 0; p < depth; ++p)
+        for (int i = 0; i < WIDTH; ++i)
+          out[p * WIDTH + i] = i < width ? lines[i * line_stride + p * depth_stride] : 0.0f;
+    }
+  }
+}
+
+// All tiles of packed blocks of A (rows x depth) and B (depth x columns).
+inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_t columns, int64_t depth, float* c,
+                            int64_t c_stride, bool accumulate) {
+  for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
+    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+      float* to = c + i * c_stride + j;
+      if (i + TILE_ROWS <= rows && j + TILE_COLUMNS <= columns) {
+        multiply_tile(a + i * depth, b + j * depth, depth, to, c_stride, accumulate);
+        continue;
+      }
+      float edge[TILE_ROWS * TILE_COLUMNS];
+      multiply_tile(a + i * depth, b + j * depth, depth, edge, TILE_COLUMNS, false);
+      for (int64_t r = 0; r < smaller(TILE_ROWS, rows - i); ++r)
+        for (int64_t s = 0; s < smaller(TILE_COLUMNS, columns - j); ++s) {
+          const float value = edge[r * TILE_COLUMNS + s];
+          to[r * c_stride + s] = accumulate ? to[r * c_stride + s] + value : value;
+        }
+    }
+}
+
+// Rows and columns of one packed block. The operand with the shorter side is packed once per depth and stays.
+struct Blocks {
+  int64_t rows, columns;
+  bool a_stays;
+};
+
+inline Blocks blocks_of(const Matmul& m) {
+  const int64_t depth = smaller(DEPTH, m.depth < 1 ? 1 : m.depth);
+  const bool a_stays = m.rows <= m.columns;
+  const int64_t most_rows = (a_stays ? RESIDENT : STREAMED) / depth;
+  const int64_t most_columns = (a_stays ? STREAMED : RESIDENT) / depth;
+  return {equal_blocks(m.rows, most_rows, TILE_ROWS), equal_blocks(m.columns, most_columns, TILE_COLUMNS), a_stays};
+}
+
+inline int64_t matmul_workspace(const Matmul& m) {
+  const Blocks blocks = blocks_of(m);
+  return (blocks.rows + blocks.columns) * smaller(DEPTH, m.depth);
+}
+
+inline void matmul(const Matmul& m, float* workspace) {
+  const Blocks blocks = blocks_of(m);
+  float* packed_a = workspace;
+  float* packed_b = workspace + blocks.rows * smaller(DEPTH, m.depth);
+  for (int64_t p = 0; p < m.depth; p += DEPTH) {
+    const int64_t depth = smaller(DEPTH, m.depth - p);
+    const auto pack_a = [&](int64_t i) {
+      const int64_t rows = smaller(blocks.rows, m.rows - i);
+      pack<TILE_ROWS>(m.a + i * m.a_row + p * m.a_depth, m.a_row, m.a_depth, rows, depth, packed_a);
+    };
+    const auto pack_b = [&](int64_t j) {
+      const int64_t columns = smaller(blocks.columns, m.columns - j);
+      pack<TILE_COLUMNS>(m.b + j * m.b_column + p * m.b_depth, m.b_column, m.b_depth, columns, depth, packed_b);
+    };
+    const auto multiply = [&](int64_t i, int64_t j) {
+      multiply_blocks(packed_a, packed_b, smaller(blocks.rows, m.rows - i), smaller(blocks.columns, m.columns - j), depth,
+                      m.c + i * m.c_row + j, m.c_row, m.accumulate || p > 0);
+    };
+    if (blocks.a_stays) {
+      for (int64_t i = 0; i < m.rows; i += blocks.rows) {
+        pack_a(i);
+        for (int64_t j = 0; j < m.columns; j += blocks.columns) pack_b(j), multiply(i, j);
+      }
+    } else {
+      for (int64_t j = 0; j < m.columns; j += blocks.columns) {
+        pack_b(j);
+        for (int64_t i = 0; i < m.rows; i += blocks.rows) pack_a(i), multiply(i, j);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastgpt
