@@ -75,6 +75,25 @@ def stream(
     return _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, use_cache)
 
 
+def stream_names(model: LanguageModel, idx: Tensor, max_new_tokens: int, boundary: int, **options) -> Iterator[Tensor]:
+    """`stream` for a model of names: idx (1, T) begins with the start token, and after each end token it starts anew.
+
+    So no name is context of the next one, as in training. options: temperature, top_k, top_p and generator of `stream`.
+    """
+    _check(model, idx, max_new_tokens, options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"))
+    return _stream_names(model, idx, max_new_tokens, boundary, options)
+
+
+def _stream_names(model, idx, max_new_tokens, boundary, options):
+    while max_new_tokens > 0:
+        for token in stream(model, idx, max_new_tokens, **options):
+            max_new_tokens -= 1
+            yield token
+            if int(token) == boundary:
+                idx = token
+                break
+
+
 def _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, use_cache):
     was_training = model.training
     limit = model.context_size

@@ -96,26 +96,33 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One attention branch and one feed-forward branch."""
+    """One attention branch and one feed-forward branch, or attention alone."""
 
     def __init__(self, cfg: GPTConfig, layer: int) -> None:
         super().__init__()
         self.norm, self.residual, self.dropout = cfg.norm, cfg.residual, cfg.dropout
+        self.feed_forward = cfg.feed_forward
         if cfg.norm != "none":
             self.ln_1 = Norm(cfg.n_embd, cfg.bias)
-            self.ln_2 = Norm(cfg.n_embd, cfg.bias)
         self.attn = CausalSelfAttention(cfg, layer)
-        self.mlp = MLP(cfg)
+        if cfg.feed_forward:
+            if cfg.norm != "none":
+                self.ln_2 = Norm(cfg.n_embd, cfg.bias)
+            self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """Take and give (x, branch): the stream, and the last branch's output where it is still to be added."""
         p = self.dropout if self.training else 0.0
         if self.norm == "pre" and self.residual:
             normed, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(x, branch, p)
-            normed, x = self.ln_2.add(x, self.attn(normed, cache), p)
+            branch = self.attn(normed, cache)
+            if not self.feed_forward:
+                return x, branch
+            normed, x = self.ln_2.add(x, branch, p)
             return x, self.mlp(normed)
         x = self._finish("ln_1", x, self.attn(self.ln_1(x) if self.norm == "pre" else x, cache), p)
-        x = self._finish("ln_2", x, self.mlp(self.ln_2(x) if self.norm == "pre" else x), p)
+        if self.feed_forward:
+            x = self._finish("ln_2", x, self.mlp(self.ln_2(x) if self.norm == "pre" else x), p)
         return x, None
 
     def _finish(self, norm: str, x: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
