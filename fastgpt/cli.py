@@ -101,12 +101,15 @@ def _read_toml(path: str, known: set[str]) -> dict[str, Any]:
     return values
 
 
-def _parse(cls: type, args: Sequence[str], command: str) -> Any:
-    """`args` as an instance of the dataclass `cls`, over the settings of a --config file."""
+def _parse(cls: type, args: Sequence[str], command: str, quick: dict[str, Any] | None = None) -> Any:
+    """`args` as an instance of the dataclass `cls`, over the settings of a --config file, over those of --quick."""
     import tyro
 
     path = _option(args, "config")
-    default = cls(**_read_toml(path, {f.name for f in dataclasses.fields(cls)} - {"config"})) if path else cls()
+    values = _read_toml(path, {f.name for f in dataclasses.fields(cls)} - {"config"}) if path else {}
+    if quick and ("--quick" in args or values.get("quick") is True):
+        values = quick | values
+    default = cls(**values)
     check_types(default)
     return tyro.cli(cls, args=list(args), prog=f"fastgpt {command}", default=default)
 
@@ -383,10 +386,25 @@ def parity(args: Sequence[str]) -> int:
     return run(settings.device, settings.out)
 
 
+def study(args: Sequence[str]) -> None:
+    from . import studies
+
+    names = "\n".join(f"  {name:14} {question}" for name, question in studies.STUDIES.items())
+    if args and args[0] in ("-h", "--help"):
+        print(f"usage: fastgpt study NAME [options]      (fastgpt study NAME --help for its options)\n\n{names}")
+        return
+    if not args or args[0] not in studies.STUDIES:
+        what = f"no study is called {args[0]!r}" if args else "which study?"
+        raise UsageError(f"{what}; there are {', '.join(studies.STUDIES)}")
+    module = studies.load(args[0])
+    studies.run(args[0], _parse(module.Settings, args[1:], f"study {args[0]}", module.QUICK))
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
     "train": (train, "train a GPT, or another model, on text"),
     "sample": (sample, "continue a prompt with a trained model"),
     "data": (data, "show: one example of each layout of the data"),
+    "study": (study, "measure what a part does: depth, norms, attention, ..."),
     "doctor": (doctor, "what runs here and why"),
     "parity": (parity, "proof: every op against the float64 oracle"),
 }
