@@ -75,7 +75,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     corpus = load_corpus(settings, block_size=32)
     rows = []
     for depth, init, norm, residual in itertools.product(depths, INITIALISATIONS, NORMS, (True, False)):
-        row = {"depth": depth, "init": init, "norm": norm, "residual": residual}
+        row: dict[str, Any] = {"depth": depth, "init": init, "norm": norm, "residual": residual}
         rows.append(row | _one(settings, corpus, depth, init, norm, residual, settings.seed))
         print(f"{depth:3} blocks, {init}, {_name(norm, residual)}: {_loss_text(rows[-1]['loss'])}", flush=True)
     seeds = range(settings.seed, settings.seed + settings.repeats)
@@ -168,10 +168,14 @@ def show(results: dict[str, Any], page: Any) -> None:
         ],
         [_table_row(rows, depths, *kind) for kind in _kinds()],
     )
-    page.picture("loss", "Validation loss against depth, one panel an initialisation", lambda: _draw_losses(results))
+    page.picture(
+        "loss",
+        "Validation loss against depth, by initialisation; what is far above frequencies is outside",
+        lambda: _draw_losses(results),
+    )
     page.picture(
         "layers",
-        f"Stream and gradient at each of {depths[-1]} blocks, before training (lines) and after (dots)",
+        f"Stream and gradient at each of {depths[-1]} blocks, before training (lines) and after it (dots)",
         lambda: _draw_layers(rows, depths[-1]),
     )
     page.paragraph(_counts(results, depths[-1]))
@@ -299,7 +303,8 @@ def _gradients(rows: list[dict[str, Any]], depth: int) -> str:
             f"to {ratio[high]:.2g} ({high[0]}, {_name(high[1], high[2])})"
         )
 
-    gradient, stream = {}, {}
+    gradient: dict[tuple[str, str, bool], float] = {}
+    stream: dict[tuple[str, str, bool], float] = {}
     for kind in _kinds():
         before = _find(rows, depth, *kind)["before"]
         for ratios, key, (above, below) in ((gradient, "gradient", (0, -1)), (stream, "activation", (-1, 0))):
@@ -341,8 +346,8 @@ def _draw_losses(results: dict[str, Any]) -> Any:
             losses = [_find(results["rows"], depth, init, norm, residual)["loss"] for depth in depths]
             style = {"color": COLOURS[norm], "ls": "-" if residual else "--", "marker": "o", "ms": 3}
             panel.plot(depths, [math.nan if v is None else v for v in losses], label=_name(norm, residual), **style)
-        # One network with a huge loss must not press the others into a line.
-        panel.set(title=init, xlabel="blocks", ylim=(None, results["data"]["frequency_loss"] + 1.0))
+        # A network with a huge loss must not press the others into a line: it is left out.
+        panel.set(title=init, xlabel="blocks", ylim=(None, results["data"]["frequency_loss"] + 0.2))
         panel.set_xscale("log", base=2)
         panel.set_xticks(depths, [str(depth) for depth in depths])
         panel.grid(alpha=0.3)
@@ -361,7 +366,7 @@ def _draw_layers(rows: list[dict[str, Any]], depth: int) -> Any:
                 blocks = range(1, depth + 1)
                 panel.plot(blocks, _positive(row["before"][key]), label=_name(norm, residual), **style)
                 panel.plot(blocks, _positive(row["after"][key]), ".", color=style["color"], ms=3, alpha=0.6)
-                panel.set_yscale("log")
+                panel.set(yscale="log", ylim=(1e-12, 1e6))
                 panel.grid(alpha=0.3)
         axes[0, column].set_title(init)
         axes[1, column].set_xlabel("block")

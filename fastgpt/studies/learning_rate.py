@@ -117,8 +117,13 @@ def _mean(row: dict[str, Any]) -> float | None:
     return None if None in row["losses"] else statistics.fmean(row["losses"])
 
 
+def _means(results: dict[str, Any], width: int, rates: list[float]) -> dict[float, float]:
+    """The mean loss by rate, of the rates that have one."""
+    return {rate: mean for rate in rates if (mean := _mean(_find(results, width, rate))) is not None}
+
+
 def _best(results: dict[str, Any], width: int, rates: list[float]) -> float | None:
-    means = {rate: mean for rate in rates if (mean := _mean(_find(results, width, rate))) is not None}
+    means = _means(results, width, rates)
     return min(means, key=lambda rate: means[rate]) if means else None
 
 
@@ -134,26 +139,22 @@ def _findings(results: dict[str, Any], width: int, rates: list[float]) -> str:
     best, diverged = _best(results, width, rates), _diverged(results, width, rates)
     if best is None:
         return f"{n:,} parameters: no rate ended with a finite loss."
-    loss = _mean(_find(results, width, best))
-    spread = max((max(row["losses"]) - min(row["losses"]) for row in results["rows"]
-                  if row["width"] == width and None not in row["losses"] and row["lr"] not in diverged), default=0.0)  # fmt: skip
-    near = [
-        rate
-        for rate in rates
-        if rate != best and (mean := _mean(_find(results, width, rate))) is not None and mean - loss <= spread
-    ]
+    means = _means(results, width, rates)
+    loss = means[best]
+    rows = [_find(results, width, rate) for rate in means if rate not in diverged]
+    spread = max(max(row["losses"]) - min(row["losses"]) for row in rows)
+    near = [rate for rate in means if rate != best and means[rate] - loss <= spread]
     text = f"{n:,} parameters: the lowest loss, {loss:.3f}, is at {best:g}"
     if near:
         text += f"; not told apart from it by the seeds, which lie up to {spread:.3f} apart: {_listed(near)}"
-    others = [rate for rate in (rates[0], rates[-1]) if rate != best]
-    ends = [(rate, _mean(_find(results, width, rate))) for rate in others]
-    text += "".join(f"; at {rate:g} it is {mean - loss:+.3f}" for rate, mean in ends if mean is not None)
+    ends = [rate for rate in (rates[0], rates[-1]) if rate != best and rate in means]
+    text += "".join(f"; at {rate:g} it is {means[rate] - loss:+.3f}" for rate in ends)
     return f"{text}. Diverged at {_listed(diverged)}." if diverged else f"{text}. None of the rates diverged."
 
 
 def _across(results: dict[str, Any], widths: list[int], rates: list[float]) -> str:
-    best = {width: _best(results, width, rates) for width in widths}
-    if len(widths) < 2 or None in best.values():
+    best = {width: rate for width in widths if (rate := _best(results, width, rates)) is not None}
+    if len(widths) < 2 or len(best) < len(widths):
         return "Sizes are not compared."
     small, large = widths[0], widths[-1]
     relation = "the same as" if best[large] == best[small] else "below" if best[large] < best[small] else "above"

@@ -57,6 +57,10 @@ class BatchNorm(nn.Module):
     eval mode uses is set from outside.
     """
 
+    momenta: Tensor
+    mean: Tensor
+    variance: Tensor
+
     def __init__(self, n_embd: int, momenta: list[float]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_embd))
