@@ -44,10 +44,9 @@ def run(name: str, settings: Any) -> Path:
     pyplot()  # what is missing is said now, not after minutes of measuring
     out = Path(settings.out or f"runs/study-{name}")
     _check_folder(out)
+    results = {"study": name, **facts(settings.device), "settings": recorded(settings)}
     began = time.perf_counter()
-    study = load(name)
-    measured = study.measure(settings)
-    results = {"study": name, **facts(settings.device), "settings": recorded(settings), **measured}
+    results |= load(name).measure(settings)
     results["seconds"] = round(time.perf_counter() - began, 1)
     text = json.dumps(results, indent=1, allow_nan=False)
     with atomic_path(out / "results.json") as temporary:
