@@ -7,6 +7,7 @@ import datetime
 import math
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,17 @@ def load_run(path: str) -> tuple[GPT, Tokenizer]:
     model = GPT(from_dict(GPTConfig, {**saved.model_config, "dropout": 0.0}))
     load_parameters(model, saved.part("model"), file)
     return model.eval(), tokenizer_from_json(saved.tokenizer)
+
+
+def label(tokenizer: Tokenizer, token: int) -> str:
+    """A token as it can be seen: blanks as signs, and bytes that are part of a character as their numbers."""
+    raw = tokenizer.token_bytes(token)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<{byte:02x}>" for byte in raw)
+    signs = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+    return "".join(signs.get(char, char if char.isprintable() else f"<{ord(char):x}>") for char in text)
 
 
 def trained_model(settings: Any, cfg: GPTConfig, steps: int) -> tuple[GPT, Tokenizer, float]:
@@ -231,12 +243,12 @@ def _commit() -> str | None:
         return None
 
 
-def synchronized_seconds(call: Callable[[], Any], clock: Callable[[], float], device: torch.device) -> float:
+def synchronized_seconds(call: Callable[[], Any], device: torch.device) -> float:
     """How long `call` takes, up to the end of what it started on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = clock()
+    began = time.perf_counter()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return clock() - began
+    return time.perf_counter() - began
