@@ -345,11 +345,12 @@ def _draw_losses(results: dict[str, Any]) -> Any:
         for norm, residual in itertools.product(NORMS, (True, False)):
             losses = [_find(results["rows"], depth, init, norm, residual)["loss"] for depth in depths]
             style = {"color": COLOURS[norm], "ls": "-" if residual else "--", "marker": "o", "ms": 3}
-            panel.plot(depths, [math.nan if v is None else v for v in losses], label=_name(norm, residual), **style)
+            panel.plot(
+                range(len(depths)), [math.nan if v is None else v for v in losses], label=_name(norm, residual), **style
+            )
         # A network with a huge loss must not press the others into a line: it is left out.
         panel.set(title=init, xlabel="blocks", ylim=(None, results["data"]["frequency_loss"] + 0.2))
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(depths, [str(depth) for depth in depths])
+        panel.set_xticks(range(len(depths)), [str(depth) for depth in depths])
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("validation loss")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")

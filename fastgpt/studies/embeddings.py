@@ -111,9 +111,12 @@ def read_vectors(path: Path, max_words: int) -> tuple[list[str], Tensor]:
     if path.is_dir():
         raise StudyError(f"--vectors {path}: is a folder; give a text file of word vectors")
     found: dict[str, list[float]] = {}
+    number = 1
     try:
         with open(path, encoding="utf-8") as file:
             first = file.readline()
+            if not first.strip():
+                raise StudyError(f"--vectors {path}: its first line is empty; a line is a word and its numbers")
             header = re.fullmatch(r"(\d+) (\d+)\s*", first)
             width = int(header[2]) if header else len(first.split()) - 1
             lines = enumerate(file, 2) if header else enumerate(itertools.chain([first], file), 1)

@@ -71,8 +71,8 @@ def numbers(name: str, text: str, kind: type[Number], least: float = 0.0) -> lis
     return values
 
 
-def at_least(name: str, value: int, least: int) -> None:
-    if value < least:
+def at_least(name: str, value: float, least: int) -> None:
+    if not least <= value < math.inf:
         raise ConfigError(f"{name}: expected at least {least}, got {value}")
 
 

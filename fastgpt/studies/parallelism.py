@@ -75,6 +75,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     batches = sorted(numbers("batches", settings.batches, int))
     at_least("width", settings.width, 16)
     at_least("steps", settings.steps, 2)
+    at_least("seconds", settings.seconds, 0)
     corpus = load_corpus(settings, BLOCK_SIZE)
     device = resolve_device(settings.device)
     n_head = max(1, settings.width // 32)
