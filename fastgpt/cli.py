@@ -400,10 +400,17 @@ def study(args: Sequence[str]) -> None:
     studies.run(args[0], _parse(module.Settings, args[1:], f"study {args[0]}", module.QUICK))
 
 
+def learn(args: Sequence[str]) -> None:
+    from . import learn as stages
+
+    stages.run(_parse(stages.Settings, args, "learn", stages.QUICK))
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
     "train": (train, "train a GPT, or another model, on text"),
     "sample": (sample, "continue a prompt with a trained model"),
     "data": (data, "show: one example of each layout of the data"),
+    "learn": (learn, "from bigram to GPT: train every stage, write a report"),
     "study": (study, "measure what a part does: depth, norms, attention, ..."),
     "doctor": (doctor, "what runs here and why"),
     "parity": (parity, "proof: every op against the float64 oracle"),

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .baselines import model_class
 from .checkpoint import Checkpoint, CheckpointError, atomic_path, check_same, link_or_copy, load_parameters
 from .config import GPTConfig, TrainConfig
 from .data import Corpus, Prefetcher
-from .model import LanguageModel
+from .model import GPT, LanguageModel
 
 
 class TrainingError(RuntimeError):
@@ -386,6 +386,10 @@ class Trainer:
                 signal.signal(number, handler)
 
 
+@overload
+def build_model(model_config: GPTConfig, seed: int) -> GPT: ...
+@overload
+def build_model(model_config: GPTConfig, seed: int, kind: str) -> LanguageModel: ...
 def build_model(model_config: GPTConfig, seed: int, kind: str = "gpt") -> LanguageModel:
     """A freshly initialised model, one of `baselines.MODELS`, whose weights follow from `seed`."""
     torch.manual_seed(seed)
