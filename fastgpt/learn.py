@@ -13,6 +13,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +28,7 @@ import torch
 
 from . import baselines, model
 from .checkpoint import atomic_path
-from .config import GPTConfig, TrainConfig
+from .config import ConfigError, GPTConfig, TrainConfig
 from .data import Corpus
 from .ops import reference
 from .report import Report, markdown_table, pyplot
@@ -225,11 +228,16 @@ def config_of(s: Stage, vocab_size: int) -> GPTConfig:
 
 def measure(settings: Settings, out: Path) -> dict[str, Any]:
     """Train every stage into a folder of `out`. Gives plain data: what results.json keeps."""
+    if settings.steps < 1:
+        raise ConfigError(f"steps: expected an integer of at least 1, got {settings.steps}")
+    if settings.lr <= 0.0:
+        raise ConfigError(f"lr: expected a number above 0, got {settings.lr}")
     configs = [config_of(s, 1) for s in STAGES]
     train_configs = [_train_config(settings, s, cfg) for s, cfg in zip(STAGES, configs, strict=True)]
     corpus = Corpus.load(settings.data, block_size=max(cfg.block_size for cfg in configs))
     results: dict[str, Any] = {
         "settings": recorded(settings),
+        "tokens_per_step": TOKENS_PER_STEP,
         "characters": corpus.tokenizer.vocab_size,
         "training_tokens": len(corpus.train),
         "counted_bigram": counted_bigram(corpus),
@@ -378,9 +386,10 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 def budget(results: dict[str, Any]) -> str:
     settings, n, last = results["settings"], results["training_tokens"], results["stages"][-1]
-    epochs = settings["steps"] * TOKENS_PER_STEP / n
+    each = results["tokens_per_step"]
+    epochs = settings["steps"] * each / n
     return (
-        f"Equal in all stages: {settings['steps']:,} steps of {TOKENS_PER_STEP} characters, {epochs:.1f} times "
+        f"Equal in all stages: {settings['steps']:,} steps of {each} characters, {epochs:.1f} times "
         f"the training text of {n:,}; seed {settings['seed']}; AdamW with a warm-up and a cosine. The learning rate is "
         f"{settings['lr']:g}, in the last stage {last['lr']:g}. Losses are in nats per character, on text that was not "
         f"trained on."
@@ -466,3 +475,59 @@ def run(settings: Settings) -> Path:
     report = show(results).write(out)
     print(f"\n{report}, {results['seconds']:.0f} s")
     return report
+
+
+# ---- the page in docs/ ----
+
+
+def refreshed(text: str, results: dict[str, Any], root: Path) -> str:
+    """docs/from-bigram-to-gpt.md with its numbers from `results` and its links to the lines of today's source."""
+    from .show import show_layouts
+
+    shown = show_layouts(None, None, None, "char", results["settings"]["seed"]).rpartition("\n\n")[0]
+    text = _between(text, "data show", f"```text\n{shown}\n```")
+    text = _between(text, "results", _results_in_markdown(results))
+
+    def link(match: re.Match) -> str:
+        code, file = match.groups()
+        lines = (root / file).read_text(encoding="utf-8").splitlines()
+        hits = [number for number, line in enumerate(lines, 1) if code in line]
+        if len(hits) != 1:
+            raise LookupError(f"{code!r} is in {len(hits)} lines of {file}, expected one")
+        return f"[`{code}`](../{file}#L{hits[0]})"
+
+    return re.sub(r"\[`([^`]+)`\]\(\.\./([\w/.]+)#L\d+\)", link, text)
+
+
+def _between(text: str, name: str, new: str) -> str:
+    before, mark, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not mark or not end:
+        raise LookupError(f"<!-- {name} --> ... <!-- end --> not found")
+    return f"{before}{mark}{new}\n{end}{after}"
+
+
+def _results_in_markdown(results: dict[str, Any]) -> str:
+    found = {row["name"]: row for row in results["stages"]}
+    samples = [
+        f"`{name}` writes:\n\n```text\n{found[name]['sample'].strip()[:160]}\n```" for name in ("bigram", "scaled up")
+    ]
+    words = [textwrap.fill(t, 120, break_on_hyphens=False) for t in (budget(results), " ".join(findings(results)))]
+    source = textwrap.fill(provenance(results), 120, break_on_hyphens=False)
+    return "\n\n".join([words[0], markdown_table(HEADERS, rows(results)), words[1], *samples, source])
+
+
+def main(docs: Path) -> None:
+    """Make the page and its pictures again from docs/from-bigram-to-gpt.json: python -m fastgpt.learn docs"""
+    page = docs / "from-bigram-to-gpt.md"
+    results = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    text = refreshed(page.read_text(encoding="utf-8"), results, docs.resolve().parent)
+    for name, draw in (("losses", final_losses), ("curves", curves)):
+        with atomic_path(docs / "images" / f"learn-{name}.png") as temporary:
+            draw(results).savefig(temporary, format="png", dpi=100, facecolor="white")
+    with atomic_path(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
