@@ -122,7 +122,7 @@ def test_a_stage_can_be_sampled_from(out, capsys):
     [
         ("a" * 5000, [], "has one distinct character, 'a'", 1),
         ("abc" * 50, [], "a block of 64 needs 65", 1),
-        (TEXT, ["--steps", "-1"], "max_steps: expected", 2),
+        (TEXT, ["--steps", "-1"], "steps: expected", 2),
         (TEXT, ["--steps", "0"], "steps: expected", 2),
         (TEXT, ["--lr", "0"], "lr: expected", 2),
         (TEXT, ["--device", "tpu9"], "device: 'tpu9'", 1),
