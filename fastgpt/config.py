@@ -116,8 +116,7 @@ class TrainConfig:
         device: auto, cpu, cuda, ...
         dtype: auto (bfloat16 autocast on GPUs), float32 or bfloat16.
         compile: run the loss through torch.compile.
-        layout: blocks (random blocks, every prefix an example), windows (a block, its last position the one example),
-            or names (one line of the data a row).
+        layout: blocks (every prefix is an example), windows (whole contexts only), or names (each line by itself).
     """
 
     batch_size: int = 64
