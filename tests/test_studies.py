@@ -323,17 +323,30 @@ def test_projection_finds_the_plane_the_points_lie_in():
     torch.testing.assert_close(torch.pdist(coordinates), torch.pdist(flat))
 
 
-def test_neighbours_of_a_trained_model(tmp_path, text_file):
-    run = tmp_path / "run"
+def trained(kind: str, text_file: Path, folder: Path) -> str:
     settings = "--block-size 16 --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --max-steps 2 --eval-batches 1"
-    assert main(["train", "--data", str(text_file), "--out", str(run), *settings.split(), "--device", "cpu"]) == 0
-    model, tokenizer = load_run(str(run))
+    run = ["--data", str(text_file), "--out", str(folder / kind), "--model", kind, "--device", "cpu"]
+    assert main(["train", *run, *settings.split()]) == 0
+    return str(folder / kind)
+
+
+def test_studies_of_a_trained_model(tmp_path, text_file):
+    run = trained("gpt", text_file, tmp_path)
+    model, tokenizer = load_run(run)
     assert not model.training and tokenizer.vocab_size == model.cfg.vocab_size
-    for name, more in (("embeddings", ["--words", "B e"]), ("attention", ["--prompt", "To be"])):
-        if name == "attention":
-            more = ["--prompt", "TO BE"]
-        assert main(["study", name, "--checkpoint", str(run), *more, "--out", str(tmp_path / name)]) == 0
-        assert json.loads((tmp_path / name / "results.json").read_text())["settings"]["checkpoint"] == "run"
+    for name, more in (("embeddings", ["--words", "B e"]), ("attention", ["--prompt", "TO BE"])):
+        assert main(["study", name, "--checkpoint", run, *more, "--out", str(tmp_path / name)]) == 0
+        assert json.loads((tmp_path / name / "results.json").read_text())["settings"]["checkpoint"] == "gpt"
+
+
+def test_studies_of_models_without_attention_or_embedding(tmp_path, text_file, capsys):
+    lstm, bigram = (trained(kind, text_file, tmp_path) for kind in ("lstm", "bigram"))
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["study", "embeddings", "--checkpoint", lstm, *out]) == 0
+    assert main(["study", "attention", "--checkpoint", lstm, *out]) == 1
+    assert "kind 'lstm', which has no attention" in capsys.readouterr().err
+    assert main(["study", "embeddings", "--checkpoint", bigram, *out]) == 1
+    assert "kind 'bigram' has no token embedding" in capsys.readouterr().err
 
 
 # ---- bad input ----

@@ -55,7 +55,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     at_least("steps", settings.steps, 1)
     loss = None
     if settings.checkpoint is not None:
-        model, tokenizer = load_run(settings.checkpoint)
+        model, tokenizer = _load(settings.checkpoint)
     else:
         model, tokenizer, loss = trained_model(settings, SMALL, settings.steps)
     layers, heads = (
@@ -78,6 +78,13 @@ def measure(settings: Settings) -> dict[str, Any]:
         "error": float(f"{error:.2g}"),
         "rows": rows,
     }
+
+
+def _load(checkpoint: str) -> tuple[GPT, Tokenizer]:
+    model, tokenizer = load_run(checkpoint)
+    if not isinstance(model, GPT):
+        raise StudyError(f"--checkpoint {checkpoint}: holds a model of kind {model.kind!r}, which has no attention")
+    return model, tokenizer
 
 
 def _chosen(settings: Settings, name: str, n: int) -> list[int]:

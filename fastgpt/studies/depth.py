@@ -23,7 +23,7 @@ from ..config import GPTConfig, TrainConfig
 from ..data import Corpus, random_batch
 from ..model import GPT
 from ..report import pyplot
-from ..train import build_model, resolve_device
+from ..train import resolve_device
 from .experiment import (
     LEARNED,
     Common,
@@ -31,6 +31,7 @@ from .experiment import (
     described,
     finite,
     load_corpus,
+    new_gpt,
     numbers,
     training,
     validation_loss,
@@ -90,7 +91,7 @@ def _one(
     cfg = GPTConfig(
         corpus.tokenizer.vocab_size, 32, depth, 2, settings.width, dropout=0.0, norm=norm, residual=residual
     )
-    model = build_model(cfg, seed)
+    model = new_gpt(cfg, seed)
     redraw(model, init)
     model.to(resolve_device(settings.device))
     probe = random_batch(corpus.train, cfg.block_size, 16, seed, step=2**32)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
+from ..model import LanguageModel
 from ..report import pyplot
 from .attention import SMALL
 from .experiment import Common, StudyError, at_least, label, load_run, trained_model
@@ -95,15 +96,18 @@ def _vectors(settings: Settings) -> tuple[list[str], Tensor, dict[str, Any]]:
         words, vectors = read_vectors(Path(settings.vectors), settings.max_words)
         return words, vectors, {"source": Path(settings.vectors).name, "loss": None}
     loss = None
+    model: LanguageModel
     if settings.checkpoint is not None:
         model, tokenizer = load_run(settings.checkpoint)
         source = Path(settings.checkpoint).name
     else:
         model, tokenizer, loss = trained_model(settings, SMALL, settings.steps)
         source = f"a model trained here for {settings.steps} steps"
+    table = getattr(model, "token_embedding", None)
+    if table is None:
+        raise StudyError(f"--checkpoint {settings.checkpoint}: a model of kind {model.kind!r} has no token embedding")
     words = [label(tokenizer, token) for token in range(tokenizer.vocab_size)]
-    table = model.token_embedding.weight.detach().double().cpu()
-    return words, table[: len(words)], {"source": source, "loss": loss}
+    return words, table.weight.detach().double().cpu()[: len(words)], {"source": source, "loss": loss}
 
 
 def read_vectors(path: Path, max_words: int) -> tuple[list[str], Tensor]:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..baselines import model_class
 from ..checkpoint import Checkpoint, find_checkpoint, load_parameters
 from ..config import ConfigError, GPTConfig, TrainConfig, from_dict
 from ..data import Corpus, evaluation_blocks, random_batch
-from ..model import GPT
+from ..model import GPT, LanguageModel
 from ..tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
-from ..train import build_model, learning_rate, make_optimizer, resolve_device
+from ..train import learning_rate, make_optimizer, resolve_device
 
 Number = TypeVar("Number", int, float)
 LEARNED = 0.05  # nats below the loss of knowing each token's frequency: something of the context was learned
@@ -89,24 +90,24 @@ def recorded(settings: Any) -> dict[str, Any]:
 
 
 def load_corpus(settings: Any, block_size: int) -> Corpus:
-    """The characters of --data, of which there must be two: nothing can be learned from one."""
-    corpus = Corpus.load(settings.data, "char", block_size=block_size)
-    if corpus.tokenizer.vocab_size < 2:
-        raise StudyError(
-            f"--data {settings.data!r} has one distinct character, and every prediction of it is right: "
-            f"give a text with at least two"
-        )
-    return corpus
+    """The characters of --data, which must be enough for a block."""
+    return Corpus.load(settings.data, "char", block_size=block_size)
 
 
-def load_run(path: str) -> tuple[GPT, Tokenizer]:
+def new_gpt(cfg: GPTConfig, seed: int) -> GPT:
+    """A freshly initialised GPT whose weights follow from `seed`."""
+    torch.manual_seed(seed)
+    return GPT(cfg)
+
+
+def load_run(path: str) -> tuple[LanguageModel, Tokenizer]:
     """The model and tokenizer of a run's folder, a checkpoint, or a Hugging Face GPT-2 folder with its vocabulary."""
     folder = Path(path)
     if (folder / "config.json").exists() and (folder / "vocab.json").exists():
         return GPT.from_pretrained(folder, dropout=0.0).eval(), BPETokenizer.from_gpt2_files(folder)
     file = find_checkpoint(folder)
     saved = Checkpoint.load(file)
-    model = GPT(from_dict(GPTConfig, {**saved.model_config, "dropout": 0.0}))
+    model = model_class(saved.model)(from_dict(GPTConfig, {**saved.model_config, "dropout": 0.0}))
     load_parameters(model, saved.part("model"), file)
     return model.eval(), tokenizer_from_json(saved.tokenizer)
 
@@ -127,7 +128,7 @@ def trained_model(settings: Any, cfg: GPTConfig, steps: int) -> tuple[GPT, Token
     corpus = load_corpus(settings, cfg.block_size)
     cfg = dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size)
     train_cfg = TrainConfig(batch_size=12, max_steps=steps, warmup_steps=min(100, steps // 10), seed=settings.seed)
-    model = build_model(cfg, settings.seed).to(resolve_device(settings.device))
+    model = new_gpt(cfg, settings.seed).to(resolve_device(settings.device))
     for _ in training(model, corpus, train_cfg):
         pass
     loss = finite(validation_loss(model, corpus))

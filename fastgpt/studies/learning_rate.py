@@ -15,8 +15,19 @@ from typing import Any
 from ..config import GPTConfig, TrainConfig
 from ..data import Corpus
 from ..report import pyplot
-from ..train import build_model, resolve_device
-from .experiment import LEARNED, Common, at_least, described, finite, load_corpus, numbers, training, validation_loss
+from ..train import resolve_device
+from .experiment import (
+    LEARNED,
+    Common,
+    at_least,
+    described,
+    finite,
+    load_corpus,
+    new_gpt,
+    numbers,
+    training,
+    validation_loss,
+)
 
 
 @dataclass
@@ -55,7 +66,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             losses = [run["loss"] for run in runs]
             rows.append({"width": cfg.n_embd, "lr": rate, "losses": losses, "curve": runs[0]["curve"]})
             print(f"width {cfg.n_embd}, rate {rate:g}: {losses}", flush=True)
-    sizes = {str(cfg.n_embd): build_model(cfg, settings.seed).num_parameters() for cfg in models}
+    sizes = {str(cfg.n_embd): new_gpt(cfg, settings.seed).num_parameters() for cfg in models}
     return {"data": described(corpus, settings, BLOCK_SIZE), "parameters": sizes, "rows": rows}
 
 
@@ -68,7 +79,7 @@ def _config(corpus: Corpus, width: int) -> GPTConfig:
 
 
 def _one(settings: Settings, corpus: Corpus, cfg: GPTConfig, rate: float, seed: int) -> dict[str, Any]:
-    model = build_model(cfg, seed).to(resolve_device(settings.device))
+    model = new_gpt(cfg, seed).to(resolve_device(settings.device))
     train_cfg = TrainConfig(
         batch_size=BATCH_SIZE,
         max_steps=settings.steps,

@@ -24,8 +24,8 @@ from ..data import Corpus
 from ..model import GPT
 from ..ops.dropout import dropout
 from ..report import pyplot
-from ..train import build_model, make_optimizer, resolve_device
-from .experiment import Common, at_least, described, finite, load_corpus, numbers, training, validation_blocks
+from ..train import make_optimizer, resolve_device
+from .experiment import Common, at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_blocks
 
 
 @dataclass
@@ -90,7 +90,7 @@ class BatchNorm(nn.Module):
 
 def build(kind: str, cfg: GPTConfig, seed: int, momenta: list[float]) -> GPT:
     """The shipped GPT, its norms replaced where `kind` says so; the same weights for the same seed."""
-    model = build_model(cfg, seed)
+    model = new_gpt(cfg, seed)
     if kind == "batch norm":
         for block in model.blocks:
             block.ln_1, block.ln_2 = BatchNorm(cfg.n_embd, momenta), BatchNorm(cfg.n_embd, momenta)

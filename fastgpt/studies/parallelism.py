@@ -27,14 +27,16 @@ from torch import Tensor
 from ..baselines import matched
 from ..config import GPTConfig, TrainConfig
 from ..data import Corpus
+from ..model import GPT
 from ..report import pyplot
-from ..train import build_model, resolve_device
+from ..train import resolve_device
 from .experiment import (
     Common,
     at_least,
     described,
     finite,
     load_corpus,
+    new_gpt,
     numbers,
     synchronized_seconds,
     training,
@@ -85,7 +87,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     sizes = {kind: model.num_parameters() for kind, model in models.items()}
     # For the timings the GPT's position table is as long as the longest context; its blocks are the same.
     long = dataclasses.replace(cfg, block_size=max(contexts))
-    timed = models | {"gpt": build_model(long, settings.seed).to(device)}
+    timed = models | {"gpt": new_gpt(long, settings.seed).to(device)}
     rows = []
     for context, batch, direction in itertools.product(contexts, batches, DIRECTIONS):
         rows += _timings(timed, context, batch, direction, settings, device)
@@ -104,7 +106,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def _build(kind: str, cfg: GPTConfig, seed: int) -> Any:
     torch.manual_seed(seed)
-    return build_model(cfg, seed) if kind == "gpt" else matched(kind, cfg)
+    return GPT(cfg) if kind == "gpt" else matched(kind, cfg)
 
 
 def _timings(
