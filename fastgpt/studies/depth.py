@@ -349,11 +349,14 @@ def _draw_losses(results: dict[str, Any]) -> Any:
             panel.plot(
                 range(len(depths)), [math.nan if v is None else v for v in losses], label=_name(norm, residual), **style
             )
-        # A network with a huge loss must not press the others into a line: it is left out.
-        panel.set(title=init, xlabel="blocks", ylim=(None, results["data"]["frequency_loss"] + 0.2))
+        panel.set(title=init, xlabel="blocks")
         panel.set_xticks(range(len(depths)), [str(depth) for depth in depths])
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("validation loss")
+    # A network with a huge loss must not press the others into a line: it is left out.
+    highest = results["data"]["frequency_loss"] + 0.2
+    losses = [row["loss"] for row in results["rows"] if row["loss"] is not None]
+    axes[0][0].set_ylim(min([*losses, highest]) - 0.1, highest)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return figure
 

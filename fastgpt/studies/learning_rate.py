@@ -128,6 +128,11 @@ def _mean(row: dict[str, Any]) -> float | None:
     return None if None in row["losses"] else statistics.fmean(row["losses"])
 
 
+def _spread(row: dict[str, Any]) -> float:
+    """How far apart the seeds of one rate are."""
+    return max(row["losses"]) - min(row["losses"])
+
+
 def _means(results: dict[str, Any], width: int, rates: list[float]) -> dict[float, float]:
     """The mean loss by rate, of the rates that have one."""
     return {rate: mean for rate in rates if (mean := _mean(_find(results, width, rate))) is not None}
@@ -152,12 +157,11 @@ def _findings(results: dict[str, Any], width: int, rates: list[float]) -> str:
         return f"{n:,} parameters: no rate ended with a finite loss."
     means = _means(results, width, rates)
     loss = means[best]
-    rows = [_find(results, width, rate) for rate in means if rate not in diverged]
-    spread = max(max(row["losses"]) - min(row["losses"]) for row in rows)
-    near = [rate for rate in means if rate != best and means[rate] - loss <= spread]
+    apart = {rate: _spread(_find(results, width, rate)) for rate in means}
+    near = [rate for rate in means if rate != best and means[rate] - loss <= max(apart[rate], apart[best])]
     text = f"{n:,} parameters: the lowest loss, {loss:.3f}, is at {best:g}"
     if near:
-        text += f"; not told apart from it by the seeds, which lie up to {spread:.3f} apart: {_listed(near)}"
+        text += f"; no further from it than two seeds of one rate from each other: {_listed(near)}"
     ends = [rate for rate in (rates[0], rates[-1]) if rate != best and rate in means]
     text += "".join(f"; at {rate:g} it is {means[rate] - loss:+.3f}" for rate in ends)
     return f"{text}. Diverged at {_listed(diverged)}." if diverged else f"{text}. None of the rates diverged."
@@ -193,7 +197,7 @@ def _draw_final(results: dict[str, Any]) -> Any:
         axes.plot(*zip(*seeds, strict=True), ".", color=line.get_color(), alpha=0.4)
     bound = results["data"]["frequency_loss"]
     axes.axhline(bound, color="grey", ls=":", lw=0.8, label="frequencies only")
-    axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", ylim=(None, bound + 1.0))
+    axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", ylim=(None, bound + 0.6))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
@@ -213,8 +217,8 @@ def _draw_curves(results: dict[str, Any]) -> Any:
                 colour = colours(i / max(1, len(rates) - 1) * 0.95)
                 panel.plot(*zip(*points, strict=True), color=colour, label=f"{rate:g}")
         panel.set(xlabel="step", title=f"{results['parameters'][str(width)]:,} parameters")
-        panel.set_ylim(None, results["data"]["frequency_loss"] + 1.5)
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("training loss")
+    axes[0][0].set_ylim(top=results["data"]["frequency_loss"] + 1.5)  # for all of them, now that all are drawn
     axes[0][-1].legend(title="learning rate", fontsize="x-small", title_fontsize="small")
     return figure

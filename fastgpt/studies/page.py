@@ -7,6 +7,7 @@ writes docs/studies.md and its pictures from docs/studies/*.json, the results th
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import textwrap
@@ -90,6 +91,13 @@ def studies_page(docs: Path, pictures: bool = True) -> tuple[str, dict[str, byte
     return "\n\n".join(parts) + "\n", images
 
 
+def _with_few_colours(png: bytes) -> Any:
+    """A picture at a third of its size, for a repository: lines and letters need few colours."""
+    from PIL import Image  # matplotlib needs it, so it is there
+
+    return Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+
+
 def main() -> None:
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "studies").is_dir():
         sys.exit("usage: python -m fastgpt.studies.page DOCS     (a folder with studies/NAME.json in it)")
@@ -97,7 +105,7 @@ def main() -> None:
     text, images = studies_page(docs)
     (docs / "images").mkdir(exist_ok=True)
     for name, data in images.items():
-        (docs / "images" / name).write_bytes(data)
+        _with_few_colours(data).save(docs / "images" / name, optimize=True)
     (docs / "studies.md").write_text(text, encoding="utf-8")
 
 
