@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import time
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +49,7 @@ def run(name: str, settings: Any) -> Path:
     began = time.perf_counter()
     results |= load(name).measure(settings)
     results["seconds"] = round(time.perf_counter() - began, 1)
-    text = json.dumps(results, indent=1, allow_nan=False)
+    text = _json(results)
     with atomic_path(out / "results.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     page = Page(json.loads(text))
@@ -56,6 +57,13 @@ def run(name: str, settings: Any) -> Path:
     report = page.write(out)
     print(f"{report}, {results['seconds']:.0f} s")
     return report
+
+
+def _json(results: dict[str, Any]) -> str:
+    """Indented, but for lists of numbers, which are a line each."""
+    text = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False)
+    # A line break is never inside a JSON string.
+    return re.sub(r"\[\n([-+.,\deE\s]+)\n\s*\]", lambda match: "[" + " ".join(match[1].split()) + "]", text)
 
 
 def _check_folder(out: Path) -> None:

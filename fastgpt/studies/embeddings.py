@@ -34,7 +34,7 @@ class Settings(Common):
         checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
         vectors: a text file of word vectors (word2vec, GloVe) to look at instead of a model.
         words: whose neighbours to show, with blanks between them (a blank itself is written ␣, a line's end ⏎).
-        analogy: "a - b + c", or several of them one after the other.
+        analogy: "a - b + c", or several of them one after the other; of letters, two of case if not given.
         neighbours: how many to show.
         max_words: read this many lines of --vectors.
         steps: training steps of the small model.
@@ -60,6 +60,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         at_least(name, getattr(settings, name), 1)
     asked = analogies(settings.analogy or "")
     words, vectors, origin = _vectors(settings)
+    if settings.analogy is None and set("aeAEtsTS") <= set(words):
+        asked = analogies("a - A + E t - T + S")
     n, width = vectors.shape
     if n < 3 or width < 2:
         raise StudyError(

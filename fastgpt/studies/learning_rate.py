@@ -43,7 +43,7 @@ class Settings(Common):
 
     rates: str = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
     widths: str = "32,64,128"
-    steps: int = 200
+    steps: int = 150
     repeats: int = 2
 
 
