@@ -280,8 +280,8 @@ def _growth(rows: list[dict[str, Any]], contexts: list[int], batch: int) -> str:
         speeds = [_find(rows, kind, context, batch, DIRECTIONS[1])["tokens_per_s"] for context in contexts]
         best = max(range(len(contexts)), key=lambda i: speeds[i])
         parts.append(
-            f"{NAMES[kind]} {speeds[0]:,.0f} at {contexts[0]}, {speeds[best]:,.0f} at {contexts[best]} (its most), "
-            f"{speeds[-1]:,.0f} at {contexts[-1]}"
+            f"{NAMES[kind]} {speeds[0]:,.0f} at {contexts[0]} and {speeds[-1]:,.0f} at {contexts[-1]}, its most "
+            f"{speeds[best]:,.0f} at {contexts[best]}"
         )
     return f"Tokens per second, forward and backward, {batch} rows: {'; '.join(parts)}."
 
@@ -326,7 +326,7 @@ def _draw_speed(rows: list[dict[str, Any]], contexts: list[int], batches: list[i
             speeds = [_find(rows, kind, context, batch, direction)["tokens_per_s"] for context in contexts]
             forward = direction == "forward"
             style = {"color": COLOURS[kind], "ls": "--" if forward else "-", "marker": "o", "ms": 3}
-            panel.plot(contexts, speeds, label=f"{NAMES[kind]}, {'forward' if forward else 'and backward'}", **style)
+            panel.plot(contexts, speeds, label=f"{NAMES[kind]}, {direction}", **style)
         panel.set(xscale="log", yscale="log", xlabel="context", title=f"{batch} row{'s' if batch > 1 else ''}")
         panel.set_xticks(contexts, [str(context) for context in contexts], fontsize=7)
         panel.minorticks_off()
