@@ -23,7 +23,8 @@ _PREFACE = """# Studies
 Each of these is one command, `fastgpt study NAME`, on the models and kernels of this package: it measures, writes a
 report (`report.html`, pictures, `results.json`) and prints what is below. The words are made from the numbers, and this
 page from the results in [docs/studies](studies), by `python -m fastgpt.studies.page docs`; a test compares them. Losses
-are in nats per token, on text that was not trained on; training is that of `fastgpt train`, in float32.
+are in nats per token, on text that was not trained on; training is that of `fastgpt train`, in float32. The text,
+tinyshakespeare.txt, is the file that `--data tinyshakespeare` downloads.
 """
 
 
