@@ -304,8 +304,7 @@ class Corpus:
         _layout_class(layout)
         text = load_text(source)
         shown = repr(os.fspath(source))
-        if len(set(text)) == 1:
-            raise DataError(f"{shown} has one distinct character, {text[0]!r}: give a text in which there is a choice")
+        check_varied(text, shown)
         if layout == "names":
             return cls._load_names(names_of(text, shown), shown, tokenizer, vocab_size, block_size)
         made = _make_tokenizer(tokenizer, text, vocab_size)
@@ -317,8 +316,8 @@ class Corpus:
                 f"{shown} has {len(tokens)} tokens, and a block of {block_size} needs {block_size + 1}: "
                 f"give a longer text or a smaller block_size"
             )
-        _check_block(f"the train split of {shown}", train, block_size)
-        _check_block(f"the val split of {shown}", val, block_size)
+        check_block(f"the train split of {shown}", train, block_size)
+        check_block(f"the val split of {shown}", val, block_size)
         return cls(made, train, val, layout)
 
     @classmethod
@@ -405,7 +404,12 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def _check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
+def check_varied(text: str, shown: str) -> None:
+    if len(set(text)) == 1:
+        raise DataError(f"{shown} has one distinct character, {text[0]!r}: give a text with something to predict")
+
+
+def check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
     _check_positive("block_size", block_size)
     if len(tokens) <= block_size:
         raise DataError(
@@ -461,7 +465,7 @@ class Blocks(Examples):
     """Blocks of a text at any place. Each prefix is an example: T contexts, of 1 to T tokens, in a block."""
 
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
-        _check_block("tokens", tokens, block_size)
+        check_block("tokens", tokens, block_size)
         super().__init__(tokens, block_size)
 
     def __len__(self) -> int:

@@ -20,7 +20,9 @@ from .data import (
     Names,
     Windows,
     boundary_token,
+    check_block,
     check_names_fit,
+    check_varied,
     join_names,
     load_text,
     name_lengths,
@@ -36,6 +38,7 @@ And by opposing end them.
 """
 NAMES = "hamlet\nophelia\nhoratio\nlaertes\nclaudius\ngertrude\npolonius\nyorick\nosric\nbernardo\n"
 
+_WIDTH = 64  # characters of a context that are shown; of a longer one the end
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 _ABOUT = {
     "blocks": "{T} tokens from anywhere in the text, and after each the next one; every prefix is an example",
@@ -72,6 +75,7 @@ def _show(source: str | None, layout: str, block_size: int | None, tokenizer: st
         text, shown = NAMES if layout == "names" else TEXT, "the example text"
     else:
         text, shown = load_text(source), repr(source)
+    check_varied(text, shown)
     names = names_of(text, shown) if layout == "names" else []
     text = join_names(names) if names else text
     made = CharTokenizer.train(text) if tokenizer == "char" else BPETokenizer.from_gpt2_files(tokenizer)
@@ -82,7 +86,9 @@ def _show(source: str | None, layout: str, block_size: int | None, tokenizer: st
         check_names_fit(names, tokens, boundary, block_size, shown)
         examples: Examples = Names(tokens, block_size, boundary)
     else:
-        examples = (Blocks if layout == "blocks" else Windows)(tokens, 8 if block_size is None else block_size)
+        block_size = 8 if block_size is None else block_size
+        check_block(shown, tokens, block_size)
+        examples = (Blocks if layout == "blocks" else Windows)(tokens, block_size)
     x, y = examples.batch(1, seed, step=0)
     T = examples.block_size
     count = _COUNT[layout].format(n=len(examples), T=T, tokens=len(tokens), targets=len(tokens) - 1)
@@ -91,7 +97,12 @@ def _show(source: str | None, layout: str, block_size: int | None, tokenizer: st
 
 def _lines(x: Tensor, y: Tensor, tokenizer: Tokenizer) -> list[str]:
     """A line for each position with a target: the context up to it, and the target."""
-    pairs = [(_visible(tokenizer, x[: t + 1]), _visible(tokenizer, y[t : t + 1])) for t in range(len(x)) if y[t] >= 0]
+    pairs = []
+    for t in range(len(x)):
+        if y[t] >= 0:
+            context = _visible(tokenizer, x[: t + 1])
+            context = context if len(context) <= _WIDTH else "…" + context[1 - _WIDTH :]
+            pairs.append((context, _visible(tokenizer, y[t : t + 1])))
     width = max(len(context) for context, _ in pairs)
     return [f"        {context:{width}} -> {target}" for context, target in pairs]
 

@@ -239,6 +239,15 @@ def test_data_show_counts_the_windows(tmp_path, capsys) -> None:
     assert "54 examples (60 tokens - 6)" in out and all(mark in out for mark in "␣↵⇥")
 
 
+def test_data_show_shows_the_end_of_a_long_context(tmp_path, capsys) -> None:
+    (tmp_path / "data.txt").write_text("ab" * 150, encoding="utf-8")
+    assert (
+        main(["data", "show", "--data", str(tmp_path / "data.txt"), "--layout", "blocks", "--block-size", "200"]) == 0
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
+    assert len(lines) == 200 and max(map(len, lines)) == 8 + 64 + 5 and lines[-1].strip().startswith("…")
+
+
 def test_data_show_says_why_not(tmp_path, capsys) -> None:
     (tmp_path / "data.txt").write_text("a text\n\nwith an empty line", encoding="utf-8")
     show = ["data", "show", "--data", str(tmp_path / "data.txt")]
@@ -247,10 +256,13 @@ def test_data_show_says_why_not(tmp_path, capsys) -> None:
     assert main([*show, "--layout", "names"]) == 1
     assert "line 2 is a name of length 0" in capsys.readouterr().err
     assert main([*show, "--layout", "windows", "--block-size", "99"]) == 1
-    assert "needs 100" in capsys.readouterr().err
+    assert "data.txt' has 26 tokens, and a block of 99 needs 100" in capsys.readouterr().err
     assert main([*show, "--block-size", "0"]) == 1
     assert "block_size: expected a positive integer" in capsys.readouterr().err
     assert main([*show, "--layout", "rows"]) == 2
     assert main(["data", "hide"]) == 2
+    (tmp_path / "data.txt").write_text("a" * 99, encoding="utf-8")
+    assert main(show) == 1
+    assert "one distinct character" in capsys.readouterr().err
     assert main(["data"]) == 2
     assert main(["data", "--help"]) == 0
