@@ -61,8 +61,8 @@ class Settings:
     data: str = "tinyshakespeare"
     out: str = "runs/learn"
     quick: bool = False
-    steps: int = 3000
-    lr: float = 1e-2
+    steps: int = 2000
+    lr: float = 1.5e-2
     seed: int = 1337
     device: str = "auto"
     config: str | None = None

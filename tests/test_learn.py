@@ -70,7 +70,7 @@ def test_the_budget_is_one():
     assert tokens == {learn.TOKENS_PER_STEP}
     rest = {dataclasses.replace(c, batch_size=1, lr=1.0, min_lr=0.1) for c in configs}
     assert len(rest) == 1
-    assert {c.lr for c in configs[:-1]} == {0.01} and configs[-1].lr == 0.003
+    assert {c.lr for c in configs[:-1]} == {0.015} and configs[-1].lr == 0.003
 
 
 @pytest.mark.parametrize("name", [s.name for s in STAGES])
