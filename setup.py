@@ -252,7 +252,7 @@ for reason in not_tried:
 
 # triton_kernels/ is installed inside fastgpt: a top-level package of that name belongs to the Triton project.
 setup(
-    packages=["fastgpt", "fastgpt.ops", "fastgpt.triton_kernels"],
+    packages=["fastgpt", "fastgpt.ops", "fastgpt.studies", "fastgpt.triton_kernels"],
     package_dir={"fastgpt": "fastgpt", "fastgpt.triton_kernels": "triton_kernels"},
     ext_modules=extensions,
     cmdclass={"build_ext": command, "build_py": BuildPython},

@@ -74,7 +74,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on, or to be sampled from. `state` is the trainer's counters."""
+    """What a run needs to go on, or to be sampled from. `state` is the trainer's counters.
+
+    `model` is the name of the model in `baselines.MODELS`; a file that does not say holds a GPT.
+    """
 
     model_config: dict[str, Any]
     train_config: dict[str, Any]
@@ -82,6 +85,7 @@ class Checkpoint:
     tokenizer: str
     tensors: dict[str, Tensor]
     path: Path | None = None
+    model: str = "gpt"
 
     def save(self, path: Path) -> None:
         metadata = {
@@ -90,6 +94,7 @@ class Checkpoint:
             "train_config": json.dumps(self.train_config),
             "state": json.dumps(self.state),
             "tokenizer": self.tokenizer,
+            "model": self.model,
         }
         write_tensors(path, self.tensors, metadata)
 
@@ -108,7 +113,9 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: field {name!r} is missing or is not JSON") from error
         if "tokenizer" not in metadata:
             raise CheckpointError(f"{path}: field 'tokenizer' is missing")
-        return cls(**fields, tokenizer=metadata["tokenizer"], tensors=tensors, path=path)
+        return cls(
+            **fields, tokenizer=metadata["tokenizer"], tensors=tensors, path=path, model=metadata.get("model", "gpt")
+        )
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors called ``prefix.*``, by the rest of their names."""

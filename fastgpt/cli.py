@@ -1,4 +1,4 @@
-"""The command line: `fastgpt train | sample | doctor | parity`. Exit codes: 0 done, 2 bad usage, 1 failed.
+"""The command line: one table of commands, at the end. Exit codes: 0 done, 2 bad usage, 1 failed.
 
 A setting is looked up in this order: command line, --config file, and for `train` the run resumed, preset; default.
 """
@@ -30,6 +30,7 @@ _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "float | None": 
 _RUN_FIELDS: list[tuple[str, Any, Any]] = [
     ("preset", str | None, None),
     ("config", str | None, None),
+    ("model", str, "gpt"),
     ("data", str | None, None),
     ("out", str | None, None),
     ("resume", bool, False),
@@ -63,6 +64,7 @@ _TRAIN_HELP = f"""Train a GPT on text.
 Args:
     preset: settings to start from ({", ".join(PRESETS)}).
     config: a TOML file with any of these settings.
+    model: gpt, bigram, positional-bigram, rnn, gru or lstm; they take what they need of the settings below.
     data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
     out: the run's folder.
     resume: go on with the run in --out.
@@ -99,12 +101,15 @@ def _read_toml(path: str, known: set[str]) -> dict[str, Any]:
     return values
 
 
-def _parse(cls: type, args: Sequence[str], command: str) -> Any:
-    """`args` as an instance of the dataclass `cls`, over the settings of a --config file."""
+def _parse(cls: type, args: Sequence[str], command: str, quick: dict[str, Any] | None = None) -> Any:
+    """`args` as an instance of the dataclass `cls`, over the settings of a --config file, over those of --quick."""
     import tyro
 
     path = _option(args, "config")
-    default = cls(**_read_toml(path, {f.name for f in dataclasses.fields(cls)} - {"config"})) if path else cls()
+    values = _read_toml(path, {f.name for f in dataclasses.fields(cls)} - {"config"}) if path else {}
+    if quick and ("--quick" in args or values.get("quick") is True):
+        values = quick | values
+    default = cls(**values)
     check_types(default)
     return tyro.cli(cls, args=list(args), prog=f"fastgpt {command}", default=default)
 
@@ -152,7 +157,7 @@ def _settings_of_run(out: Path, args: Sequence[str], known: set[str]) -> dict[st
 def _say_changes(saved: dict[str, Any], now: TrainConfig) -> None:
     """What a resumed run does differently from the run as it was."""
     for name, value in dataclasses.asdict(now).items():
-        if saved.get(name) != value:
+        if name in saved and saved.get(name) != value:
             more = ", which the learning rate's schedule follows" if name == "max_steps" else ""
             print(f"{name}: {saved.get(name)} -> {value}{more}")
 
@@ -167,12 +172,14 @@ def train(args: Sequence[str]) -> None:
         raise UsageError("--vocab-size: the characters of the data are the vocabulary; it goes with --tokenizer bpe")
     _check_backend(settings.backend)
 
+    from .baselines import model_class
     from .checkpoint import Checkpoint, CheckpointError
     from .data import Corpus
     from .ops.backend import use_backend
     from .tokenizer import BPETokenizer, tokenizer_from_json
     from .train import RunFolder, Trainer, build_model, resolve_device
 
+    model_class(settings.model)
     resolve_device(train_config.device)  # before anything is written
     folder = RunFolder(Path(settings.out))
     saved = None
@@ -184,19 +191,24 @@ def train(args: Sequence[str]) -> None:
         tokenizer = tokenizer_from_json(saved.tokenizer)
     elif tokenizer not in ("char", "bpe"):
         tokenizer = BPETokenizer.from_gpt2_files(tokenizer)
-    corpus = Corpus.load(settings.data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size)
+    corpus = Corpus.load(
+        settings.data,
+        tokenizer,
+        vocab_size=settings.vocab_size,
+        block_size=settings.block_size,
+        layout=settings.layout,
+    )
     model_config = from_dict(GPTConfig, {**model_values, "vocab_size": corpus.tokenizer.vocab_size})
-    if saved is not None and saved.model_config != dataclasses.asdict(model_config):
-        wrong = next(k for k, v in dataclasses.asdict(model_config).items() if saved.model_config.get(k) != v)
-        asked = getattr(model_config, wrong)
-        raise CheckpointError(f"{folder.latest}: field {wrong!r} is {saved.model_config.get(wrong)!r}, not {asked!r}")
+    if saved is not None:
+        _check_same_model(saved, settings.model, settings.layout, model_config)
     stored = {k: v for k, v in values.items() if k not in ("config", "resume", "preset")}
     stored["data"] = _absolute(settings.data)
     if saved is None:
         folder.create(stored)
     with use_backend(settings.backend):
         command = f"fastgpt train --out {shlex.quote(settings.out)} --resume"
-        trainer = Trainer(build_model(model_config, train_config.seed), corpus, train_config, folder, command)
+        model = build_model(model_config, train_config.seed, settings.model)
+        trainer = Trainer(model, corpus, train_config, folder, command)
         if saved is not None:
             trainer.restore(saved)
             _say_changes(saved.train_config, train_config)
@@ -206,6 +218,18 @@ def train(args: Sequence[str]) -> None:
         print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {trainer.device}", flush=True)
         state = trainer.run()
     print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
+
+
+def _check_same_model(saved: Any, model: str, layout: str, config: GPTConfig) -> None:
+    """A resumed run keeps its model and its layout. What an older checkpoint does not say has the default's value."""
+    from .checkpoint import CheckpointError
+
+    was = {"model": saved.model, "layout": saved.train_config.get("layout", "blocks")}
+    was |= dataclasses.asdict(from_dict(GPTConfig, saved.model_config))
+    now = {"model": model, "layout": layout, **dataclasses.asdict(config)}
+    for name, value in now.items():
+        if was[name] != value:
+            raise CheckpointError(f"{saved.path}: field {name!r} is {was[name]!r}, not {value!r}")
 
 
 def _check_backend(name: str) -> None:
@@ -254,9 +278,10 @@ def sample(args: Sequence[str]) -> None:
     _require(settings, "sample", "checkpoint")
     import torch
 
+    from .baselines import model_class
     from .checkpoint import Checkpoint, find_checkpoint, load_parameters
-    from .generate import stream
-    from .model import GPT
+    from .data import NAME_BOUNDARY, boundary_token
+    from .generate import stream, stream_names
     from .ops.backend import use_backend
     from .tokenizer import StreamDecoder, tokenizer_from_json
     from .train import resolve_device
@@ -265,7 +290,7 @@ def sample(args: Sequence[str]) -> None:
     path = find_checkpoint(Path(settings.checkpoint))
     saved = Checkpoint.load(path)
     tokenizer = tokenizer_from_json(saved.tokenizer)
-    model = GPT(from_dict(GPTConfig, saved.model_config))
+    model = model_class(saved.model)(from_dict(GPTConfig, saved.model_config))
     load_parameters(model, saved.part("model"), path)
     device = resolve_device(settings.device)
     model.to(device)
@@ -274,19 +299,57 @@ def sample(args: Sequence[str]) -> None:
     if not settings.prompt:
         raise UsageError("--prompt: is empty; give at least one character")
     prompt = settings.prompt.replace("\r\n", "\n")  # as in the training data
+    of_names = saved.train_config.get("layout") == "names"
+    if of_names:  # the last line of the prompt is the name to go on with
+        prompt = NAME_BOUNDARY + prompt.rpartition(NAME_BOUNDARY)[2]
     idx = torch.tensor([tokenizer.encode(prompt)], device=device)
+    options: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    options["generator"] = generator
     decoder = StreamDecoder(tokenizer)
     with use_backend(settings.backend):
         try:
-            tokens = stream(
-                model, idx, settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, generator
-            )
+            if of_names:
+                tokens = stream_names(model, idx, settings.max_new_tokens, boundary_token(tokenizer), **options)
+            else:
+                tokens = stream(model, idx, settings.max_new_tokens, **options)
         except ValueError as error:  # a setting it cannot have
             raise UsageError(str(error)) from None
         print(settings.prompt, end="", flush=True)
         for token in tokens:
             print(decoder.push(int(token)), end="", flush=True)
     print(decoder.flush())
+
+
+@dataclass
+class DataShow:
+    """Print one example of each layout of the data, context -> target.
+
+    Args:
+        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names; without it, a few lines of its own.
+        layout: blocks, windows or names; without it, all of them.
+        block_size: tokens of a block; without it 8, and for names as many as the longest one needs.
+        tokenizer: char, or a folder with GPT-2's vocab.json and merges.txt.
+        seed: which example.
+        config: a TOML file with any of these settings.
+    """
+
+    data: str | None = None
+    layout: str | None = None
+    block_size: int | None = None
+    tokenizer: str = "char"
+    seed: int = 1337
+    config: str | None = None
+
+
+def data(args: Sequence[str]) -> None:
+    if not args or args[0] != "show":
+        if args and args[0] in ("-h", "--help"):
+            _parse(DataShow, ["--help"], "data show")
+        raise UsageError(f"expected 'show', got {args[0]!r}" if args else "expected: fastgpt data show [options]")
+    settings = _parse(DataShow, args[1:], "data show")
+    from .show import show_layouts
+
+    print(show_layouts(settings.data, settings.layout, settings.block_size, settings.tokenizer, settings.seed))
 
 
 @dataclass
@@ -323,9 +386,32 @@ def parity(args: Sequence[str]) -> int:
     return run(settings.device, settings.out)
 
 
+def study(args: Sequence[str]) -> None:
+    from . import studies
+
+    names = "\n".join(f"  {name:14} {question}" for name, question in studies.STUDIES.items())
+    if args and args[0] in ("-h", "--help"):
+        print(f"usage: fastgpt study NAME [options]      (fastgpt study NAME --help for its options)\n\n{names}")
+        return
+    if not args or args[0] not in studies.STUDIES:
+        what = f"no study is called {args[0]!r}" if args else "which study?"
+        raise UsageError(f"{what}; there are {', '.join(studies.STUDIES)}")
+    module = studies.load(args[0])
+    studies.run(args[0], _parse(module.Settings, args[1:], f"study {args[0]}", module.QUICK))
+
+
+def learn(args: Sequence[str]) -> None:
+    from . import learn as stages
+
+    stages.run(_parse(stages.Settings, args, "learn", stages.QUICK))
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
-    "train": (train, "train a GPT on text"),
+    "train": (train, "train a GPT, or another model, on text"),
     "sample": (sample, "continue a prompt with a trained model"),
+    "data": (data, "show: one example of each layout of the data"),
+    "learn": (learn, "from bigram to GPT: train every stage, write a report"),
+    "study": (study, "measure what a part does: depth, norms, attention, ..."),
     "doctor": (doctor, "what runs here and why"),
     "parity": (parity, "proof: every op against the float64 oracle"),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
 NORMS = ("pre", "post", "none")
+LAYOUTS = ("blocks", "windows", "names")
 
 
 class ConfigError(ValueError):
@@ -57,6 +58,7 @@ class GPTConfig:
         residual: x + branch(x), or branch(x) alone.
         is_causal: a decoder; off, every token sees the whole block.
         tie_weights: the head is the token embedding.
+        feed_forward: a feed-forward branch in every block, or attention alone.
     """
 
     vocab_size: int = 65
@@ -71,6 +73,7 @@ class GPTConfig:
     residual: bool = True
     is_causal: bool = True
     tie_weights: bool = True
+    feed_forward: bool = True
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -113,6 +116,7 @@ class TrainConfig:
         device: auto, cpu, cuda, ...
         dtype: auto (bfloat16 autocast on GPUs), float32 or bfloat16.
         compile: run the loss through torch.compile.
+        layout: blocks (every prefix is an example), windows (whole contexts only), or names (each line by itself).
     """
 
     batch_size: int = 64
@@ -133,6 +137,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
+    layout: str = "blocks"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -145,6 +150,7 @@ class TrainConfig:
         _expect(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr}")
         _expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2**63)")
         _expect(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "auto, float32 or bfloat16")
+        _expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:

@@ -1,7 +1,10 @@
-"""Text to batches: read a corpus, tokenize it once into a memory-mapped cache, cut random or fixed blocks out of it.
+"""Text to batches: read a corpus, tokenize it once into a memory-mapped cache, cut examples out of it.
 
     corpus = Corpus.load("shakespeare", "char", block_size=256)
-    x, y = random_batch(corpus.train, block_size=256, batch_size=64, seed=1, step=0)       # (64, 256) each, int64
+    x, y = corpus.examples("train", 256).batch(64, seed=1, step=0)       # (64, 256) each, int64
+
+There are three layouts, each a class below: `Blocks` of a text, of which every prefix is an example; `Windows` over a
+text, each one example; and `Names`, each line of the data a row of its own between a start and an end token.
 
 A batch is a pure function of (seed, step): Philox is keyed by the two, so a resumed run draws the batches that an
 uninterrupted one would have drawn, and a checkpoint holds no state of a random generator. `Prefetcher` cuts the same
@@ -22,10 +25,11 @@ import threading
 import urllib.request
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +158,7 @@ def _names() -> str:
         raise DataError("data 'names' comes from a Python package that is not installed: pip install names")
     lines = [line.split() for found in files for line in _read_utf8(found[0]).splitlines()]
     names = {columns[0].lower() for columns in lines if columns}
-    return "\n".join(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())) + "\n"
+    return "\n".join(_by_hash(names)) + "\n"
 
 
 def _tiny_shakespeare() -> str:
@@ -271,11 +275,15 @@ def _cached_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized text: its first 90 % of tokens to train on, the rest to validate."""
+    """A tokenized text: its first 90 % of tokens to train on, the rest to validate.
+
+    With the layout "names" it is 90 % of the names, and both splits are lines between newline tokens.
+    """
 
     tokenizer: Tokenizer
     train: np.ndarray
     val: np.ndarray
+    layout: str = "blocks"
 
     @classmethod
     def load(
@@ -285,26 +293,98 @@ class Corpus:
         *,
         vocab_size: int | None = None,
         block_size: int = 1,
+        layout: str = "blocks",
     ) -> Corpus:
         """`tokenizer` is "char", "bpe" (then `vocab_size` is needed) or a tokenizer; the first two are trained here.
 
         `block_size` is the block that will be cut: a split that is too short for one is refused now, not at step 250.
+        So is a name that does not fit one, where the layout is "names".
         """
         _check_positive("block_size", block_size)
+        _layout_class(layout)
         text = load_text(source)
+        shown = repr(os.fspath(source))
+        check_varied(text, shown)
+        if layout == "names":
+            return cls._load_names(names_of(text, shown), shown, tokenizer, vocab_size, block_size)
         made = _make_tokenizer(tokenizer, text, vocab_size)
         tokens = _cached_tokens(text, made)
         n_train = len(tokens) * 9 // 10
         train, val = tokens[:n_train], tokens[n_train:]
-        shown = repr(os.fspath(source))
         if len(tokens) <= block_size:
             raise DataError(
                 f"{shown} has {len(tokens)} tokens, and a block of {block_size} needs {block_size + 1}: "
                 f"give a longer text or a smaller block_size"
             )
-        _check_block(f"the train split of {shown}", train, block_size)
-        _check_block(f"the val split of {shown}", val, block_size)
-        return cls(made, train, val)
+        check_block(f"the train split of {shown}", train, block_size)
+        check_block(f"the val split of {shown}", val, block_size)
+        return cls(made, train, val, layout)
+
+    @classmethod
+    def _load_names(
+        cls, names: list[str], shown: str, tokenizer: str | Tokenizer, vocab_size: int | None, block_size: int
+    ) -> Corpus:
+        if len(names) < 2:
+            raise DataError(f"{shown} has one name, and needs one to train on and one to validate: give more lines")
+        text = join_names(names)
+        made = _make_tokenizer(tokenizer, text, vocab_size)
+        tokens = _cached_tokens(text, made)
+        check_names_fit(names, tokens, boundary_token(made), block_size, shown)
+        (boundaries,) = np.nonzero(tokens == boundary_token(made))
+        middle = boundaries[len(names) * 9 // 10]  # the end of the last name to train on, the start of the first other
+        return cls(made, tokens[: middle + 1], tokens[middle:], "names")
+
+    def examples(self, split: str, block_size: int) -> Examples:
+        """The examples of "train" or "val", in this corpus's layout."""
+        tokens = {"train": self.train, "val": self.val}[split]
+        if self.layout == "names":
+            return Names(tokens, block_size, boundary_token(self.tokenizer))
+        return _layout_class(self.layout)(tokens, block_size)
+
+
+# One token is start and end: it is never a target at the start and never context at the end. As the newline it is in
+# every tokenizer, no line can contain it, and sampled names come one a line.
+NAME_BOUNDARY = "\n"
+
+
+def boundary_token(tokenizer: Tokenizer) -> int:
+    """The id of the token that starts and ends a name."""
+    (token,) = tokenizer.encode(NAME_BOUNDARY)
+    return token
+
+
+def names_of(text: str, shown: str) -> list[str]:
+    """The lines of `text` without blanks around them, in the order of their hashes.
+
+    Lists of names are sorted, by alphabet or by frequency: the last tenth, which is the validation split, would be
+    unlike the rest.
+    """
+    names = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise DataError(f"{shown}: line {number} is a name of length 0: remove the empty line")
+    return _by_hash(names)
+
+
+def join_names(names: Iterable[str]) -> str:
+    """The text that the names layout tokenizes: every name between two boundaries, neighbours sharing one."""
+    return NAME_BOUNDARY + "".join(name + NAME_BOUNDARY for name in names)
+
+
+def name_lengths(tokens: np.ndarray, boundary: int) -> np.ndarray:
+    """Tokens of each name, its start token included."""
+    return np.diff(np.nonzero(tokens == boundary)[0])
+
+
+def check_names_fit(names: list[str], tokens: np.ndarray, boundary: int, block_size: int, shown: str) -> None:
+    """Raise DataError that quotes the longest of `names` where it does not fit a block."""
+    lengths = name_lengths(tokens, boundary)
+    longest = int(lengths.argmax())
+    _check_name(f"name {names[longest]!r} of {shown}", int(lengths[longest]), block_size)
+
+
+def _by_hash(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
 def _make_tokenizer(tokenizer: str | Tokenizer, text: str, vocab_size: int | None) -> Tokenizer:
@@ -324,7 +404,12 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def _check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
+def check_varied(text: str, shown: str) -> None:
+    if len(set(text)) == 1:
+        raise DataError(f"{shown} has one distinct character, {text[0]!r}: give a text with something to predict")
+
+
+def check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
     _check_positive("block_size", block_size)
     if len(tokens) <= block_size:
         raise DataError(
@@ -333,43 +418,135 @@ def _check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
         )
 
 
-# ---- batches ----
+def _check_name(name: str, n_tokens: int, block_size: int) -> None:
+    if n_tokens > block_size:
+        raise DataError(
+            f"{name} is longer than the block: with its start token it has {n_tokens} tokens, and block_size is "
+            f"{block_size}; set block_size to {n_tokens} or more, or remove the name"
+        )
 
 
-def _cut(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-    """The blocks at `starts`, and the same blocks one token later."""
-    windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
-    x, y = windows[:, :-1], windows[:, 1:]
+# ---- layouts ----
+
+
+class Examples:
+    """Numbered examples of T = block_size tokens: x (T,), and in y (T,) the token after each, or -100 to leave it out.
+
+    A subclass says how many there are and cuts them.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+        self.tokens, self.block_size = tokens, block_size
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The examples numbered `which` (B,): x (B, T) and y (B, T), int64."""
+        raise NotImplementedError
+
+    def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Examples at random. Depends on its arguments only, so step 1000 needs none of the steps before it."""
+        _check_positive("batch_size", batch_size)
+        key = np.array([seed & _UINT64, step & _UINT64], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
+        return self.cut(generator.integers(0, len(self), size=batch_size))
+
+    def evenly_spaced(self, n: int) -> tuple[Tensor, Tensor]:
+        """The same n examples every time, first and last included.
+
+        A loss over these changes with the model only, so two runs, or two steps, can be compared.
+        """
+        _check_positive("n_blocks", n)
+        return self.cut(np.arange(n) * (len(self) - 1) // max(n - 1, 1))
+
+
+class Blocks(Examples):
+    """Blocks of a text at any place. Each prefix is an example: T contexts, of 1 to T tokens, in a block."""
+
+    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+        check_block("tokens", tokens, block_size)
+        super().__init__(tokens, block_size)
+
+    def __len__(self) -> int:
+        return len(self.tokens) - self.block_size
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        rows = self.tokens[which[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (B, T + 1)
+        return _tensors(rows[:, :-1], rows[:, 1:])
+
+
+class Windows(Blocks):
+    """A window of T tokens slid over the text, one place at a time: one example each, the whole window its context."""
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        x, after = super().cut(which)
+        y = torch.full_like(after, IGNORED)
+        y[:, -1] = after[:, -1]
+        return x, y
+
+
+class Names(Examples):
+    """One name a row: start token, name, and whatever up to T; the targets are the name, the end token, and -100.
+
+    Contexts grow inside the name, from the start token alone to the whole name, and never reach another one. `tokens`
+    are names between boundary tokens, one of them at either end.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, boundary: int) -> None:
+        _check_positive("block_size", block_size)
+        super().__init__(tokens, block_size)
+        (ends,) = np.nonzero(tokens == boundary)
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] != len(tokens) - 1:
+            raise DataError("tokens: expected names between boundary tokens, one of them at either end")
+        self.boundary, self.starts, self.lengths = boundary, ends[:-1], np.diff(ends)  # of start token and name
+        if self.lengths.min() < 2:
+            raise DataError(f"tokens: name {int(self.lengths.argmin())} has length 0: remove it")
+        longest = int(self.lengths.argmax())
+        _check_name(f"name {longest}", int(self.lengths[longest]), block_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        at = np.arange(self.block_size + 1)
+        places = np.minimum(self.starts[which, None] + at, len(self.tokens) - 1)
+        rows = self.tokens[places].astype(np.int64)  # (B, T + 1)
+        inside = at[:-1] < self.lengths[which, None]  # (B, T)
+        return _tensors(np.where(inside, rows[:, :-1], self.boundary), np.where(inside, rows[:, 1:], IGNORED))
+
+
+IGNORED = -100  # the cross-entropy's ignore_index
+_LAYOUTS: dict[str, type[Examples]] = {"blocks": Blocks, "windows": Windows, "names": Names}
+
+
+def _layout_class(layout: str) -> Any:
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
+    return _LAYOUTS[layout]
+
+
+def _tensors(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
 
 
-def random_batch(tokens: np.ndarray, block_size: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Blocks at random places: x (B, T) and y (B, T), int64, where y[b, t] is the token after x[b, t].
+# ---- batches ----
 
-    Depends on its arguments only, so step 1000 can be drawn without the 1000 steps before it.
-    """
-    _check_block("tokens", tokens, block_size)
-    _check_positive("batch_size", batch_size)
-    key = np.array([seed & _UINT64, step & _UINT64], dtype=np.uint64)
-    generator = np.random.Generator(np.random.Philox(key=key))
-    return _cut(tokens, generator.integers(0, len(tokens) - block_size, size=batch_size), block_size)
+
+def random_batch(tokens: np.ndarray, block_size: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Blocks at random places: x (B, T) and y (B, T), int64, where y[b, t] is the token after x[b, t]."""
+    return Blocks(tokens, block_size).batch(batch_size, seed, step)
 
 
 def evaluation_blocks(tokens: np.ndarray, block_size: int, n_blocks: int) -> tuple[Tensor, Tensor]:
-    """The same evenly spaced blocks every time, first and last included: x (n, T) and y (n, T), int64.
-
-    A loss over these changes with the model only, so two runs, or two steps, can be compared.
-    """
-    _check_block("tokens", tokens, block_size)
-    _check_positive("n_blocks", n_blocks)
-    last = len(tokens) - block_size - 1
-    return _cut(tokens, np.arange(n_blocks) * last // max(n_blocks - 1, 1), block_size)
+    """The same evenly spaced blocks every time, first and last included: x (n, T) and y (n, T), int64."""
+    return Blocks(tokens, block_size).evenly_spaced(n_blocks)
 
 
 class Prefetcher:
-    """Iterates without end over the batches of `random_batch` from `start_step` on, cut by a thread, `depth` ahead.
+    """Iterates without end over `examples.batch` from `start_step` on, cut by a thread, `depth` ahead.
 
-        with Prefetcher(corpus.train, 256, 64, seed=1, start_step=0, device="cuda") as batches:
+        with Prefetcher(corpus.examples("train", 256), 64, seed=1, device="cuda") as batches:
             for step, (x, y) in zip(range(1000), batches): ...
 
     Gives (B, T) tensors; with `steps_per_call` above one, the batches of that many steps stacked, (steps, B, T). For a
@@ -379,8 +556,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        tokens: np.ndarray,
-        block_size: int,
+        examples: Examples,
         batch_size: int,
         seed: int,
         start_step: int = 0,
@@ -388,10 +564,9 @@ class Prefetcher:
         device: str | torch.device = "cpu",
         depth: int = 2,
     ) -> None:
-        _check_block("tokens", tokens, block_size)
         for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call), ("depth", depth)):
             _check_positive(name, value)
-        self._tokens, self._block_size, self._batch_size, self._seed = tokens, block_size, batch_size, seed
+        self._examples, self._batch_size, self._seed = examples, batch_size, seed
         self._next_step, self._steps_per_call, self._depth = start_step, steps_per_call, depth
         self._device = torch.device(device)
         self._ready: deque[tuple[Tensor, Tensor]] = deque()
@@ -449,7 +624,7 @@ class Prefetcher:
 
     def _make(self) -> tuple[Tensor, Tensor]:
         steps = range(self._next_step, self._next_step + self._steps_per_call)
-        batches = [random_batch(self._tokens, self._block_size, self._batch_size, self._seed, step) for step in steps]
+        batches = [self._examples.batch(self._batch_size, self._seed, step) for step in steps]
         self._next_step = steps.stop
         x, y = batches[0] if len(batches) == 1 else (torch.stack(part) for part in zip(*batches, strict=True))
         if self._device.type != "cuda":

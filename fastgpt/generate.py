@@ -2,7 +2,8 @@
 
 While the sequence fits `block_size`, a step computes one new token against the cache. Past it the context is the last
 `block_size` tokens, as in the lecture: every token's position then moves by one each step, learned position
-embeddings change with it, and so does everything in the cache; the window is computed afresh.
+embeddings change with it, and so does everything in the cache; the window is computed afresh. A recurrent model's
+cache is its state, which no length of text outgrows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .model import GPT
+    from .model import LanguageModel
 
 
 def next_token(
@@ -36,7 +37,7 @@ def next_token(
 
 
 def _check(
-    model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    model: LanguageModel, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     if not isinstance(idx, Tensor) or idx.ndim != 2 or idx.dtype not in (torch.int64, torch.int32):
         raise ValueError("idx: expected token ids of shape (B, T), int64")
@@ -55,7 +56,7 @@ def _check(
 
 
 def stream(
-    model: GPT,
+    model: LanguageModel,
     idx: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -74,33 +75,44 @@ def stream(
     return _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, use_cache)
 
 
-def _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, use_cache):
-    from .model import KVCache
+def stream_names(model: LanguageModel, idx: Tensor, max_new_tokens: int, boundary: int, **options) -> Iterator[Tensor]:
+    """`stream` for a model of names: idx (1, T) begins with the start token, and after each end token it starts anew.
 
+    So no name is context of the next one, as in training. options: temperature, top_k, top_p and generator of `stream`.
+    """
+    _check(model, idx, max_new_tokens, options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"))
+    return _stream_names(model, idx, max_new_tokens, boundary, options)
+
+
+def _stream_names(model, idx, max_new_tokens, boundary, options):
+    while max_new_tokens > 0:
+        for token in stream(model, idx, max_new_tokens, **options):
+            max_new_tokens -= 1
+            yield token
+            if int(token) == boundary:
+                idx = token
+                break
+
+
+def _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, use_cache):
     was_training = model.training
-    block_size = model.cfg.block_size
-    context = idx[:, -block_size:]
-    cache: KVCache | None = None
+    limit = model.context_size
+    context = idx if limit is None else idx[:, -limit:]
+    cache = None
     try:
         for _ in range(max_new_tokens):
             model.eval()  # here, not once: the caller may train between two tokens of a generator
             with torch.no_grad():
-                if use_cache and cache is None and context.shape[1] < block_size:
-                    cache = KVCache(model.cfg, idx.shape[0], idx.device, _cache_dtype(model))
-                if cache is not None and cache.length < block_size:
+                if use_cache and cache is None and (limit is None or context.shape[1] < limit):
+                    cache = model.new_cache(idx.shape[0])
+                if cache is not None and (limit is None or cache.length < limit):
                     x = model.hidden(context[:, cache.length :], cache)
                 else:
                     x = model.hidden(context)
                 token = next_token(model.lm_head(x[:, -1]), temperature, top_k, top_p, generator)
-            context = torch.cat([context, token.to(context.dtype)], dim=1)[:, -block_size:]
+            context = torch.cat([context, token.to(context.dtype)], dim=1)
+            context = context if limit is None else context[:, -limit:]
             model.train(was_training)
             yield token.to(idx.dtype)
     finally:
         model.train(was_training)
-
-
-def _cache_dtype(model: GPT) -> torch.dtype:
-    device_type = model.token_embedding.weight.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return model.token_embedding.weight.dtype

@@ -61,7 +61,7 @@ def save_pretrained(model: GPT, directory: str | Path, format: str = "fastgpt") 
 
 
 def _hf_config(cfg: GPTConfig) -> dict[str, Any]:
-    for name, wanted in (("norm", "pre"), ("residual", True), ("is_causal", True)):
+    for name, wanted in (("norm", "pre"), ("residual", True), ("is_causal", True), ("feed_forward", True)):
         if getattr(cfg, name) != wanted:
             raise ValueError(f"format: GPT-2 has {name}={wanted!r}, this model has {getattr(cfg, name)!r}")
     if cfg.activation == "relu2":
@@ -127,6 +127,8 @@ def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
 
 def _from_run(path: Path, changes: dict[str, Any]) -> GPT:
     saved = Checkpoint.load(path)
+    if saved.model != GPT.kind:
+        raise CheckpointError(f"{path}: field 'model' is {saved.model!r}, not 'gpt'; fastgpt sample takes every model")
     model = GPT(from_dict(GPTConfig, {**saved.model_config, **changes}))
     load_parameters(model, saved.part("model"), path)
     return model

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -96,26 +96,33 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One attention branch and one feed-forward branch."""
+    """One attention branch and one feed-forward branch, or attention alone."""
 
     def __init__(self, cfg: GPTConfig, layer: int) -> None:
         super().__init__()
         self.norm, self.residual, self.dropout = cfg.norm, cfg.residual, cfg.dropout
+        self.feed_forward = cfg.feed_forward
         if cfg.norm != "none":
             self.ln_1 = Norm(cfg.n_embd, cfg.bias)
-            self.ln_2 = Norm(cfg.n_embd, cfg.bias)
         self.attn = CausalSelfAttention(cfg, layer)
-        self.mlp = MLP(cfg)
+        if cfg.feed_forward:
+            if cfg.norm != "none":
+                self.ln_2 = Norm(cfg.n_embd, cfg.bias)
+            self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """Take and give (x, branch): the stream, and the last branch's output where it is still to be added."""
         p = self.dropout if self.training else 0.0
         if self.norm == "pre" and self.residual:
             normed, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(x, branch, p)
-            normed, x = self.ln_2.add(x, self.attn(normed, cache), p)
+            branch = self.attn(normed, cache)
+            if not self.feed_forward:
+                return x, branch
+            normed, x = self.ln_2.add(x, branch, p)
             return x, self.mlp(normed)
         x = self._finish("ln_1", x, self.attn(self.ln_1(x) if self.norm == "pre" else x, cache), p)
-        x = self._finish("ln_2", x, self.mlp(self.ln_2(x) if self.norm == "pre" else x), p)
+        if self.feed_forward:
+            x = self._finish("ln_2", x, self.mlp(self.ln_2(x) if self.norm == "pre" else x), p)
         return x, None
 
     def _finish(self, norm: str, x: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
@@ -127,63 +134,47 @@ class Block(nn.Module):
         return getattr(self, norm)(x) if self.norm == "post" else x
 
 
-class GPT(nn.Module):
-    """A decoder-only transformer (an encoder with `is_causal=False`).
+class LanguageModel(nn.Module):
+    """What the trainer, the sampler and a checkpoint ask of a model; a subclass gives `hidden` and `lm_head`.
 
-    >>> model = GPT(GPTConfig.preset("shakespeare-char-cpu"))
-    >>> logits, loss = model(idx, targets)      # idx, targets (B, T) int64; logits (B, T, V)
+    `context_size`: how many tokens back the model sees, None for one without a limit.
     """
+
+    kind: ClassVar[str]
+    cfg: GPTConfig
+    lm_head: Any  # a linear without bias; in a bigram nothing
 
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
         if not isinstance(cfg, GPTConfig):
             raise TypeError(f"cfg: expected a GPTConfig, got {type(cfg).__name__}")
         self.cfg = cfg
-        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
-        self.ln_f = Norm(cfg.n_embd, cfg.bias) if cfg.norm == "pre" else None
-        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        if cfg.tie_weights:
-            self.lm_head.weight = self.token_embedding.weight
-        self._initialise()
 
-    def _initialise(self) -> None:
-        """GPT-2's: normal(0, 0.02), biases zero, projections into the residual stream smaller by sqrt(2 L)."""
-        for name, p in self.named_parameters():
-            if name.endswith(("attn.proj.weight", "mlp.down.weight")):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.cfg.n_layer))
-            elif p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+    @property
+    def context_size(self) -> int | None:
+        return self.cfg.block_size
 
-    def num_parameters(self, non_embedding: bool = False) -> int:
-        """Number of parameters, shared ones once; `non_embedding` leaves the position table out, as nanoGPT counts."""
-        n = sum(p.numel() for p in self.parameters())
-        return n - self.position_embedding.weight.numel() if non_embedding else n
+    def hidden(self, idx: Tensor, cache: Any = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C): what the head reads. With a cache, idx are the tokens after those in it."""
+        raise NotImplementedError
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) token ids -> (B, T, C): what the head reads."""
+    def new_cache(self, batch_size: int) -> Any:
+        """What generation carries from token to token: an object with a `length`, or None where there is nothing."""
+        return None
+
+    def num_parameters(self) -> int:
+        """Number of parameters, shared ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _check_idx(self, idx: Tensor) -> None:
         if not isinstance(idx, Tensor):
             raise TypeError(f"idx: expected a tensor, got {type(idx).__name__}")
         if idx.ndim != 2:
             raise ValueError(f"idx: expected shape (B, T), got {tuple(idx.shape)}")
-        start = 0 if cache is None else cache.length
-        if start + idx.shape[1] > self.cfg.block_size:
-            raise ValueError(
-                f"idx: {start + idx.shape[1]} tokens do not fit block_size={self.cfg.block_size}; crop the context"
-            )
-        p = self.cfg.dropout if self.training else 0.0
-        x = ops.embedding(idx, self.token_embedding.weight, self.position_embedding.weight, position_offset=start)
-        x, branch = dropout(x, p), None
-        for block in self.blocks:
-            x, branch = block(x, branch, cache)
-        if cache is not None:
-            cache.advance(idx.shape[1])
-        if self.ln_f is None:
-            return x
-        return self.ln_f(x) if branch is None else self.ln_f.add(x, branch, p)[0]
+
+    def _check_fits(self, n_tokens: int) -> None:
+        if n_tokens > self.cfg.block_size:
+            raise ValueError(f"idx: {n_tokens} tokens do not fit block_size={self.cfg.block_size}; crop the context")
 
     def _check_targets(self, idx: Tensor, targets: Tensor) -> None:
         if not isinstance(targets, Tensor) or targets.shape != idx.shape:
@@ -220,6 +211,65 @@ class GPT(nn.Module):
         from .generate import stream
 
         return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
+
+
+class GPT(LanguageModel):
+    """A decoder-only transformer (an encoder with `is_causal=False`).
+
+    >>> model = GPT(GPTConfig.preset("shakespeare-char-cpu"))
+    >>> logits, loss = model(idx, targets)      # idx, targets (B, T) int64; logits (B, T, V)
+    """
+
+    kind = "gpt"
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__(cfg)
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.ln_f = Norm(cfg.n_embd, cfg.bias) if cfg.norm == "pre" else None
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        if cfg.tie_weights:
+            self.lm_head.weight = self.token_embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's: normal(0, 0.02), biases zero, projections into the residual stream smaller by sqrt(2 L)."""
+        for name, p in self.named_parameters():
+            if name.endswith(("attn.proj.weight", "mlp.down.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.cfg.n_layer))
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def num_parameters(self, non_embedding: bool = False) -> int:
+        """Number of parameters, shared ones once; `non_embedding` leaves the position table out, as nanoGPT counts."""
+        n = super().num_parameters()
+        return n - self.position_embedding.weight.numel() if non_embedding else n
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C): what the head reads."""
+        self._check_idx(idx)
+        start = 0 if cache is None else cache.length
+        self._check_fits(start + idx.shape[1])
+        p = self.cfg.dropout if self.training else 0.0
+        x = ops.embedding(idx, self.token_embedding.weight, self.position_embedding.weight, position_offset=start)
+        x, branch = dropout(x, p), None
+        for block in self.blocks:
+            x, branch = block(x, branch, cache)
+        if cache is not None:
+            cache.advance(idx.shape[1])
+        if self.ln_f is None:
+            return x
+        return self.ln_f(x) if branch is None else self.ln_f.add(x, branch, p)[0]
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """An empty cache for `batch_size` sequences, in the dtype that attention will see."""
+        weight = self.token_embedding.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        return KVCache(self.cfg, batch_size, weight.device, dtype)
 
     def save_pretrained(self, directory: str | Path, format: str = "fastgpt") -> None:
         """Write config.json and model.safetensors; format="huggingface" writes what GPT2LMHeadModel reads."""

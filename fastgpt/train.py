@@ -15,15 +15,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from .baselines import model_class
 from .checkpoint import Checkpoint, CheckpointError, atomic_path, check_same, link_or_copy, load_parameters
 from .config import GPTConfig, TrainConfig
-from .data import Corpus, Prefetcher, evaluation_blocks
-from .model import GPT
+from .data import Corpus, Prefetcher
+from .model import GPT, LanguageModel
 
 
 class TrainingError(RuntimeError):
@@ -55,7 +56,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: LanguageModel, cfg: TrainConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only (embeddings and linears, not biases and norms)."""
     parameters = list(model.parameters())
     groups = [
@@ -144,8 +145,10 @@ class Trainer:
     """Trains `model` on `corpus` as `cfg` says, into `folder`."""
 
     def __init__(
-        self, model: GPT, corpus: Corpus, cfg: TrainConfig, folder: RunFolder, resume_command: str = ""
+        self, model: LanguageModel, corpus: Corpus, cfg: TrainConfig, folder: RunFolder, resume_command: str = ""
     ) -> None:
+        if corpus.layout != cfg.layout:
+            raise TrainingError(f"layout: the corpus was loaded as {corpus.layout!r}, the settings say {cfg.layout!r}")
         self.device = resolve_device(cfg.device)
         self.model = model.to(self.device)
         self.corpus, self.cfg, self.folder, self.resume_command = corpus, cfg, folder, resume_command
@@ -176,6 +179,7 @@ class Trainer:
             {**self.state, "train_tokens": len(self.corpus.train)},
             self.corpus.tokenizer.to_json(),
             tensors,
+            model=self.model.kind,
         )
 
     def restore(self, saved: Checkpoint) -> None:
@@ -224,8 +228,7 @@ class Trainer:
             bar = tqdm(total=cfg.max_steps, initial=state["step"], unit="step", disable=None, dynamic_ncols=True)
             self._say = bar.write if not bar.disable else lambda text: print(text, flush=True)
             batches = Prefetcher(
-                self.corpus.train,
-                self.model.cfg.block_size,
+                self.corpus.examples("train", self.model.cfg.block_size),
                 cfg.batch_size,
                 cfg.seed,
                 state["step"] * cfg.grad_accum,
@@ -310,20 +313,23 @@ class Trainer:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Any) -> float:
-        """Mean loss in nats per token over `eval_batches` batches of evenly spaced blocks: always the same ones."""
+    def evaluate(self, split: str) -> float:
+        """Mean loss in nats per target over `eval_batches` batches of evenly spaced examples: always the same ones."""
         self.model.eval()
-        x, y = evaluation_blocks(tokens, self.model.cfg.block_size, self.cfg.eval_batches * self.cfg.batch_size)
-        total = 0.0
+        examples = self.corpus.examples(split, self.model.cfg.block_size)
+        x, y = examples.evenly_spaced(self.cfg.eval_batches * self.cfg.batch_size)
+        total, n_targets = 0.0, 0
         for rows in zip(x.split(self.cfg.batch_size), y.split(self.cfg.batch_size), strict=True):
+            n = int((rows[1] >= 0).sum())
             bx, by = (t.to(self.device) for t in rows)
             with self._autocast():
-                total += float(self.model.loss(bx, by)) * len(bx)
-        return total / len(x)
+                total += float(self.model.loss(bx, by)) * n
+            n_targets += n
+        return total / n_targets
 
     def _evaluate_and_save(self) -> bool:
         state, target = self.state, self.cfg.target_loss
-        train_loss, val_loss = self.evaluate(self.corpus.train), self.evaluate(self.corpus.val)
+        train_loss, val_loss = self.evaluate("train"), self.evaluate("val")
         if not math.isfinite(val_loss):
             saved = self.folder.latest if self.folder.latest.exists() else "none"
             raise TrainingError(
@@ -380,7 +386,11 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def build_model(model_config: GPTConfig, seed: int) -> GPT:
-    """A freshly initialised model whose weights follow from `seed`."""
+@overload
+def build_model(model_config: GPTConfig, seed: int) -> GPT: ...
+@overload
+def build_model(model_config: GPTConfig, seed: int, kind: str) -> LanguageModel: ...
+def build_model(model_config: GPTConfig, seed: int, kind: str = "gpt") -> LanguageModel:
+    """A freshly initialised model, one of `baselines.MODELS`, whose weights follow from `seed`."""
     torch.manual_seed(seed)
-    return GPT(model_config)
+    return model_class(kind)(model_config)

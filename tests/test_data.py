@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt import data
-from fastgpt.data import Corpus, DataError, Prefetcher, evaluation_blocks, load_text, random_batch
+from fastgpt.data import Blocks, Corpus, DataError, Prefetcher, evaluation_blocks, load_text, random_batch
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 50
@@ -344,7 +344,7 @@ def test_short_tokens_are_refused(block_size: int) -> None:
     for call in (
         lambda: random_batch(TOKENS, block_size, 1, 0, 0),
         lambda: evaluation_blocks(TOKENS, block_size, 1),
-        lambda: Prefetcher(TOKENS, block_size, 1, 0),
+        lambda: Blocks(TOKENS, block_size),
     ):
         with pytest.raises(DataError, match=f"1000 tokens, and a block of {block_size} needs {block_size + 1}"):
             call()
@@ -358,21 +358,21 @@ def test_bad_sizes() -> None:
     with pytest.raises(ValueError, match="n_blocks"):
         evaluation_blocks(TOKENS, 8, 0)
     with pytest.raises(ValueError, match="depth"):
-        Prefetcher(TOKENS, 8, 1, 0, depth=0)
+        Prefetcher(Blocks(TOKENS, 8), 1, 0, depth=0)
 
 
 # ---- prefetching ----
 
 
 def test_prefetched_batches_are_the_direct_ones() -> None:
-    with Prefetcher(TOKENS, 8, 4, seed=3, start_step=100) as batches:
+    with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, start_step=100) as batches:
         for step, (x, y) in zip(range(100, 120), batches, strict=False):
             direct_x, direct_y = random_batch(TOKENS, 8, 4, 3, step)
             assert torch.equal(x, direct_x) and torch.equal(y, direct_y)
 
 
 def test_several_steps_a_call() -> None:
-    with Prefetcher(TOKENS, 8, 4, seed=3, start_step=6, steps_per_call=3) as batches:
+    with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, start_step=6, steps_per_call=3) as batches:
         next(batches)
         x, y = next(batches)
     assert x.shape == y.shape == (3, 4, 8)
@@ -382,7 +382,7 @@ def test_several_steps_a_call() -> None:
 
 def test_resuming_draws_the_same_batches() -> None:
     def take(start: int, count: int) -> list[torch.Tensor]:
-        with Prefetcher(TOKENS, 8, 4, seed=3, start_step=start) as batches:
+        with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, start_step=start) as batches:
             return [next(batches)[0] for _ in range(count)]
 
     for resumed, straight in zip(take(7, 5), take(0, 12)[7:], strict=True):
@@ -397,14 +397,14 @@ def test_it_runs_no_further_ahead_than_depth(monkeypatch) -> None:
         return random_batch(tokens, block_size, batch_size, seed, step)
 
     monkeypatch.setattr(data, "random_batch", counted)
-    with Prefetcher(TOKENS, 8, 4, seed=3, depth=2) as batches:
+    with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, depth=2) as batches:
         next(batches)
         time.sleep(0.1)
         assert len(steps) <= 4  # one taken, two ready, one in hand
 
 
 def test_close_ends_the_thread() -> None:
-    batches = Prefetcher(TOKENS, 8, 4, seed=3)
+    batches = Prefetcher(Blocks(TOKENS, 8), 4, seed=3)
     next(batches)
     batches.close()
     batches.close()
@@ -414,8 +414,8 @@ def test_close_ends_the_thread() -> None:
 
 def test_close_wakes_a_waiting_consumer(monkeypatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(data, "random_batch", lambda *_: release.wait(5) and random_batch(TOKENS, 8, 4, 0, 0))
-    batches = Prefetcher(TOKENS, 8, 4, seed=3)
+    monkeypatch.setattr(Blocks, "batch", lambda *_: release.wait(5) and (TOKENS, TOKENS))
+    batches = Prefetcher(Blocks(TOKENS, 8), 4, seed=3)
     got: list = []
     consumer = threading.Thread(target=lambda: got.extend(batches))
     consumer.start()
@@ -427,14 +427,14 @@ def test_close_wakes_a_waiting_consumer(monkeypatch) -> None:
     assert got == [] and not consumer.is_alive() and not batches._thread.is_alive()
 
 
-def test_an_error_in_the_thread_reaches_the_consumer(monkeypatch) -> None:
-    def failing(tokens, block_size, batch_size, seed, step):
-        if step == 2:
-            raise OSError("the disk is gone")
-        return random_batch(tokens, block_size, batch_size, seed, step)
+def test_an_error_in_the_thread_reaches_the_consumer() -> None:
+    class Failing(Blocks):
+        def batch(self, batch_size, seed, step):
+            if step == 2:
+                raise OSError("the disk is gone")
+            return super().batch(batch_size, seed, step)
 
-    monkeypatch.setattr(data, "random_batch", failing)
-    with Prefetcher(TOKENS, 8, 4, seed=3) as batches:
+    with Prefetcher(Failing(TOKENS, 8), 4, seed=3) as batches:
         next(batches)
         next(batches)
         for _ in range(2):
@@ -445,7 +445,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(monkeypatch) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_prefetching_to_a_gpu() -> None:
-    with Prefetcher(TOKENS, 8, 4, seed=3, device="cuda") as batches:
+    with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, device="cuda") as batches:
         for step, (x, y) in zip(range(20), batches, strict=False):
             assert x.is_cuda and torch.equal(x.cpu(), random_batch(TOKENS, 8, 4, 3, step)[0])
             assert torch.equal(y, x + 1)

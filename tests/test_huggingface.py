@@ -29,6 +29,7 @@ OPTIONS = [
     {},
     {"norm": "post", "residual": False, "activation": "relu2"},
     {"norm": "none", "is_causal": False, "tie_weights": False, "bias": False},
+    {"feed_forward": False},
 ]
 
 
@@ -90,7 +91,9 @@ def test_files_without_the_prefix_and_with_mask_buffers_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"norm": "post"}, {"residual": False}, {"is_causal": False}, {"activation": "relu2"}], ids=str
+    "options",
+    [{"norm": "post"}, {"residual": False}, {"is_causal": False}, {"feed_forward": False}, {"activation": "relu2"}],
+    ids=str,
 )
 def test_models_gpt2_cannot_express_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match=f"GPT-2 .*{next(iter(options))}"):

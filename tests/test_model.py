@@ -61,7 +61,7 @@ def oracle_logits(cfg: GPTConfig, w: dict[str, torch.Tensor], idx: torch.Tensor)
 
     x = reference.embedding(idx, w["token_embedding.weight"], w["position_embedding.weight"])
     for layer in range(cfg.n_layer):
-        for ln, branch, f in (("ln_1", "attn", attend), ("ln_2", "mlp", feed_forward)):
+        for ln, branch, f in (("ln_1", "attn", attend), ("ln_2", "mlp", feed_forward))[: 1 + cfg.feed_forward]:
             prefix = f"blocks.{layer}."
             out = f(norm(x, prefix + ln) if cfg.norm == "pre" else x, prefix + branch)
             x = x + out if cfg.residual else out
@@ -77,6 +77,7 @@ OPTIONS = [
     for residual in (True, False)
     for causal in (True, False)
 ]
+OPTIONS += [{"feed_forward": False, "norm": n, "residual": r} for n in ("pre", "post", "none") for r in (True, False)]
 OPTIONS += [{"activation": a} for a in ("gelu", "gelu_tanh", "relu", "relu2")]
 OPTIONS += [{"bias": False}, {"tie_weights": False}, {"bias": False, "norm": "post"}, {"n_head": 1}, {"n_layer": 1}]
 

@@ -45,24 +45,28 @@ def small(tmp_path) -> Path:
 
 def shortened(words: list[str], folder: Path) -> list[str]:
     """The same command on little text and few steps; everything else stays as the reader would type it."""
-    words = [str(folder / "shakespeare.txt") if w == "shakespeare" and words[i] == "--data" else w
+    words = [str(folder / "shakespeare.txt") if w.endswith("shakespeare") and words[i] == "--data" else w
              for i, w in enumerate(words[1:])]  # fmt: skip
     words = [sys.executable, "-m", "fastgpt", *words]
     if words[3] == "train":
         if "--max-steps" in words:
             del words[(i := words.index("--max-steps")) : i + 2]
         words += ["--max-steps", "6" if "--resume" in words else "3", "--eval-batches", "1"]
+    if words[3] == "learn":
+        words += ["--steps", "1"]
     return words
 
 
 def test_the_commands_of_the_readme_run_in_order(small):
     commands = [words for words in shell_commands() if words[0] == "fastgpt" and words[1] != "parity"]
-    assert [words[1] for words in commands] == ["train", "sample", "train", "doctor"]
+    assert [words[1] for words in commands] == ["train", "sample", "train", "doctor", "data", "learn"]
     outputs = [run(shortened(words, small), small) for words in commands]
     assert "step 3:" in outputs[0]
     assert outputs[1].startswith("ROMEO. ") and len(outputs[1]) == len("ROMEO. ") + 200 + 1
     assert "step 6:" in outputs[2]
     assert "attention: runs on" in outputs[3]
+    assert "blocks: 8 tokens" in outputs[4]
+    assert "| scaled up |" in outputs[5] and (small / "runs/learn/report.html").exists()
 
 
 def test_the_other_commands_exist():

@@ -1,0 +1,111 @@
+"""`fastgpt data show`: one example of each layout, line by line, context -> target.
+
+    blocks: 8 characters from anywhere in the text, and after each the next one; every prefix is an example
+        T         -> o
+        To        -> ␣
+        ...
+
+What cannot be seen is drawn: ␣ is a space, ↵ a newline, which in the names layout starts and ends every name.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .config import LAYOUTS, ConfigError
+from .data import (
+    Blocks,
+    DataError,
+    Examples,
+    Names,
+    Windows,
+    boundary_token,
+    check_block,
+    check_names_fit,
+    check_varied,
+    join_names,
+    load_text,
+    name_lengths,
+    names_of,
+)
+from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+
+TEXT = """To be, or not to be, that is the question:
+Whether 'tis nobler in the mind to suffer
+The slings and arrows of outrageous fortune,
+Or to take arms against a sea of troubles
+And by opposing end them.
+"""
+NAMES = "hamlet\nophelia\nhoratio\nlaertes\nclaudius\ngertrude\npolonius\nyorick\nosric\nbernardo\n"
+
+_WIDTH = 64  # characters of a context that are shown; of a longer one the end
+_VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
+_ABOUT = {
+    "blocks": "{T} tokens from anywhere in the text, and after each the next one; every prefix is an example",
+    "windows": "a window of {T} tokens, slid over the text a token at a time, and the one that follows it",
+    "names": "one name a row, of up to {T} tokens; the context starts at the name and never leaves it",
+}
+_COUNT = {
+    "blocks": "{n:,} blocks ({tokens:,} tokens - {T}), {T} examples in each",
+    "windows": "{n:,} examples ({tokens:,} tokens - {T})",
+    "names": "{n:,} names, {targets:,} examples: a name has one for each of its tokens, and one for its end",
+}
+
+
+def show_layouts(source: str | None, layout: str | None, block_size: int | None, tokenizer: str, seed: int) -> str:
+    """What `fastgpt data show` prints. A layout that was asked for and cannot be had raises DataError.
+
+    Where none was asked for, names are left out of a text that is not names, and the reason takes their place.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise ConfigError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    parts = []
+    for name in [layout] if layout else LAYOUTS:
+        try:
+            parts.append(_show(source, name, block_size, tokenizer, seed))
+        except DataError as error:
+            if layout or name != "names":
+                raise
+            parts.append(f"names: not from this text ({error})")
+    return "\n\n".join([*parts, "␣ is a space, ↵ a newline; in names it is the start token and the end token"])
+
+
+def _show(source: str | None, layout: str, block_size: int | None, tokenizer: str, seed: int) -> str:
+    if source is None:
+        text, shown = NAMES if layout == "names" else TEXT, "the example text"
+    else:
+        text, shown = load_text(source), repr(source)
+    check_varied(text, shown)
+    names = names_of(text, shown) if layout == "names" else []
+    text = join_names(names) if names else text
+    made = CharTokenizer.train(text) if tokenizer == "char" else BPETokenizer.from_gpt2_files(tokenizer)
+    tokens = made.encode_array(text)
+    if names:
+        boundary = boundary_token(made)
+        block_size = int(name_lengths(tokens, boundary).max()) if block_size is None else block_size
+        check_names_fit(names, tokens, boundary, block_size, shown)
+        examples: Examples = Names(tokens, block_size, boundary)
+    else:
+        block_size = 8 if block_size is None else block_size
+        check_block(shown, tokens, block_size)
+        examples = (Blocks if layout == "blocks" else Windows)(tokens, block_size)
+    x, y = examples.batch(1, seed, step=0)
+    T = examples.block_size
+    count = _COUNT[layout].format(n=len(examples), T=T, tokens=len(tokens), targets=len(tokens) - 1)
+    return "\n".join([f"{layout}: {_ABOUT[layout].format(T=T)}", *_lines(x[0], y[0], made), f"    {count}"])
+
+
+def _lines(x: Tensor, y: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """A line for each position with a target: the context up to it, and the target."""
+    pairs = []
+    for t in range(len(x)):
+        if y[t] >= 0:
+            context = _visible(tokenizer, x[: t + 1])
+            context = context if len(context) <= _WIDTH else "…" + context[1 - _WIDTH :]
+            pairs.append((context, _visible(tokenizer, y[t : t + 1])))
+    width = max(len(context) for context, _ in pairs)
+    return [f"        {context:{width}} -> {target}" for context, target in pairs]
+
+
+def _visible(tokenizer: Tokenizer, ids: Tensor) -> str:
+    return tokenizer.decode(ids).translate(_VISIBLE)

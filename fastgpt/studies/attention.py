@@ -1,0 +1,267 @@
+"""Attention: what each head of each layer looks at, for one prompt.
+
+The probabilities are those of the model that runs: q and k are taken from its own projection as the prompt goes through
+it, and their softmax times its v is compared with what the attention op gave. No kernel ever holds these maps; that is
+why they are computed a second time here.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import GPTConfig
+from ..model import GPT, CausalSelfAttention
+from ..ops.reference import causal_mask
+from ..report import pyplot
+from ..tokenizer import Tokenizer
+from ..train import resolve_device
+from .experiment import Common, StudyError, at_least, label, load_run, trained_model
+
+SMALL = GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)  # shakespeare-char-cpu
+
+
+@dataclass
+class Settings(Common):
+    """What does each attention head look at?
+
+    Args:
+        checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
+        prompt: the text to look at.
+        layer: show this layer only, counted from 1.
+        head: show this head only, counted from 1.
+        steps: training steps of the small model.
+    """
+
+    checkpoint: str | None = None
+    prompt: str = "ROMEO:\nBut, soft! what light through"
+    layer: int | None = None
+    head: int | None = None
+    steps: int = 1500
+
+
+QUICK = {"steps": 3, "prompt": "to be, or"}
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    if not settings.prompt:
+        raise StudyError("--prompt: is empty; give at least one token")
+    at_least("steps", settings.steps, 1)
+    loss = None
+    if settings.checkpoint is not None:
+        model, tokenizer = _load(settings.checkpoint)
+    else:
+        model, tokenizer, loss = trained_model(settings, SMALL, settings.steps)
+    layers, heads = (
+        _chosen(settings, name, n) for name, n in (("layer", model.cfg.n_layer), ("head", model.cfg.n_head))
+    )
+    tokens = encode(model, tokenizer, settings.prompt)
+    model.to(resolve_device(settings.device))
+    captured = capture(model, tokens)
+    error = max(float((maps @ v - out).abs().max()) for maps, v, out in captured)
+    rows = []
+    for layer in layers:
+        for head in heads:
+            maps = captured[layer - 1][0][0, head - 1].cpu()  # (T, T)
+            rows.append({"layer": layer, "head": head, **summary(maps), "map": _packed(maps)})
+    return {
+        "model": {"parameters": model.num_parameters(), "n_layer": model.cfg.n_layer, "n_head": model.cfg.n_head},
+        "is_causal": model.cfg.is_causal,
+        "loss": loss,
+        "tokens": [label(tokenizer, int(token)) for token in tokens[0]],
+        "error": float(f"{error:.2g}"),
+        "rows": rows,
+    }
+
+
+def _load(checkpoint: str) -> tuple[GPT, Tokenizer]:
+    model, tokenizer = load_run(checkpoint)
+    if not isinstance(model, GPT):
+        raise StudyError(f"--checkpoint {checkpoint}: holds a model of kind {model.kind!r}, which has no attention")
+    return model, tokenizer
+
+
+def _chosen(settings: Settings, name: str, n: int) -> list[int]:
+    asked = getattr(settings, name)
+    if asked is None:
+        return list(range(1, n + 1))
+    if not 1 <= asked <= n:
+        raise StudyError(f"--{name} {asked}: the model has {name}s 1 to {n}")
+    return [asked]
+
+
+def encode(model: GPT, tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """The prompt's tokens (1, T), which must fit the model's context."""
+    ids = tokenizer.encode(prompt.replace("\r\n", "\n"))
+    if len(ids) > model.cfg.block_size:
+        raise StudyError(
+            f"--prompt: {len(ids)} tokens do not fit the model's context of {model.cfg.block_size}; shorten it"
+        )
+    return torch.tensor([ids])
+
+
+@torch.no_grad()
+def capture(model: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each layer: probabilities (1, H, T, T), v (1, H, T, D), and what the attention op gave, (1, H, T, D)."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(qkv: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+        B, T, width = output.shape
+        D = width // 3 // model.cfg.n_head
+        heads = (t.view(B, T, model.cfg.n_head, D).transpose(1, 2) for t in output.split(width // 3, dim=2))
+        q, k, v = heads  # (B, H, T, D)
+        out = ops.attention(q, k, v, is_causal=model.cfg.is_causal)
+        found.append((probabilities(q, k, model.cfg.is_causal), v, out))
+
+    attentions = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
+    hooks = [attention.qkv.register_forward_hook(keep) for attention in attentions]
+    was_training = model.training
+    try:
+        model.eval()
+        model.hidden(idx.to(model.token_embedding.weight.device))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def probabilities(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask): (B, H, T, D) twice -> (B, H, T, T)."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if is_causal:
+        scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -math.inf)
+    return torch.softmax(scores, dim=-1)
+
+
+def summary(maps: Tensor) -> dict[str, Any]:
+    """How a head looks (T, T): means over the queries. Distances in tokens, entropy in nats."""
+    T = len(maps)
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
+    entropy = -(maps * maps.clamp_min(torch.finfo(maps.dtype).tiny).log()).sum(-1)
+    even = (maps > 0.0) / (maps > 0.0).sum(-1, keepdim=True)  # as much for each token that can be seen
+    query, key = divmod(int((maps - even).argmax()), T)
+    values = {
+        "distance": float((maps * (i - j).abs()).sum(-1).mean()),
+        "entropy": float(entropy.mean()),
+        "itself": float(maps.diagonal().mean()),
+        "previous": float(maps.diagonal(-1).mean()) if T > 1 else 0.0,
+        "first": float(maps[1:, 0].mean()) if T > 1 else 1.0,
+    }
+    return {name: round(value, 4) for name, value in values.items()} | {"strongest": [query, key]}
+
+
+def _packed(maps: Tensor) -> list[list[float]]:
+    """Three decimals, and no zeros at the end of a row, which a causal map has many of."""
+    rows = [[round(value, 3) for value in row] for row in maps.tolist()]
+    for row in rows:
+        while len(row) > 1 and row[-1] == 0.0:
+            row.pop()
+    return rows
+
+
+# ---- what is shown ----
+
+
+def show(results: dict[str, Any], page: Any) -> None:
+    model, tokens = results["model"], results["tokens"]
+    origin = (
+        f"trained here for {results['settings']['steps']} steps (validation loss {results['loss']:.3f})"
+        if results["loss"] is not None
+        else f"of {results['settings']['checkpoint']}"
+    )
+    page.paragraph(
+        f"A model of {model['n_layer']} layers with {model['n_head']} heads each and {model['parameters']:,} "
+        f"parameters, {origin}, reads {len(tokens)} tokens: {' '.join(tokens)}. Each row of a map is a token that "
+        f"looks, each column one that is looked at; a row adds up to one. Of each head: how many tokens away it looks "
+        f"and the entropy of where, both on average over the rows, and the average shares that go to the token itself, "
+        f"to the one before it, and to the first. The strongest look is the one that is furthest above an even share."
+    )
+    page.table(
+        ["layer", "head", "distance", "entropy", "itself", "previous", "first", "strongest"],
+        [
+            [
+                row["layer"],
+                row["head"],
+                *(row[name] for name in ("distance", "entropy", "itself", "previous", "first")),
+                _pair(row, tokens),
+            ]
+            for row in results["rows"]
+        ],
+    )
+    page.picture("maps", "Attention maps by layer (down) and head (across)", lambda: _draw(results))
+    page.paragraph(_findings(results))
+
+
+def _pair(row: dict[str, Any], tokens: list[str]) -> str:
+    query, key = row["strongest"]
+    return f"{tokens[query]} ({query + 1}) to {tokens[key]} ({key + 1})"
+
+
+def _findings(results: dict[str, Any]) -> str:
+    rows, n = results["rows"], len(results["tokens"])
+
+    def name(row: dict[str, Any]) -> str:
+        return f"layer {row['layer']} head {row['head']}"
+
+    def extreme(key: str, largest: bool) -> str:
+        row = (max if largest else min)(rows, key=lambda row: row[key])
+        return f"{name(row)} ({row[key]:.2f})"
+
+    # What a head that looks at everything it may see alike would have.
+    seen = range(1, n + 1) if results["is_causal"] else [n] * n
+    even = sum(math.log(count) for count in seen) / n
+    text = (
+        f"The shortest view, in tokens, is that of {extreme('distance', False)}, the longest that of "
+        f"{extreme('distance', True)}. The most pointed head is {extreme('entropy', False)}, the most even one "
+        f"{extreme('entropy', True)}; a head that looked at everything alike would have {even:.2f} nats. "
+    )
+    for key, what in (("previous", "the token before"), ("itself", "the token itself"), ("first", "the first token")):
+        most = [row for row in rows if row[key] > 0.5]
+        text += f"More than half of the attention goes to {what} in {len(most)} of {len(rows)} heads"
+        text += f" ({', '.join(name(row) for row in most[:4])}{', ...' if len(most) > 4 else ''}). " if most else ". "
+    layers = sorted({row["layer"] for row in rows})
+    if len(layers) > 1:
+        means = [_layer_mean(rows, layer, "distance") for layer in layers]
+        text += "Mean distance by layer: " + ", ".join(f"{mean:.1f}" for mean in means) + ". "
+    return text + (
+        f"Times the model's own v, the maps give what the attention op gave, to within {results['error']:.1g}."
+    )
+
+
+def _layer_mean(rows: list[dict[str, Any]], layer: int, key: str) -> float:
+    values = [row[key] for row in rows if row["layer"] == layer]
+    return sum(values) / len(values)
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    rows, tokens = results["rows"], results["tokens"]
+    layers = sorted({row["layer"] for row in rows})
+    heads = sorted({row["head"] for row in rows})
+    side = 2.6 if len(rows) > 1 else 6.0
+    figure, axes = pyplot().subplots(
+        len(layers), len(heads), figsize=(side * len(heads), side * len(layers)), squeeze=False, constrained_layout=True
+    )
+    for row in rows:
+        panel = axes[layers.index(row["layer"])][heads.index(row["head"])]
+        image = [values + [0.0] * (len(tokens) - len(values)) for values in row["map"]]
+        panel.imshow(image, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+        panel.set_title(f"layer {row['layer']} head {row['head']}", fontsize=7)
+        panel.tick_params(length=0)
+        at = range(len(tokens)) if len(tokens) <= 48 else []  # more cannot be read
+        size = min(7.0, 120.0 * side / 2.6 / max(len(tokens), 1))
+        panel.set_xticks(at, [tokens[i] for i in at], fontsize=size, parse_math=False, rotation=_turn(tokens))
+        panel.set_yticks(at, [tokens[i] for i in at], fontsize=size, parse_math=False)
+    # A script the font has no letters for is drawn as boxes; the maps are right all the same.
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    return figure
+
+
+def _turn(tokens: list[str]) -> int:
+    return 0 if all(len(token) == 1 for token in tokens) else 90

@@ -1,0 +1,304 @@
+"""Embeddings: which vectors lie close together, how they lie in two dimensions, and analogies, a - b + c.
+
+The vectors are the token embedding of a model, or word vectors from a text file in the format of word2vec or GloVe: a
+line is a word and its numbers, with word2vec a first line says how many words and how many numbers there are.
+
+Sources: Mikolov et al. 2013 (analogies by vector sums); Pennington et al. 2014 (GloVe).
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from ..model import LanguageModel
+from ..report import pyplot
+from .attention import SMALL
+from .experiment import Common, StudyError, at_least, label, load_run, trained_model
+
+
+@dataclass
+class Settings(Common):
+    """Which tokens does a model hold to be alike?
+
+    Args:
+        checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
+        vectors: a text file of word vectors (word2vec, GloVe) to look at instead of a model.
+        words: whose neighbours to show, with blanks between them (a blank itself is written ␣, a line's end ⏎).
+        analogy: "a - b + c", or several of them one after the other; of letters, two of case if not given.
+        neighbours: how many to show.
+        max_words: read this many lines of --vectors.
+        steps: training steps of the small model.
+    """
+
+    checkpoint: str | None = None
+    vectors: str | None = None
+    words: str | None = None
+    analogy: str | None = None
+    neighbours: int = 5
+    max_words: int = 100_000
+    steps: int = 1500
+
+
+QUICK = {"steps": 3}
+SHOWN = 200  # points in the picture: the first, which in files of word vectors are the most frequent
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    if settings.checkpoint is not None and settings.vectors is not None:
+        raise ConfigError("vectors: give a file of vectors or a checkpoint, not both")
+    for name in ("neighbours", "max_words", "steps"):
+        at_least(name, getattr(settings, name), 1)
+    asked = analogies(settings.analogy or "")
+    words, vectors, origin = _vectors(settings)
+    if settings.analogy is None and set("aeAEtsTS") <= set(words):
+        asked = analogies("a - A + E t - T + S")
+    n, width = vectors.shape
+    if n < 3 or width < 2:
+        raise StudyError(
+            f"{origin['source']}: {n} vectors of {width} numbers; neighbours and a map need 3 vectors of 2 numbers"
+        )
+    index = {word: i for i, word in reversed(list(enumerate(words)))}  # of two tokens that look the same, the first
+    chosen = settings.words.split() if settings.words else _default_words(words)
+    rows_of = [find(word, index, origin["source"]) for word in chosen]
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    rows = [{"word": words[i], "neighbours": nearest(unit, unit[i], words, [i], settings.neighbours)} for i in rows_of]
+    found = []
+    for a, b, c in asked:
+        ids = [find(word, index, origin["source"]) for word in (a, b, c)]
+        target = unit[ids[0]] - unit[ids[1]] + unit[ids[2]]
+        found.append({"a": a, "b": b, "c": c, "answers": nearest(unit, target, words, ids, settings.neighbours)})
+    coordinates, explained = project(vectors)
+    drawn = sorted({*range(min(n, SHOWN)), *rows_of})
+    return {
+        **origin,
+        "vectors": n,
+        "width": width,
+        "rows": rows,
+        "analogies": found,
+        "case": _case(unit, index),
+        "kinds": _kinds(unit, words),
+        "explained": [round(share, 4) for share in explained],
+        "points": [[words[i], *(round(value, 4) for value in coordinates[i].tolist())] for i in drawn],
+    }
+
+
+def _vectors(settings: Settings) -> tuple[list[str], Tensor, dict[str, Any]]:
+    """Words or tokens, their vectors (n, width) in float64, and where they come from."""
+    if settings.vectors is not None:
+        words, vectors = read_vectors(Path(settings.vectors), settings.max_words)
+        return words, vectors, {"source": Path(settings.vectors).name, "loss": None}
+    loss = None
+    model: LanguageModel
+    if settings.checkpoint is not None:
+        model, tokenizer = load_run(settings.checkpoint)
+        source = Path(settings.checkpoint).name
+    else:
+        model, tokenizer, loss = trained_model(settings, SMALL, settings.steps)
+        source = f"a model trained here for {settings.steps} steps"
+    table = getattr(model, "token_embedding", None)
+    if table is None:
+        raise StudyError(f"--checkpoint {settings.checkpoint}: a model of kind {model.kind!r} has no token embedding")
+    words = [label(tokenizer, token) for token in range(tokenizer.vocab_size)]
+    return words, table.weight.detach().double().cpu()[: len(words)], {"source": source, "loss": loss}
+
+
+def read_vectors(path: Path, max_words: int) -> tuple[list[str], Tensor]:
+    """Words and vectors (n, width) of a text file. A word that comes twice keeps its first vector."""
+    if path.is_dir():
+        raise StudyError(f"--vectors {path}: is a folder; give a text file of word vectors")
+    found: dict[str, list[float]] = {}
+    number = 1
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = file.readline()
+            if not first.strip():
+                raise StudyError(f"--vectors {path}: its first line is empty; a line is a word and its numbers")
+            header = re.fullmatch(r"(\d+) (\d+)\s*", first)
+            width = int(header[2]) if header else len(first.split()) - 1
+            lines = enumerate(file, 2) if header else enumerate(itertools.chain([first], file), 1)
+            for number, line in itertools.islice(lines, max_words):
+                word, values = _read_line(path, number, line, width)
+                found.setdefault(word, values)
+    except OSError as error:
+        raise StudyError(f"--vectors {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise StudyError(f"--vectors {path}: is not UTF-8 text; word2vec's binary files must be converted") from None
+    if not found:
+        raise StudyError(f"--vectors {path}: holds no vectors")
+    if header and number - 1 < min(int(header[1]), max_words):
+        raise StudyError(f"--vectors {path}: its first line promises {header[1]} words, but it has {number - 1}")
+    return list(found), torch.tensor(list(found.values()), dtype=torch.float64)
+
+
+def _read_line(path: Path, number: int, line: str, width: int) -> tuple[str, list[float]]:
+    """One word and its numbers. Some of GloVe's words have blanks in them: the numbers are counted from the right."""
+    parts = line.rstrip().rsplit(" ", width) if width > 0 else []
+    if len(parts) != width + 1 or width < 1:
+        raise StudyError(
+            f"--vectors {path}: line {number} is not a word and {max(width, 1)} numbers, as the first line has them"
+        )
+    try:
+        values = [float(part) for part in parts[1:]]
+    except ValueError:
+        raise StudyError(f"--vectors {path}: line {number} has something else than numbers after its word") from None
+    if not all(map(math.isfinite, values)):
+        raise StudyError(f"--vectors {path}: line {number} has a number that is not finite")
+    return parts[0].strip(), values
+
+
+def analogies(text: str) -> list[tuple[str, str, str]]:
+    """ "king - man + woman" -> [("king", "man", "woman")]; several may follow one another."""
+    parts = text.split()
+    groups = [parts[i : i + 5] for i in range(0, len(parts), 5)]
+    if any(len(group) < 5 or group[1] != "-" or group[3] != "+" for group in groups):
+        raise ConfigError(f'analogy: expected "a - b + c" with blanks around the signs, got {text!r}')
+    return [(group[0], group[2], group[4]) for group in groups]
+
+
+def find(word: str, index: dict[str, int], source: str) -> int:
+    """The number of a word; where there is none, an error that names it and the words that are spelled nearly so."""
+    if word in index:
+        return index[word]
+    lower = {known.lower(): known for known in index}
+    near = difflib.get_close_matches(word.lower(), lower, n=5, cutoff=0.6)
+    near += [other for other in (f"␣{word.lower()}",) if other in lower and other not in near]
+    spelled = ", ".join(repr(lower[known]) for known in near)
+    hint = f"spelled nearly so: {spelled}" if near else "none is spelled nearly so"
+    raise StudyError(f"no word {word!r} among the {len(index):,} of {source}; {hint}")
+
+
+def nearest(unit: Tensor, target: Tensor, words: list[str], without: list[int], n: int) -> list[list[Any]]:
+    """The `n` words whose vectors have the largest cosine with `target`, those in `without` left out."""
+    cosines = unit @ torch.nn.functional.normalize(target, dim=0)
+    cosines[without] = -math.inf
+    top = cosines.topk(min(n, len(words) - len(set(without))))
+    return [[words[i], round(value, 4)] for value, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+
+
+def project(vectors: Tensor) -> tuple[Tensor, list[float]]:
+    """The first two principal components (n, 2), and the share of the variance each explains."""
+    centred = vectors - vectors.mean(0)
+    variances, directions = torch.linalg.eigh(centred.t() @ centred)  # ascending
+    top = directions[:, [-1, -2]]
+    largest = top.gather(0, top.abs().argmax(0, keepdim=True))
+    total = variances.clamp_min(0.0).sum().clamp_min(1e-300)
+    # The sign of a direction is arbitrary: its largest component is made positive.
+    return centred @ (top * largest.sign()), (variances[[-1, -2]].clamp_min(0.0) / total).tolist()
+
+
+def _default_words(words: list[str]) -> list[str]:
+    """Of single characters a vowel, a consonant, a capital, a digit, a sign and the blank; else the first ten."""
+    characters = [char for char in "aetA3.␣⏎" if char in words]
+    return characters if len(characters) > 2 else words[:10]
+
+
+def _case(unit: Tensor, index: dict[str, int]) -> dict[str, Any] | None:
+    """Analogies of letters, such as a - A + B = b: how many of them come out right, of all pairs of letters."""
+    letters = [c for c in index if len(c) == 1 and c.islower() and len(c.upper()) == 1 and c.upper() in index]
+    if len(letters) < 3:
+        return None
+    right, pairs = 0, list(itertools.permutations(letters, 2))
+    for one, other in pairs:
+        ids = [index[one], index[one.upper()], index[other.upper()]]
+        cosines = unit @ (unit[ids[0]] - unit[ids[1]] + unit[ids[2]])
+        cosines[ids] = -math.inf
+        right += int(cosines.argmax()) == index[other]
+    return {"letters": len(letters), "pairs": len(pairs), "right": right, "candidates": len(unit) - 3}
+
+
+KINDS = {
+    "vowels": lambda word: word in "aeiou",
+    "consonants": lambda word: word.islower() and word not in "aeiou",
+    "capitals": str.isupper,
+    "signs": lambda word: not word.isalnum() and word not in "␣⏎⇥",
+}
+
+
+def _kinds(unit: Tensor, words: list[str]) -> dict[str, dict[str, Any]]:
+    """For each kind of character: the mean cosine of two of the kind, and of one of it and one of another kind."""
+    single = [i for i, word in enumerate(words) if len(word) == 1]
+    result = {}
+    for name, belongs in KINDS.items():
+        inside = [i for i in single if belongs(words[i])]
+        outside = [i for i in single if i not in set(inside)]
+        if len(inside) > 1 and outside:
+            within = unit[inside] @ unit[inside].t()
+            n = len(inside)
+            result[name] = {
+                "count": n,
+                "within": round(float((within.sum() - within.trace()) / (n * (n - 1))), 4),
+                "between": round(float((unit[inside] @ unit[outside].t()).mean()), 4),
+            }
+    return result
+
+
+# ---- what is shown ----
+
+
+def show(results: dict[str, Any], page: Any) -> None:
+    trained = f", which has a validation loss of {results['loss']:.3f}" if results["loss"] is not None else ""
+    page.paragraph(
+        f"{results['vectors']:,} vectors of {results['width']} numbers, of {results['source']}{trained}. Nearest to a "
+        f"vector is the one with the largest cosine of the angle between the two."
+    )
+    page.table(["word", "nearest (cosine)"], [[row["word"], _listed(row["neighbours"])] for row in results["rows"]])
+    if results["analogies"]:
+        page.table(
+            ["analogy", "nearest (cosine)"],
+            [[f"{row['a']} - {row['b']} + {row['c']}", _listed(row["answers"])] for row in results["analogies"]],
+        )
+    page.picture("map", "The vectors' first two principal components", lambda: _draw(results))
+    page.paragraph(_findings(results))
+
+
+def _listed(neighbours: list[list[Any]]) -> str:
+    return " · ".join(f"{word} {cosine:.2f}" for word, cosine in neighbours)
+
+
+def _findings(results: dict[str, Any]) -> str:
+    first, second = results["explained"]
+    text = f"Two dimensions hold {first + second:.0%} of the variance ({first:.0%} and {second:.0%})."
+    closest = max(results["rows"], key=lambda row: row["neighbours"][0][1])
+    word, cosine = closest["neighbours"][0]
+    text += f" The closest of the pairs above are {closest['word']} and {word} ({cosine:.2f})."
+    for name, kind in results["kinds"].items():
+        # The mean cosine of so many pairs of random vectors is zero, give or take a third of this.
+        chance = 3.0 / math.sqrt(results["width"] * kind["count"] * (kind["count"] - 1) / 2)
+        difference = kind["within"] - kind["between"]
+        relation = "more" if difference > chance else "less" if difference < -chance else "not clearly more"
+        text += (
+            f" The {kind['count']} {name} are {relation} like each other (mean cosine {kind['within']:.2f}) than like "
+            f"other characters ({kind['between']:.2f}; chance gives differences of up to {chance:.2f})."
+        )
+    if case := results["case"]:
+        text += (
+            f" Of the {case['pairs']} analogies of the kind a - A + B = b over {case['letters']} letters, "
+            f"{case['right']} ({case['right'] / case['pairs']:.0%}) have the right letter nearest, of "
+            f"{case['candidates']} tokens, the three that are given left out; guessing gives "
+            f"{1 / case['candidates']:.1%}."
+        )
+    return text
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    figure, axes = pyplot().subplots(figsize=(7, 5.5), constrained_layout=True)
+    asked = {row["word"] for row in results["rows"]}
+    x, y = ([point[i] for point in results["points"]] for i in (1, 2))
+    axes.plot(x, y, ".", color="tab:blue", ms=2, alpha=0.4)
+    for word, a, b in results["points"]:
+        colour = "tab:red" if word in asked else "black"
+        axes.annotate(word, (a, b), fontsize=9, color=colour, parse_math=False, ha="center", va="center")
+    first, second = results["explained"]
+    axes.set(xlabel=f"first component ({first:.0%} of the variance)", ylabel=f"second ({second:.0%})")
+    axes.grid(alpha=0.3)
+    return figure

@@ -1,0 +1,255 @@
+"""What the studies share: their common options, the text, a short training run in memory, and the machine's facts."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..baselines import model_class
+from ..checkpoint import Checkpoint, find_checkpoint, load_parameters
+from ..config import ConfigError, GPTConfig, TrainConfig, from_dict
+from ..data import Corpus, evaluation_blocks, random_batch
+from ..model import GPT, LanguageModel
+from ..tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
+from ..train import learning_rate, make_optimizer, resolve_device
+
+Number = TypeVar("Number", int, float)
+LEARNED = 0.05  # nats below the loss of knowing each token's frequency: something of the context was learned
+
+
+class StudyError(ValueError):
+    """A study that cannot be made of what was given; the message is one line that says what to give instead."""
+
+
+@dataclass
+class Common:
+    """The options of every study.
+
+    Args:
+        out: the folder for report.html, results.json and the pictures; runs/study-NAME if not given.
+        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
+        quick: sizes that only show that it runs.
+        seed: of weights and data order.
+        device: auto, cpu, cuda, ...
+        config: a TOML file with any of these settings.
+    """
+
+    out: str | None = None
+    data: str = "shakespeare"
+    quick: bool = False
+    seed: int = 1337
+    device: str = "auto"
+    config: str | None = None
+
+
+# ---- settings ----
+
+
+def numbers(name: str, text: str, kind: type[Number], least: float = 0.0) -> list[Number]:
+    """The numbers of a setting such as "2,8,24": at least one, each above `least`, in the order given."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(math.isfinite(value) and value > least for value in values):
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{name}: expected {what} above {least:g} with commas between them, got {text!r}")
+    if len(set(values)) < len(values):
+        raise ConfigError(f"{name}: {text!r} gives a number twice")
+    return values
+
+
+def at_least(name: str, value: float, least: int) -> None:
+    if not least <= value < math.inf:
+        raise ConfigError(f"{name}: expected at least {least}, got {value}")
+
+
+def recorded(settings: Any) -> dict[str, Any]:
+    """The settings as results.json keeps them: of paths only the last part, which means something elsewhere too."""
+    values = dataclasses.asdict(settings)
+    for name in ("data", "checkpoint", "vectors"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name]).name
+    return {name: value for name, value in values.items() if name not in ("out", "config", "device")}
+
+
+# ---- text and models ----
+
+
+def load_corpus(settings: Any, block_size: int) -> Corpus:
+    """The characters of --data, which must be enough for a block."""
+    return Corpus.load(settings.data, "char", block_size=block_size)
+
+
+def new_gpt(cfg: GPTConfig, seed: int) -> GPT:
+    """A freshly initialised GPT whose weights follow from `seed`."""
+    torch.manual_seed(seed)
+    return GPT(cfg)
+
+
+def load_run(path: str) -> tuple[LanguageModel, Tokenizer]:
+    """The model and tokenizer of a run's folder, a checkpoint, or a Hugging Face GPT-2 folder with its vocabulary."""
+    folder = Path(path)
+    if (folder / "config.json").exists() and (folder / "vocab.json").exists():
+        return GPT.from_pretrained(folder, dropout=0.0).eval(), BPETokenizer.from_gpt2_files(folder)
+    file = find_checkpoint(folder)
+    saved = Checkpoint.load(file)
+    model = model_class(saved.model)(from_dict(GPTConfig, {**saved.model_config, "dropout": 0.0}))
+    load_parameters(model, saved.part("model"), file)
+    return model.eval(), tokenizer_from_json(saved.tokenizer)
+
+
+def label(tokenizer: Tokenizer, token: int) -> str:
+    """A token as it can be seen: blanks as signs, and bytes that are part of a character as their numbers."""
+    raw = tokenizer.token_bytes(token)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<{byte:02x}>" for byte in raw)
+    signs = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+    return "".join(signs.get(char, char if char.isprintable() else f"<{ord(char):x}>") for char in text)
+
+
+def trained_model(settings: Any, cfg: GPTConfig, steps: int) -> tuple[GPT, Tokenizer, float]:
+    """A small model that is trained here, where no checkpoint is given; its tokenizer and validation loss."""
+    corpus = load_corpus(settings, cfg.block_size)
+    cfg = dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size)
+    train_cfg = TrainConfig(batch_size=12, max_steps=steps, warmup_steps=min(100, steps // 10), seed=settings.seed)
+    model = new_gpt(cfg, settings.seed).to(resolve_device(settings.device))
+    for _ in training(model, corpus, train_cfg):
+        pass
+    loss = finite(validation_loss(model, corpus))
+    if loss is None:
+        raise StudyError("the model's loss is not finite after training; give a --checkpoint instead")
+    return model.eval(), corpus.tokenizer, loss
+
+
+def training(model: Any, corpus: Corpus, cfg: TrainConfig) -> Iterator[float]:
+    """Train `model` in memory, in float32, one step for each loss that is taken; ends early where it is not finite.
+
+    Optimizer, schedule, clipping and batches are those of `fastgpt train`. The loss is that of the step's own batch,
+    before the step.
+    """
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, cfg)
+    for step in range(cfg.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        x, y = random_batch(corpus.train, model.cfg.block_size, cfg.batch_size, cfg.seed, step)
+        model.train()
+        loss = model.loss(x.to(device), y.to(device))
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+            if cfg.grad_clip > 0.0:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        yield value
+        if not math.isfinite(value):
+            return
+
+
+def validation_blocks(corpus: Corpus, block_size: int, n_blocks: int = 64) -> tuple[Tensor, Tensor]:
+    return evaluation_blocks(corpus.val, block_size, n_blocks)
+
+
+@torch.no_grad()
+def validation_loss(model: Any, corpus: Corpus, n_blocks: int = 64, batch_size: int = 16) -> float:
+    """Mean loss in nats per token, in eval mode, over evenly spaced blocks of the validation text."""
+    device = next(model.parameters()).device
+    model.eval()
+    x, y = validation_blocks(corpus, model.cfg.block_size, n_blocks)
+    pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    return sum(float(model.loss(a.to(device), b.to(device))) * len(a) for a, b in pairs) / len(x)
+
+
+def frequency_loss(corpus: Corpus, block_size: int) -> float:
+    """The validation loss of knowing only how often each token occurs (add-one counts of the training text)."""
+    _, targets = validation_blocks(corpus, block_size)
+    counts = np.bincount(corpus.train, minlength=corpus.tokenizer.vocab_size) + 1.0
+    return float(-np.log(counts / counts.sum())[targets.numpy()].mean())
+
+
+def finite(value: float) -> float | None:
+    """A loss as results.json keeps it: four decimals, None for what JSON cannot hold."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def described(corpus: Corpus, settings: Any, block_size: int) -> dict[str, Any]:
+    """What a loss was measured on: it says nothing without the text."""
+    return {
+        "name": Path(settings.data).name,
+        "train_tokens": len(corpus.train),
+        "val_tokens": len(corpus.val),
+        "vocab_size": corpus.tokenizer.vocab_size,
+        "frequency_loss": round(frequency_loss(corpus, block_size), 4),
+    }
+
+
+# ---- the machine ----
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Device, versions, commit and date: a number without them says nothing."""
+    found = resolve_device(device)
+    return {
+        "device": torch.cuda.get_device_name(found) if found.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastgpt": __version__,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _commit() -> str | None:
+    """The commit of the sources this runs from, marked "+" where they were changed; None for an installed package."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else some other project's repository is around it
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "..") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def synchronized_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """How long `call` takes, up to the end of what it started on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

@@ -1,0 +1,114 @@
+"""A study's page: one HTML report and the same as Markdown, from its results alone.
+
+    python -m fastgpt.studies.page docs
+
+writes docs/studies.md and its pictures from docs/studies/*.json, the results that are committed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..report import Report, markdown_table
+from . import STUDIES, load
+
+_PREFACE = """# Studies
+
+Each of these is one command, `fastgpt study NAME`, on the models and kernels of this package: it measures, writes a
+report (`report.html`, pictures, `results.json`) and prints what is below. The words are made from the numbers, and this
+page from the results in [docs/studies](studies), by `python -m fastgpt.studies.page docs`; a test compares them. Losses
+are in nats per token, on text that was not trained on; training is that of `fastgpt train`, in float32. The text,
+tinyshakespeare.txt, is the file that `--data tinyshakespeare` downloads.
+"""
+
+
+class Page(Report):
+    """A report that is also kept as Markdown. Pictures are drawn unless `pictures` says not to."""
+
+    def __init__(self, results: dict[str, Any], pictures: bool = True) -> None:
+        name = results["study"]
+        super().__init__(name.capitalize().replace("-", " "), STUDIES[name])
+        self.name, self.draws = name, pictures
+        self.markdown: list[str] = []
+        load(name).show(results, self)
+        self.paragraph(_provenance(results))
+
+    def paragraph(self, text: str) -> None:
+        super().paragraph(text)
+        self.markdown.append(textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False))
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        super().table(headers, rows)
+        self.markdown.append(markdown_table(headers, rows))
+
+    def picture(self, name: str, caption: str, draw: Callable[[], Any]) -> None:
+        """The figure that `draw` gives, where pictures are wanted."""
+        if self.draws:
+            self.figure(draw(), name, caption)
+        self.markdown.append(f"![{caption}](images/study-{self.name}-{name}.png)")
+
+    def text(self) -> str:
+        """What a terminal shows: words and tables."""
+        return "\n\n".join([self.title, *(part for part in self.markdown if not part.startswith("!["))])
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    commit = results["commit"] or "of an installed package"
+    return (
+        f"Measured on {results['device']}, {results['threads']} threads; Python {results['python']}, torch "
+        f"{results['torch']}, fastgpt {results['fastgpt']}, commit {commit}, {results['date']}; the study took "
+        f"{results['seconds']:.0f} seconds, with seed {results['settings']['seed']}."
+    )
+
+
+def _command(results: dict[str, Any]) -> str:
+    """The command that was given: the settings that differ from the study's defaults."""
+    defaults = load(results["study"]).Settings()
+    words = ["fastgpt", "study", results["study"]]
+    for name, value in results["settings"].items():
+        if value != getattr(defaults, name):
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [option, json.dumps(value) if " " in str(value) else str(value)]
+    return " ".join(words)
+
+
+def studies_page(docs: Path, pictures: bool = True) -> tuple[str, dict[str, bytes]]:
+    """The text of docs/studies.md and its pictures by file name, from docs/studies/*.json."""
+    parts, images = [_PREFACE.rstrip()], {}
+    for name, question in STUDIES.items():
+        file = docs / "studies" / f"{name}.json"
+        if not file.exists():
+            continue
+        results = json.loads(file.read_text(encoding="utf-8"))
+        page = Page(results, pictures)
+        parts += [f"## {page.title}", question, f"```sh\n{_command(results)}\n```", *page.markdown]
+        images.update({f"study-{name}-{picture}.png": data for picture, data in page.pictures.items()})
+    return "\n\n".join(parts) + "\n", images
+
+
+def _with_few_colours(png: bytes) -> Any:
+    """A picture at a third of its size, for a repository: lines and letters need few colours."""
+    from PIL import Image  # matplotlib needs it, so it is there
+
+    return Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "studies").is_dir():
+        sys.exit("usage: python -m fastgpt.studies.page DOCS     (a folder with studies/NAME.json in it)")
+    docs = Path(sys.argv[1])
+    text, images = studies_page(docs)
+    (docs / "images").mkdir(exist_ok=True)
+    for name, data in images.items():
+        _with_few_colours(data).save(docs / "images" / name, optimize=True)
+    (docs / "studies.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

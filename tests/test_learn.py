@@ -1,0 +1,191 @@
+"""The ladder from bigram to GPT: what each stage changes, its report, and the page and figures that are committed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import html
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from fastgpt import learn
+from fastgpt.cli import main
+from fastgpt.config import GPTConfig
+from fastgpt.learn import LADDER, STAGES, code_of, config_of, findings, refreshed, rows, stage
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "from-bigram-to-gpt.md"
+RESULTS = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tmp_path_factory):
+    """Steps of 128 tokens, short samples, and a token cache of one's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learn, "TOKENS_PER_STEP", 128)
+        patch.setattr(learn, "SAMPLE_TOKENS", 20)
+        patch.setenv("FASTGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(small, text_file, tmp_path_factory) -> Path:
+    """What `fastgpt learn --quick` leaves, after two steps a stage."""
+    out = tmp_path_factory.mktemp("learn") / "out"
+    assert main(["learn", "--data", str(text_file), "--out", str(out), "--quick", "--steps", "2"]) == 0
+    return out
+
+
+# ---- the stages ----
+
+
+def test_each_stage_changes_one_idea_and_the_last_is_a_gpt():
+    assert [s.name for s in STAGES if s.after is None] == ["bigram"]
+    for s in STAGES[1:]:
+        before, now = (dataclasses.asdict(config_of(x, 65)) for x in (stage(s.after), s))
+        assert {k for k, v in now.items() if before[k] != v} == set(s.changes), s.name
+        assert (s.model != stage(s.after).model) != bool(s.changes), "either the model changes or its settings"
+    assert all(stage(b).after == a for a, b in pairwise(LADDER))
+    assert config_of(STAGES[-1], 65) == GPTConfig(
+        vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.1, tie_weights=False
+    )
+
+
+def test_the_budget_is_one():
+    settings = learn.Settings(steps=50)
+    configs = [learn._train_config(settings, s, config_of(s, 65)) for s in STAGES]
+    tokens = {c.batch_size * config_of(s, 65).block_size for c, s in zip(configs, STAGES, strict=True)}
+    assert tokens == {learn.TOKENS_PER_STEP}
+    rest = {dataclasses.replace(c, batch_size=1, lr=1.0, min_lr=0.1) for c in configs}
+    assert len(rest) == 1
+    assert {c.lr for c in configs[:-1]} == {0.015} and configs[-1].lr == 0.003
+
+
+@pytest.mark.parametrize("name", [s.name for s in STAGES])
+def test_the_code_shown_is_the_source_at_that_line(name):
+    found = code_of(stage(name))
+    assert found
+    for file, number, text in found:
+        assert (ROOT / "fastgpt" / file).read_text(encoding="utf-8").splitlines()[number - 1].strip() == text
+
+
+def test_code_that_is_gone_is_an_error():
+    with pytest.raises(LookupError, match=r"'no such line': 0 lines of .*, expected one"):
+        code_of(dataclasses.replace(STAGES[0], code=((GPTConfig.preset, "no such line"),)))
+
+
+# ---- the command ----
+
+
+def test_learn_writes_a_report_of_every_stage(out):
+    assert {p.name for p in out.iterdir()} == {"report.html", "results.json", "losses.png", "curves.png", "stages"}
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["settings"] == {"data": "text.txt", "quick": True, "steps": 2, "lr": 0.03, "seed": 1337}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "2 steps of 128 characters" in page
+    for row, s in zip(results["stages"], STAGES, strict=True):
+        assert row["name"] == s.name and f". {s.name}</h2>" in page
+        assert row["curve"][-1] == [2, row["loss"]] and len(row["sample"]) == 20
+        for file, number, text in code_of(s):
+            assert html.escape(f"{file}:{number}") in page and html.escape(text) in page
+    assert "n_head: 1 -&gt; 4" in page and "model: bigram -&gt; positional-bigram" in page
+
+
+def test_a_report_is_not_overwritten(out, text_file, capsys):
+    before = (out / "report.html").read_bytes()
+    assert main(["learn", "--data", str(text_file), "--out", str(out)]) == 1
+    assert "holds a report or its runs already" in capsys.readouterr().err
+    assert (out / "report.html").read_bytes() == before
+
+
+def test_a_stage_can_be_sampled_from(out, capsys):
+    for name in ("bigram", "position", "layer-norm-pre"):
+        assert main(["sample", "--checkpoint", str(out / "stages" / name), "--max-new-tokens", "5"]) == 0
+        assert len(capsys.readouterr().out) == 1 + 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message", "code"),
+    [
+        ("a" * 5000, [], "has one distinct character, 'a'", 1),
+        ("abc" * 50, [], "a block of 64 needs 65", 1),
+        (TEXT, ["--steps", "-1"], "steps: expected", 2),
+        (TEXT, ["--steps", "0"], "steps: expected", 2),
+        (TEXT, ["--lr", "0"], "lr: expected", 2),
+        (TEXT, ["--device", "tpu9"], "device: 'tpu9'", 1),
+    ],
+)
+def test_bad_input(text, options, message, code, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    command = ["learn", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), *options]
+    assert main(command) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what is said ----
+
+
+def test_findings_follow_the_numbers():
+    assert "the loss falls with every stage." in findings(RESULTS)[0]
+    other = copy.deepcopy(RESULTS)
+    losses = {row["name"]: row for row in other["stages"]}
+    losses["many heads"]["loss"] = losses["one head"]["loss"] + 0.1
+    losses["+ dropout"]["loss"] = losses["+ layer norm, pre"]["loss"] - 0.25
+    losses["+ layer norm, post"]["loss"] = losses["+ layer norm, pre"]["loss"] - 0.5
+    said = findings(other)
+    assert "does not fall with every stage: many heads" in said[0]
+    assert "post-norm is 0.500 ahead of pre-norm" in said[2] and "Dropout gains 0.250" in said[3]
+
+
+# ---- what is committed ----
+
+
+def test_on_tinyshakespeare_the_ladder_falls_to_the_gpt():
+    losses = {row["name"]: row["loss"] for row in RESULTS["stages"]}
+    assert RESULTS["characters"] == 65 and RESULTS["training_tokens"] == 1_003_854
+    assert 2.45 <= losses["bigram"] <= 2.55
+    assert abs(losses["bigram"] - RESULTS["counted_bigram"]) < 0.03
+    assert all(losses[b] < losses[a] for a, b in pairwise(LADDER))
+    assert losses["scaled up"] == min(losses.values())
+    for row in RESULTS["stages"]:
+        assert row["config"] == dataclasses.asdict(config_of(stage(row["name"]), 65))
+
+
+def test_the_page_is_made_from_the_results_and_the_source():
+    """After a change of either: python -m fastgpt.learn docs"""
+    text = PAGE.read_text(encoding="utf-8")
+    assert refreshed(text, RESULTS, ROOT) == text
+    number = re.search(r"baselines\.py#L(\d+)", text).group(1)
+    moved = text.replace(f"baselines.py#L{number}", "baselines.py#L1")
+    assert moved != text and refreshed(moved, RESULTS, ROOT) == text
+    with pytest.raises(LookupError, match=r"'gone' is in 0 lines of fastgpt/model\.py"):
+        refreshed(text + "[`gone`](../fastgpt/model.py#L3)", RESULTS, ROOT)
+    for name, *_, loss, _ in rows(RESULTS):
+        assert re.search(rf"^\| {re.escape(name)} \|.* {loss} \|", text, flags=re.MULTILINE)
+
+
+def test_the_page_links_to_what_is_there():
+    targets = re.findall(r"\]\(([^)#]+)(?:#L\d+)?\)", PAGE.read_text(encoding="utf-8"))
+    assert len(targets) > 30
+    for target in targets:
+        assert (PAGE.parent / target).is_file(), target
+
+
+def test_the_pictures_are_small():
+    for name in ("losses", "curves"):
+        picture = (ROOT / "docs" / "images" / f"learn-{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) < 100_000
