@@ -3,9 +3,9 @@
 // Between the statistics and the gradient a row is held where it fits: a short one in registers, one vector a thread, a
 // long one in shared memory: of one block, or from sm_90 on of a cluster, up to eight blocks, each with its part of the
 // row: 1.8 MB on an H100. A thread reads back only what it wrote, so that costs no barrier. (Eight vectors a thread in
-// registers were tried first: they spilled.) The blocks of a cluster tell each other three numbers, the maximum, the sum
-// of exp and the smoothing term, by writing them into each other's shared memory. A still longer row is read twice, the
-// second time from the L2 cache where that is large enough. A row that needs one pass alone is not held.
+// registers were tried first: they spilled.) The blocks of a cluster tell each other three numbers, the maximum, the
+// sum of exp and the smoothing term, by writing them into each other's shared memory. A still longer row is read twice,
+// the second time from the L2 cache where that is large enough. A row that needs one pass alone is not held.
 //
 // Rows of odd length start at any 2- or 4-byte boundary: up to the first 16-byte boundary, and after the last, values
 // go one by one.
