@@ -1,14 +1,22 @@
-// Cross-entropy on the GPU: one block per row, online softmax, loss and gradient from one read and one write.
+// Cross-entropy on the GPU: online softmax, loss and gradient from one read and one write.
 //
 // Between the statistics and the gradient a row is held where it fits: a short one in registers, one vector a thread, a
-// long one in the block's shared memory: 227 KB on an H100, GPT-2's vocabulary in float32. A thread reads back only
-// what it wrote, so that costs no barrier. (Eight vectors a thread in registers were tried first: they spilled.) A
-// still longer row is read twice; the second time comes from the L2 cache where it is large enough. Rows of odd length
-// start at any 2- or 4-byte boundary: up to the first 16-byte boundary, and after the last, values go one by one.
+// long one in shared memory: of one block, or from sm_90 on of a cluster, up to eight blocks, each with its part of the
+// row: 1.8 MB on an H100. A thread reads back only what it wrote, so that costs no barrier. (Eight vectors a thread in
+// registers were tried first: they spilled.) The blocks of a cluster tell each other three numbers, the maximum, the
+// sum of exp and the smoothing term, by writing them into each other's shared memory. A still longer row is read twice,
+// the second time from the L2 cache where that is large enough. A row that needs one pass alone is not held.
+//
+// Rows of odd length start at any 2- or 4-byte boundary: up to the first 16-byte boundary, and after the last, values
+// go one by one.
 #include "device.cuh"
+
+#include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace fastgpt {
 namespace {
@@ -34,57 +42,100 @@ struct Online {
   float max, sum;
 };
 
-__device__ __forceinline__ void merge(Online& a, float max, float sum) {
-  const float larger = fmaxf(a.max, max);
+__device__ __forceinline__ void merge(Online& a, Online b) {
+  const float larger = fmaxf(a.max, b.max);
   const float base = larger == -INFINITY ? 0.0f : larger;  // exp(-inf - -inf) would be NaN
-  a.sum = a.sum * __expf(a.max - base) + sum * __expf(max - base);
+  a.sum = a.sum * __expf(a.max - base) + b.sum * __expf(b.max - base);
   a.max = larger;
 }
 
-// Both return the block's value to every thread, combined in a fixed order.
-template <int THREADS>
-__device__ Online reduce(Online own) {
-  for (int offset = 16; offset > 0; offset /= 2)
-    merge(own, __shfl_xor_sync(~0u, own.max, offset), __shfl_xor_sync(~0u, own.sum, offset));
-  if constexpr (THREADS > 32) {
-    __shared__ Online warps[THREADS / 32];
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
-    __syncthreads();
-    own = {-INFINITY, 0.0f};
-    for (int warp = 0; warp < THREADS / 32; ++warp) merge(own, warps[warp].max, warps[warp].sum);
-  }
-  return own;
+__device__ __forceinline__ void merge(float& a, float b) { a += b; }
+
+__device__ __forceinline__ float of_lane(float own, int offset) { return __shfl_xor_sync(~0u, own, offset); }
+
+__device__ __forceinline__ Online of_lane(Online own, int offset) {
+  return {of_lane(own.max, offset), of_lane(own.sum, offset)};
 }
 
-template <int THREADS>
-__device__ float reduce(float own) {
-  for (int offset = 16; offset > 0; offset /= 2) own += __shfl_xor_sync(~0u, own, offset);
+// The blocks of a row, where it has one.
+struct OneBlock {
+  __device__ static constexpr unsigned rank() { return 0; }
+  __device__ static constexpr unsigned size() { return 1; }
+  __device__ static void arrive() {}
+  __device__ static void wait() {}
+  template <class Part>
+  __device__ static Part join(Part own) {
+    return own;
+  }
+};
+
+constexpr unsigned LARGEST_CLUSTER = 8;  // the largest that every chip with clusters takes
+
+// The blocks of a row, where they are a cluster. Each block of it calls all of these, in the same order.
+#if __CUDA_ARCH__ >= 900
+struct Cluster {
+  cooperative_groups::cluster_group blocks = cooperative_groups::this_cluster();
+
+  __device__ unsigned rank() const { return blocks.block_rank(); }
+  __device__ unsigned size() const { return blocks.num_blocks(); }
+
+  // Between arrive and wait every block begins to run: only then it has shared memory to write to.
+  __device__ void arrive() const { blocks.barrier_arrive(); }
+  __device__ void wait() const { blocks.barrier_wait(); }
+
+  // The row's value from each block's, which all threads of the block have; once for each type of value. Blocks write
+  // to each other before the barrier and read their own memory after it, so that one may end while others still read.
+  template <class Part>
+  __device__ Part join(Part own) const {
+    __shared__ Part parts[LARGEST_CLUSTER];
+    if (threadIdx.x < size()) *blocks.map_shared_rank(&parts[rank()], static_cast<int>(threadIdx.x)) = own;
+    blocks.sync();
+    own = parts[0];
+    for (unsigned block = 1; block < size(); ++block) merge(own, parts[block]);
+    return own;
+  }
+};
+#else
+struct Cluster : OneBlock {
+  __device__ Cluster() { __trap(); }  // can_cluster() lets no launch come here
+};
+#endif
+
+// The row's value from each thread's, given to every thread: lanes, then warps, then blocks, always in the same order.
+template <int THREADS, class Blocks, class Part>
+__device__ Part reduce(const Blocks& blocks, Part own) {
+  for (int offset = 16; offset > 0; offset /= 2) merge(own, of_lane(own, offset));
   if constexpr (THREADS > 32) {
-    __shared__ float warps[THREADS / 32];
+    __shared__ Part warps[THREADS / 32];
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
     __syncthreads();
-    own = 0.0f;
-    for (int warp = 0; warp < THREADS / 32; ++warp) own += warps[warp];
+    own = warps[0];
+    for (int warp = 1; warp < THREADS / 32; ++warp) merge(own, warps[warp]);
   }
-  return own;
+  return blocks.join(own);
 }
 
-enum Held { IN_REGISTERS, IN_SHARED_MEMORY, NOWHERE };
+enum Held { IN_REGISTERS, IN_SHARED_MEMORY, IN_CLUSTER, NOWHERE };
+
+constexpr int BLOCK = 512;  // threads; 32 where a vector a thread holds the row
 
 template <class T, int THREADS, Held HELD>
-__global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 16) cross_entropy_kernel(const Rows a) {
+__global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entropy_kernel(const Rows a) {
   constexpr int SIZE = Vec16<T>::SIZE;
-  const int64_t row = blockIdx.x, n = a.classes;
+  const std::conditional_t<HELD == IN_CLUSTER, Cluster, OneBlock> blocks;
+  const int64_t row = blockIdx.x / blocks.size(), n = a.classes;
   const T* x = static_cast<const T*>(a.logits) + row * a.logits_stride;
   T* out = a.gradient ? static_cast<T*>(a.gradient) + row * n : nullptr;
   const int64_t target = a.targets[row];
   const int tid = threadIdx.x;
+  const bool first = tid == 0 && blocks.rank() == 0;  // the one that writes what there is one of per row
+  const int64_t row_tid = blocks.rank() * THREADS + tid, row_threads = blocks.size() * THREADS;
 
   if (target == a.ignore_index) {
-    if (tid == 0 && a.loss) a.loss[row] = 0.0f;
-    if (tid < 2 && !a.statistics_known) a.statistics[2 * row + tid] = 0.0f;
+    if (first && a.loss) a.loss[row] = 0.0f;
+    if (row_tid < 2 && !a.statistics_known) a.statistics[2 * row + row_tid] = 0.0f;
     if (out)
-      for (int64_t i = tid; i < n; i += THREADS) out[i] = from_float<T>(0.0f);
+      for (int64_t i = row_tid; i < n; i += row_threads) out[i] = from_float<T>(0.0f);
     return;
   }
   assert(target >= 0 && target < n && "target out of range");
@@ -95,26 +146,35 @@ __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 16) cross_entrop
   const int64_t head = together ? min(past == 0 ? int64_t{0} : SIZE - past, n) : n;
   const int64_t vectors = (n - head) / SIZE;
   const int64_t end = head + vectors * SIZE;
-  const T* body = x + head;
   const auto odd = [&](const auto& visit) {  // this thread's share of the values outside the vectors
-    for (int64_t i = tid; i < head; i += THREADS) visit(i);
-    for (int64_t i = end + tid; i < n; i += THREADS) visit(i);
+    for (int64_t i = row_tid; i < head; i += row_threads) visit(i);
+    for (int64_t i = end + row_tid; i < n; i += row_threads) visit(i);
   };
 
+  using Index = std::conditional_t<HELD == NOWHERE, int64_t, int>;  // what is held can be counted in an int
+  const int64_t part = (vectors + blocks.size() - 1) / blocks.size(), before = min(blocks.rank() * part, vectors);
+  const int64_t origin = head + before * SIZE;                        // this block's vectors begin here
+  const auto mine = static_cast<Index>(min(part, vectors - before));  // and are so many, perhaps none
   extern __shared__ uint4 shared[];
   auto* held = reinterpret_cast<Vec16<T>*>(shared);
   Vec16<T> own_vector;
+  blocks.arrive();
   if constexpr (HELD == IN_REGISTERS) {
-    if (tid < vectors) own_vector = load16(body + tid * SIZE);
-  } else if constexpr (HELD == IN_SHARED_MEMORY) {
+    if (tid < mine) own_vector = load16(x + origin + tid * SIZE);
+  } else if constexpr (HELD != NOWHERE) {
 #pragma unroll 4
-    for (int64_t v = tid; v < vectors; v += THREADS) held[v] = load16(body + v * SIZE);
+    for (Index v = tid; v < mine; v += THREADS)
+      __pipeline_memcpy_async(&held[v], x + origin + v * SIZE, sizeof(Vec16<T>));  // not through registers
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
   }
-  const auto each_vector = [&](const auto& visit) {
+  blocks.wait();
+  const auto each_vector = [&](const auto& visit) {  // and the place in the row where it begins
     if constexpr (HELD == IN_REGISTERS) {
-      if (tid < vectors) visit(static_cast<int64_t>(tid), own_vector);
+      if (tid < mine) visit(origin + tid * SIZE, own_vector);
     } else {
-      for (int64_t v = tid; v < vectors; v += THREADS) visit(v, HELD == NOWHERE ? load16(body + v * SIZE) : held[v]);
+      for (Index v = tid; v < mine; v += THREADS)
+        visit(origin + v * SIZE, HELD == NOWHERE ? load16(x + origin + v * SIZE) : held[v]);
     }
   };
 
@@ -133,15 +193,15 @@ __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 16) cross_entrop
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < SIZE; ++j) sum += __expf(to_float(v.values[j]) - base);
-      merge(own, largest, sum);
+      merge(own, {largest, sum});
     });
     odd([&](int64_t i) {
       const float value = to_float(x[i]);  // not NaN - NaN where it is infinite
-      merge(own, value, value == -INFINITY ? 0.0f : __expf(value - value));
+      merge(own, {value, value == -INFINITY ? 0.0f : __expf(value - value)});
     });
-    own = reduce<THREADS>(own);
+    own = reduce<THREADS>(blocks, own);
     log_sum = own.max == -INFINITY ? NAN : logf(own.sum);
-    if (tid == 0) {
+    if (first) {
       a.statistics[2 * row] = own.max;
       a.statistics[2 * row + 1] = log_sum;
     }
@@ -157,18 +217,19 @@ __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 16) cross_entrop
       const auto term = [&](float value, int64_t i) {
         smoothing += (log_sum - (value - max)) * (a.class_weight ? a.class_weight[i] : 1.0f);
       };
-      each_vector([&](int64_t v, const Vec16<T>& vec) {
+      each_vector([&](int64_t i, const Vec16<T>& vec) {
 #pragma unroll
-        for (int j = 0; j < SIZE; ++j) term(to_float(vec.values[j]), head + v * SIZE + j);
+        for (int j = 0; j < SIZE; ++j) term(to_float(vec.values[j]), i + j);
       });
       odd([&](int64_t i) { term(to_float(x[i]), i); });
-      smoothing = reduce<THREADS>(smoothing) * smooth_each;
+      smoothing = reduce<THREADS>(blocks, smoothing) * smooth_each;
     }
-    if (tid == 0) a.loss[row] = smoothing - weight * log_p;
+    if (first) a.loss[row] = smoothing - weight * log_p;
   }
   if (out == nullptr) return;
 
-  if constexpr (THREADS == 32) __syncwarp();  // in place: every lane has read x[target], as behind a barrier of `reduce`
+  // In place: everyone has read x[target] before it is overwritten. Elsewhere a barrier of `reduce` saw to that.
+  if constexpr (THREADS == 32) __syncwarp();
   float g = a.row_scale ? a.row_scale[row * a.row_scale_stride] : 1.0f;
   if (a.denominator) g /= *a.denominator;
   const float weights = a.class_weight_sum ? *a.class_weight_sum : static_cast<float>(n);
@@ -180,11 +241,11 @@ __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 16) cross_entrop
     if (i == target) d -= g * weight;
     return from_float<T>(d);
   };
-  each_vector([&](int64_t v, const Vec16<T>& vec) {
+  each_vector([&](int64_t i, const Vec16<T>& vec) {
     Vec16<T> result;
 #pragma unroll
-    for (int j = 0; j < SIZE; ++j) result.values[j] = gradient(to_float(vec.values[j]), head + v * SIZE + j);
-    store16(out + head + v * SIZE, result);
+    for (int j = 0; j < SIZE; ++j) result.values[j] = gradient(to_float(vec.values[j]), i + j);
+    store16(out + i, result);
   });
   odd([&](int64_t i) { out[i] = gradient(to_float(x[i]), i); });
 }
@@ -224,28 +285,95 @@ __global__ void __launch_bounds__(256) scale_kernel(T* gradient, const float* sc
   }
 }
 
-// Bytes a block may ask for, less what the reductions use statically.
-int64_t largest_shared_memory() {
-  int device = 0, bytes = 0;
+int64_t attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes - 1024;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+constexpr int64_t STATIC_BYTES = 1024;  // more than the reductions have in shared memory
+
+using Kernel = void (*)(Rows);
+
+// A launch of `blocks` per row, each with `bytes` of shared memory, as clusters where that is more than one.
+struct Launch {
+  cudaLaunchAttribute shape{};
+  cudaLaunchConfig_t config{};
+
+  Launch(int64_t rows, unsigned blocks, int64_t bytes, cudaStream_t stream) {
+    shape.id = cudaLaunchAttributeClusterDimension;
+    shape.val.clusterDim.x = blocks;
+    shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
+    config.blockDim = dim3(BLOCK);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = stream;
+    config.attrs = &shape;
+    config.numAttrs = blocks > 1;
+  }
+  Launch(const Launch&) = delete;  // config points into it
+};
+
+// Whether these clusters can run: the chip has them, the kernel's code was compiled for them (not for sm_80 and then
+// translated for this chip), and so many blocks with so much memory find room side by side.
+bool can_cluster(Kernel kernel, const Launch& grid) {
+  cudaFuncAttributes code{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&code, kernel));
+  if (attribute(cudaDevAttrClusterLaunch) == 0 || code.ptxVersion < 90) return false;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &grid.config) == cudaSuccess) return clusters > 0;
+  cudaGetLastError();  // or the next check would find it
+  return false;
+}
+
+template <class T>
+Kernel kernel_for(unsigned blocks_of_a_row) {
+  switch (blocks_of_a_row) {
+    case 0:
+      return cross_entropy_kernel<T, BLOCK, NOWHERE>;
+    case 1:
+      return cross_entropy_kernel<T, BLOCK, IN_SHARED_MEMORY>;
+    default:
+      return cross_entropy_kernel<T, BLOCK, IN_CLUSTER>;
+  }
+}
+
+int64_t bytes_of_part(int64_t vectors, unsigned blocks) { return (vectors + blocks - 1) / blocks * 16; }
+
+// How many blocks hold a row of so many vectors in their shared memories: the fewest such that a multiprocessor has
+// room for two of them, so that one computes, or waits for its cluster, while the other moves memory. Where eight are
+// too few for that, the fewest such that it has room for one; 0 where the row is longer still. Reasoned, not timed.
+template <class T>
+unsigned blocks_to_hold(int64_t vectors, int64_t rows) {
+  const int64_t one = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - STATIC_BYTES;
+  const int64_t two = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
+                      attribute(cudaDevAttrReservedSharedMemoryPerBlock) - STATIC_BYTES;
+  for (const int64_t limit : {two, one}) {
+    for (unsigned blocks = 1; blocks <= LARGEST_CLUSTER; blocks *= 2) {
+      const int64_t bytes = bytes_of_part(vectors, blocks);
+      if (bytes > limit || rows * blocks >= int64_t{1} << 31) continue;
+      const Kernel kernel = kernel_for<T>(blocks);
+      const auto allowed = static_cast<int>(one);
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed));
+      if (blocks == 1 || can_cluster(kernel, Launch(rows, blocks, bytes, nullptr))) return blocks;
+    }
+  }
+  return 0;
 }
 
 template <class T>
 void launch(const Rows& rows, int64_t n, cudaStream_t stream) {
   if (n == 0) return;
-  const auto blocks = static_cast<unsigned>(n);
   const int64_t vectors = (rows.classes + Vec16<T>::SIZE - 1) / Vec16<T>::SIZE;
-  const int64_t bytes = vectors * 16;
   if (vectors <= 32) {
-    cross_entropy_kernel<T, 32, IN_REGISTERS><<<blocks, 32, 0, stream>>>(rows);
-  } else if (bytes <= largest_shared_memory()) {
-    const auto kernel = cross_entropy_kernel<T, 512, IN_SHARED_MEMORY>;
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-    kernel<<<blocks, 512, static_cast<size_t>(bytes), stream>>>(rows);
+    cross_entropy_kernel<T, 32, IN_REGISTERS><<<static_cast<unsigned>(n), 32, 0, stream>>>(rows);
   } else {
-    cross_entropy_kernel<T, 512, NOWHERE><<<blocks, 512, 0, stream>>>(rows);
+    const bool smooths = rows.loss && rows.label_smoothing > 0.0f;
+    const int passes = (rows.statistics_known ? 0 : 1) + (smooths ? 1 : 0) + (rows.gradient ? 1 : 0);
+    const unsigned blocks = passes > 1 ? blocks_to_hold<T>(vectors, n) : 0;
+    const Launch grid(n, std::max(blocks, 1u), blocks == 0 ? 0 : bytes_of_part(vectors, blocks), stream);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&grid.config, kernel_for<T>(blocks), rows));
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

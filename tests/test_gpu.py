@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, ops
-from fastgpt.ops import reference
+from fastgpt.ops import native, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,6 +77,78 @@ def test_layer_norm(width, dtype):
     check("layer_norm", [x, weight, bias], [grad_y], dtype)
     for p in (0.0, 0.25):
         check("add_layer_norm", [x, residual, weight, bias], [grad_y, grad_h], dtype, dropout_p=p, seed=11)
+
+
+# GPT-2's vocabulary, Llama 3's, Gemma's, and one that no cluster holds in float32; as they are, and of odd length.
+LONG_ROWS = [50304, 50257, 128_256, 128_257, 262_144, 262_145, 600_001]
+
+
+def long_rows(classes, dtype, n=37):
+    torch.manual_seed(classes)
+    logits = 3 * torch.randn(n, classes, device="cuda").to(dtype)
+    targets = torch.randint(classes, (n,), device="cuda")
+    targets[3], targets[5], targets[6] = -100, 0, classes - 1
+    return logits, targets
+
+
+def check_cross_entropy(logits, targets, **options):
+    """Loss and gradient, value by value: most of a long row's gradient is far below its largest."""
+    ours, exact = logits.detach().requires_grad_(), logits.detach().double().requires_grad_()
+    loss = ops.cross_entropy(ours, targets, backend="native", **options)
+    if options.get("weight") is not None:
+        options["weight"] = options["weight"].double()
+    expected = reference.cross_entropy(exact, targets, **options)
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), device="cuda").view(loss.shape)
+    gradient = torch.autograd.grad(loss, ours, upstream.to(loss.dtype))[0]
+    expected_gradient = torch.autograd.grad(expected, exact, upstream.to(loss.dtype).double())[0]
+    rtol = 1e-4 if logits.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=rtol, atol=1e-8)
+    return loss, gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", LONG_ROWS, ids=lambda classes: f"classes_{classes}")
+def test_cross_entropy_of_long_rows(classes, dtype):
+    logits, targets = long_rows(classes, dtype)
+    loss, gradient = check_cross_entropy(logits, targets, reduction="sum")
+    again = check_cross_entropy(logits, targets, reduction="sum")
+    assert torch.equal(loss, again[0]) and torch.equal(gradient, again[1])
+    weight = torch.rand(classes, device="cuda").to(dtype)
+    check_cross_entropy(logits, targets, weight=weight, label_smoothing=0.1)
+    check_cross_entropy(logits, targets, reduction="none")  # its gradient comes from the statistics of the forward pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", LONG_ROWS, ids=lambda classes: f"classes_{classes}")
+def test_cross_entropy_of_long_rows_in_place_and_in_views(classes, dtype):
+    logits, targets = long_rows(classes, dtype)
+    native.load("cuda")  # whoever calls the ops themselves
+    _, statistics, gradient = torch.ops.fastgpt.cross_entropy_native(logits, targets, None, -100, 2, 0.1, True)
+    chunk = logits.clone()
+    torch.ops.fastgpt.cross_entropy_chunk_(chunk, targets, torch.ones(37, device="cuda"), -100, 0.1, True)
+    assert torch.equal(chunk, gradient)
+    one = torch.ones((), device="cuda")
+    backward = torch.ops.fastgpt.cross_entropy_native_backward(one, logits, targets, None, statistics, -100, 2, 0.1)
+    torch.testing.assert_close(backward, gradient, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
+    padded = torch.full((37, classes + 9), float("nan"), dtype=dtype, device="cuda")
+    for first in (0, 1, 8):  # a gradient that lies like the logits, and one that does not
+        padded[:, first : first + classes] = logits
+        check_cross_entropy(padded[:, first : first + classes], targets, reduction="sum")
+
+
+@pytest.mark.parametrize("classes", LONG_ROWS, ids=lambda classes: f"classes_{classes}")
+def test_cross_entropy_of_long_rows_with_infinities(classes):
+    logits, targets = long_rows(classes, torch.float32)
+    logits[0, : classes * 3 // 4] = -float("inf")  # whole parts of the row, and the target's is another
+    logits[1, classes // 4 :] = -float("inf")
+    targets[0], targets[1] = classes - 1, 0
+    check_cross_entropy(logits, targets, reduction="sum")
+    logits[7], logits[8, classes // 2], logits[9, -1] = -float("inf"), float("inf"), float("nan")
+    for smoothing in (0.0, 0.1):
+        options = {"reduction": "none", "label_smoothing": smoothing}
+        ours, torchs = (ops.cross_entropy(logits, targets, backend=b, **options) for b in ("native", "torch"))
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_layer_norm_of_more_than_2_to_the_31_elements():
