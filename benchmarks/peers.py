@@ -1,20 +1,29 @@
-"""The models FastGPT is compared with, each behind the same few lines: built to one shape, trained by one step.
+"""Who FastGPT is compared with, each behind an adapter of a few lines: first the ops, then the models.
 
-Every peer does the same work: same shape and dropout, fused AdamW with the same settings, the same clipping. A peer
-that is not here (a package that is not installed, a checkout whose path was not given) is listed as absent, and why.
+Every peer does the same work: same shapes, dtype and dropout; models also the same fused AdamW and clipping. A peer
+that is not here (a package that is not installed, a checkout whose path was not given, a kernel for another device) is
+listed as absent, and why. PyTorch's attention is called by the name of its kernel: "SDPA" alone may be any of four.
+
+An op's table maps a peer's name to a function that makes the peer, or raises `Absent`; a peer takes the op's tensors
+by position and returns what the op returns.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.config import TrainConfig
@@ -23,6 +32,185 @@ from fastgpt.train import make_optimizer
 
 class Absent(Exception):
     """Why a peer is not measured."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer's function; `overwrites`: it writes over its inputs, so it needs some of its own."""
+
+    function: Callable[..., Any]
+    overwrites: bool = False
+
+
+Makers = Mapping[str, Callable[[], Peer]]
+
+
+def _import(module: str, package: str) -> Any:
+    """The module, where its package is installed and loads."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = f"it needs {error.name}" if importlib.util.find_spec(module.split(".")[0]) else "it"
+        raise Absent(f"{package}: {missing.replace('it needs', 'needs')}" + " is not installed") from None
+    except Exception as error:  # a driver that is missing, an incompatible version: whatever it says is the reason
+        raise Absent(f"{package} does not load: {str(error).splitlines()[0] if str(error) else error!r}") from None
+
+
+def _only_on_gpus(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Absent("its kernels run on CUDA devices only")
+
+
+def _compiled(function: Callable[..., Any]) -> Peer:
+    return Peer(torch.compile(function, fullgraph=True, dynamic=False))
+
+
+# --- attention: q (B, H, Tq, D), k and v (B, Hkv, Tk, D) -------------------------------------------------------------
+
+
+def attention(device: torch.device, is_causal: bool, dropout_p: float, gqa: bool) -> Makers:
+    """`is_causal` with as many queries as keys, or not causal: the two cases that all peers mean the same by."""
+    options = {"is_causal": is_causal, "dropout_p": dropout_p, "enable_gqa": gqa}
+
+    def sdpa(backend: SDPBackend) -> Peer:
+        if backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            _only_on_gpus(device)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, **options)
+
+        return Peer(call)
+
+    def flex() -> Peer:
+        if dropout_p:
+            raise Absent("FlexAttention has no dropout")
+        module = _import("torch.nn.attention.flex_attention", "torch")
+        compiled = torch.compile(module.flex_attention, dynamic=False)
+        masks: dict[tuple[int, int], Any] = {}
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            size = (q.shape[2], k.shape[2])
+            if is_causal and size not in masks:
+                masks[size] = module.create_block_mask(lambda b, h, i, j: j <= i, None, None, *size, device=q.device)
+            return compiled(q, k, v, block_mask=masks.get(size), enable_gqa=gqa)
+
+        return Peer(call)
+
+    def flash_attn() -> Peer:
+        _only_on_gpus(device)
+        function = _import("flash_attn", "flash-attn").flash_attn_func  # (B, T, H, D)
+        return Peer(
+            lambda q, k, v: function(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout_p, causal=is_causal
+            ).transpose(1, 2)
+        )
+
+    return {
+        "sdpa flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+        "sdpa cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+        "sdpa efficient": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),
+        "sdpa math": partial(sdpa, SDPBackend.MATH),
+        "flex attention": flex,
+        "flash-attn": flash_attn,
+    }
+
+
+# --- layer norm ------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(device: torch.device) -> Makers:
+    """x (n, C), weight (C,), bias (C,)."""
+
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias)
+
+    def liger() -> Peer:
+        _only_on_gpus(device)
+        function = _import("liger_kernel.ops.layer_norm", "liger-kernel").LigerLayerNormFunction
+        return Peer(lambda x, weight, bias: function.apply(x, weight, bias, 1e-5))
+
+    def quack() -> Peer:
+        """Forward alone: QuACK has no autograd function for LayerNorm. Its weights are float32."""
+        _only_on_gpus(device)
+        function = _import("quack.rmsnorm", "quack-kernels").layernorm_fwd
+        return Peer(lambda x, weight, bias: function(x, weight.float(), bias.float(), eps=1e-5))
+
+    return {
+        "torch": lambda: Peer(torchs), "torch.compile": lambda: _compiled(torchs), "liger-kernel": liger,
+        "quack-kernels": quack,
+    }  # fmt: skip
+
+
+def add_layer_norm(device: torch.device, dropout_p: float) -> Makers:
+    """x (n, C), residual (n, C), weight (C,), bias (C,) -> the norm and its input."""
+
+    def torchs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        h = residual + F.dropout(x, dropout_p)
+        return F.layer_norm(h, weight.shape, weight, bias), h
+
+    return {"torch": lambda: Peer(torchs), "torch.compile": lambda: _compiled(torchs)}
+
+
+# --- embedding -------------------------------------------------------------------------------------------------------
+
+
+def embedding(device: torch.device) -> Makers:
+    """tokens (B, T), token table (V, C), position table (T, C)."""
+
+    def torchs(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+        return F.embedding(tokens, table) + positions
+
+    def liger() -> Peer:
+        _only_on_gpus(device)
+        function = _import("liger_kernel.ops.experimental.embedding", "liger-kernel").LigerEmbeddingFunction
+        return Peer(lambda tokens, table, positions: function.apply(table, tokens) + positions)
+
+    return {"torch": lambda: Peer(torchs), "torch.compile": lambda: _compiled(torchs), "liger-kernel": liger}
+
+
+# --- cross-entropy ---------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(device: torch.device) -> Makers:
+    """logits (n, V), targets (n,)."""
+
+    def liger() -> Peer:
+        _only_on_gpus(device)
+        function = _import("liger_kernel.transformers.functional", "liger-kernel").liger_cross_entropy
+        return Peer(function, overwrites=True)
+
+    def quack() -> Peer:
+        _only_on_gpus(device)
+        return Peer(_import("quack.cross_entropy", "quack-kernels").cross_entropy)
+
+    return {
+        "torch": lambda: Peer(F.cross_entropy), "torch.compile": lambda: _compiled(F.cross_entropy),
+        "liger-kernel": liger, "quack-kernels": quack,
+    }  # fmt: skip
+
+
+def linear_cross_entropy(device: torch.device) -> Makers:
+    """x (n, C), head (V, C), targets (n,)."""
+
+    def torchs(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, head), targets)
+
+    def liger() -> Peer:
+        _only_on_gpus(device)
+        return Peer(_import("liger_kernel.transformers.functional", "liger-kernel").liger_fused_linear_cross_entropy)
+
+    def quack() -> Peer:
+        _only_on_gpus(device)
+        return Peer(_import("quack.linear_cross_entropy", "quack-kernels").chunked_linear_cross_entropy)
+
+    return {
+        "torch": lambda: Peer(torchs), "torch.compile": lambda: _compiled(torchs), "liger-kernel": liger,
+        "quack-kernels": quack,
+    }  # fmt: skip
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
