@@ -5,7 +5,8 @@ table, its JSON (--benchmark-json), its storage (--benchmark-save) and compariso
 and it says how thoroughly to measure: --benchmark-max-time (seconds for each contender of a comparison),
 --benchmark-min-rounds, --benchmark-min-time; with --benchmark-disable everything is checked and nothing is timed.
 
-A benchmark file lists its cases by device type in CASES; --quick takes the first of them.
+A benchmark file lists its cases by device type: an argument called `case` takes those of CASES, one called `decoding`
+those of DECODINGS. --quick takes the first of each list.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        cases = metafunc.module.CASES[metafunc.config.option.device]
-        metafunc.parametrize("case", cases[:1] if metafunc.config.option.quick else cases, ids=str)
+    option = metafunc.config.option
+    for name in metafunc.fixturenames:
+        if by_device := getattr(metafunc.module, f"{name.upper()}S", None):
+            cases = by_device[option.device]
+            metafunc.parametrize(name, cases[:1] if option.quick else cases, ids=str)
 
 
 @pytest.fixture(scope="session")

@@ -95,15 +95,14 @@ def interleave(
     """Seconds of one call, by contender and round.
 
     Every contender is called `warmups` times first. Then rounds are run for `seconds` per contender, at least
-    `min_rounds` of them; a call faster than `min_time` is repeated within its turn until it takes as long.
+    `min_rounds` of them; a call that was faster than `min_time` is repeated within its turn until it takes as long.
     """
     names, calls = list(contenders), list(contenders.values())
-    once = [1] * len(calls)
+    iterations = [1] * len(calls)
+    warm = [min_time] * len(calls)
     for _ in range(warmups):
-        clock.round(calls, once)
-    iterations = once
-    if min_time > 0.0:
-        iterations = [max(1, math.ceil(min_time / max(t, 1e-9))) for t in clock.round(calls, once)]
+        warm = clock.round(calls, iterations)
+    iterations = [max(1, math.ceil(min_time / max(t, 1e-9))) for t in warm]
     rounds: list[list[float]] = []
     stop = time.perf_counter() + seconds * len(calls)
     while len(rounds) < min_rounds or (time.perf_counter() < stop and len(rounds) < MAX_ROUNDS):

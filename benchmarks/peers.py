@@ -50,8 +50,12 @@ def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = f"it needs {error.name}" if importlib.util.find_spec(module.split(".")[0]) else "it"
-        raise Absent(f"{package}: {missing.replace('it needs', 'needs')}" + " is not installed") from None
+        what = (
+            package
+            if importlib.util.find_spec(module.split(".")[0]) is None
+            else f"{package} needs {error.name}, which"
+        )
+        raise Absent(f"{what} is not installed") from None
     except Exception as error:  # a driver that is missing, an incompatible version: whatever it says is the reason
         raise Absent(f"{package} does not load: {str(error).splitlines()[0] if str(error) else error!r}") from None
 
@@ -215,7 +219,7 @@ def linear_cross_entropy(device: torch.device) -> Makers:
 
 @dataclass(frozen=True)
 class Shape:
-    """A training step: B sequences of T tokens; L layers, H heads, width C, vocabulary V. No biases."""
+    """A GPT, and what it is fed: B sequences of T tokens; L layers, H heads, width C, vocabulary V. No biases."""
 
     B: int
     T: int
@@ -223,17 +227,29 @@ class Shape:
     H: int
     C: int
     V: int
-    dropout: float
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         dropout = f", dropout {self.dropout}" if self.dropout else ""
         return f"B{self.B} T{self.T} L{self.L} H{self.H} C{self.C} V{self.V}{dropout}"
 
+    @property
+    def head_and_blocks(self) -> int:
+        """Weights that every token is multiplied with."""
+        return 12 * self.L * self.C**2 + self.V * self.C
+
+    @property
+    def step_flops(self) -> float:
+        """Matrix products of a training step; the causal half of the attention's."""
+        tokens = self.B * self.T
+        return 6.0 * tokens * self.head_and_blocks + 3.5 * 4 * tokens * (self.T / 2) * self.C * self.L
+
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Model = tuple[nn.Module, Loss]
 
 
-def fastgpt_model(shape: Shape) -> tuple[nn.Module, Loss]:
+def fastgpt_model(shape: Shape) -> Model:
     cfg = GPTConfig(
         vocab_size=shape.V, block_size=shape.T, n_layer=shape.L, n_head=shape.H, n_embd=shape.C,
         dropout=shape.dropout, bias=False,
@@ -242,7 +258,7 @@ def fastgpt_model(shape: Shape) -> tuple[nn.Module, Loss]:
     return model, model.loss
 
 
-def nanogpt(shape: Shape, checkout: str | None) -> tuple[nn.Module, Loss]:
+def nanogpt(shape: Shape, checkout: str | None) -> Model:
     """karpathy/nanoGPT, its model.py as it is."""
     if checkout is None:
         raise Absent("give a checkout: --nanogpt DIR")
@@ -255,7 +271,7 @@ def nanogpt(shape: Shape, checkout: str | None) -> tuple[nn.Module, Loss]:
     return model, lambda x, y: model(x, y)[1]
 
 
-def lecture(shape: Shape, file: str | None) -> tuple[nn.Module, Loss]:
+def lecture(shape: Shape, file: str | None, device: torch.device) -> Model:
     """The lecture's gpt.py (karpathy/ng-video-lecture): its imports and classes; the script around them trains."""
     if file is None:
         raise Absent("give the file: --lecture gpt.py")
@@ -265,40 +281,61 @@ def lecture(shape: Shape, file: str | None) -> tuple[nn.Module, Loss]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef))]
     settings = {"vocab_size": shape.V, "block_size": shape.T, "n_layer": shape.L, "n_head": shape.H}
-    namespace = {**settings, "n_embd": shape.C, "dropout": shape.dropout, "device": "cpu", "__name__": "lecture"}
+    namespace = {**settings, "n_embd": shape.C, "dropout": shape.dropout, "device": str(device), "__name__": "lecture"}
     exec(compile(tree, str(path), "exec"), namespace)
     model = namespace["GPTLanguageModel"]()
     return model, lambda x, y: model(x, y)[1]
 
 
-def transformers(shape: Shape, attention: str) -> tuple[nn.Module, Loss]:
+def transformers(shape: Shape, attention: str) -> Model:
     """transformers.GPT2LMHeadModel, which always has biases and the tanh form of GELU."""
-    if importlib.util.find_spec("transformers") is None:
-        raise Absent("transformers is not installed")
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
+    module = _import("transformers", "transformers")
+    config = module.GPT2Config(
         vocab_size=shape.V, n_positions=shape.T, n_layer=shape.L, n_head=shape.H, n_embd=shape.C,
         resid_pdrop=shape.dropout, embd_pdrop=shape.dropout, attn_pdrop=shape.dropout,
-        attn_implementation=attention, use_cache=False, bos_token_id=None, eos_token_id=None,
+        attn_implementation=attention, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = module.GPT2LMHeadModel(config)
     # Its own loss shifts the labels; the logits against the targets are the same work on all T tokens.
-    return model, lambda x, y: nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+    return model, lambda x, y: F.cross_entropy(model(x, use_cache=False).logits.flatten(0, 1), y.flatten())
 
 
-def training_step(model: nn.Module, loss: Loss) -> Callable[[Tensor, Tensor], float]:
-    """Forward, backward, clipping and fused AdamW, as `fastgpt train` does them."""
+def models(
+    shape: Shape, device: torch.device, nanogpt_checkout: str | None, lecture_file: str | None
+) -> tuple[dict[str, Model], dict[str, str]]:
+    """(name -> (model, loss), name -> why it is absent); on `device`, every model initialised from one seed."""
+    makers = {
+        "fastgpt": lambda: fastgpt_model(shape),
+        "nanoGPT": lambda: nanogpt(shape, nanogpt_checkout),
+        "lecture": lambda: lecture(shape, lecture_file, device),
+        "transformers sdpa": lambda: transformers(shape, "sdpa"),
+        "transformers eager": lambda: transformers(shape, "eager"),
+    }
+    present, absent = {}, {}
+    for name, make in makers.items():
+        torch.manual_seed(0)
+        try:
+            model, loss = make()
+        except Absent as reason:
+            absent[name] = str(reason)
+            continue
+        present[name] = (model.to(device), loss)
+    return present, absent
+
+
+def training_step(model: nn.Module, loss: Loss, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Forward, backward, clipping and fused AdamW, as `fastgpt train` does them; bfloat16 autocast on a GPU."""
     model.train()
     optimizer = make_optimizer(model, TrainConfig())  # type: ignore[arg-type]
 
-    def step(x: Tensor, y: Tensor) -> float:
-        value = loss(x, y)
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            value = loss(x, y)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(value.detach())
+        return value.detach()
 
     return step
 
@@ -311,22 +348,3 @@ def _load(path: Path, name: str) -> SimpleNamespace:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module  # type: ignore[return-value]
-
-
-def build(shape: Shape, nanogpt_checkout: str | None, lecture_file: str | None) -> tuple[dict, dict[str, str]]:
-    """(name -> (model, loss), name -> why it is absent), every model initialised from one seed."""
-    makers = {
-        "fastgpt": lambda: fastgpt_model(shape),
-        "nanoGPT": lambda: nanogpt(shape, nanogpt_checkout),
-        "lecture": lambda: lecture(shape, lecture_file),
-        "transformers sdpa": lambda: transformers(shape, "sdpa"),
-        "transformers eager": lambda: transformers(shape, "eager"),
-    }
-    present, absent = {}, {}
-    for name, make in makers.items():
-        torch.manual_seed(0)
-        try:
-            present[name] = make()
-        except Absent as reason:
-            absent[name] = str(reason)
-    return present, absent

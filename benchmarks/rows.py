@@ -52,8 +52,8 @@ from .measure import Ceilings
 SOURCE_TREE = Path(__file__).resolve().parent.parent  # where this is an installed package: of no use, and not a tree
 
 MEASURED = (
-    "op", "shape", "dtype", "direction", "implementation", "backend", "median_ms", "p20_ms", "p80_ms", "rounds", "ratio",
-    "ratio_p20", "ratio_p80", "best_peer", "verdict", "bytes", "flops", "roofline_fraction", "peak_bytes",
+    "op", "shape", "dtype", "direction", "implementation", "backend", "median_ms", "p20_ms", "p80_ms", "rounds",
+    "ratio", "ratio_p20", "ratio_p80", "best_peer", "verdict", "bytes", "flops", "roofline_fraction", "peak_bytes",
     "parity_error_ratio", "extra",
 )  # fmt: skip
 FACTS = (

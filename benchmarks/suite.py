@@ -7,6 +7,7 @@ that cannot run here, or that computes something else, is left out, and why is w
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastgpt
 from fastgpt import ops, parity
 from fastgpt.ops import reference
 from fastgpt.ops.backend import unavailable
@@ -76,7 +78,9 @@ class Work:
     tokens: int | None = None  # done by one call
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # by contender
     clock: Clock | None = None  # None: the device's
-    warmups: int = 1
+    warmups: int = 1  # rounds, after the first call that shows whether a contender runs
+    seconds: float | None = None  # per contender, and rounds at least; None: the setting's
+    min_rounds: int | None = None
     measure_memory: bool = True
 
 
@@ -98,7 +102,9 @@ class Suite:
         contenders, error_ratios = self._agreeing(work)
         ceilings, setting = self.ceilings, self.setting
         times = interleave(
-            contenders, work.clock or clock_of(setting.device), seconds=setting.seconds, min_rounds=setting.min_rounds,
+            contenders, work.clock or clock_of(setting.device),
+            seconds=setting.seconds if work.seconds is None else work.seconds,
+            min_rounds=setting.min_rounds if work.min_rounds is None else work.min_rounds,
             min_time=setting.min_time if work.clock is None else 0.0, warmups=work.warmups,
         )  # fmt: skip
         peaks = {
@@ -127,11 +133,13 @@ class Suite:
                         f"{work.op} {work.shape}: the error of {name} is {ratios[name]:.3g} times PyTorch's; "
                         f"at most {limit:g} is allowed, and no time is kept"
                     )
-                work.contenders[name]()
+                if work.clock is None:
+                    work.contenders[name]()
             except Exception as error:
                 if name == OURS:
                     raise
-                absent[name] = f"{work.shape}: {str(error).strip().splitlines()[0][:200] if str(error) else error!r}"
+                reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
+                absent[f"{name}, {work.shape}, {work.direction}"] = reason
                 continue
             present[name] = work.contenders[name]
         return present, ratios
@@ -236,14 +244,14 @@ def op_work(
     is_random = options.get("dropout_p", 0.0) > 0.0
     case = parity.Case(op, shape, few, options | ({"seed": 7} if is_random else {}))
 
-    def error_ratio(name: str) -> float | None:
+    def error_ratio_of(name: str) -> float | None:
         if name == OURS:
             return our_error_ratio(case, backend, setting)
         return None if is_random else peer_error_ratio(case, present[name].function, setting, direction)
 
     return Work(
         op=op, shape=shape, direction=direction, dtype=str(setting.dtype).removeprefix("torch."), backend=backend,
-        contenders=contenders, error_ratio=error_ratio, absent=absent, n_bytes=n_bytes, flops=flops,
+        contenders=contenders, error_ratio=error_ratio_of, absent=absent, n_bytes=n_bytes, flops=flops,
     )  # fmt: skip
 
 
@@ -259,7 +267,7 @@ def our_error_ratio(case: parity.Case, backend: str, setting: Setting) -> float:
     for row in checked:
         if row.reason:
             raise ParityError(f"{case.op} {case.name}, {row.value}: {row.reason}; no time is kept")
-    return max(_error_ratio(row.ours, row.torch, row.atol) for row in checked)
+    return max(error_ratio(row.ours, row.torch, row.atol) for row in checked)
 
 
 def peer_error_ratio(case: parity.Case, function: Callable[..., Any], setting: Setting, direction: str) -> float:
@@ -279,12 +287,32 @@ def peer_error_ratio(case: parity.Case, function: Callable[..., Any], setting: S
     for name, value in theirs.items():
         error, torch_error = (parity.max_error(x, oracle[name]) for x in (value, torchs[name]))
         atol = parity.ATOL[setting.dtype] * max(1.0, float(oracle[name].abs().max()))
-        ratios.append(_error_ratio(error, torch_error, atol))
+        ratios.append(error_ratio(error, torch_error, atol))
     return max(ratios)
 
 
-def _error_ratio(error: float, torch_error: float, atol: float) -> float:
+def error_ratio(error: float, torch_error: float, atol: float) -> float:
     return error / (torch_error + atol / 2) if math.isfinite(error) else math.inf
+
+
+def model_error_ratio(model: fastgpt.GPT, x: Tensor, y: Tensor) -> float:
+    """Of the loss and every gradient, each as a part of its largest: our backends against the torch backend's error.
+
+    The oracle is the model in float64; dropout is off. On a GPU both run under bfloat16 autocast, as in training.
+    """
+    exact = copy.deepcopy(model).eval().double()
+    exact_loss = exact(x, y)[1]
+    exact_loss.backward()
+    errors = {}
+    for backend in ("auto", "torch"):
+        copied = copy.deepcopy(model).eval()
+        with fastgpt.use_backend(backend), torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            loss = copied.loss(x, y)
+        loss.backward()
+        pairs = [(loss.detach(), exact_loss.detach())]
+        pairs += [(p.grad, q.grad) for p, q in zip(copied.parameters(), exact.parameters(), strict=True)]
+        errors[backend] = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return error_ratio(errors["auto"], errors["torch"], parity.ATOL[torch.bfloat16 if x.is_cuda else torch.float32])
 
 
 def _copies(setting: Setting) -> int:
