@@ -47,8 +47,8 @@ def cached_error_ratio(model: fastgpt.GPT) -> float:
     tokens = torch.randint(
         model.cfg.vocab_size, (1, 2 * PROMPT), generator=torch.Generator().manual_seed(2)
     ).to(weight.device)  # fmt: skip
-    exact = copy.deepcopy(model).double()(tokens)[0]
     with fastgpt.use_backend("torch"):
+        exact = copy.deepcopy(model).double()(tokens)[0]
         torchs = model(tokens)[0]
     cache = KVCache(model.cfg, 1, weight.device, weight.dtype)
     pieces = [model.hidden(piece, cache) for piece in (tokens[:, :PROMPT], *tokens[:, PROMPT:].split(1, dim=1))]

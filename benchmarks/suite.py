@@ -243,11 +243,12 @@ def op_work(
         contenders[name] = _call(peer.function, own, direction)
     is_random = options.get("dropout_p", 0.0) > 0.0
     case = parity.Case(op, shape, few, options | ({"seed": 7} if is_random else {}))
+    check = PeerCheck(case, setting)
 
     def error_ratio_of(name: str) -> float | None:
         if name == OURS:
             return our_error_ratio(case, backend, setting)
-        return None if is_random else peer_error_ratio(case, present[name].function, setting, direction)
+        return None if is_random else check.error_ratio(present[name], direction)
 
     return Work(
         op=op, shape=shape, direction=direction, dtype=str(setting.dtype).removeprefix("torch."), backend=backend,
@@ -270,25 +271,38 @@ def our_error_ratio(case: parity.Case, backend: str, setting: Setting) -> float:
     return max(error_ratio(row.ours, row.torch, row.atol) for row in checked)
 
 
-def peer_error_ratio(case: parity.Case, function: Callable[..., Any], setting: Setting, direction: str) -> float:
-    """The same for a peer, which is given the arguments by position; of its output alone where no gradient is timed."""
-    drawn = case.arguments(parity.Draw(setting.dtype, setting.device.type))
-    exact = {name: parity.exact_copy(tensor) for name, tensor in drawn.items()}
-    by_name = lambda f: lambda **arguments: f(*arguments.values())  # noqa: E731
-    oracle = parity.evaluate(getattr(reference, case.op), case, exact, case.options)
-    torchs = parity.evaluate(parity.PEERS[case.op], case, drawn, case.options)
-    if direction == "forward":
-        with torch.no_grad():
-            out = function(*drawn.values())
-        theirs = dict(zip(("out", "h"), out if isinstance(out, tuple) else (out,), strict=False))
-    else:
-        theirs = parity.evaluate(by_name(function), case, drawn, {})
-    ratios = []
-    for name, value in theirs.items():
-        error, torch_error = (parity.max_error(x, oracle[name]) for x in (value, torchs[name]))
-        atol = parity.ATOL[setting.dtype] * max(1.0, float(oracle[name].abs().max()))
-        ratios.append(error_ratio(error, torch_error, atol))
-    return max(ratios)
+class PeerCheck:
+    """The same for peers, which take the arguments by position; the oracle is asked once for all of them."""
+
+    def __init__(self, case: parity.Case, setting: Setting) -> None:
+        self.case, self.setting = case, setting
+
+    @functools.cached_property
+    def known(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+        """The arguments, what the oracle makes of them, and PyTorch's error in each value plus half the tolerance."""
+        case, setting = self.case, self.setting
+        drawn = case.arguments(parity.Draw(setting.dtype, setting.device.type))
+        exact = {name: parity.exact_copy(tensor) for name, tensor in drawn.items()}
+        oracle = parity.evaluate(getattr(reference, case.op), case, exact, case.options)
+        torchs = parity.evaluate(parity.PEERS[case.op], case, drawn, case.options)
+        errors = {}
+        for name, value in oracle.items():
+            atol = parity.ATOL[setting.dtype] * max(1.0, float(value.abs().max()))
+            errors[name] = parity.max_error(torchs[name], value) + atol / 2
+        return drawn, oracle, errors
+
+    def error_ratio(self, peer: Peer, direction: str) -> float:
+        """Of its outputs alone where no gradient is timed."""
+        drawn, oracle, errors = self.known
+        if peer.overwrites:
+            drawn = {name: tensor.clone() for name, tensor in drawn.items()}
+        if direction == "forward":
+            with torch.no_grad():
+                out = peer.function(*drawn.values())
+            values = dict(zip(("out", "h"), out if isinstance(out, tuple) else (out,), strict=False))
+        else:
+            values = parity.evaluate(lambda **named: peer.function(*named.values()), self.case, drawn, {})
+        return max(parity.max_error(value, oracle[name]) / errors[name] for name, value in values.items())
 
 
 def error_ratio(error: float, torch_error: float, atol: float) -> float:
@@ -301,7 +315,8 @@ def model_error_ratio(model: fastgpt.GPT, x: Tensor, y: Tensor) -> float:
     The oracle is the model in float64; dropout is off. On a GPU both run under bfloat16 autocast, as in training.
     """
     exact = copy.deepcopy(model).eval().double()
-    exact_loss = exact(x, y)[1]
+    with fastgpt.use_backend("torch"):
+        exact_loss = exact(x, y)[1]
     exact_loss.backward()
     errors = {}
     for backend in ("auto", "torch"):
