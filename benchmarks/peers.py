@@ -101,14 +101,23 @@ def attention(device: torch.device, is_causal: bool, dropout_p: float, gqa: bool
 
         return Peer(call)
 
-    def flash_attn() -> Peer:
+    def flash_attn(module: str) -> Peer:
         _only_on_gpus(device)
-        function = _import("flash_attn", "flash-attn").flash_attn_func  # (B, T, H, D)
-        return Peer(
-            lambda q, k, v: function(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout_p, causal=is_causal
-            ).transpose(1, 2)
-        )
+        function = _import(
+            module, "flash-attn" if module == "flash_attn" else "flash-attn 3"
+        ).flash_attn_func  # (B, T, H, D)
+        settings: dict[str, Any] = {"causal": is_causal}
+        if module == "flash_attn":
+            settings["dropout_p"] = dropout_p
+        elif dropout_p:
+            raise Absent("FlashAttention-3 has no dropout")
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **settings)
+            out = out[0] if isinstance(out, tuple) else out  # some versions return the logsumexp too
+            return out.transpose(1, 2)
+
+        return Peer(call)
 
     return {
         "sdpa flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
@@ -116,7 +125,8 @@ def attention(device: torch.device, is_causal: bool, dropout_p: float, gqa: bool
         "sdpa efficient": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),
         "sdpa math": partial(sdpa, SDPBackend.MATH),
         "flex attention": flex,
-        "flash-attn": flash_attn,
+        "flash-attn": partial(flash_attn, "flash_attn"),
+        "flash-attn 3": partial(flash_attn, "flash_attn_interface"),
     }
 
 
@@ -138,7 +148,14 @@ def layer_norm(device: torch.device) -> Makers:
         """Forward alone: QuACK has no autograd function for LayerNorm. Its weights are float32."""
         _only_on_gpus(device)
         function = _import("quack.rmsnorm", "quack-kernels").layernorm_fwd
-        return Peer(lambda x, weight, bias: function(x, weight.float(), bias.float(), eps=1e-5))
+        kept: dict[int, tuple[Tensor, Tensor]] = {}  # converted once: that is not the kernel's work
+
+        def wide(tensor: Tensor) -> Tensor:
+            if id(tensor) not in kept:
+                kept[id(tensor)] = (tensor, tensor.float())
+            return kept[id(tensor)][1]
+
+        return Peer(lambda x, weight, bias: function(x, wide(weight), wide(bias), eps=1e-5))
 
     return {
         "torch": lambda: Peer(torchs), "torch.compile": lambda: _compiled(torchs), "liger-kernel": liger,
