@@ -65,7 +65,7 @@ def bench_linear_cross_entropy(bench, setting, linear, direction):
     passes = 1 if direction == "forward" else 2  # x and the head; their gradients
     work = op_work(
         setting, "linear_cross_entropy", str(linear), direction, arguments=lambda draw: head_and_targets(linear, draw),
-        few=lambda draw: head_and_targets(linear._replace(rows=min(linear.rows, 200)), draw),
+        few=lambda draw: head_and_targets(linear._replace(rows=min(linear.rows, 200), C=min(linear.C, 64)), draw),
         peers=peers.linear_cross_entropy(setting.device),
         n_bytes=passes * (linear.rows + linear.V) * linear.C * setting.dtype.itemsize,
         flops=(2 if direction == "forward" else 6) * linear.rows * linear.C * linear.V,

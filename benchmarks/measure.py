@@ -162,8 +162,13 @@ class Ceilings:
         floor = self.floor_s(n_bytes, flops)
         return floor / seconds if floor > 0.0 else None
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        return Ceilings(
+            max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s), self.dtype
+        )  # fmt: skip
 
-def measure_ceilings(device: torch.device, rounds: int = 7) -> Ceilings:
+
+def measure_ceilings(device: torch.device, rounds: int = 3) -> Ceilings:
     """A copy far larger than the caches, and a large square matrix product: float32 on a CPU, bfloat16 on a GPU."""
     on_gpu = device.type == "cuda"
     n_bytes, size, dtype = (2**30, 8192, torch.bfloat16) if on_gpu else (2**28, 2048, torch.float32)

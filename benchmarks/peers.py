@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -363,5 +364,6 @@ def _load(path: Path, name: str) -> SimpleNamespace:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # torch.compile looks a function's module up by name
     spec.loader.exec_module(module)
     return module  # type: ignore[return-value]

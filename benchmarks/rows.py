@@ -22,7 +22,7 @@ A line with "kind": "run" describes a run of the suite: the same facts of the ma
 
     ops                      what it measured
     ceilings                 bytes_per_s, flops_per_s, dtype: the fastest copy and matrix product of that run
-    absent                   {op: {peer: why it was not measured}}
+    absent                   {op: {peer, or "peer, shape, direction" where others were measured: why not}}
 
 A new row replaces the older one of the same op, shape, dtype, implementation and direction; a new run those runs of
 which it measured every op again.

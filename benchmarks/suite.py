@@ -92,15 +92,13 @@ class Suite:
         self.rows: list[dict[str, Any]] = []
         self.absent: dict[str, dict[str, str]] = {}
         self.facts = results.facts(setting.device)
-
-    @functools.cached_property
-    def ceilings(self) -> Ceilings:
-        return measure_ceilings(self.setting.device)
+        self.ceilings: Ceilings | None = None
 
     def measure(self, work: Work) -> dict[str, list[float]]:
         """Seconds by contender and round. Raises ParityError; whatever raises, no row is written."""
         contenders, error_ratios = self._agreeing(work)
-        ceilings, setting = self.ceilings, self.setting
+        self._look_at_the_ceilings()
+        setting = self.setting
         times = interleave(
             contenders, work.clock or clock_of(setting.device),
             seconds=setting.seconds if work.seconds is None else work.seconds,
@@ -111,12 +109,20 @@ class Suite:
             name: peak_bytes(call, setting.device) if work.measure_memory else None for name, call in contenders.items()
         }
         machine = self.facts | {"clocks_mhz": results.clocks_mhz(setting.device)}
-        made = make_rows(work, times, error_ratios, peaks, ceilings, machine)
-        self.rows += made
+        self.rows += make_rows(work, times, error_ratios, peaks, self.ceilings, machine)
         if self.path is not None:
             done = list(dict.fromkeys(row["op"] for row in self.rows))
-            results.write(self.path, made, results.run_line(done, ceilings, self.absent, self.facts))
+            results.write(self.path, self.rows, results.run_line(done, self.ceilings, self.absent, self.facts))
         return times
+
+    def _look_at_the_ceilings(self) -> None:
+        """Before each comparison: the best of the run counts, for the rows that are there already too."""
+        now = measure_ceilings(self.setting.device)
+        self.ceilings = now if self.ceilings is None else self.ceilings.or_better(now)
+        for row in self.rows:
+            row["roofline_fraction"] = _digits(
+                self.ceilings.fraction(row["median_ms"] / 1e3, row["bytes"], row["flops"])
+            )
 
     def _agreeing(self, work: Work) -> tuple[dict[str, Call], dict[str, float | None]]:
         """The contenders that run and compute the same, and their error ratios. Only a peer may be left out."""

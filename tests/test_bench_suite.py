@@ -127,6 +127,16 @@ def test_peak_memory_is_what_a_call_adds_however_often_it_ran():
         assert 30 << 20 < measure.peak_bytes(call, CPU) < 40 << 20
 
 
+def test_the_best_ceilings_of_a_run_count_for_all_its_rows(run, monkeypatch):
+    found = iter([measure.Ceilings(1e9, 1e12, "float32"), measure.Ceilings(4e9, 1e11, "float32")])
+    monkeypatch.setattr(suite, "measure_ceilings", lambda device: next(found))
+    monkeypatch.setattr(suite, "interleave", lambda contenders, clock, **options: {"fastgpt": [1.0]})
+    for shape in "12":
+        run.measure(work(shape=shape, n_bytes=1e9, contenders={"fastgpt": lambda: None}))
+    assert [row["roofline_fraction"] for row in rows.read(run.path)[0]] == [0.25, 0.25]
+    assert run.ceilings == measure.Ceilings(4e9, 1e12, "float32")
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
