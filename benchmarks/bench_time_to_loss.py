@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def work(case: Case, setting, corpus: Corpus) -> Work:
         contenders[name] = _train(make, corpus, cfg, shape.T, case.target, device, extra[name])
     few = tuple(torch.randint(shape.V, (2, shape.T), device=device) for _ in range(2))
     return Work(
-        op="time_to_loss", shape=f"{case} on {setting.data}", direction="train",
+        op="time_to_loss", shape=f"{case} on {Path(setting.data).name}", direction="train",
         dtype="float32" if device.type == "cpu" else "bfloat16", contenders=contenders, absent=absent,
         error_ratio=lambda name: model_error_ratio(makers[OURS]()[0].to(device), *few) if name == OURS else None,
         extra=extra, clock=ReportedClock(), warmups=0, seconds=0.0, min_rounds=3, measure_memory=False,

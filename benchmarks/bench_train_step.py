@@ -67,7 +67,7 @@ def work(case: Case, setting) -> Work:
     return Work(
         op="train_step", shape=str(case), direction="step", dtype="float32" if device.type == "cpu" else "bfloat16",
         contenders={name: call(*made) for name, made in present.items()}, absent=absent,
-        error_ratio=lambda name: model_error_ratio(ours, *few) if name == OURS else None,
+        error_ratio=lambda name: model_error_ratio(ours, *few, case.compiled) if name == OURS else None,
         n_bytes=7 * 4 * weights,  # AdamW: weight, gradient and two moments read; weight and moments written
         flops=case.step_flops, tokens=case.B * case.T, warmups=0 if device.type == "cpu" else 3,
     )  # fmt: skip

@@ -54,7 +54,7 @@ class Setting:
     quick: bool = False
     nanogpt: str | None = None
     lecture: str | None = None
-    data: str | None = None
+    data: str = "shakespeare"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +96,7 @@ class Suite:
 
     def measure(self, work: Work) -> dict[str, list[float]]:
         """Seconds by contender and round. Raises ParityError; whatever raises, no row is written."""
-        contenders, error_ratios = self._agreeing(work)
+        contenders, error_ratios = self.check(work)
         self._look_at_the_ceilings()
         setting = self.setting
         times = interleave(
@@ -124,7 +124,7 @@ class Suite:
                 self.ceilings.fraction(row["median_ms"] / 1e3, row["bytes"], row["flops"])
             )
 
-    def _agreeing(self, work: Work) -> tuple[dict[str, Call], dict[str, float | None]]:
+    def check(self, work: Work) -> tuple[dict[str, Call], dict[str, float | None]]:
         """The contenders that run and compute the same, and their error ratios. Only a peer may be left out."""
         absent = self.absent.setdefault(work.op, {})
         absent.update(work.absent)
@@ -315,10 +315,11 @@ def error_ratio(error: float, torch_error: float, atol: float) -> float:
     return error / (torch_error + atol / 2) if math.isfinite(error) else math.inf
 
 
-def model_error_ratio(model: fastgpt.GPT, x: Tensor, y: Tensor) -> float:
+def model_error_ratio(model: fastgpt.GPT, x: Tensor, y: Tensor, compiled: bool = False) -> float:
     """Of the loss and every gradient, each as a part of its largest: our backends against the torch backend's error.
 
     The oracle is the model in float64; dropout is off. On a GPU both run under bfloat16 autocast, as in training.
+    `compiled`: ours goes through torch.compile.
     """
     exact = copy.deepcopy(model).eval().double()
     with fastgpt.use_backend("torch"):
@@ -327,8 +328,9 @@ def model_error_ratio(model: fastgpt.GPT, x: Tensor, y: Tensor) -> float:
     errors = {}
     for backend in ("auto", "torch"):
         copied = copy.deepcopy(model).eval()
+        run = torch.compile(copied.loss) if compiled and backend == "auto" else copied.loss
         with fastgpt.use_backend(backend), torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            loss = copied.loss(x, y)
+            loss = run(x, y)
         loss.backward()
         pairs = [(loss.detach(), exact_loss.detach())]
         pairs += [(p.grad, q.grad) for p, q in zip(copied.parameters(), exact.parameters(), strict=True)]

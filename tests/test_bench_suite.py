@@ -376,6 +376,11 @@ def test_quick_takes_the_first_case(tmp_path):
     assert {row["shape"] for row in rows.read(tmp_path / "rows.jsonl")[0]} == {"B4"}
 
 
+def test_disabled_it_checks_and_times_nothing(tmp_path):
+    done = start(tmp_path, "--benchmark-disable")
+    assert done.returncode == 0 and "2 passed" in done.stdout and not (tmp_path / "rows.jsonl").exists()
+
+
 def test_a_wrong_kernel_fails_the_session_and_leaves_no_row(tmp_path):
     done = start(tmp_path, setup=WRONG)
     assert done.returncode == 1, done.stdout + done.stderr
