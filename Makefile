@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO = runs/demo
 OUT ?= runs/gpu-check
 
-.PHONY: demo test lint types install sanitize gpu-check clean
+.PHONY: demo test lint types install bench sanitize gpu-check clean
 
 $(VENV)/installed: requirements-dev.lock pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
@@ -32,6 +32,11 @@ lint: install
 
 types: install
 	$(BIN)/mypy fastgpt
+
+# Against PyTorch, torch.compile and transformers; NANOGPT=DIR and LECTURE=FILE name the other two's sources. Rows go to
+# benchmarks/results/. Under 10 minutes on two cores.
+bench: install
+	$(BIN)/python -m pytest benchmarks $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(LECTURE),--lecture "$(LECTURE)")
 
 # On a machine with a GPU, with the PyTorch that is installed there: no network, nothing downloaded.
 gpu-check:

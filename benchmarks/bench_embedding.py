@@ -1,55 +1,62 @@
-"""Token and position embedding, forward and backward in float32 on the CPU: native against PyTorch.
-
-python benchmarks/bench_embedding.py [seconds per row]
-"""
+"""Token and position embedding: the gather and its gradient, with tokens as frequent as words are (Zipf), or evenly."""
 
 from __future__ import annotations
 
-import sys
+from typing import NamedTuple
 
+import pytest
 import torch
-import torch.nn.functional as F
-from interleaved import agree, interleaved, machine, show
 
-from fastgpt import ops
-
-
-def two_embeddings(tokens, token_table, position_table):
-    return F.embedding(tokens, token_table) + position_table
+from fastgpt.benchmarks import peers
+from fastgpt.benchmarks.suite import op_work
 
 
-def embedding(batch: int, length: int, classes: int, width: int, zipf: bool, seconds: float) -> None:
-    odds = 1.0 / torch.arange(1, classes + 1, dtype=torch.float64) if zipf else torch.ones(classes)
-    tokens = torch.multinomial(odds, batch * length, replacement=True).view(batch, length)
-    tables = [torch.randn(n, width, requires_grad=True) for n in (classes, length)]
-    upstream = torch.randn(batch, length, width)
+class Case(NamedTuple):
+    B: int
+    T: int
+    V: int
+    C: int
+    zipf: bool = False
 
-    def fused(*arguments):
-        return ops.embedding(*arguments, backend="native")
-
-    def step(run):
-        for table in tables:
-            table.grad = None
-        run(tokens, *tables).backward(upstream)
-
-    gradients = [torch.autograd.grad(run(tokens, *tables), tables, upstream) for run in (fused, two_embeddings)]
-    if not torch.equal(fused(tokens, *tables), two_embeddings(tokens, *tables)):
-        sys.exit("forward: parity failed; no timing is reported")
-    wide = upstream.double()
-    exact = torch.zeros(classes, width, dtype=torch.float64).index_add_(0, tokens.flatten(), wide.flatten(0, 1))
-    agree("token gradient", gradients[0][0], gradients[1][0], exact)
-    agree("position gradient", gradients[0][1], gradients[1][1], wide.sum(0))
-    del gradients, exact, wide
-
-    title = f"embedding V={classes} N={batch * length} C={width}{' Zipf' if zipf else ''}"
-    show(title, interleaved({"torch": lambda: step(two_embeddings), "native": lambda: step(fused)}, seconds))
+    def __str__(self) -> str:
+        return f"B{self.B} T{self.T} V{self.V} C{self.C}{' Zipf' if self.zipf else ''}"
 
 
-if __name__ == "__main__":
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
-    torch.manual_seed(0)
-    print(machine())
-    embedding(64, 256, 65, 384, False, seconds)
-    embedding(64, 256, 65, 384, True, seconds)
-    embedding(4, 1024, 50304, 768, False, seconds)
-    embedding(4, 1024, 50304, 768, True, seconds)
+CASES = {
+    "cpu": [
+        Case(B=4, T=1024, V=50304, C=768, zipf=True),
+        Case(B=4, T=1024, V=50304, C=768),
+        Case(B=64, T=256, V=65, C=384, zipf=True),
+    ],
+    "cuda": [
+        Case(B=16, T=1024, V=50304, C=768, zipf=True),
+        Case(B=16, T=1024, V=50304, C=768),
+        Case(B=64, T=256, V=65, C=384, zipf=True),
+    ],
+}
+
+
+def arguments(case: Case, draw):
+    tokens = draw.index(case.V, case.B, case.T)
+    if case.zipf:  # rank r with probability ~ 1 / r, by its inverse: r = V ** u
+        u = torch.rand(case.B, case.T, generator=draw.generator, device=draw.generator.device)
+        tokens = (case.V**u).long().clamp_max(case.V).sub(1).to(tokens.device)
+    return {
+        "tokens": tokens,
+        "token_table": draw.normal(case.V, case.C),
+        "position_table": draw.normal(case.T, case.C),
+    }
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def bench_embedding(bench, setting, case, direction):
+    tokens, size = case.B * case.T, setting.dtype.itemsize
+    moved = 2 * tokens * case.C  # a row is read, a row is written
+    if direction != "forward":
+        moved += (tokens + case.V) * case.C  # the upstream gradient is read, the table's is written
+    work = op_work(
+        setting, "embedding", str(case), direction, arguments=lambda draw: arguments(case, draw),
+        few=lambda draw: arguments(case._replace(B=2, T=min(case.T, 256), V=min(case.V, 5003)), draw),
+        peers=peers.embedding(setting.device), n_bytes=moved * size,
+    )  # fmt: skip
+    bench(work)

@@ -502,7 +502,7 @@ class Skip:
     reason: str
 
 
-def _evaluate(
+def evaluate(
     function: Callable[..., Any], case: Case, arguments: dict[str, Tensor], options: dict[str, Any]
 ) -> dict[str, Tensor]:
     """The outputs of function(**arguments, **options) and the gradient of every argument that has one, by name."""
@@ -533,7 +533,7 @@ def max_error(value: Tensor, oracle: Tensor) -> float:
     return float(error.nan_to_num(nan=math.inf, posinf=math.inf).max()) if error.numel() else 0.0
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def exact_copy(tensor: Tensor) -> Tensor:
     """A copy the oracle computes with."""
     return tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
@@ -542,11 +542,11 @@ def measure(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -
     """The errors of `case` on `backend`. Raises BackendError, with the reason, where the backend does not serve it."""
     drawn = case.arguments(Draw(dtype, device))
     arguments = {name: tensor for name, tensor in drawn.items() if tensor is not None}
-    exact = {name: _exact(tensor) for name, tensor in arguments.items()}
-    ours = _evaluate(getattr(ops, case.op), case, arguments, {**case.options, "backend": backend})
-    changed = [name for name, before in exact.items() if not torch.equal(_exact(arguments[name]), before)]
-    theirs = _evaluate(_peer(case, backend, device), case, arguments, case.options)
-    oracle = _evaluate(getattr(reference, case.op), case, exact, case.options)
+    exact = {name: exact_copy(tensor) for name, tensor in arguments.items()}
+    ours = evaluate(getattr(ops, case.op), case, arguments, {**case.options, "backend": backend})
+    changed = [name for name, before in exact.items() if not torch.equal(exact_copy(arguments[name]), before)]
+    theirs = evaluate(_peer(case, backend, device), case, arguments, case.options)
+    oracle = evaluate(getattr(reference, case.op), case, exact, case.options)
     rows = []
     for name, expected in oracle.items():
         reason = f"{', '.join(changed)} was written to" if changed else ""

@@ -1,0 +1,223 @@
+"""How the suite measures: contenders in turn, one clock per device, the device's ceilings, and what a ratio says.
+
+A round runs every contender once: A B C, A B C, ... What slows a machine down for a while slows neighbours alike, so
+ratios are taken inside a round, and it is the median of the rounds' ratios, with their 20th and 80th percentile, that
+is reported. When those two lie on different sides of 1, the answer is "noise": neither is faster.
+
+On a CPU time is the wall clock's. On a GPU it is the device's own, between two events around the call; the L2 cache is
+overwritten before each, so that a kernel reads its inputs from memory as it would in a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fastgpt.ops.backend import unavailable
+
+Call = Callable[[], object]
+
+MAX_ROUNDS = 300  # beyond, the percentiles stand still
+L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+class Clock(Protocol):
+    """Runs contenders one after the other, each `iterations` times; the seconds of each, all its iterations."""
+
+    def round(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]: ...
+
+
+class WallClock:
+    """For a CPU, where a call has finished when it returns."""
+
+    def round(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
+        times = []
+        for call, n in zip(calls, iterations, strict=True):
+            start = time.perf_counter()
+            for _ in range(n):
+                call()
+            times.append(time.perf_counter() - start)
+        return times
+
+
+class DeviceClock:
+    """For a GPU: CUDA events around the calls. Flushing keeps the device busy while the next call is being launched."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def round(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
+        events = []
+        for call, n in zip(calls, iterations, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            start.record()
+            for _ in range(n):
+                call()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+class ReportedClock:
+    """For work that knows its own time, such as a process that is started for it: a call returns its seconds."""
+
+    def round(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
+        return [float(call()) for call in calls]  # type: ignore[arg-type]
+
+
+def clock_of(device: torch.device) -> Clock:
+    return DeviceClock() if device.type == "cuda" else WallClock()
+
+
+def interleave(
+    contenders: Mapping[str, Call],
+    clock: Clock,
+    *,
+    seconds: float = 1.0,
+    min_rounds: int = 5,
+    min_time: float = 0.0,
+    warmups: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds of one call, by contender and round.
+
+    Every contender is called `warmups` times first. Then rounds are run for `seconds` per contender, at least
+    `min_rounds` of them; a call that was faster than `min_time` is repeated within its turn until it takes as long.
+    """
+    names, calls = list(contenders), list(contenders.values())
+    iterations = [1] * len(calls)
+    warm = [min_time] * len(calls)
+    for _ in range(warmups):
+        warm = clock.round(calls, iterations)
+    iterations = [max(1, math.ceil(min_time / max(t, 1e-9))) for t in warm]
+    rounds: list[list[float]] = []
+    stop = time.perf_counter() + seconds * len(calls)
+    while len(rounds) < min_rounds or (time.perf_counter() < stop and len(rounds) < MAX_ROUNDS):
+        times = clock.round(calls, iterations)
+        rounds.append([t / n for t, n in zip(times, iterations, strict=True)])
+    return {name: list(times) for name, times in zip(names, zip(*rounds, strict=True), strict=True)}
+
+
+# --- what the times say ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Spread(statistics.median(values), fifths[0], fifths[-1])
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
+    """How many times ours the peer takes, over the pairs of one round each."""
+    return spread([b / a for b, a in zip(theirs, ours, strict=True)])
+
+
+def verdict(ratio: Spread) -> str:
+    """fastgpt against the peer: "faster", "slower", or "noise" where the percentiles lie on both sides of 1."""
+    if ratio.p20 > 1.0:
+        return "faster"
+    return "slower" if ratio.p80 < 1.0 else "noise"
+
+
+# --- the device's limits ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The fastest copy (bytes read plus written) and matrix product this device did in this run."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    dtype: str  # of the matrix product
+
+    def floor_s(self, n_bytes: float | None, flops: float | None) -> float:
+        """The least seconds in which so many bytes can be moved and so many operations done."""
+        return max((n_bytes or 0) / self.bytes_per_s, (flops or 0) / self.flops_per_s)
+
+    def fraction(self, seconds: float, n_bytes: float | None, flops: float | None) -> float | None:
+        """How much of the roofline was reached; above 1 where the caches spared the memory. None: no work was given."""
+        floor = self.floor_s(n_bytes, flops)
+        return floor / seconds if floor > 0.0 else None
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        return Ceilings(
+            max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s), self.dtype
+        )  # fmt: skip
+
+
+def measure_ceilings(device: torch.device, rounds: int = 3) -> Ceilings:
+    """A copy far larger than the caches, and a large square matrix product: float32 on a CPU, bfloat16 on a GPU."""
+    on_gpu = device.type == "cuda"
+    n_bytes, size, dtype = (2**30, 8192, torch.bfloat16) if on_gpu else (2**28, 2048, torch.float32)
+    source = torch.ones(n_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.randn(size, size, dtype=dtype, device=device)
+    product = torch.empty_like(matrix)
+    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(matrix, matrix, out=product)}
+    times = interleave(calls, clock_of(device), seconds=0.0, min_rounds=rounds)
+    return Ceilings(
+        2 * n_bytes / min(times["copy"]), 2 * size**3 / min(times["matmul"]), str(dtype).removeprefix("torch.")
+    )
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """How far memory rises above where it was while `call` runs; None where that cannot be read.
+
+    On a GPU this is PyTorch's allocator's count. On a CPU it is the resident memory of the process (Linux only), after
+    everything that earlier calls left behind was given back, so that pages are not used a second time unseen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    _give_memory_back()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _resident("VmRSS")
+        call()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _give_memory_back() -> None:
+    if unavailable("native", "cpu") is None:
+        # The extension keeps its last four freed buffers; four small ones take their place.
+        small = [torch.ops.fastgpt.large_buffer(torch.empty(0), 2**11, 2**11) for _ in range(4)]
+        del small
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
