@@ -1,4 +1,4 @@
-"""What `fastgpt bench` does: start the suite where it lies, in a source tree or an installed wheel, or report on its rows."""
+"""What `fastgpt bench` does: starts the suite where it lies, source tree or installed wheel, or reports on rows."""
 
 from __future__ import annotations
 

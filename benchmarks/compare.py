@@ -19,22 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.benchmarks.reader import Results, ResultsError, Row, case_of, device_of, read
+from fastgpt.benchmarks.measure import Spread
+from fastgpt.benchmarks.reader import OURS, Results, ResultsError, Row, case_of, device_of, read
 from fastgpt.report import markdown_table
 
 THRESHOLD = 0.1  # between two runs of one commit on a quiet machine the ratio of a row moves by some percent
 MIN_ROUNDS = 3  # with fewer there is no spread to speak of
 
 Case = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a call takes, in any unit: median, 20th and 80th percentile."""
-
-    median: float
-    p20: float
-    p80: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class Comparison:
         return [change for change in self.changes if change.verdict == "slower"]
 
 
-def judge(base: Cost, head: Cost, threshold: float) -> str:
+def judge(base: Spread, head: Spread, threshold: float) -> str:
     """ "slower" or "faster" where the change is beyond the threshold and both spreads; else "same"."""
     if head.median > base.median * (1 + threshold) and head.median > base.p80 and base.median < head.p20:
         return "slower"
@@ -92,13 +84,13 @@ def _cases(results: Results) -> dict[Case, dict[str, Row]]:
     cases: dict[Case, dict[str, Row]] = {}
     for row in results.rows:
         cases.setdefault((device_of(row), *case_of(row)), {})[row["implementation"]] = row
-    return {case: rows for case, rows in cases.items() if "fastgpt" in rows}
+    return {case: rows for case, rows in cases.items() if OURS in rows}
 
 
 def _change(case: Case, base: dict[str, Row], head: dict[str, Row], threshold: float) -> Change:
-    ours = base["fastgpt"], head["fastgpt"]
+    ours = base[OURS], head[OURS]
     peers = [] if _versions(ours[0]) != _versions(ours[1]) else [name for name in base if name in head]
-    costs = {name: (_by_ratio(base[name]), _by_ratio(head[name])) for name in peers if name != "fastgpt"}
+    costs = {name: (_by_ratio(base[name]), _by_ratio(head[name])) for name in peers if name != OURS}
     costs = {name: pair for name, pair in costs.items() if None not in pair}
     if not costs:
         costs = {"": (_by_time(ours[0]), _by_time(ours[1]))}
@@ -115,18 +107,18 @@ def _versions(row: Row) -> tuple[str | None, ...]:
     return row["torch"], row["triton"], row["cuda"]
 
 
-def _by_ratio(peer: Row) -> Cost | None:
+def _by_ratio(peer: Row) -> Spread | None:
     """FastGPT's time in multiples of the peer's: the inverse of the row's ratio."""
     ratio = peer["ratio"], peer["ratio_p80"], peer["ratio_p20"]
     if not all(ratio) or (peer["rounds"] or 0) < MIN_ROUNDS:
         return None
-    return Cost(*(1 / value for value in ratio))
+    return Spread(*(1 / value for value in ratio))
 
 
-def _by_time(row: Row) -> Cost | None:
+def _by_time(row: Row) -> Spread | None:
     if row["p20_ms"] is None or row["p80_ms"] is None or (row["rounds"] or 0) < MIN_ROUNDS:
         return None
-    return Cost(row["median_ms"], row["p20_ms"], row["p80_ms"])
+    return Spread(row["median_ms"], row["p20_ms"], row["p80_ms"])
 
 
 def table(comparison: Comparison) -> str:
