@@ -1,13 +1,14 @@
 """Did FastGPT become slower? Two files (or folders) of results, BASE and HEAD, case by case.
 
-    python -m fastgpt.benchmarks.compare BASE HEAD [--threshold 0.1] [--out TABLE.md]
+    python -m fastgpt.benchmarks.compare BASE HEAD [--threshold 0.1] [--if-comparable] [--out TABLE.md]
 
 A machine is not equally fast on two days, but FastGPT and its peers took turns on it: where both runs measured the same
 peers with the same PyTorch, Triton and CUDA, what is compared is FastGPT's time in multiples of each peer's, and more
 than half of the peers must agree. Otherwise it is the time itself. Either way a change counts only if it is larger than
 the threshold and each run's median lies outside the other run's 20th to 80th percentile.
 
-Exit codes: 0 no slowdown, 1 a slowdown, 2 bad usage: a file that cannot be read, or nothing that can be compared.
+Exit codes: 0 no slowdown, 1 a slowdown, 2 bad usage: a file that cannot be read, or nothing that can be compared (0
+with --if-comparable).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgpt.benchmarks import cells
 from fastgpt.benchmarks.measure import Spread
 from fastgpt.benchmarks.reader import OURS, Results, ResultsError, Row, case_of, device_of, read
 from fastgpt.report import markdown_table
@@ -27,6 +29,10 @@ THRESHOLD = 0.1  # between two runs of one commit on a quiet machine the ratio o
 MIN_ROUNDS = 3  # with fewer there is no spread to speak of
 
 Case = tuple[str, ...]
+
+
+class NothingToCompare(ResultsError):
+    """The two have no device, or no case, in common."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,14 @@ def judge(base: Spread, head: Spread, threshold: float) -> str:
 
 
 def compare(base: Results, head: Results, threshold: float = THRESHOLD) -> Comparison:
-    """Every case that FastGPT has in both. Raises ResultsError where there is none."""
+    """Every case that FastGPT has in both. Raises NothingToCompare where there is none."""
     ours_base, ours_head = _cases(base), _cases(head)
     both = [case for case in ours_base if case in ours_head]
     devices = set(base.devices()) & set(head.devices())
     if not both:
         names = (" and ".join(results.devices()) or "nothing" for results in (base, head))
         what = "the same device but no case in common" if devices else "BASE measured {}, HEAD {}".format(*names)
-        raise ResultsError(f"nothing to compare: {what}")
+        raise NothingToCompare(f"nothing to compare: {what}")
     return Comparison(
         [_change(case, ours_base[case], ours_head[case], threshold) for case in both],
         [case for case in ours_base if case not in ours_head and case[0] in devices],
@@ -131,18 +137,7 @@ def table(comparison: Comparison) -> str:
         ms = (f"{value:.4g}" for value in (c.base_ms, c.head_ms))
         rows.append([*work, *ms, f"{100 * (c.factor - 1):+.1f} %", c.verdict, c.measured])
     headers = ["op", "shape", "dtype", "direction", "base ms", "head ms", "change", "verdict", "measured"]
-    return aligned(markdown_table(headers, rows))
-
-
-def aligned(markdown: str) -> str:
-    """A Markdown table whose cells are padded to their columns' widths."""
-    rows = [line[2:-2].split(" | ") for line in markdown.splitlines()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = (c.ljust(width, "-" if c == "---" else " ") for c, width in zip(row, widths, strict=True))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return cells.aligned(markdown_table(headers, rows))
 
 
 def summary(comparison: Comparison, threshold: float) -> str:
@@ -169,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("head", type=Path, metavar="HEAD", help="the same, newer")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="smallest change that counts (default 0.1)")
     parser.add_argument("--out", type=Path, help="a Markdown file to write the same text to")
+    parser.add_argument("--if-comparable", action="store_true", help="nothing to compare is no error")
     options = parser.parse_args(argv)
     if not 0 <= options.threshold < 10:  # NaN fails too
         parser.error(f"--threshold: expected a fraction such as 0.1, got {options.threshold}")
@@ -180,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.out.write_text(text + "\n", encoding="utf-8")
     except (ResultsError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
-        return 2
+        return 0 if options.if_comparable and isinstance(error, NothingToCompare) else 2
     print(text)
     return 1 if comparison.slower else 0
 

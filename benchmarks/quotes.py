@@ -36,7 +36,7 @@ def train_step(results: Results) -> str:
                 cells.times(found[peer]["ratio"]) if peer in found and found[peer]["ratio"] else None for peer in peers
             ]
             body.append([shape, f"{cell(cells.short(found[OURS]['median_ms']))} ms", *ratios])
-    return markdown_table(["one training step", OURS, *peers], body) + f"\n\n{_origin(rows)}"
+    return cells.aligned(markdown_table(["one training step", OURS, *peers], body)) + f"\n\n{_origin(rows)}"
 
 
 def _rows_of(op: str, results: Results) -> list[Row]:

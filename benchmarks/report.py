@@ -36,14 +36,14 @@ ABOUT = [
 ]
 
 
-def markdown(results: Results, pictures: str = "results") -> str:
-    """The text of results.md; its pictures lie in the folder `pictures` beside it."""
+def markdown(results: Results, pictures: str | None = "results") -> str:
+    """The text of results.md; its pictures lie in the folder `pictures` beside it. None: a text without pictures."""
     parts = [f"# {TITLE}", "Written by `fastgpt bench --report` from the files of rows; not by hand.", *ABOUT]
     for device in results.devices():
         for i, table in enumerate(device_tables(device, results.of(device))):
             parts += [f"{'##' if i == 0 else '###'} {table.heading}", *table.notes]
-            parts += [markdown_table(table.headers, table.rows)] if table.rows else []
-            parts += [f"![{table.caption}]({pictures}/{table.picture}.png)"] if table.picture else []
+            parts += [cells.aligned(markdown_table(table.headers, table.rows))] if table.rows else []
+            parts += [f"![{table.caption}]({pictures}/{table.picture}.png)"] if table.picture and pictures else []
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
