@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -39,6 +40,21 @@ def train_step(results: Results) -> str:
     return cells.aligned(markdown_table(["one training step", OURS, *peers], body)) + f"\n\n{_origin(rows)}"
 
 
+def recipe(results: Results) -> str:
+    """The loss that a preset ends at, and how long it trained."""
+    rows = _rows_of("recipe", results)
+    ours = rows[0]
+    loss, steps = (ours["extra"].get(key) for key in ("val_loss", "steps"))
+    if loss is None or steps is None:
+        raise ResultsError("the row of 'recipe' lacks val_loss or steps in \"extra\"")
+    text = (
+        f"`fastgpt train --preset {ours['shape']} --data tinyshakespeare` ends, after {steps} steps and "
+        f"{ours['median_ms'] / 1e3:.0f} seconds of training, at a validation loss of {loss:.3f} nats per character "
+        f"({_origin(rows).rstrip('.')})."
+    )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def _rows_of(op: str, results: Results) -> list[Row]:
     rows = [row for row in results.rows if row["op"] == op]
     if not any(row["implementation"] == OURS for row in rows):
@@ -56,8 +72,8 @@ def _origin(rows: Sequence[Row]) -> str:
     return ", ".join(parts) + "."
 
 
-QUOTES: dict[str, Callable[[Results], str]] = {"train_step": train_step}
-_QUOTED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n)(.*?)(\n<!-- end of results -->)", re.DOTALL)
+QUOTES: dict[str, Callable[[Results], str]] = {"train_step": train_step, "recipe": recipe}
+_QUOTED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 
 
 def with_quotes(text: str, results: Path) -> str:
@@ -67,7 +83,7 @@ def with_quotes(text: str, results: Path) -> str:
         start, name, file, _, end = match.groups()
         if name not in QUOTES:
             raise ResultsError(f"results: {name}: expected one of {', '.join(QUOTES)}")
-        return start + QUOTES[name](read([results / f"{file}.jsonl"])) + end
+        return start + QUOTES[name](read([results / f"{file}.jsonl"])) + "\n" + end
 
     return _QUOTED.sub(renewed, text)
 

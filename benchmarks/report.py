@@ -22,7 +22,7 @@ from . import cells
 from .pictures import ratio_figure, roofline_figure
 from .reader import OURS, Results, ResultsError, Row, by_case
 
-EXTRAS = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s"}
+RATES = {"gb_per_s": ("GB/s", 1), "tflop_per_s": ("TFLOP/s", 1), "tokens_per_s": ("tokens/s", 1)}
 
 TITLE = "Benchmark results"
 ABOUT = [
@@ -91,15 +91,10 @@ class Table:
 
 
 def device_tables(device: str, results: Results) -> list[Table]:
-    """A summary, then a table for each op, then what the machine can do at best."""
-    tables = [_summary(device, results)]
-    tables += [_op_table(device, op, results) for op in _ops(results)]
-    roofline = _ceilings(device, results)
-    return [*tables, roofline] if roofline.rows else tables
-
-
-def _ops(results: Results) -> list[str]:
-    return list(dict.fromkeys(row["op"] for row in results.rows))
+    """A summary, then a table for each op, then what the machine can do at best and who was not there."""
+    ops = dict.fromkeys(row["op"] for row in results.rows)
+    tables = [_op_table(device, op, results) for op in ops] + [_ceilings(device, results), _absent(results)]
+    return [_summary(device, results), *(table for table in tables if table.rows)]
 
 
 def _summary(device: str, results: Results) -> Table:
@@ -112,17 +107,15 @@ def _summary(device: str, results: Results) -> Table:
         ratios = [row["ratio"] for row in ours]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         rows.append([op, direction, len(ours), *counts, *map(cells.times, (min(ratios), mean, max(ratios)))])
-    notes = [cells.facts(results.rows), *_absent(results)]
     headers = ["op", "direction", "cases", "faster", "noise", "slower", "lowest ratio", "geometric mean", "highest"]
-    return Table(device, [note for note in notes if note], headers, rows)
+    return Table(device, [cells.facts(results.rows)], headers, rows)
 
 
 def _op_table(device: str, op: str, results: Results) -> Table:
     """A line for each case: FastGPT's own figures, then the ratio of each peer."""
     rows = [row for row in results.rows if row["op"] == op]
     peers = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != OURS))
-    extras = list(dict.fromkeys(key for row in rows if row["implementation"] == OURS for key in row["extra"]))
-    columns = _columns(extras)
+    columns = _columns([row for row in rows if row["implementation"] == OURS])
     body = []
     for (_, shape, dtype, direction), found in by_case(rows).items():
         ours = [make(found[OURS]) if OURS in found else None for _, make in columns]
@@ -132,7 +125,7 @@ def _op_table(device: str, op: str, results: Results) -> Table:
     said, shown = _said_once(headers, body)
     return Table(
         op,
-        [f"{', '.join(said)}. {cells.facts(rows)}" if said else cells.facts(rows)],
+        [", ".join(said) + "."] if said else [],
         [headers[i] for i in shown],
         [[line[i] for i in shown] for line in body],
         f"{cells.slug(device)}-{cells.slug(op)}" if any(row["ratio"] for row in rows) and peers else None,
@@ -147,18 +140,21 @@ def _said_once(headers: list[str], body: list[list[Any]]) -> tuple[list[str], li
     for i, header in enumerate(headers):
         values = {line[i] for line in body}
         if header in ("dtype", "direction", "backend") and len(values) == 1 and None not in values:
-            said.append(f"backend {body[0][i]}" if header == "backend" else body[0][i])
+            said += [f"backend {body[0][i]}" if header == "backend" else body[0][i]]
         elif values != {None}:
             shown.append(i)
     return said, shown
 
 
-def _columns(extras: Sequence[str]) -> list[tuple[str, Callable[[Row], Any]]]:
-    """What is said of FastGPT's own row."""
-    rates = [
-        (EXTRAS.get(key, key.replace("_", " ")), lambda row, key=key: cells.short(row["extra"].get(key)))
-        for key in extras
-    ]
+def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
+    """What is said of FastGPT's own rows."""
+    extras = [(key, row["extra"][key]) for row in rows for key in row["extra"]]
+    rates = []
+    for key in dict.fromkeys(key for key, _ in extras):
+        name, factor = RATES.get(key, (key.replace("_", " "), 1))
+        if key == "tflop_per_s" and all((value or 0) < 1 for name, value in extras if name == key):
+            name, factor = "GFLOP/s", 1000
+        rates.append((name, partial(_extra, key, factor)))
     return [
         ("backend", lambda row: row["backend"]),
         ("fastgpt ms", cells.milliseconds),
@@ -168,6 +164,11 @@ def _columns(extras: Sequence[str]) -> list[tuple[str, Callable[[Row], Any]]]:
         ("error ratio", lambda row: cells.short(row["parity_error_ratio"], 2)),
         ("verdict", _verdict),
     ]
+
+
+def _extra(key: str, factor: int, row: Row) -> Any:
+    value = row["extra"].get(key)
+    return cells.short(value * factor) if isinstance(value, float) else value
 
 
 def _verdict(row: Row) -> str | None:
@@ -198,12 +199,12 @@ def _ceilings(device: str, results: Results) -> Table:
     )
 
 
-def _absent(results: Results) -> list[str]:
+def _absent(results: Results) -> Table:
     """Which peers were not measured, and why."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    ops: dict[tuple[str, str], list[str]] = {}
     for run in results.runs:
         for op, peers in run["absent"].items():
             for peer, reason in peers.items() if isinstance(peers, dict) else ():
-                ops = reasons.setdefault((peer, str(reason)), [])
-                ops += [op] if op not in ops else []
-    return [f"Absent: {peer} ({', '.join(ops)}): {reason}." for (peer, reason), ops in sorted(reasons.items())]
+                ops.setdefault((peer, str(reason).rstrip(".")), []).append(op)
+    rows = [[peer, ", ".join(dict.fromkeys(found)), why] for (peer, why), found in sorted(ops.items())]
+    return Table("Absent peers", [], ["peer", "absent from", "because"], rows)

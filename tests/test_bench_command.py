@@ -89,3 +89,37 @@ def test_report_names_the_line_that_is_wrong(tmp_path, capsys):
     assert main(["bench", "--report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "bad.jsonl, line 1: expected an object" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_is_the_train_command_and_its_last_metrics(tmp_path, monkeypatch):
+    """`fastgpt train` itself is replaced, since the recipe takes minutes."""
+    import torch
+
+    from fastgpt.benchmarks import bench_recipe, reader
+    from fastgpt.benchmarks.measure import Ceilings
+    from fastgpt.benchmarks.suite import Setting, Suite
+
+    asked = []
+
+    def train(words: list[str], **_) -> None:
+        asked.append(words[3:])
+        metrics = [{"step": 250, "split": "val", "loss": 2.1, "elapsed_s": 10.0}, {"split": "train", "elapsed_s": 85.0}]
+        metrics.append({"step": 2000, "split": "val", "loss": 1.87649, "elapsed_s": 86.2})
+        out = Path(words[words.index("--out") + 1])
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+
+    monkeypatch.setattr(bench_recipe.subprocess, "run", train)
+    setting = Setting(torch.device("cpu"), data="texts/tinyshakespeare.txt")
+    suite = Suite(setting, tmp_path / "rows.jsonl")
+    suite.ceilings = Ceilings(1e10, 1e11, "float32")
+    bench_recipe.bench_recipe(suite.measure, setting)
+    (row,) = reader.read([tmp_path / "rows.jsonl"]).rows
+    assert (row["op"], row["shape"], row["rounds"]) == ("recipe", "shakespeare-char-cpu", 1)
+    assert row["median_ms"] == 86200.0 and row["extra"] == {"val_loss": 1.8765, "steps": 2000}
+    assert row["parity_error_ratio"] <= 2.0
+    assert len(asked) == 1 and asked[0][:5] == [
+        "train", "--preset", "shakespeare-char-cpu", "--data", "texts/tinyshakespeare.txt",
+    ]  # fmt: skip
+    for other in (Setting(torch.device("cpu"), data="shakespeare"), Setting(torch.device("cpu"), quick=True)):
+        with pytest.raises(pytest.skip.Exception, match="it takes minutes"):
+            bench_recipe.bench_recipe(suite.measure, other)
