@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_the_recipe_is_the_train_command_and_its_last_metrics(tmp_path, monkeypa
         out = Path(words[words.index("--out") + 1])
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
 
-    monkeypatch.setattr(bench_recipe.subprocess, "run", train)
+    monkeypatch.setattr(bench_recipe, "subprocess", SimpleNamespace(run=train))
     setting = Setting(torch.device("cpu"), data="texts/tinyshakespeare.txt")
     suite = Suite(setting, tmp_path / "rows.jsonl")
     suite.ceilings = Ceilings(1e10, 1e11, "float32")
