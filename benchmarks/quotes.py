@@ -19,11 +19,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastgpt.report import cell, markdown_table
 
 from . import cells
-from .reader import OURS, Results, ResultsError, Row, by_case, device_of, read
+from .reader import OURS, Results, ResultsError, Row, by_case, case_of, device_of, read
 
 
 def train_step(results: Results) -> str:
@@ -33,26 +34,55 @@ def train_step(results: Results) -> str:
     body = []
     for (_, shape, _, _), found in by_case(rows).items():
         if OURS in found:
-            ratios = [
-                cells.times(found[peer]["ratio"]) if peer in found and found[peer]["ratio"] else None for peer in peers
-            ]
-            body.append([shape, f"{cell(cells.short(found[OURS]['median_ms']))} ms", *ratios])
-    return cells.aligned(markdown_table(["one training step", OURS, *peers], body)) + f"\n\n{_origin(rows)}"
+            ours = f"{cell(cells.short(found[OURS]['median_ms']))} ms"
+            body.append([shape, ours, *(_times(found.get(peer)) for peer in peers)])
+    table = cells.aligned(markdown_table(["one training step", OURS, *peers], body))
+    return f"{table}\n\n{_origin(rows)}"
+
+
+def _times(row: Row | None) -> str | None:
+    """A peer's ratio, and whether it is one at all."""
+    if row is None or row["ratio"] is None:
+        return None
+    return cells.times(row["ratio"]) + (" (noise)" if row["verdict"] == "noise" else "")
+
+
+def time_to_loss(results: Results) -> str:
+    """How long a preset trains until it reaches a loss, and how many times that its peers take."""
+    rows = _rows_of("time_to_loss", results)
+    ours = next(row for row in rows if row["implementation"] == OURS)
+    peers = [
+        f"{row['implementation']} on the same batches takes {cells.ratio(row)} as long"
+        for row in rows
+        if row["implementation"] != OURS and row["ratio"] and case_of(row) == case_of(ours)
+    ]
+    told = f"`{ours['shape']}`: {_seconds(ours)} of training, {_extra(ours, 'steps')} steps"
+    return _sentence("; ".join([told, *peers]), rows)
 
 
 def recipe(results: Results) -> str:
     """The loss that a preset ends at, and how long it trained."""
     rows = _rows_of("recipe", results)
     ours = rows[0]
-    loss, steps = (ours["extra"].get(key) for key in ("val_loss", "steps"))
-    if loss is None or steps is None:
-        raise ResultsError("the row of 'recipe' lacks val_loss or steps in \"extra\"")
-    text = (
-        f"`fastgpt train --preset {ours['shape']} --data tinyshakespeare` ends, after {steps} steps and "
-        f"{ours['median_ms'] / 1e3:.0f} seconds of training, at a validation loss of {loss:.3f} nats per character "
-        f"({_origin(rows).rstrip('.')})."
-    )
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    command = f"`fastgpt train --preset {ours['shape']} --data tinyshakespeare`"
+    trained = f"after {_extra(ours, 'steps')} steps and {_seconds(ours)} of training"
+    loss = f"a validation loss of {_extra(ours, 'val_loss'):.3f} nats per character"
+    return _sentence(f"{command} ends, {trained}, at {loss}", rows)
+
+
+def _sentence(text: str, rows: Sequence[Row]) -> str:
+    full = f"{text} ({_origin(rows).rstrip('.')})."
+    return textwrap.fill(full, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _seconds(row: Row) -> str:
+    return f"{cell(cells.short(row['median_ms'] / 1e3))} seconds"
+
+
+def _extra(row: Row, key: str) -> Any:
+    if row["extra"].get(key) is None:
+        raise ResultsError(f'the row of {row["op"]!r} has no {key!r} in "extra"')
+    return row["extra"][key]
 
 
 def _rows_of(op: str, results: Results) -> list[Row]:
@@ -72,7 +102,11 @@ def _origin(rows: Sequence[Row]) -> str:
     return ", ".join(parts) + "."
 
 
-QUOTES: dict[str, Callable[[Results], str]] = {"train_step": train_step, "recipe": recipe}
+QUOTES: dict[str, Callable[[Results], str]] = {
+    "train_step": train_step,
+    "time_to_loss": time_to_loss,
+    "recipe": recipe,
+}
 _QUOTED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastgpt import ops
-from fastgpt.benchmarks import compare, peers, reader, report
+from fastgpt.benchmarks import compare, peers, quotes, reader, report
 from fastgpt.benchmarks.measure import Ceilings, Spread
 from fastgpt.benchmarks.suite import Setting, Suite, op_work
 
@@ -331,3 +331,54 @@ def test_rows_with_nothing_but_a_time_make_a_report(tmp_path):
 def test_no_rows_is_an_error(tmp_path):
     with pytest.raises(reader.ResultsError, match="no rows"):
         report.write(reader.read([write(tmp_path / "rows.jsonl", run_line())]), tmp_path / "out")
+
+
+# --- quoting ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_documents_quote(tmp_path):
+    trained = {"op": "time_to_loss", "shape": "small to 2.4 nats", "direction": "train", "extra": {"steps": 450}}
+    whole = {"op": "recipe", "shape": "small", "direction": "train", "extra": {"steps": 2000, "val_loss": 1.87512}}
+    step = {"op": "train_step", "direction": "step"}
+    write(
+        tmp_path / "cpu.jsonl",
+        row(median_ms=16_420.0, date="2026-01-02", commit="0123456789abcdef+", **trained),
+        row("nanoGPT", 20_000.0, 1.25, **trained),
+        row(median_ms=86_040.0, **whole),
+        row(median_ms=36.26, **step),
+        row("nanoGPT", 36.0, 0.99, verdict="noise", **step),
+        row("lecture", 40.0, 1.1, verdict="faster", shape="another", **step),
+        row(median_ms=36.3, shape="another", **step),
+    )
+    text = "".join(f"<!-- results: {name} cpu -->\nold\n<!-- end of results -->\n" for name in quotes.QUOTES)
+    lines = quotes.with_quotes(text, tmp_path).replace("\n", " ")
+    for said in (
+        "`small to 2.4 nats`: 16.4 seconds of training, 450 steps; nanoGPT on the same batches takes 1.25x "
+        "(1.21 – 1.29) as long (A CPU, AVX2, 2 threads, float32, torch 2.13.0, triton 3.9.0, 2026-01-02, commit "
+        "0123456789+).",
+        "`fastgpt train --preset small --data tinyshakespeare` ends, after 2000 steps and 86 seconds of training, at a "
+        "validation loss of 1.875 nats per character (A CPU,",
+        "| B4 T64            | 36.3 ms | 0.99x (noise) | –       |",
+        "| another           | 36.3 ms | –             | 1.10x   |",
+    ):
+        assert said in lines
+    assert "old" not in lines
+    document = tmp_path / "doc.md"
+    document.write_text(text)
+    assert quotes.main([str(document), "--results", str(tmp_path)]) == 0
+    assert (
+        document.read_text() == quotes.with_quotes(text, tmp_path) == quotes.with_quotes(document.read_text(), tmp_path)
+    )
+
+
+def test_a_quote_that_cannot_be_had_is_an_error(tmp_path, capsys):
+    write(tmp_path / "cpu.jsonl", row(op="recipe"))
+    for text, message in (
+        ("<!-- results: weather cpu -->\n<!-- end of results -->", "weather: expected one of train_step"),
+        ("<!-- results: train_step cpu -->\n<!-- end of results -->", "no row of FastGPT's for 'train_step'"),
+        ("<!-- results: recipe cpu -->\n<!-- end of results -->", "'recipe' has no 'steps'"),
+        ("<!-- results: recipe gpu -->\n<!-- end of results -->", "gpu.jsonl: no such file"),
+    ):
+        (tmp_path / "doc.md").write_text(text)
+        assert quotes.main([str(tmp_path / "doc.md"), "--results", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err and (tmp_path / "doc.md").read_text() == text
