@@ -45,7 +45,8 @@ def _bar(axes: Any, y: float, row: Row, color: Any) -> None:
     axes.barh(y, row["ratio"] - 1, left=1, height=0.8, color=color, alpha=0.35 if low <= 1 <= high else 0.9)
     axes.plot([low, high], [y, y], color="black", linewidth=1.4, solid_capstyle="butt")
     end = max(high, row["ratio"], 1)
-    axes.annotate(f"{row['ratio']:.2f}", (end, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
+    said = f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}"
+    axes.annotate(said, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
 
 
 def _label(case: Case, rows: Sequence[Row]) -> str:
@@ -58,7 +59,8 @@ def _label(case: Case, rows: Sequence[Row]) -> str:
 
 def _ratio_axis(axes: Any, rows: Sequence[Row]) -> None:
     ends = [row[key] for row in rows for key in ("ratio", "ratio_p20", "ratio_p80") if row[key]]
-    low, high = min([*ends, 0.8]) * 0.93, max([*ends, 1.25]) * 1.15
+    low, high = min([*ends, 0.8]), max([*ends, 1.25])
+    low, high = low * (low / high) ** 0.03, high * (high / low) ** 0.07  # room for the figures behind the bars
     ticks = [tick for tick in TICKS if low <= tick <= high]
     axes.set_xscale("log")
     axes.set_xlim(low, high)
