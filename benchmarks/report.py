@@ -136,11 +136,13 @@ def _op_table(device: str, op: str, results: Results) -> Table:
 
 def _said_once(headers: list[str], body: list[list[Any]]) -> tuple[list[str], list[int]]:
     """What is the same in every line, and the columns that are left; empty ones are not."""
-    said, shown = [], []
+    said: list[str] = []
+    shown: list[int] = []
     for i, header in enumerate(headers):
         values = {line[i] for line in body}
         if header in ("dtype", "direction", "backend") and len(values) == 1 and None not in values:
-            said += [f"backend {body[0][i]}" if header == "backend" else body[0][i]]
+            (value,) = values
+            said += [] if value == "none" else [f"backend {value}" if header == "backend" else value]
         elif values != {None}:
             shown.append(i)
     return said, shown
