@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = runs/demo
 OUT ?= runs/gpu-check
+BASE ?= benchmarks/results
+HERE = $(or $(wildcard $(BIN)/python),$(PYTHON))
 
-.PHONY: demo test lint types install bench sanitize gpu-check clean
+.PHONY: demo test lint types install wheel bench sanitize gpu-check report compare results clean
 
 $(VENV)/installed: requirements-dev.lock pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
@@ -33,6 +35,9 @@ lint: install
 types: install
 	$(BIN)/mypy fastgpt
 
+wheel: install
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
 # Against PyTorch, torch.compile and transformers; NANOGPT=DIR and LECTURE=FILE name the other two's sources. Rows go to
 # benchmarks/results/. Under 10 minutes on two cores.
 bench: install
@@ -42,6 +47,19 @@ bench: install
 gpu-check:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+
+# What the rows in OUT say: tables and pictures in OUT/report, the tables alone in OUT/table.md.
+report:
+	$(HERE) -m fastgpt bench --report --results $(OUT) --out $(OUT)/report > $(OUT)/table.md
+
+# Is FastGPT slower in OUT than in BASE? Fails if so; rows of devices that BASE does not have are left alone.
+compare:
+	$(HERE) -m fastgpt.benchmarks.compare $(BASE) $(OUT) --if-comparable --out $(OUT)/compare.md
+
+# docs/results.md, its pictures, and the figures that the README quotes, from benchmarks/results.
+results: install
+	$(BIN)/fastgpt bench --report --results benchmarks/results --out docs > /dev/null
+	$(BIN)/python -m fastgpt.benchmarks.quotes README.md
 
 # The CPU row kernels of every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:

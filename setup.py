@@ -252,8 +252,8 @@ for reason in not_tried:
 
 # triton_kernels/ is installed inside fastgpt: a top-level package of that name belongs to the Triton project.
 setup(
-    packages=["fastgpt", "fastgpt.ops", "fastgpt.studies", "fastgpt.triton_kernels"],
-    package_dir={"fastgpt": "fastgpt", "fastgpt.triton_kernels": "triton_kernels"},
+    packages=["fastgpt", "fastgpt.ops", "fastgpt.studies", "fastgpt.triton_kernels", "fastgpt.benchmarks"],
+    package_dir={"fastgpt": "fastgpt", "fastgpt.triton_kernels": "triton_kernels", "fastgpt.benchmarks": "benchmarks"},
     ext_modules=extensions,
     cmdclass={"build_ext": command, "build_py": BuildPython},
 )

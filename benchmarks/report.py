@@ -1,35 +1,212 @@
-"""The README's table of training steps, from a file of results: python benchmarks/report.py FILE.jsonl"""
+"""Rows as something to read: docs/results.md with its pictures, and one HTML page that needs nothing beside it.
+
+    fastgpt bench --report --results benchmarks/results --out docs     results.md, results/*.png, results/report.html
+
+Both are the same tables and pictures, device by device: FastGPT against the best peer of each case, then every op with
+all its peers, then the machine's ceilings. A ratio is a peer's time over FastGPT's: above 1 FastGPT is faster.
+"""
 
 from __future__ import annotations
 
-import json
-import sys
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from fastgpt.checkpoint import atomic_path
+from fastgpt.report import Report, markdown_table
+
+from . import cells
+from .pictures import ratio_figure, roofline_figure
+from .reader import OURS, Results, ResultsError, Row, by_case
+
+RATES = {"gb_per_s": ("GB/s", 1), "tflop_per_s": ("TFLOP/s", 1), "tokens_per_s": ("tokens/s", 1)}
+
+TITLE = "Benchmark results"
+ABOUT = [
+    "Each case names its work. FastGPT and its peers did it in turns in one process, and only after FastGPT's results "
+    "had passed the comparison with the float64 oracle. Times are medians, with the 20th and 80th percentile. A ratio "
+    "is the peer's time over FastGPT's, the median over pairs of the same round: above 1 FastGPT is faster, and where "
+    "the percentiles straddle 1 the verdict is noise.",
+    "The error ratio is FastGPT's error over PyTorch's own plus half the stated tolerance; up to 2 passes. The "
+    "fraction of the roofline is the time that the fastest copy or matrix product of the same run would need, over the "
+    "time taken.",
+]
 
 
-def train_step_table(path: Path) -> str:
-    """Markdown: milliseconds of a step, and how many times FastGPT's each peer takes."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["op"] == "train_step"]
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    medians = {(row["shape"], row["implementation"]): row["median_ms"] for row in rows}
-    lines = [
-        "| one training step | " + " | ".join(names) + " |",
-        "|---|" + "---|" * len(names),
+def markdown(results: Results, pictures: str | None = "results") -> str:
+    """The text of results.md; its pictures lie in the folder `pictures` beside it. None: a text without pictures."""
+    parts = [f"# {TITLE}", "Written by `fastgpt bench --report` from the files of rows; not by hand.", *ABOUT]
+    for device in results.devices():
+        for i, table in enumerate(device_tables(device, results.of(device))):
+            parts += [f"{'##' if i == 0 else '###'} {table.heading}", *table.notes]
+            parts += [cells.aligned(markdown_table(table.headers, table.rows))] if table.rows else []
+            parts += [f"![{table.caption}]({pictures}/{table.picture}.png)"] if table.picture and pictures else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def page(results: Results) -> Report:
+    """The same as one HTML file."""
+    made = Report(TITLE, " · ".join(results.devices()))
+    for text in ABOUT:
+        made.paragraph(text)
+    for device in results.devices():
+        for table in device_tables(device, results.of(device)):
+            made.heading(table.heading)
+            for note in table.notes:
+                made.paragraph(note)
+            if table.rows:
+                made.table(table.headers, table.rows)
+            if table.picture and table.draw:
+                made.figure(table.draw(), table.picture, table.caption)
+    return made
+
+
+def write(results: Results, out: Path) -> Path:
+    """`out`/results.md, and in `out`/results the pictures and report.html, whose path is returned."""
+    if not results.rows:
+        raise ResultsError("these files hold no rows: nothing to report")
+    html = page(results).write(out / "results")
+    with atomic_path(out / "results.md") as temporary:
+        temporary.write_text(markdown(results), encoding="utf-8")
+    return html
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table under one heading, for the Markdown and for the HTML page."""
+
+    heading: str
+    notes: list[str]
+    headers: list[str]
+    rows: list[list[Any]]
+    picture: str | None = None  # name, without .png
+    caption: str = ""
+    draw: Callable[[], Any] | None = None
+
+
+def device_tables(device: str, results: Results) -> list[Table]:
+    """A summary, then a table for each op, then what the machine can do at best and who was not there."""
+    ops = dict.fromkeys(row["op"] for row in results.rows)
+    tables = [_op_table(device, op, results) for op in ops] + [_ceilings(device, results), _absent(results)]
+    return [_summary(device, results), *(table for table in tables if table.rows)]
+
+
+def _summary(device: str, results: Results) -> Table:
+    """FastGPT against the fastest peer of each case, op by op."""
+    rows: list[list[Any]] = []
+    compared = [row for row in results.rows if row["implementation"] == OURS and row["ratio"]]
+    for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in compared):
+        ours = [row for row in compared if (row["op"], row["direction"]) == (op, direction)]
+        counts = [sum(row["verdict"] == verdict for row in ours) for verdict in ("faster", "noise", "slower")]
+        ratios = [row["ratio"] for row in ours]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        rows.append([op, direction, len(ours), *counts, *map(cells.times, (min(ratios), mean, max(ratios)))])
+    headers = ["op", "direction", "cases", "faster", "noise", "slower", "lowest ratio", "geometric mean", "highest"]
+    return Table(device, [cells.facts(results.rows)], headers, rows)
+
+
+def _op_table(device: str, op: str, results: Results) -> Table:
+    """A line for each case: FastGPT's own figures, then the ratio of each peer."""
+    rows = [row for row in results.rows if row["op"] == op]
+    peers = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != OURS))
+    columns = _columns([row for row in rows if row["implementation"] == OURS])
+    body = []
+    for (_, shape, dtype, direction), found in by_case(rows).items():
+        ours = [make(found[OURS]) if OURS in found else None for _, make in columns]
+        theirs = [cells.ratio(found[peer]) if peer in found else None for peer in peers]
+        body.append([shape, dtype, direction, *ours, *theirs])
+    headers = ["shape", "dtype", "direction", *(name for name, _ in columns), *peers]
+    said, shown = _said_once(headers, body)
+    return Table(
+        op,
+        [", ".join(said) + "."] if said else [],
+        [headers[i] for i in shown],
+        [[line[i] for i in shown] for line in body],
+        f"{cells.slug(device)}-{cells.slug(op)}" if any(row["ratio"] for row in rows) and peers else None,
+        f"{op}: time of each peer over FastGPT's; the lines span the 20th to 80th percentile of the rounds",
+        partial(ratio_figure, op, rows),
+    )
+
+
+def _said_once(headers: list[str], body: list[list[Any]]) -> tuple[list[str], list[int]]:
+    """What is the same in every line, and the columns that are left; empty ones are not."""
+    said: list[str] = []
+    shown: list[int] = []
+    for i, header in enumerate(headers):
+        values = {line[i] for line in body}
+        if header in ("dtype", "direction", "backend") and len(values) == 1 and None not in values:
+            (value,) = values
+            said += [] if value == "none" else [f"backend {value}" if header == "backend" else value]
+        elif values != {None}:
+            shown.append(i)
+    return said, shown
+
+
+def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
+    """What is said of FastGPT's own rows."""
+    extras = [(key, row["extra"][key]) for row in rows for key in row["extra"]]
+    rates = []
+    for key in dict.fromkeys(key for key, _ in extras):
+        name, factor = RATES.get(key, (key.replace("_", " "), 1))
+        if key == "tflop_per_s" and all((value or 0) < 1 for name, value in extras if name == key):
+            name, factor = "GFLOP/s", 1000
+        rates.append((name, partial(_extra, key, factor)))
+    return [
+        ("backend", lambda row: row["backend"]),
+        ("fastgpt ms", cells.milliseconds),
+        *rates,
+        ("of the roofline", lambda row: cells.percent(row["roofline_fraction"])),
+        ("peak MB", lambda row: cells.short(row["peak_bytes"] and row["peak_bytes"] / 1e6)),
+        ("error ratio", lambda row: cells.short(row["parity_error_ratio"], 2)),
+        ("verdict", _verdict),
     ]
-    for shape in shapes:
-        ours = medians[shape, "fastgpt"]
-        cells = [f"{ours:.1f} ms" if n == "fastgpt" else f"{medians[shape, n] / ours:.2f}x" for n in names]
-        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
-    facts = rows[0]
-    lines += [
-        "",
-        f"{facts['device']} ({facts['cpu_capability']}), {facts['threads']} threads, float32, torch {facts['torch']}, "
-        f"{facts['date']}, commit {facts['commit'][:10]}.",
-    ]
-    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(train_step_table(Path(sys.argv[1])))
+def _extra(key: str, factor: int, row: Row) -> Any:
+    value = row["extra"].get(key)
+    return cells.short(value * factor) if isinstance(value, float) else value
+
+
+def _verdict(row: Row) -> str | None:
+    if row["verdict"] is None or row["best_peer"] is None:
+        return None
+    words = {"faster": "faster than", "slower": "slower than", "noise": "noise against"}
+    return f"{words.get(row['verdict'], row['verdict'])} {row['best_peer']}"
+
+
+def _ceilings(device: str, results: Results) -> Table:
+    rows = []
+    for run in results.runs:
+        copy, product = (run["ceilings"].get(key) for key in ("bytes_per_s", "flops_per_s"))
+        if copy and product:
+            ops = ", ".join(run.get("ops") or [])
+            rows.append(
+                [ops, run["ceilings"].get("dtype"), f"{copy / 1e9:.1f} GB/s", cells.flop_rate(product), run["date"]]
+            )
+    drawn = bool(rows) and any(row["bytes"] and row["flops"] for row in results.rows)
+    return Table(
+        "The machine's ceilings",
+        ["The fastest copy and the fastest matrix product of each run; a row's fraction is of its own run's."],
+        ["run of", "dtype", "copy", "matrix product", "date"],
+        rows,
+        f"{cells.slug(device)}-roofline" if drawn else None,
+        "Achieved operations per second over operations per byte moved; filled FastGPT, hollow its best peer",
+        partial(roofline_figure, device, results),
+    )
+
+
+def _absent(results: Results) -> Table:
+    """Which peers were not measured, and why."""
+    ops: dict[tuple[str, str], list[str]] = {}
+    for run in results.runs:
+        for op, peers in run["absent"].items():
+            for peer, reason in peers.items() if isinstance(peers, dict) else ():
+                ops.setdefault((peer, str(reason).rstrip(".")), []).append(op)
+    rows = [[peer, ", ".join(dict.fromkeys(found)), why] for (peer, why), found in sorted(ops.items())]
+    return Table("Absent peers", [], ["peer", "absent from", "because"], rows)

@@ -98,7 +98,7 @@ def _read_toml(path: str, known: set[str]) -> dict[str, Any]:
     for name in values:
         if name not in known:
             raise UsageError(f"--config {path}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
-    return values
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _parse(cls: type, args: Sequence[str], command: str, quick: dict[str, Any] | None = None) -> Any:
@@ -406,6 +406,56 @@ def learn(args: Sequence[str]) -> None:
     stages.run(_parse(stages.Settings, args, "learn", stages.QUICK))
 
 
+@dataclass
+class Bench:
+    """Measure FastGPT and the things one would use instead, here, or report on what was measured.
+
+    Args:
+        only: some of the benchmarks instead of all: attention, layernorm, ...
+        device: auto (a GPU if there is one), cpu or cuda.
+        out: where the rows go, a *.jsonl file or a folder; with --report the folder of the report.
+        quick: the first case of each benchmark, few rounds.
+        nanogpt: a checkout of karpathy/nanoGPT to compare with.
+        lecture: gpt.py of karpathy/ng-video-lecture to compare with.
+        data: text for the time to a loss, as in fastgpt train.
+        report: measure nothing; render rows to results.md with pictures, and to one HTML page.
+        results: what --report reads, files or folders of rows.
+        config: a TOML file with any of these settings.
+    """
+
+    only: tuple[str, ...] = ()
+    device: str = "auto"
+    out: str | None = None
+    quick: bool = False
+    nanogpt: str | None = None
+    lecture: str | None = None
+    data: str | None = None
+    report: bool = False
+    results: tuple[str, ...] = ()
+    config: str | None = None
+
+
+def bench(args: Sequence[str]) -> int:
+    settings = _parse(Bench, args, "bench")
+    from .benchmarks import command
+
+    if settings.report:
+        for name in ("only", "quick", "nanogpt", "lecture", "data"):
+            if getattr(settings, name):
+                raise UsageError(f"--{name}: is for measuring; leave it out, or --report")
+        command.report(settings.results, settings.out)
+        return 0
+    if settings.results:
+        raise UsageError("--results: is what --report reads; add --report, or name a file to write to with --out")
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device: expected auto, cpu or cuda, got {settings.device!r}")
+    for name in settings.only:
+        if name not in command.names():
+            raise UsageError(f"--only: no benchmark {name!r}; there are {', '.join(command.names())}")
+    paths = {name: getattr(settings, name) for name in ("nanogpt", "lecture", "data")}
+    return command.measure(settings.only, settings.device, settings.out, settings.quick, paths)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
     "train": (train, "train a GPT, or another model, on text"),
     "sample": (sample, "continue a prompt with a trained model"),
@@ -414,6 +464,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
     "study": (study, "measure what a part does: depth, norms, attention, ..."),
     "doctor": (doctor, "what runs here and why"),
     "parity": (parity, "proof: every op against the float64 oracle"),
+    "bench": (bench, "times against named peers, and reports of them"),
 }
 
 

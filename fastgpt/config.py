@@ -21,9 +21,18 @@ def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
 
 
+_KINDS_IN_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple[str, ...]": "a list of texts",
+}
+
+
 def check_types(config: Any) -> None:
     """Every field holds its annotated type: a typo in a TOML file must not surface as an error inside PyTorch."""
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[str, ...]": tuple}
     for item in dataclasses.fields(config):
         annotation = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
         name, _, optional = annotation.partition(" | ")
@@ -31,12 +40,8 @@ def check_types(config: Any) -> None:
         if optional == "None" and value is None:
             continue
         ok = isinstance(value, kinds[name]) and (name == "bool" or not isinstance(value, bool))
-        _expect(
-            ok,
-            item.name,
-            value,
-            {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}[name],
-        )
+        ok = ok and (name != "tuple[str, ...]" or all(isinstance(part, str) for part in value))
+        _expect(ok, item.name, value, _KINDS_IN_WORDS[name])
         if name == "float":
             _expect(math.isfinite(value), item.name, value, "a finite number")
 

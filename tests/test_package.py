@@ -45,6 +45,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         assert str(path.relative_to(ROOT)) in names
     for path in (ROOT / "triton_kernels").glob("*.py"):
         assert f"fastgpt/triton_kernels/{path.name}" in names
+    suite = {path.name for path in (ROOT / "benchmarks").glob("*.py")} | {"pytest.ini"}
+    assert {Path(name).name for name in names if name.startswith("fastgpt/benchmarks/")} == suite, "and no results"
 
 
 def test_the_wheels_metadata(wheel):
@@ -54,7 +56,7 @@ def test_the_wheels_metadata(wheel):
     assert "Name: fastgpt-kernels\n" in metadata and "License-Expression: MIT" in metadata
     for wanted in ("Requires-Dist: torch>=2.11", "Requires-Python: >=3.11", 'sys_platform == "linux"'):
         assert wanted in metadata
-    for extra in ("plot", "data", "dev"):
+    for extra in ("plot", "data", "bench", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "fastgpt = fastgpt.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in archive.namelist()
@@ -67,6 +69,11 @@ def test_the_wheel_runs_away_from_the_sources(wheel, tmp_path):
         assert path.startswith(str(tmp_path / "site"))
     text = python("from fastgpt.doctor import report; print(report())", PYTHONPATH=str(tmp_path / "site"))
     assert "attention: runs on torch" in text
+    code = (
+        "import sys; from fastgpt.cli import main; sys.exit(main(['bench', '--only', 'embedding', '--device', 'cpu']))"
+    )
+    listed = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), PYTEST_ADDOPTS="--collect-only")
+    assert "bench_embedding.py::bench_embedding[" in listed
 
 
 def test_import_costs_little_over_torch_and_drags_nothing_in():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -11,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fastgpt.benchmarks import quotes, report
+from fastgpt.benchmarks.reader import read
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,7 +60,7 @@ def shortened(words: list[str], folder: Path) -> list[str]:
 
 
 def test_the_commands_of_the_readme_run_in_order(small):
-    commands = [words for words in shell_commands() if words[0] == "fastgpt" and words[1] != "parity"]
+    commands = [words for words in shell_commands() if words[0] == "fastgpt" and words[1] not in ("parity", "bench")]
     assert [words[1] for words in commands] == ["train", "sample", "train", "doctor", "data", "learn"]
     outputs = [run(shortened(words, small), small) for words in commands]
     assert "step 3:" in outputs[0]
@@ -75,7 +77,7 @@ def test_the_other_commands_exist():
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
         elif words[0] == "pip":
-            assert words[1:3] in (["install", "."], ["install", ".[plot,data]"])
+            assert words[1:3] in (["install", "."], ["install", ".[plot,data]"], ["install", ".[bench]"])
         else:
             assert words[0] == "fastgpt"
 
@@ -120,8 +122,35 @@ def test_links_and_pictures_exist():
         assert target.startswith("http") or (ROOT / target).is_file(), target
 
 
-def test_the_table_of_training_steps_is_the_committed_result():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    assert report.train_step_table(ROOT / "benchmarks" / "results" / "amd-epyc-2-cores.jsonl") in README
+QUOTED = r"<!-- results: \S+ \S+ -->.*?<!-- end of results -->"
+# A number with the unit of a time, a rate, a ratio or a loss.
+FIGURE = r"\d[\d.,]*(?: ms| s| seconds| minutes|x| times| nats| tokens/s| GB/s| [GT]FLOP/s)\b"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_what_is_quoted_is_what_was_measured():
+    assert len(re.findall(QUOTED, README, flags=re.DOTALL)) == README.count("<!-- results: ") > 0
+    assert quotes.with_quotes(README, RESULTS) == README, "make results"
+    for block in re.findall(QUOTED, README, flags=re.DOTALL):
+        assert re.search(FIGURE, block) and re.search(r"torch \d", block) and "commit " in block
+
+
+def test_no_figure_is_written_by_hand():
+    written = re.sub(QUOTED, "", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL), flags=re.DOTALL)
+    assert re.findall(FIGURE, written) == []
+    others = {
+        "3.11": "Python",
+        "0.8": "million parameters of the demo",
+        "1.88": "nanoGPT's README",
+        "1.1": "MB of data",
+    }
+    assert re.findall(r"\b\d+\.\d+\b", written) == list(others)
+
+
+def test_the_results_page_is_what_the_rows_say():
+    found = read([RESULTS])
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == report.markdown(found), "make results"
+    pictures = {ROOT / "docs" / name for name in re.findall(r"\]\((results/\S+)\)", report.markdown(found))}
+    assert pictures == set((ROOT / "docs" / "results").glob("*.png")), "all are there, and none is left over"
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,80 @@
+"""What `fastgpt bench` does: starts the suite where it lies, source tree or installed wheel, or reports on rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_REPORT = Path("runs") / "bench-report"
+
+
+class BenchError(RuntimeError):
+    """The suite cannot be started; the message says what is missing and how to get it."""
+
+
+def names() -> list[str]:
+    """What can be measured: the files of this folder, without their bench_."""
+    return sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
+
+
+def measure(only: Sequence[str], device: str, out: str | None, quick: bool, paths: dict[str, str | None]) -> int:
+    """Run the suite (all of it, or `only` some files) and return the exit code of the command: 0, 1 or 2.
+
+    `out`: a file of rows (*.jsonl), or a folder for one named by the device. `paths`: the suite's options that name
+    checkouts and data.
+    """
+    missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
+    if missing:
+        listed = " and ".join(name.replace("_", "-") for name in missing)
+        verb = "is" if len(missing) == 1 else "are"
+        raise BenchError(f"{listed} {verb} not installed: pip install 'fastgpt-kernels[bench]'")
+    import pytest
+
+    options = [f"--device={device}"] + (["--quick"] if quick else [])
+    options += [f"--rows={_rows_file(Path(out), device)}"] if out else []
+    options += [f"--{name}={path}" for name, path in paths.items() if path is not None]
+    files = [str(HERE / f"bench_{name}.py") for name in only or names()]
+    # The suite's own settings, whatever folder it is called from, and nothing left in that folder but rows.
+    settings = ["-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
+    with TemporaryDirectory() as storage:
+        code = pytest.main([*settings, f"--benchmark-storage=file://{storage}", *options, *files])
+    return {pytest.ExitCode.OK: 0, pytest.ExitCode.USAGE_ERROR: 2}.get(pytest.ExitCode(code), 1)
+
+
+def _rows_file(out: Path, device: str) -> Path:
+    if out.suffix == ".jsonl":
+        return out
+    import torch
+
+    from .rows import slug
+
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    return out / f"{slug(torch.device('cuda' if on_gpu else 'cpu'))}.jsonl"
+
+
+def report(results: Sequence[str], out: str | None) -> None:
+    """Write results.md, its pictures and report.html into the folder `out`, from files or folders of rows.
+
+    The tables are printed too.
+    """
+    from .reader import read
+    from .report import markdown, write
+
+    folder = Path(out) if out else DEFAULT_REPORT
+    found = read(map(Path, results or [default_results()]))
+    page = write(found, folder)
+    print(markdown(found, pictures=None), end="")
+    print(f"written: {folder / 'results.md'}, {page}", file=sys.stderr)
+
+
+def default_results() -> str:
+    """Where the suite puts its rows when it is not told otherwise."""
+    import torch
+
+    from .rows import default_path
+
+    return str(default_path(torch.device("cpu")).parent)

@@ -1,0 +1,143 @@
+"""The figures that documents quote, read from the files of rows: nothing is copied by hand.
+
+    python -m fastgpt.benchmarks.quotes README.md      rewrite what stands between the marks (make results)
+
+In a document,
+
+    <!-- results: train_step amd-epyc-2-cores -->
+    ...
+    <!-- end of results -->
+
+names one of QUOTES and a file of benchmarks/results. A test compares what stands between with what this would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgpt.report import cell, markdown_table
+
+from . import cells
+from .reader import OURS, Results, ResultsError, Row, by_case, case_of, device_of, read
+
+
+def train_step(results: Results) -> str:
+    """Milliseconds of a step, and how many times FastGPT's each peer takes."""
+    rows = _rows_of("train_step", results)
+    peers = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != OURS))
+    body = []
+    for (_, shape, _, _), found in by_case(rows).items():
+        if OURS in found:
+            ours = f"{cell(cells.short(found[OURS]['median_ms']))} ms"
+            body.append([shape, ours, *(_times(found.get(peer)) for peer in peers)])
+    table = cells.aligned(markdown_table(["one training step", OURS, *peers], body))
+    return f"{table}\n\n{_origin(rows)}"
+
+
+def _times(row: Row | None) -> str | None:
+    """A peer's ratio, and whether it is one at all."""
+    if row is None or row["ratio"] is None:
+        return None
+    return cells.times(row["ratio"]) + (" (noise)" if row["verdict"] == "noise" else "")
+
+
+def time_to_loss(results: Results) -> str:
+    """How long a preset trains until it reaches a loss, and how many times that its peers take."""
+    rows = _rows_of("time_to_loss", results)
+    ours = next(row for row in rows if row["implementation"] == OURS)
+    peers = [
+        f"{row['implementation']} on the same batches takes {cells.ratio(row)} as long"
+        for row in rows
+        if row["implementation"] != OURS and row["ratio"] and case_of(row) == case_of(ours)
+    ]
+    told = f"`{ours['shape']}`: {_seconds(ours)} of training, {_extra(ours, 'steps')} steps"
+    return _sentence("; ".join([told, *peers]), rows)
+
+
+def recipe(results: Results) -> str:
+    """The loss that a preset ends at, and how long it trained."""
+    rows = _rows_of("recipe", results)
+    ours = rows[0]
+    command = f"`fastgpt train --preset {ours['shape']} --data tinyshakespeare`"
+    trained = f"after {_extra(ours, 'steps')} steps and {_seconds(ours)} of training"
+    loss = f"a validation loss of {_extra(ours, 'val_loss'):.3f} nats per character"
+    return _sentence(f"{command} ends, {trained}, at {loss}", rows)
+
+
+def _sentence(text: str, rows: Sequence[Row]) -> str:
+    full = f"{text} ({_origin(rows).rstrip('.')})."
+    return textwrap.fill(full, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _seconds(row: Row) -> str:
+    return f"{cell(cells.short(row['median_ms'] / 1e3))} seconds"
+
+
+def _extra(row: Row, key: str) -> Any:
+    if row["extra"].get(key) is None:
+        raise ResultsError(f'the row of {row["op"]!r} has no {key!r} in "extra"')
+    return row["extra"][key]
+
+
+def _rows_of(op: str, results: Results) -> list[Row]:
+    rows = [row for row in results.rows if row["op"] == op]
+    if not any(row["implementation"] == OURS for row in rows):
+        raise ResultsError(f"these results have no row of FastGPT's for {op!r}")
+    return rows
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    """Device, versions, day and commit of the rows that a document quotes."""
+    row = rows[0]
+    parts = [device_of(row), row["dtype"]]
+    parts += [f"{key} {row[key]}" for key in ("torch", "triton", "cuda") if row[key]]
+    parts += [row["date"]] if row["date"] else []
+    parts += [f"commit {cells.commit(row['commit'])}"] if row["commit"] else []
+    return ", ".join(parts) + "."
+
+
+QUOTES: dict[str, Callable[[Results], str]] = {
+    "train_step": train_step,
+    "time_to_loss": time_to_loss,
+    "recipe": recipe,
+}
+_QUOTED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+
+
+def with_quotes(text: str, results: Path) -> str:
+    """The document with every quoted figure as the files in `results` have it now."""
+
+    def renewed(match: re.Match[str]) -> str:
+        start, name, file, _, end = match.groups()
+        if name not in QUOTES:
+            raise ResultsError(f"results: {name}: expected one of {', '.join(QUOTES)}")
+        return start + QUOTES[name](read([results / f"{file}.jsonl"])) + "\n" + end
+
+    return _QUOTED.sub(renewed, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="quotes", description="Rewrite the figures that documents quote from results."
+    )
+    parser.add_argument("documents", type=Path, nargs="+", metavar="DOCUMENT.md")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="a folder of rows")
+    options = parser.parse_args(argv)
+    try:
+        for document in options.documents:
+            text = with_quotes(document.read_text(encoding="utf-8"), options.results)
+            document.write_text(text, encoding="utf-8")
+    except (ResultsError, OSError) as error:
+        print(f"quotes: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""`fastgpt bench` as it is typed; what the suite measures and how is tested with the suite."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fastgpt.benchmarks import command
+from fastgpt.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows_file(path: Path) -> Path:
+    work = {"op": "embedding", "shape": "B1", "dtype": "float32", "direction": "forward", "device": "A CPU"}
+    lines = [{"kind": "row", "implementation": "fastgpt", "median_ms": 1.0, **work}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def collected(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """What would be measured."""
+    env = {**os.environ, "PYTEST_ADDOPTS": "--collect-only"}
+    run = [sys.executable, "-m", "fastgpt", "bench", *arguments]
+    return subprocess.run(run, cwd=cwd, capture_output=True, text=True, env=env)
+
+
+def test_the_suite_runs_from_any_folder(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")  # of somebody else's project
+    done = collected("--only", "embedding", "--quick", "--device", "cpu", "--out", "rows", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert found and all(line.startswith("bench_embedding.py::bench_embedding[") for line in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pytest.ini"], "nothing is left behind"
+
+
+def test_it_says_what_is_missing(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "pytest_benchmark" else find(name))
+    assert main(["bench", "--quick"]) == 1
+    said = capsys.readouterr().err
+    assert said == "fastgpt bench: pytest-benchmark is not installed: pip install 'fastgpt-kernels[bench]'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "fly"], "--only: no benchmark 'fly'; there are attention, cross_entropy"),
+        (["--device", "tpu"], "--device: expected auto, cpu or cuda, got 'tpu'"),
+        (["--results", "rows.jsonl"], "--results: is what --report reads"),
+        (["--report", "--quick"], "--quick: is for measuring"),
+        (["--config", "bench.toml"], "only: expected a list of texts"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bench.toml").write_text("only = [1]\n")
+    assert main(["bench", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_settings_come_from_a_file_too(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(command, "measure", lambda *arguments: asked.update(all=arguments) or 0)
+    (tmp_path / "bench.toml").write_text('only = ["embedding", "attention"]\ndevice = "cpu"\nquick = true\n')
+    assert main(["bench", "--config", str(tmp_path / "bench.toml"), "--nanogpt", "there", "--out", "x"]) == 0
+    paths = {"nanogpt": "there", "lecture": None, "data": None}
+    assert asked["all"] == (("embedding", "attention"), "cpu", "x", True, paths)
+
+
+def test_report_reads_files_and_folders(tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    paths = [str(rows_file(tmp_path / "a.jsonl")), str(rows_file(tmp_path / "more" / "b.jsonl").parent)]
+    assert main(["bench", "--report", "--results", *paths, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert "### embedding" in printed.out and "results.md" in printed.err
+    assert (tmp_path / "out" / "results.md").exists() and (tmp_path / "out" / "results" / "report.html").exists()
+
+
+def test_report_names_the_line_that_is_wrong(tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    assert main(["bench", "--report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "bad.jsonl, line 1: expected an object" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_is_the_train_command_and_its_last_metrics(tmp_path, monkeypatch):
+    """`fastgpt train` itself is replaced, since the recipe takes minutes."""
+    import torch
+
+    from fastgpt.benchmarks import bench_recipe, reader
+    from fastgpt.benchmarks.measure import Ceilings
+    from fastgpt.benchmarks.suite import Setting, Suite
+
+    asked = []
+
+    def train(words: list[str], **_) -> None:
+        asked.append(words[3:])
+        metrics = [{"step": 250, "split": "val", "loss": 2.1, "elapsed_s": 10.0}, {"split": "train", "elapsed_s": 85.0}]
+        metrics.append({"step": 2000, "split": "val", "loss": 1.87649, "elapsed_s": 86.2})
+        out = Path(words[words.index("--out") + 1])
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+
+    monkeypatch.setattr(bench_recipe, "subprocess", SimpleNamespace(run=train))
+    setting = Setting(torch.device("cpu"), data="texts/tinyshakespeare.txt")
+    suite = Suite(setting, tmp_path / "rows.jsonl")
+    suite.ceilings = Ceilings(1e10, 1e11, "float32")
+    bench_recipe.bench_recipe(suite.measure, setting)
+    (row,) = reader.read([tmp_path / "rows.jsonl"]).rows
+    assert (row["op"], row["shape"], row["rounds"]) == ("recipe", "shakespeare-char-cpu", 1)
+    assert row["median_ms"] == 86200.0 and row["extra"] == {"val_loss": 1.8765, "steps": 2000}
+    assert row["parity_error_ratio"] <= 2.0
+    assert len(asked) == 1 and asked[0][:5] == [
+        "train", "--preset", "shakespeare-char-cpu", "--data", "texts/tinyshakespeare.txt",
+    ]  # fmt: skip
+    for other in (Setting(torch.device("cpu"), data="shakespeare"), Setting(torch.device("cpu"), quick=True)):
+        with pytest.raises(pytest.skip.Exception, match="it takes minutes"):
+            bench_recipe.bench_recipe(suite.measure, other)
