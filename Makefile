@@ -59,7 +59,7 @@ compare:
 # docs/results.md, its pictures, and the figures that the README quotes, from benchmarks/results.
 results: install
 	$(BIN)/fastgpt bench --report --results benchmarks/results --out docs > /dev/null
-	$(BIN)/python -m fastgpt.benchmarks.quotes README.md
+	$(BIN)/python -m fastgpt.benchmarks.quotes README.md docs/kernels-native.md
 
 # The CPU row kernels of every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:

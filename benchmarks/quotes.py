@@ -70,6 +70,22 @@ def recipe(results: Results) -> str:
     return _sentence(f"{command} ends, {trained}, at {loss}", rows)
 
 
+def native_ops(results: Results) -> str:
+    """The compiled kernels against PyTorch's own ops, forward and backward: times, ratio, memory at the peak."""
+    body = []
+    for op in ("cross_entropy", "linear_cross_entropy", "embedding"):
+        for (_, shape, _, direction), found in by_case(_rows_of(op, results)).items():
+            if direction != "forward+backward" or not {OURS, "torch"} <= found.keys():
+                continue
+            ours, torch = found[OURS], found["torch"]
+            shares = [f"{row['peak_bytes'] / 1e6:.1f} MB" if row["peak_bytes"] else None for row in (ours, torch)]
+            body.append(
+                [f"{op} {shape}", cells.milliseconds(ours), cells.milliseconds(torch), cells.ratio(torch), *shares]
+            )
+    headers = ["forward + backward", "native, ms", "torch, ms", "ratio", "memory at the peak", "torch's"]
+    return f"{cells.aligned(markdown_table(headers, body))}\n\n{_origin(_rows_of('cross_entropy', results))}"
+
+
 def _sentence(text: str, rows: Sequence[Row]) -> str:
     full = f"{text} ({_origin(rows).rstrip('.')})."
     return textwrap.fill(full, 120, break_long_words=False, break_on_hyphens=False)
@@ -106,6 +122,7 @@ QUOTES: dict[str, Callable[[Results], str]] = {
     "train_step": train_step,
     "time_to_loss": time_to_loss,
     "recipe": recipe,
+    "native_ops": native_ops,
 }
 _QUOTED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 

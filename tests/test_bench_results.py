@@ -340,6 +340,8 @@ def test_what_documents_quote(tmp_path):
     trained = {"op": "time_to_loss", "shape": "small to 2.4 nats", "direction": "train", "extra": {"steps": 450}}
     whole = {"op": "recipe", "shape": "small", "direction": "train", "extra": {"steps": 2000, "val_loss": 1.87512}}
     step = {"op": "train_step", "direction": "step"}
+    ops = ("cross_entropy", "linear_cross_entropy", "embedding")
+    kernels = [{"op": op, "shape": "9 x 5", "direction": "forward+backward"} for op in ops]
     write(
         tmp_path / "cpu.jsonl",
         row(median_ms=16_420.0, date="2026-01-02", commit="0123456789abcdef+", **trained),
@@ -349,6 +351,8 @@ def test_what_documents_quote(tmp_path):
         row("nanoGPT", 36.0, 0.99, verdict="noise", **step),
         row("lecture", 40.0, 1.1, verdict="faster", shape="another", **step),
         row(median_ms=36.3, shape="another", **step),
+        *(row(peak_bytes=2e6, **kernel) for kernel in kernels),
+        *(row("torch", 5.0, 2.5, peak_bytes=5.5e6, **kernel) for kernel in kernels),
     )
     text = "".join(f"<!-- results: {name} cpu -->\nold\n<!-- end of results -->\n" for name in quotes.QUOTES)
     lines = quotes.with_quotes(text, tmp_path).replace("\n", " ")
@@ -360,6 +364,7 @@ def test_what_documents_quote(tmp_path):
         "validation loss of 1.875 nats per character (A CPU,",
         "| B4 T64            | 36.3 ms | 0.99x (noise) | –       |",
         "| another           | 36.3 ms | –             | 1.10x   |",
+        "2.50x (2.42 – 2.58) | 2.0 MB             | 5.5 MB  |",
     ):
         assert said in lines
     assert "old" not in lines

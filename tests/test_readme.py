@@ -131,6 +131,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 def test_what_is_quoted_is_what_was_measured():
     assert len(re.findall(QUOTED, README, flags=re.DOTALL)) == README.count("<!-- results: ") > 0
     assert quotes.with_quotes(README, RESULTS) == README, "make results"
+    kernels = (ROOT / "docs" / "kernels-native.md").read_text(encoding="utf-8")
+    assert "<!-- results: " in kernels and quotes.with_quotes(kernels, RESULTS) == kernels, "make results"
     for block in re.findall(QUOTED, README, flags=re.DOTALL):
         assert re.search(FIGURE, block) and re.search(r"torch \d", block) and "commit " in block
 
