@@ -378,7 +378,9 @@ def findings(results: dict[str, Any]) -> list[str]:
     )
     cost = losses["+ dropout"] - pre
     if cost > 0:
-        said.append(f"Dropout costs {cost:.3f}: so small a model, this early, has learned nothing by heart.")
+        said.append(
+            f"Dropout costs {cost:.3f} at this budget, where the text is not seen often enough to be memorised."
+        )
     else:
         said.append(f"Dropout gains {-cost:.3f}, even at this budget.")
     return said

@@ -104,10 +104,10 @@ class Block(nn.Module):
         self.feed_forward = cfg.feed_forward
         if cfg.norm != "none":
             self.ln_1 = Norm(cfg.n_embd, cfg.bias)
+            if cfg.feed_forward:
+                self.ln_2 = Norm(cfg.n_embd, cfg.bias)
         self.attn = CausalSelfAttention(cfg, layer)
         if cfg.feed_forward:
-            if cfg.norm != "none":
-                self.ln_2 = Norm(cfg.n_embd, cfg.bias)
             self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
