@@ -18,9 +18,7 @@
 #include <optional>
 #include <tuple>
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its older name
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
+#include "stable.h"
 
 namespace fastgpt {
 

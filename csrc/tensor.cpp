@@ -8,6 +8,7 @@
 #endif
 
 #include "large_blocks.h"
+#include "stable.h"
 
 namespace fastgpt {
 
