@@ -59,8 +59,8 @@ class Settings(Common):
     contexts: str = "16,32,64,128,256,512,1024,2048"
     batches: str = "1,8"
     width: int = 128
-    seconds: float = 1.5
-    steps: int = 300
+    seconds: float = 1.0
+    steps: int = 200
 
 
 QUICK = {"contexts": "8,16", "batches": "1,2", "width": 16, "seconds": 0.05, "steps": 3}
