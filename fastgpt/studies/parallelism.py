@@ -59,8 +59,8 @@ class Settings(Common):
     contexts: str = "16,32,64,128,256,512,1024,2048"
     batches: str = "1,8"
     width: int = 128
-    seconds: float = 1.5
-    steps: int = 300
+    seconds: float = 1.0
+    steps: int = 200
 
 
 QUICK = {"contexts": "8,16", "batches": "1,2", "width": 16, "seconds": 0.05, "steps": 3}
@@ -213,6 +213,7 @@ def show(results: dict[str, Any], page: Any) -> None:
     for batch, direction in itertools.product(batches, DIRECTIONS):
         page.paragraph(_crossovers(rows, contexts, batch, direction))
     page.paragraph(_growth(rows, contexts, batches[-1]))
+    page.paragraph(_noise(rows))
     page.table(
         ["model", "tokens", "seconds", "validation loss", "tokens/s in training"],
         [
@@ -286,6 +287,16 @@ def _growth(rows: list[dict[str, Any]], contexts: list[int], batch: int) -> str:
     return f"Tokens per second, forward and backward, {batch} rows: {'; '.join(parts)}."
 
 
+def _noise(rows: list[dict[str, Any]]) -> str:
+    """How much the rounds of one time differ: what a small difference between two times has to be held against."""
+    spreads = sorted((row["p75"] - row["p25"]) / row["ms"] for row in rows)
+    return (
+        f"The middle half of a time's rounds spans {statistics.median(spreads):.0%} of its median, in the median of all "
+        f"{len(rows)} times, and {spreads[len(spreads) * 9 // 10]:.0%} or more in a tenth of them. Other work on the "
+        f"machine slows a row of the table as a whole: its models take turns."
+    )
+
+
 def _training(results: dict[str, Any]) -> str:
     curves = {kind: [row for row in _curve(results, kind) if row["loss"] is not None] for kind in KINDS}
     if not all(curves.values()):
@@ -341,9 +352,9 @@ def _draw_losses(results: dict[str, Any]) -> Any:
     for panel, key in zip(axes, ("tokens", "seconds"), strict=True):
         for kind in KINDS:
             curve = [row for row in _curve(results, kind) if row["loss"] is not None]
-            values = [[row[k] for row in curve] for k in (key, "loss")]
-            panel.plot(*values, "o-", ms=3, color=COLOURS[kind], label=NAMES[kind])
-        panel.set_xlabel("training tokens" if key == "tokens" else "seconds of training")
+            at = [row[key] / (1000 if key == "tokens" else 1) for row in curve]
+            panel.plot(at, [row["loss"] for row in curve], "o-", ms=3, color=COLOURS[kind], label=NAMES[kind])
+        panel.set_xlabel("thousands of training tokens" if key == "tokens" else "seconds of training")
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss")
     axes[0].legend()
