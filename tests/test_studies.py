@@ -216,6 +216,18 @@ def test_what_parallelism_says_follows_the_numbers(reports):
     assert "slower than the RNN up to about 12 tokens, faster from there" in text and "GPT at 16" in text
 
 
+def test_a_model_is_shown_at_its_best_rate(reports):
+    found = results(reports, "parallelism")
+    for row in found["losses"]:
+        row["loss"] = 1.0 if row["lr"] == {"gpt": 1e-3}.get(row["model"], 3e-3) else None
+    assert {row["lr"] for row in parallelism._curve(found, "gpt")} == {1e-3}
+    assert {row["lr"] for row in parallelism._curve(found, "lstm")} == {3e-3}
+    for row in found["losses"]:
+        row["loss"] = None
+    assert "without a finite loss" in parallelism._training(found)
+    Page(found)
+
+
 # ---- attention ----
 
 

@@ -54,6 +54,7 @@ class Settings(Common):
         width: of the GPT, which has 4 layers; the recurrent networks get the width that gives as many parameters.
         seconds: to spend at most on each combination of context, batch and direction, after three rounds.
         steps: training steps of each model for the loss.
+        rates: learning rates for that, with commas between them; each model is shown at its best.
     """
 
     contexts: str = "16,32,64,128,256,512,1024,2048"
@@ -61,9 +62,10 @@ class Settings(Common):
     width: int = 128
     seconds: float = 1.0
     steps: int = 200
+    rates: str = "1e-3,3e-3,1e-2"
 
 
-QUICK = {"contexts": "8,16", "batches": "1,2", "width": 16, "seconds": 0.05, "steps": 3}
+QUICK = {"contexts": "8,16", "batches": "1,2", "width": 16, "seconds": 0.05, "steps": 3, "rates": "1e-3,3e-3"}
 KINDS = ("gpt", "rnn", "gru", "lstm")
 NAMES = {"gpt": "GPT", "rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 DIRECTIONS = ("forward", "forward and backward")
@@ -75,6 +77,7 @@ ROUNDS = 3
 def measure(settings: Settings) -> dict[str, Any]:
     contexts = sorted(numbers("contexts", settings.contexts, int))
     batches = sorted(numbers("batches", settings.batches, int))
+    rates = sorted(numbers("rates", settings.rates, float))
     at_least("width", settings.width, 16)
     at_least("steps", settings.steps, 2)
     at_least("seconds", settings.seconds, 0)
@@ -100,7 +103,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "widths": {kind: model.cfg.n_embd for kind, model in models.items()},
         "layers": cfg.n_layer,
         "rows": rows,
-        "losses": _losses(models, corpus, settings, device),
+        "losses": [row for rate in rates for row in _losses(cfg, rate, corpus, settings, device)],
     }
 
 
@@ -146,29 +149,40 @@ def _call(model: Any, x: Tensor, y: Tensor, direction: str) -> Callable[[], None
     return forward if direction == "forward" else both
 
 
-def _losses(models: dict[str, Any], corpus: Corpus, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
-    """Train all models on the same batches, a step of each in turn; the validation loss by tokens and seconds.
+def _losses(
+    gpt: GPTConfig, rate: float, corpus: Corpus, settings: Settings, device: torch.device
+) -> list[dict[str, Any]]:
+    """Train new models on the same batches, a step of each in turn; the validation loss by tokens and seconds.
 
     A model's seconds are those of its own steps, evaluation left out.
     """
     cfg = TrainConfig(
         batch_size=BATCH_SIZE,
         max_steps=settings.steps,
-        lr=1e-3,
+        lr=rate,
+        min_lr=rate / 10,
         warmup_steps=min(100, settings.steps // 10),
         seed=settings.seed,
     )
+    models = {kind: _build(kind, gpt, settings.seed).to(device) for kind in KINDS}
     runs = {kind: training(model, corpus, cfg) for kind, model in models.items()}
     seconds = dict.fromkeys(KINDS, 0.0)
     at = {max(1, round(settings.steps * part / 10)) for part in range(1, 11)}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step in range(1, settings.steps + 1):
         for kind in KINDS:
             seconds[kind] += synchronized_seconds(partial(next, runs[kind], None), device)
             if step in at:
                 loss = finite(validation_loss(models[kind], corpus))
-                row = {"model": kind, "step": step, "tokens": step * BATCH_SIZE * BLOCK_SIZE}
+                row: dict[str, Any] = {
+                    "model": kind,
+                    "lr": rate,
+                    "step": step,
+                    "tokens": step * BATCH_SIZE * BLOCK_SIZE,
+                }
                 rows.append(row | {"seconds": round(seconds[kind], 3), "loss": loss})
+    shown = ", ".join(f"{NAMES[row['model']]} {row['loss']}" for row in rows[-len(KINDS) :])
+    print(f"rate {rate:g}, loss after {settings.steps} steps: {shown}", flush=True)
     return rows
 
 
@@ -215,10 +229,10 @@ def show(results: dict[str, Any], page: Any) -> None:
     page.paragraph(_growth(rows, contexts, batches[-1]))
     page.paragraph(_noise(rows))
     page.table(
-        ["model", "tokens", "seconds", "validation loss", "tokens/s in training"],
+        ["model", "learning rate", "tokens", "seconds", "validation loss", "tokens/s in training"],
         [
-            [NAMES[r["model"]], r["tokens"], r["seconds"], r["loss"], r["tokens"] / r["seconds"]]
-            for r in (_curve(results, kind)[-1] for kind in KINDS)
+            [NAMES[r["model"]], f"{r['lr']:g}", r["tokens"], r["seconds"], r["loss"], r["tokens"] / r["seconds"]]
+            for r in (row for kind in KINDS for row in _curve(results, kind)[-1:])
         ],
     )
     page.picture("loss", "Validation loss against tokens and against seconds", lambda: _draw_losses(results))
@@ -231,7 +245,12 @@ def _find(rows: list[dict[str, Any]], kind: str, context: int, batch: int, direc
 
 
 def _curve(results: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    return [row for row in results["losses"] if row["model"] == kind]
+    """Loss by tokens and seconds at the rate with which the model ends lowest; empty where it never ends finite."""
+    rows = [row for row in results["losses"] if row["model"] == kind]
+    last = max(row["step"] for row in rows)
+    ends = {row["lr"]: row["loss"] for row in rows if row["step"] == last and row["loss"] is not None}
+    best = min(ends, key=lambda rate: ends[rate], default=None)
+    return [row for row in rows if row["lr"] == best and row["loss"] is not None]
 
 
 def crossings(contexts: list[int], ratios: list[float]) -> list[float]:
@@ -291,14 +310,14 @@ def _noise(rows: list[dict[str, Any]]) -> str:
     """How much the rounds of one time differ: what a small difference between two times has to be held against."""
     spreads = sorted((row["p75"] - row["p25"]) / row["ms"] for row in rows)
     return (
-        f"The middle half of a time's rounds spans {statistics.median(spreads):.0%} of its median, in the median of all "
-        f"{len(rows)} times, and {spreads[len(spreads) * 9 // 10]:.0%} or more in a tenth of them. Other work on the "
-        f"machine slows a row of the table as a whole: its models take turns."
+        f"The middle half of a time's rounds spans {statistics.median(spreads):.0%} of its median, in the median of "
+        f"all {len(rows)} times, and {spreads[len(spreads) * 9 // 10]:.0%} or more in a tenth of them. Other work on "
+        f"the machine slows a row of the table as a whole: its models take turns."
     )
 
 
 def _training(results: dict[str, Any]) -> str:
-    curves = {kind: [row for row in _curve(results, kind) if row["loss"] is not None] for kind in KINDS}
+    curves = {kind: _curve(results, kind) for kind in KINDS}
     if not all(curves.values()):
         return "A model ended without a finite loss, so losses are not compared."
     last = {kind: curve[-1] for kind, curve in curves.items()}
@@ -310,9 +329,10 @@ def _training(results: dict[str, Any]) -> str:
     seconds = ", ".join(f"{NAMES[kind]} {at_budget[kind]:.3f}" for kind in KINDS)
     return (
         f"Trained on the same {last['gpt']['tokens']:,} tokens ({BATCH_SIZE} blocks of {BLOCK_SIZE} characters of "
-        f"{results['data']['name']} a step, one seed, one learning rate for all), the losses are {tokens}: lowest the "
-        f"{NAMES[by_tokens]}'s. After the {budget:.1f} seconds that the quickest of them needed for that, they are "
-        f"{seconds}: lowest the {NAMES[by_seconds]}'s."
+        f"{results['data']['name']} a step, one seed, each model at the best of the rates "
+        f"{results['settings']['rates'].replace(',', ', ')}), the losses are {tokens}: lowest the {NAMES[by_tokens]}'s. "
+        f"After the {budget:.1f} seconds that the quickest of them needed for that, they are {seconds}: lowest the "
+        f"{NAMES[by_seconds]}'s."
     )
 
 
@@ -351,11 +371,11 @@ def _draw_losses(results: dict[str, Any]) -> Any:
     figure, axes = pyplot().subplots(1, 2, figsize=(8, 3.5), sharey=True, constrained_layout=True)
     for panel, key in zip(axes, ("tokens", "seconds"), strict=True):
         for kind in KINDS:
-            curve = [row for row in _curve(results, kind) if row["loss"] is not None]
+            curve = _curve(results, kind)
             at = [row[key] / (1000 if key == "tokens" else 1) for row in curve]
             panel.plot(at, [row["loss"] for row in curve], "o-", ms=3, color=COLOURS[kind], label=NAMES[kind])
         panel.set_xlabel("thousands of training tokens" if key == "tokens" else "seconds of training")
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss")
-    axes[0].legend()
+    axes[1].legend()
     return figure
