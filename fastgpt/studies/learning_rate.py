@@ -1,7 +1,7 @@
 """Learning rate: one model after another trained at rates from far too small to far too large, at several sizes.
 
 Everything else is that of `fastgpt train`: AdamW, a warm-up, a cosine down to a tenth of the rate, clipping at 1. A run
-is called diverged where its loss is not finite, or where it ends no better than knowing each token's frequency at a
+is called diverged where its loss is not finite, or where it ends hardly better than knowing each token's frequency at a
 higher rate than the best: whatever it does then, it does not train.
 """
 
@@ -106,7 +106,8 @@ def show(results: dict[str, Any], page: Any) -> None:
         f"Each size is trained at each rate for {settings['steps']} steps of {BATCH_SIZE} blocks of {BLOCK_SIZE} "
         f"characters of {results['data']['name']}; the validation loss at the end is the mean over "
         f"seeds ({settings['repeats']}). Knowing how often each character occurs gives "
-        f"{results['data']['frequency_loss']:.3f}."
+        f"{results['data']['frequency_loss']:.3f}; a rate above the best one with which any seed ends less than "
+        f"{LEARNED} below that, or not finite, is called diverged."
     )
     page.table(
         ["learning rate", *(f"{results['parameters'][str(w)]:,} parameters" for w in widths)],

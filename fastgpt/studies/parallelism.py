@@ -330,14 +330,14 @@ def _training(results: dict[str, Any]) -> str:
     seconds = ", ".join(f"{NAMES[kind]} {at_budget[kind]:.3f}" for kind in KINDS)
     frequencies = results["data"]["frequency_loss"]
     slow = [NAMES[kind] for kind in KINDS if last[kind]["loss"] > frequencies - LEARNED]
-    behind = f" No better by then than knowing each character's frequency ({frequencies:.3f}): {', '.join(slow)}."
-    behind = behind if slow else ""
+    behind = f" At the end less than {LEARNED} below knowing each character's frequency ({frequencies:.3f}): "
+    behind = f"{behind}{', '.join(slow)}." if slow else ""
     return (
         f"Trained on the same {last['gpt']['tokens']:,} tokens ({BATCH_SIZE} blocks of {BLOCK_SIZE} characters of "
         f"{results['data']['name']} a step, one seed, each model at the best of the rates "
         f"{results['settings']['rates'].replace(',', ', ')}), the losses are {tokens}: lowest the "
-        f"{NAMES[by_tokens]}'s. After the {budget:.1f} seconds that the quickest of them needed for that, they are {seconds}: lowest the "
-        f"{NAMES[by_seconds]}'s.{behind}"
+        f"{NAMES[by_tokens]}'s. After the {budget:.1f} seconds that the quickest of them needed for that, they are "
+        f"{seconds}: lowest the {NAMES[by_seconds]}'s.{behind}"
     )
 
 
