@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -353,7 +354,10 @@ def start(folder: Path, *options: str, setup: str = "") -> subprocess.CompletedP
     (folder / "bench_small.py").write_text(SMALL)
     command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(folder), "--device", "cpu"]
     command += ["--rows", str(folder / "rows.jsonl"), "--benchmark-max-time", "0.01", *options]
-    return subprocess.run([*command, str(folder / "bench_small.py")], capture_output=True, text=True, cwd=folder)
+    # Seen from the worker of pytest-xdist that runs this test, pytest-benchmark would measure nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command.append(str(folder / "bench_small.py"))
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
 def test_a_session_writes_rows_and_hands_its_times_to_pytest_benchmark(tmp_path):

@@ -44,7 +44,7 @@ def source(tmp_path: Path) -> Path:
     """A copy of what a source distribution holds, so that nothing is built in this tree."""
     copy = tmp_path / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_error.txt")
-    for folder in ("fastgpt", "triton_kernels", "csrc"):
+    for folder in ("fastgpt", "triton_kernels", "csrc", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / file).exists():
