@@ -15,6 +15,7 @@ namespace {
 
 constexpr int TILE_COLUMNS = 2 * LANES;
 constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;  // 2 * TILE_ROWS sums and 3 more fill the registers
+constexpr int64_t CHAIN = 128;             // products added one after the other: a longer chain rounds worse than MKL
 constexpr int64_t DEPTH = 512;             // of a panel: of A's, 24 KB stay in the first-level cache
 constexpr int64_t RESIDENT = 288 * DEPTH;  // values of the smaller operand that stay in the second-level cache, 576 KB
 constexpr int64_t STREAMED = 128 * DEPTH;  // values of the larger one that pass by it, 256 KB
@@ -87,12 +88,17 @@ inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_
   for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       float* to = c + i * c_stride + j;
+      const auto multiply = [&](float* tile, int64_t stride, bool adds) {
+        for (int64_t p = 0; p < depth; p += CHAIN)
+          multiply_tile(a + i * depth + p * TILE_ROWS, b + j * depth + p * TILE_COLUMNS, smaller(CHAIN, depth - p), tile,
+                        stride, adds || p > 0);
+      };
       if (i + TILE_ROWS <= rows && j + TILE_COLUMNS <= columns) {
-        multiply_tile(a + i * depth, b + j * depth, depth, to, c_stride, accumulate);
+        multiply(to, c_stride, accumulate);
         continue;
       }
       float edge[TILE_ROWS * TILE_COLUMNS];
-      multiply_tile(a + i * depth, b + j * depth, depth, edge, TILE_COLUMNS, false);
+      multiply(edge, TILE_COLUMNS, false);
       for (int64_t r = 0; r < smaller(TILE_ROWS, rows - i); ++r)
         for (int64_t s = 0; s < smaller(TILE_COLUMNS, columns - j); ++s) {
           const float value = edge[r * TILE_COLUMNS + s];

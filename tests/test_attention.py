@@ -129,6 +129,20 @@ def test_deterministic_and_leaves_its_inputs_alone(options: dict) -> None:
     assert all(torch.equal(x, copy) for x, copy in zip((q, k, v), copies, strict=True))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.7])
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 3), (3, 5)], ids=str)
+def test_any_finite_scale(scale: float, sizes: tuple[int, int]) -> None:
+    """PyTorch's CPU kernel multiplies its mask's -inf by the scale, and gives NaN where that is not positive."""
+    Tq, Tk = sizes
+    leaves = qkv(H=2, Tq=Tq, Tk=Tk, D=8)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    out, expected = ops.attention(*leaves, scale=scale), reference.attention(*exact, scale=scale)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(out.square().sum(), leaves)
+    for found, wanted in zip(gradients, torch.autograd.grad(expected.square().sum(), exact), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=str)
 def test_large_scores_do_not_overflow_half_precision(options: dict) -> None:
     x = heads(1, 1, 4, 64, dtype=torch.float16) * 100  # q k^T is past 65504, q k^T * scale is not
@@ -215,6 +229,8 @@ X = torch.randn(1, 2, 3, 8)
         ({"k": X[:, :0], "v": X[:, :0]}, ValueError, "k: its 0 heads"),
         ({"q": X[..., :0], "k": X[..., :0], "v": X[..., :0]}, ValueError, "q: head size 0"),
         (dict.fromkeys("qkv", torch.zeros(1, 1, 2, 257)), ValueError, "q: head size 257"),
+        ({"is_causal": "no"}, TypeError, "is_causal: expected True or False"),
+        ({"is_causal": None}, TypeError, "is_causal: expected True or False"),
         ({"scale": math.nan}, ValueError, "scale: "),
         ({"scale": "1"}, TypeError, "scale: expected a number"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: "),

@@ -193,8 +193,24 @@ def test_derivatives_that_are_not_there_raise(reduction: str) -> None:
         grad.sum().backward()
     with pytest.raises(NotImplementedError, match="linear_cross_entropy: forward-mode"):
         torch.func.jvp(loss, (x.detach(),), (torch.ones(5, 4),))
-    with pytest.raises(RuntimeError, match="functorch"):
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy: no derivative inside"):
         torch.func.grad(loss)(x.detach())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(loss)(x.detach()[None].expand(2, 5, 4)), loss(x.detach()).expand(2))
+
+
+def test_a_batch_of_gradients_at_once() -> None:
+    """What `jacobian(vectorize=True)` asks for: the incoming gradient is a batch, not a number."""
+    logits, x, weight, targets = normal(4, 5), normal(4, 3), normal(5, 3, seed=1), classes(5, 4)
+    for op, fused in ((ops.cross_entropy, False), (ops.linear_cross_entropy, True)):
+
+        def twice(leaf: torch.Tensor, op=op, fused=fused) -> torch.Tensor:
+            loss = op(leaf, weight, targets) if fused else op(leaf, targets)
+            return torch.stack([loss, 2 * loss])
+
+        leaf = (x if fused else logits).detach()
+        found = torch.autograd.functional.jacobian(twice, leaf, vectorize=True)
+        torch.testing.assert_close(found, torch.autograd.functional.jacobian(twice, leaf))
 
 
 def test_cross_entropy_has_every_derivative() -> None:
@@ -359,6 +375,7 @@ def test_targets_out_of_range_in_more_dimensions() -> None:
         ({"label_smoothing": "a"}, TypeError, "label_smoothing: expected a number"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
         ({"ignore_index": None}, TypeError, "ignore_index: expected an int"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index: expected a 64-bit integer"),
         ({"backend": "c++"}, ValueError, "backend: unknown backend"),
     ],
 )
@@ -374,6 +391,7 @@ def test_bad_arguments_of_both(change: dict, error: type[Exception], message: st
     [
         ({"logits": LOGITS.long()}, TypeError, "logits: expected float16"),
         ({"logits": torch.tensor(1.0)}, ValueError, "logits: expected"),
+        ({"logits": LOGITS.to_sparse()}, TypeError, "logits: expected a dense tensor"),
         ({"logits": LOGITS[:, :0]}, ValueError, "logits: expected at least one class"),
         ({"weight": torch.ones(5)}, ValueError, r"weight: expected shape \(6,\), one factor per class"),
         ({"weight": torch.ones(6).half()}, TypeError, "weight: has dtype torch.float16"),
@@ -391,6 +409,7 @@ def test_bad_arguments_of_cross_entropy(change: dict, error: type[Exception], me
         ({"x": X.int()}, TypeError, "x: expected float16"),
         ({"x": torch.tensor(1.0)}, ValueError, r"x: expected shape \(..., C\)"),
         ({"weight": W[0]}, ValueError, "weight: expected 2 dimensions"),
+        ({"weight": W.to_sparse()}, TypeError, "weight: expected a dense tensor"),
         ({"weight": W[:, :2]}, ValueError, r"weight: expected shape \(V, 3\)"),
         ({"weight": W[:0]}, ValueError, "weight: expected at least one class"),
         ({"weight": W.double()}, TypeError, "weight: has dtype torch.float64"),

@@ -14,6 +14,8 @@ def check_float(name: str, tensor: Tensor, ndim: int | None = None) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
     if ndim is not None and tensor.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(tensor.shape)}")
 
@@ -34,6 +36,11 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dty
         raise ValueError(f"{name}: on {tensor.device}, but {other_name} is on {other.device}")
     if dtype and tensor.dtype != other.dtype:
         raise TypeError(f"{name}: has dtype {tensor.dtype}, but {other_name} has {other.dtype}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_number(name: str, value: float) -> None:
@@ -63,6 +70,8 @@ def check_reduction(reduction: str) -> None:
 def check_ignore_index(ignore_index: int) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:

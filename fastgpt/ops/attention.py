@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
+from .arguments import autocast_dtype, check_bool, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
@@ -63,6 +63,7 @@ def attention(
         raise ValueError(f"k: its {Hkv} heads do not divide the {H} heads of q")
     if not 0 < D <= MAX_HEAD_SIZE:
         raise ValueError(f"q: head size {D} is outside 1..{MAX_HEAD_SIZE}")
+    check_bool("is_causal", is_causal)
     if scale is not None:
         check_number("scale", scale)
         if not math.isfinite(scale):
@@ -95,6 +96,8 @@ def _torch(
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
         with torch.autocast(q.device.type, enabled=False):  # it would take the float32 products back to half
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
+    if scale is not None and scale <= 0.0:  # PyTorch's CPU kernel multiplies its mask's -inf by it
+        q, scale = (q * 0.0, 1.0) if scale == 0.0 else (-q, -scale)
     mask = None
     if is_causal and Tq != Tk and Tq > 1:
         mask = causal_mask(Tq, Tk, q.device)

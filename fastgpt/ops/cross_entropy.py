@@ -225,7 +225,10 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient * scale, in place where that can be done behind autograd's back."""
     if type(scale) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(scale):  # being traced
         return torch.where(gradient == 0, gradient, gradient * scale)
-    factor = float(scale) if scale.is_cpu else math.nan
+    try:
+        factor = float(scale) if scale.is_cpu else math.nan
+    except RuntimeError:  # a batch of gradients at once (is_grads_batched), which has no one value
+        return torch.where(gradient == 0, gradient, gradient * scale)
     if math.isfinite(factor):
         return gradient if factor == 1.0 else gradient.mul_(factor)
     in_kernel = gradient.dtype != torch.float64 and scale.dtype == torch.float32
@@ -607,6 +610,11 @@ def _linear(
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
+    if wants_grad and inside_transform():
+        raise NotImplementedError(
+            "linear_cross_entropy: no derivative inside torch.func transforms (grad, vmap, ...); take "
+            "cross_entropy(linear(x, weight), targets) there, or torch.autograd.grad outside"
+        )
     with_grad = wants_grad and reduction != "none"
     return run(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad)[0]
 
