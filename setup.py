@@ -42,6 +42,7 @@ CPU_SOURCES = [
     "bindings",
     "cross_entropy",
     "embedding",
+    "linear",
     "matmul",
     "tensor",
     "large_blocks",

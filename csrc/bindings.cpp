@@ -5,6 +5,7 @@
 
 #include "cross_entropy.h"
 #include "embedding.h"
+#include "linear.h"
 #include "matmul.h"
 
 namespace fastgpt {
@@ -26,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("cross_entropy_native_backward", TORCH_BOX(&fastgpt::cross_entropy_backward));
   m.impl("large_buffer", TORCH_BOX(&fastgpt::large_buffer));
   m.impl("cross_entropy_chunk_", TORCH_BOX(&fastgpt::cross_entropy_chunk));
+  m.impl("linear_native", TORCH_BOX(&fastgpt::linear));
   m.impl("matmul_", TORCH_BOX(&fastgpt::matmul));
 }
 

@@ -69,12 +69,23 @@ struct Matmul {
   bool accumulate;
 };
 
+// out[r][n] = x[r] . weight[n] + bias[n], for few rows r
+struct LinearRows {
+  const float* x;      // (rows, depth)
+  const void* weight;  // (columns, depth), rows weight_stride values apart
+  const void* bias;    // (columns), or null
+  void* out;           // (rows, columns)
+  int64_t rows, depth, columns, weight_stride;
+};
+
 struct Kernels {
   const char* name;
   void (*cross_entropy[STORAGES])(const CrossEntropyRows&, int64_t begin, int64_t end);
   void (*gather[STORAGES])(const GatherRows&, int64_t begin, int64_t end);
   void (*sum_rows[STORAGES])(const SumRows&);
   void (*accumulate_rows[STORAGES])(const AccumulateRows&);
+  void (*linear[STORAGES])(const LinearRows&, int64_t begin, int64_t end);
+  void (*widen[STORAGES])(const void* from, float* to, int64_t count);
   int64_t (*matmul_workspace)(const Matmul&);  // in values
   void (*matmul)(const Matmul&, float* workspace);
 };

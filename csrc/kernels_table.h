@@ -5,6 +5,7 @@
 
 #include "cross_entropy_rows.h"
 #include "embedding_rows.h"
+#include "linear_rows.h"
 #include "matmul_tiles.h"
 
 namespace fastgpt {
@@ -17,6 +18,8 @@ constexpr Kernels table(const char* name) {
       {gather_rows<float>, gather_rows<BFloat16>, gather_rows<Float16>},
       {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Float16>},
       {accumulate_rows<float>, accumulate_rows<BFloat16>, accumulate_rows<Float16>},
+      {linear_rows<float>, linear_rows<BFloat16>, linear_rows<Float16>},
+      {widen<float>, widen<BFloat16>, widen<Float16>},
       matmul_workspace,
       matmul,
   };

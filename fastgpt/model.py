@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import ops
 from .config import GPTConfig
 from .ops.dropout import dropout
+from .ops.linear import linear
 
 
 class KVCache:
@@ -42,6 +43,13 @@ class KVCache:
         self.length += n_tokens
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, whose few rows of a step of generation take a kernel of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Norm(nn.Module):
     """Layer norm with an optional bias."""
 
@@ -62,8 +70,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, cfg: GPTConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.is_causal, self.dropout, self.layer = cfg.n_head, cfg.is_causal, cfg.dropout, layer
-        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
-        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
+        self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -79,8 +87,8 @@ class MLP(nn.Module):
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
         self.activation = cfg.activation
-        self.up = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
-        self.down = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.up = Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.down = Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -228,7 +236,7 @@ class GPT(LanguageModel):
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.ln_f = Norm(cfg.n_embd, cfg.bias) if cfg.norm == "pre" else None
-        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
         self._initialise()

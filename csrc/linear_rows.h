@@ -1,0 +1,67 @@
+// Few rows times a matrix, W read once and in order: what it takes is the time in which the memory gives W.
+//
+// Matrix libraries are made for many rows; for one, MKL on AMD's processors reads W at a third of the memory's speed.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr int64_t AHEAD = 2048;          // bytes of W fetched ahead: the hardware's prefetcher stops at the ends of pages
+constexpr int64_t ROWS_OF_WEIGHT = 16;   // that wait in the nearer caches until every row of x has seen them
+
+// out[r][n] = x[r] . w[n] + b[n], for ROWS rows of x from `first` and n in [begin, end). CHAINS sums side by side hide
+// the latency of an addition.
+template <class T, int ROWS, int CHAINS>
+void dot_products(const LinearRows& a, int64_t first, int64_t begin, int64_t end) {
+  const int64_t K = a.depth, whole = K / LANES * LANES;
+  const float* x = a.x + first * K;
+  for (int64_t n = begin; n < end; ++n) {
+    const T* w = static_cast<const T*>(a.weight) + n * a.weight_stride;
+    Vec sum[ROWS][CHAINS] = {};
+    int64_t k = 0;
+    for (; k + CHAINS * LANES <= whole; k += CHAINS * LANES)
+      for (int c = 0; c < CHAINS; ++c) {
+        const Vec value = load(w + k + c * LANES);
+        __builtin_prefetch(reinterpret_cast<const char*>(w + k + c * LANES) + AHEAD);
+        for (int r = 0; r < ROWS; ++r) sum[r][c] += value * load(x + r * K + k + c * LANES);
+      }
+    for (; k < whole; k += LANES)
+      for (int r = 0; r < ROWS; ++r) sum[r][0] += load(w + k) * load(x + r * K + k);
+    if (whole < K) {
+      const Vec value = load_tail(w, K, 0.0f);
+      for (int r = 0; r < ROWS; ++r) sum[r][0] += value * load_tail(x + r * K, K, 0.0f);
+    }
+    const float bias = a.bias ? to_float(static_cast<const T*>(a.bias)[n]) : 0.0f;
+    for (int r = 0; r < ROWS; ++r) {
+      Vec total = sum[r][0];
+      for (int c = 1; c < CHAINS; ++c) total += sum[r][c];
+      from_float(sum_lanes(total) + bias, static_cast<T*>(a.out)[(first + r) * a.columns + n]);
+    }
+  }
+}
+
+template <class T>
+void linear_rows(const LinearRows& a, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; n += ROWS_OF_WEIGHT) {
+    const int64_t last = n + ROWS_OF_WEIGHT < end ? n + ROWS_OF_WEIGHT : end;
+    int64_t row = 0;
+    for (; row + 4 <= a.rows; row += 4) dot_products<T, 4, 2>(a, row, n, last);
+    if (a.rows - row == 3) dot_products<T, 3, 2>(a, row, n, last);
+    if (a.rows - row == 2) dot_products<T, 2, 2>(a, row, n, last);
+    if (a.rows - row == 1) dot_products<T, 1, 4>(a, row, n, last);
+  }
+}
+
+template <class T>
+void widen(const void* from, float* to, int64_t count) {
+  const T* values = static_cast<const T*>(from);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(values + i));
+  for (; i < count; ++i) to[i] = to_float(values[i]);
+}
+
+}  // namespace
+}  // namespace fastgpt
