@@ -129,6 +129,28 @@ static void all() {
   }
 }
 
+template <class T>
+static void linear(int64_t rows, int64_t columns, int64_t depth, bool with_bias) {
+  Buffer<T> given(rows * depth, 1), weight(columns * depth, 0), bias(columns, 0), out(rows * columns, 3);
+  Buffer<float> x(rows * depth, 1);
+  kernels().widen[storage<T>()](given.data, x.data, rows * depth);
+  LinearRows a{};
+  a.x = x.data, a.weight = weight.data, a.out = out.data;
+  a.bias = with_bias ? bias.data : nullptr;
+  a.rows = rows, a.depth = depth, a.columns = columns, a.weight_stride = depth;
+  kernels().linear[storage<T>()](a, 0, columns);
+  for (int64_t r : {int64_t{0}, rows - 1})
+    for (int64_t n : {int64_t{0}, columns - 1}) {
+      double expected = with_bias ? double{to_float(bias.data[n])} : 0.0, size = 1.0;
+      for (int64_t k = 0; k < depth; ++k) {
+        const double term = double{to_float(given.data[r * depth + k])} * to_float(weight.data[n * depth + k]);
+        expected += term, size += std::fabs(term);
+      }
+      const double unit = sizeof(T) == 4 ? 1e-6 : 8e-3;
+      expect(std::fabs(to_float(out.data[r * columns + n]) - expected) < unit * size, "linear", kernels().name, depth);
+    }
+}
+
 static void matmul(int64_t rows, int64_t columns, int64_t depth, bool a_transposed, bool b_transposed, bool accumulate) {
   Buffer<float> a(rows * depth, 1), b(depth * columns, 0), c(rows * columns, 3);
   std::vector<float> before(c.data, c.data + rows * columns);
@@ -166,6 +188,13 @@ int main() {
         for (int64_t depth : {1, 7, 8, 513})
           for (int branch = 0; branch < 8; ++branch)
             matmul(rows, columns, depth, branch & 1, branch & 2, branch & 4);
+    for (int64_t rows = 1; rows <= 9; ++rows)
+      for (int64_t depth : {1, 3, 7, 15, 16, 17, 64, 100})
+        for (int64_t columns : {1, 15, 17}) {
+          linear<float>(rows, columns, depth, rows & 1);
+          linear<BFloat16>(rows, columns, depth, rows & 1);
+          linear<Float16>(rows, columns, depth, rows & 1);
+        }
     std::printf("%s: done\n", name);
   }
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
