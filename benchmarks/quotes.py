@@ -29,14 +29,23 @@ from .reader import OURS, Results, ResultsError, Row, by_case, case_of, device_o
 
 def train_step(results: Results) -> str:
     """Milliseconds of a step, and how many times FastGPT's each peer takes."""
-    rows = _rows_of("train_step", results)
+    return _beside_peers("train_step", "one training step", results)
+
+
+def generate(results: Results) -> str:
+    """Milliseconds of sampling a text, and how many times FastGPT's each peer takes."""
+    return _beside_peers("generate", "one sequence", results)
+
+
+def _beside_peers(op: str, what: str, results: Results) -> str:
+    rows = _rows_of(op, results)
     peers = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != OURS))
     body = []
     for (_, shape, _, _), found in by_case(rows).items():
         if OURS in found:
             ours = f"{cell(cells.short(found[OURS]['median_ms']))} ms"
             body.append([shape, ours, *(_times(found.get(peer)) for peer in peers)])
-    table = cells.aligned(markdown_table(["one training step", OURS, *peers], body))
+    table = cells.aligned(markdown_table([what, OURS, *peers], body))
     return f"{table}\n\n{_origin(rows)}"
 
 
@@ -120,6 +129,7 @@ def _origin(rows: Sequence[Row]) -> str:
 
 QUOTES: dict[str, Callable[[Results], str]] = {
     "train_step": train_step,
+    "generate": generate,
     "time_to_loss": time_to_loss,
     "recipe": recipe,
     "native_ops": native_ops,
