@@ -340,6 +340,7 @@ def test_what_documents_quote(tmp_path):
     trained = {"op": "time_to_loss", "shape": "small to 2.4 nats", "direction": "train", "extra": {"steps": 450}}
     whole = {"op": "recipe", "shape": "small", "direction": "train", "extra": {"steps": 2000, "val_loss": 1.87512}}
     step = {"op": "train_step", "direction": "step"}
+    sampled = {"op": "generate", "shape": "16 new tokens", "direction": "generate"}
     ops = ("cross_entropy", "linear_cross_entropy", "embedding")
     kernels = [{"op": op, "shape": "9 x 5", "direction": "forward+backward"} for op in ops]
     write(
@@ -351,6 +352,8 @@ def test_what_documents_quote(tmp_path):
         row("nanoGPT", 36.0, 0.99, verdict="noise", **step),
         row("lecture", 40.0, 1.1, verdict="faster", shape="another", **step),
         row(median_ms=36.3, shape="another", **step),
+        row(median_ms=210.4, **sampled),
+        row("nanoGPT", 900.0, 4.56, verdict="faster", **sampled),
         *(row(peak_bytes=2e6, **kernel) for kernel in kernels),
         *(row("torch", 5.0, 2.5, peak_bytes=5.5e6, **kernel) for kernel in kernels),
     )
@@ -364,6 +367,8 @@ def test_what_documents_quote(tmp_path):
         "validation loss of 1.875 nats per character (A CPU,",
         "| B4 T64            | 36.3 ms | 0.99x (noise) | –       |",
         "| another           | 36.3 ms | –             | 1.10x   |",
+        "| one sequence  | fastgpt | nanoGPT |",
+        "| 16 new tokens | 210 ms  | 4.56x   |",
         "2.50x (2.42 – 2.58) | 2.0 MB             | 5.5 MB  |",
     ):
         assert said in lines
