@@ -368,7 +368,8 @@ def _draw_speed(rows: list[dict[str, Any]], contexts: list[int], batches: list[i
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens per second")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4, fontsize="x-small", handlelength=4)  # room for dashes
     return figure
 
 
