@@ -12,11 +12,6 @@ constexpr int64_t STRIP = 128;  // columns that one task sums: 512 bytes of floa
 constexpr int64_t NARROWEST = 64;       // columns a thread takes in the one pass: four cache lines of a row
 constexpr int64_t SMALL_TABLES = 512 << 10;  // bytes of float32 sums per thread: half a second-level cache
 
-// A table whose rows are contiguous; rows may lie apart.
-Tensor with_contiguous_rows(const Tensor& table) {
-  return table.size(1) > 1 && table.stride(1) != 1 ? torch::stable::contiguous(table) : table;
-}
-
 int64_t grain(int64_t columns) { return (VALUES_PER_TASK + columns - 1) / std::max<int64_t>(columns, 1); }
 
 // The positions of each token that occurs, in the order of the sequence: a stable counting sort.

@@ -40,6 +40,11 @@ Tensor new_small(const std::vector<int64_t>& sizes, ScalarType dtype);
 // Itself where its values are contiguous, else a copy.
 inline Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
+// A matrix whose rows are contiguous; rows may lie apart.
+inline Tensor with_contiguous_rows(const Tensor& matrix) {
+  return matrix.size(1) > 1 && matrix.stride(1) != 1 ? torch::stable::contiguous(matrix) : matrix;
+}
+
 // Uninitialised, or zeros, of the dtype of `like` (or `dtype`), on the CPU. Large ones are blocks of large_blocks.h.
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
                   std::optional<ScalarType> dtype = std::nullopt);

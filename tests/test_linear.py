@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import fastgpt
 from fastgpt import GPT, GPTConfig
 from fastgpt.ops import linear as module
+from fastgpt.ops import native
 from fastgpt.ops.backend import unavailable
 from fastgpt.ops.linear import MOST_ROWS, linear
 
@@ -51,8 +52,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(torch.ops.fastgpt.linear_native.default, (x, weight, b))
 
 
-def test_gradients_are_those_of_the_library() -> None:
-    leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 20), (9, 20), (9,))]
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
+def test_gradients_are_those_of_the_library(leading: tuple[int, ...]) -> None:
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((*leading, 20), (9, 20), (9,))]
     ours = torch.autograd.grad(torch.ops.fastgpt.linear_native(*leaves).square().sum(), leaves)
     theirs = torch.autograd.grad(F.linear(*leaves).square().sum(), leaves)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -79,7 +81,29 @@ def test_what_is_not_finite_stays_in_its_place() -> None:
     assert found[[0, 2]][:, torch.arange(40) != 7].isfinite().all()
 
 
-def test_which_calls_take_the_kernel(calls: list[tuple[int, ...]]) -> None:
+@pytest.fixture
+def vectors() -> None:
+    if native.load("cpu").instruction_set() == "generic":
+        pytest.skip("the kernel is taken with AVX2 or AVX-512")
+
+
+def test_processors_without_avx2_keep_the_library(calls: list[tuple[int, ...]]) -> None:
+    extension = native.load("cpu")
+    before = extension.instruction_set()
+    extension.use_instruction_set("generic")
+    try:
+        with torch.no_grad():
+            linear(torch.randn(1, 12), torch.randn(5, 12))
+    finally:
+        extension.use_instruction_set(before)
+    assert calls == []
+
+
+class Other(torch.Tensor):
+    """Somebody's tensor, with products of its own perhaps."""
+
+
+def test_which_calls_take_the_kernel(vectors: None, calls: list[tuple[int, ...]]) -> None:
     x, weight, bias = torch.randn(8, 12), torch.randn(5, 12), torch.randn(5)
     with torch.no_grad():
         linear(x, weight, bias)
@@ -88,6 +112,9 @@ def test_which_calls_take_the_kernel(calls: list[tuple[int, ...]]) -> None:
         linear(x[:0], weight)
         linear(x, weight.t().contiguous().t())
         linear(x.double(), weight.double())
+        linear(torch.randn(3, 12).bfloat16(), weight.bfloat16())
+        linear(x, weight.to_sparse_csr())
+        assert isinstance(linear(x.as_subclass(Other), weight), Other)
         torch.vmap(lambda row: linear(row[None], weight))(x)
         torch.func.jvp(lambda a: linear(a, weight), (x,), (x,))
         with fastgpt.use_backend("torch"):
@@ -109,7 +136,7 @@ def test_wrong_arguments_raise_as_pytorchs() -> None:
         linear(x, weight.double())
 
 
-def test_generation_takes_it_and_writes_the_same_text(calls: list[tuple[int, ...]]) -> None:
+def test_generation_takes_it_and_writes_the_same_text(vectors: None, calls: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=40, block_size=32, n_layer=2, n_head=2, n_embd=24, dropout=0.0)).eval()
     prompt = torch.randint(40, (2, 12))

@@ -1,7 +1,8 @@
 """x W^T + b where x has few rows, as in generation: the weights are read once, as fast as the memory gives them.
 
 Not an op of the package's surface: `linear` is `torch.nn.functional.linear`, which the extension's kernel takes over
-where it is the faster one (csrc/linear_rows.h): on a CPU, without gradients, for a handful of rows.
+where it was measured to be the faster one (csrc/linear_rows.h): on a CPU with AVX2 or AVX-512, without gradients, for a
+handful of rows.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import native
 from .arguments import autocast_dtype
 from .backend import requested, unavailable
 from .library import below_autograd, inside_transform, library
 
-# With more rows the matrix library reads the weights as often, and computes faster; in 16 bits sooner, because there it
-# has instructions (AVX512-BF16) that the kernel does not use.
-MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
+# Up to here the kernel was ahead at every shape measured (an AMD processor, AVX2 and AVX-512). In bfloat16 the library
+# has instructions for products that the kernel does not use.
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 8}
 
 library.define("linear_native(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -37,13 +39,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    rows = grad.flatten(0, -2)
-    return grad @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0) if ctx.has_bias else None
+    N, K = weight.shape
+    rows = grad.reshape(-1, N)
+    return grad @ weight, rows.t() @ x.reshape(-1, K), rows.sum(0) if ctx.has_bias else None
 
 
 torch.library.register_autograd("fastgpt::linear_native", _autograd, setup_context=_setup_context, lib=library)
-
-
 _run = torch.ops.fastgpt.linear_native.default
 
 
@@ -55,10 +56,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    parameters = (weight,) if bias is None else (weight, bias)
     return (
-        x.is_cpu
-        and all(type(p) in (Tensor, Parameter) and p.is_cpu and p.dtype == x.dtype for p in parameters)
+        all(_is_plain(tensor, x.dtype) for tensor in (x, weight, bias) if tensor is not None)
         and 0 < x.numel() <= MOST_ROWS.get(x.dtype, 0) * x.shape[-1]
         and weight.ndim == 2
         and weight.stride(1) == 1
@@ -68,4 +67,15 @@ def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and inside_transform() is None
         and torch.autograd.forward_ad._current_level < 0
         and unavailable("native", "cpu") is None
+        and native.load("cpu").instruction_set() != "generic"  # which converts 16 bits slowly, and was not compared
+    )
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Of no class that has a product of its own, dense, on the CPU."""
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.is_cpu
+        and tensor.dtype == dtype
+        and tensor.layout is torch.strided
     )
