@@ -354,14 +354,14 @@ def _call(function: Callable[..., Any], inputs: list[list[Tensor]], direction: s
         return forward
 
     turn = itertools.cycle([[_leaf(t) for t in tensors] for tensors in inputs])
-    upstream: list[Tensor] = []
+    upstream: list[Tensor | None] = []
 
     def forward_and_backward() -> None:
         tensors = next(turn)
         out = function(*tensors)
         out = out if isinstance(out, tuple) else (out,)
         if not upstream:
-            upstream.extend(torch.randn_like(y) for y in out)
+            upstream.extend(None if y.ndim == 0 else torch.randn_like(y) for y in out)  # a loss's is 1: loss.backward()
         torch.autograd.grad(out, [t for t in tensors if t.requires_grad], upstream)
 
     return forward_and_backward

@@ -12,7 +12,7 @@ struct Call {
   Tensor logits, targets;
   std::optional<Tensor> weight;
   CrossEntropyRows rows{};
-  int64_t n;
+  int64_t n, counted;  // rows, and those that are not ignored
   Storage storage;
 
   Call(const Tensor& given_logits, const Tensor& given_targets, const std::optional<Tensor>& given_weight,
@@ -41,16 +41,12 @@ struct Call {
       for (int64_t c = 0; c < rows.classes; ++c) sum += rows.class_weight[c];
       rows.class_weight_sum = static_cast<float>(sum);
     }
-    check_range("targets", rows.targets, n, rows.classes, &ignore_index);
+    counted = check_range("targets", rows.targets, n, rows.classes, &ignore_index);
   }
 
   // What "mean" divides by: the sum of the counted targets' weights.
   double denominator() const {
-    if (!rows.class_weight) {
-      int64_t count = 0;
-      for (int64_t i = 0; i < n; ++i) count += rows.targets[i] != rows.ignore_index;
-      return static_cast<double>(count);
-    }
+    if (!rows.class_weight) return static_cast<double>(counted);
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i)
       if (rows.targets[i] != rows.ignore_index) sum += rows.class_weight[rows.targets[i]];

@@ -23,6 +23,7 @@ struct Statistics {
 
 template <class T>
 Statistics row_statistics(const T* x, int64_t n) {
+  const Exp exp;
   float row_max = -INFINITY;
   float row_sum = 0.0f;
   for (int64_t start = 0; start < n; start += BLOCK) {
@@ -46,13 +47,13 @@ Statistics row_statistics(const T* x, int64_t n) {
     // Only -inf so far: exp(-inf - -inf) would be NaN here, and the row may still hold finite values.
     const Vec shift = splat(row_max == -INFINITY ? 0.0f : row_max);
 
-    Vec sum0 = whole < size ? exp_nonpositive(tail - shift) : Vec{};
+    Vec sum0 = whole < size ? exp(tail - shift) : Vec{};
     Vec sum1 = Vec{};
     for (i = 0; i + 2 * LANES <= whole; i += 2 * LANES) {
-      sum0 += exp_nonpositive(load(block + i) - shift);
-      sum1 += exp_nonpositive(load(block + i + LANES) - shift);
+      sum0 += exp(load(block + i) - shift);
+      sum1 += exp(load(block + i + LANES) - shift);
     }
-    if (i < whole) sum0 += exp_nonpositive(load(block + i) - shift);
+    if (i < whole) sum0 += exp(load(block + i) - shift);
     row_sum += sum_lanes(sum0 + sum1);
   }
   // All -inf: NaN, as softmax's 0 / 0 is.
@@ -82,13 +83,14 @@ float smoothing_loss(const T* x, int64_t n, Statistics row, const float* class_w
 template <class T, bool SMOOTH, bool STREAM>
 void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale, float smooth,
                       const float* class_weight) {
+  const Exp exp;
   const auto gradient = [&](Vec values, int64_t at) {
-    Vec g = exp_nonpositive((values - row.max) - row.log_sum) * scale;
+    Vec g = exp((values - row.max) - row.log_sum) * scale;
     if constexpr (SMOOTH) g -= class_weight ? load(class_weight + at) * smooth : splat(smooth);
     return g;
   };
   if (n < LANES) {
-    Vec g = exp_nonpositive((load_some(x, n, 0.0f) - row.max) - row.log_sum) * scale;
+    Vec g = exp((load_some(x, n, 0.0f) - row.max) - row.log_sum) * scale;
     if constexpr (SMOOTH) g -= class_weight ? load_some(class_weight, n, 0.0f) * smooth : splat(smooth);
     store_some(out, n, g);
     return;
@@ -109,12 +111,14 @@ void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale
   store(out + n - LANES, last);
 }
 
-// Short rows of float32 without smoothing, LANES of them at a time, all in the first-level cache. What a row needs once (a
-// maximum, a sum, a log, the target's entry) is one vector operation for all of them. So is each of the last n % LANES
-// columns where they are few; where they are many, a row's last vector overlaps the one before. The exp values are kept in the gradient's place, one exp per value, and
-// scaled there. (In 16 bits they would be rounded twice.) The gradient may be the logits.
+// Short rows of float32 without smoothing, LANES of them at a time, all in the first-level cache. What a row needs once
+// (a maximum, a sum, a log, the target's entry) is one vector operation for all of them. So is each of the last
+// n % LANES columns where they are few; where they are many, a row's last vector overlaps the one before. The exp values
+// are kept in the gradient's place, one exp per value, and scaled there. (In 16 bits they would be rounded twice.) The
+// gradient may be the logits.
 template <bool WITH_GRADIENT>
 void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
+  const Exp exp;
   const int64_t n = a.classes;
   const int64_t whole = n / LANES * LANES;
   const int tail = whole > 0 && n - whole > LANES / 4 ? 0 : static_cast<int>(n - whole);  // columns
@@ -123,78 +127,78 @@ void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
 
   for (int64_t start = begin; start < end; start += LANES) {
     const int count = static_cast<int>(end - start < LANES ? end - start : LANES);
-    const float* x[LANES];
-    float* out[LANES];
+    const float* logits = static_cast<const float*>(a.logits) + start * a.logits_stride;
+    float* gradient = WITH_GRADIENT ? static_cast<float*>(a.gradient) + start * a.gradient_stride : nullptr;
+    const int64_t* targets = a.targets + start;
     float columns[LANES][LANES];  // the tail's: columns[j][r] belongs to row r
-    float at_target[LANES] = {}, weight[LANES] = {}, scale[LANES] = {}, max[LANES], factor[LANES];
+    float counted[LANES] = {}, at_target[LANES] = {}, weight[LANES] = {}, scale[LANES] = {}, max[LANES], factor[LANES];
     Vec parts[LANES];  // of row r, lane by lane: first the maximum, then the sum
     Vec last[LANES];   // the overlapping vectors
-    for (int r = 0; r < LANES; ++r) {
-      x[r] = nullptr;  // an ignored row, or none: its loss and statistics are 0
+    for (int r = 0; r < count; ++r) {
+      const float* x = logits + r * a.logits_stride;
+      const bool counts = targets[r] != a.ignore_index;
+      const int64_t target = counts ? targets[r] : 0;  // an ignored row is computed too, and its results are dropped
+      counted[r] = counts ? 1.0f : 0.0f;
+      weight[r] = counts && a.class_weight ? a.class_weight[target] : counted[r];
+      if constexpr (WITH_GRADIENT) scale[r] = a.row_scale[(start + r) * a.row_scale_stride] * weight[r];
+      at_target[r] = x[target];
+      for (int j = 0; j < tail; ++j) columns[j][r] = x[whole + j];
+      if (overlaps) last[r] = load(x + n - LANES);
+      Vec row_max = overlaps ? last[r] : splat(-INFINITY);
+      for (int64_t j = 0; j < whole; j += LANES) row_max = larger(load(x + j), row_max);
+      parts[r] = row_max;
+    }
+    for (int r = count; r < LANES; ++r) {
       parts[r] = Vec{};
       for (int j = 0; j < tail; ++j) columns[j][r] = 0.0f;
-      if (r >= count) continue;
-      const int64_t i = start + r, target = a.targets[i];
-      if constexpr (WITH_GRADIENT) out[r] = static_cast<float*>(a.gradient) + i * a.gradient_stride;
-      if (target == a.ignore_index) continue;
-      x[r] = static_cast<const float*>(a.logits) + i * a.logits_stride;
-      weight[r] = a.class_weight ? a.class_weight[target] : 1.0f;
-      if constexpr (WITH_GRADIENT) scale[r] = a.row_scale[i * a.row_scale_stride] * weight[r];
-      at_target[r] = x[r][target];
-      for (int j = 0; j < tail; ++j) columns[j][r] = x[r][whole + j];
-      if (overlaps) last[r] = load(x[r] + n - LANES);
-      parts[r] = overlaps ? last[r] : splat(-INFINITY);
-      for (int64_t j = 0; j < whole; j += LANES) parts[r] = larger(load(x[r] + j), parts[r]);
     }
     Vec row_max = reduce_each<larger>(parts);
     for (int j = 0; j < tail; ++j) row_max = larger(load(columns[j]), row_max);
     store(max, row_max);
 
-    for (int r = 0; r < LANES; ++r) {
-      parts[r] = Vec{};
-      if (!x[r]) continue;
+    for (int r = 0; r < count; ++r) {
+      const float* x = logits + r * a.logits_stride;
+      Vec sum = Vec{};
       if (overlaps) {
-        last[r] = exp_nonpositive(last[r] - max[r]);
-        parts[r] = seen ? Vec{} : last[r];
+        last[r] = exp(last[r] - max[r]);
+        sum = seen ? Vec{} : last[r];
       }
       for (int64_t j = 0; j < whole; j += LANES) {
-        const Vec e = exp_nonpositive(load(x[r] + j) - max[r]);
-        parts[r] += e;
-        if constexpr (WITH_GRADIENT) store(out[r] + j, e);
+        const Vec e = exp(load(x + j) - max[r]);
+        sum += e;
+        if constexpr (WITH_GRADIENT) store(gradient + r * a.gradient_stride + j, e);
       }
+      parts[r] = sum;
     }
+    for (int r = count; r < LANES; ++r) parts[r] = splat(1.0f);
     Vec row_sum = reduce_each<plus>(parts);
     for (int j = 0; j < tail; ++j) {
-      const Vec e = exp_nonpositive(load(columns[j]) - row_max);
+      const Vec e = exp(load(columns[j]) - row_max);
       row_sum += e;
       store(columns[j], e);
     }
-    for (int r = 0; r < LANES; ++r)
-      if (!x[r]) row_sum[r] = 1.0f;
     const Vec log_sum = log_of_sum(row_sum);
     const Vec log_p = (load(at_target) - row_max) - log_sum;
-    const Vec loss = 0.0f - load(weight) * log_p;
-    for (int r = 0; r < count; ++r) {
-      if (a.loss) a.loss[start + r] = loss[r];
-      a.statistics[2 * (start + r)] = max[r];
-      a.statistics[2 * (start + r) + 1] = log_sum[r];
-    }
+    const Vec loss = load(counted) > 0.0f ? 0.0f - load(weight) * log_p : Vec{};
+    if (a.loss) store_some(a.loss + start, count, loss);
+    store_pairs(a.statistics + 2 * start, count, row_max, log_sum);
     if constexpr (!WITH_GRADIENT) continue;
 
     const Vec factors = load(scale) / row_sum;
     store(factor, factors);
     for (int j = 0; j < tail; ++j) store(columns[j], load(columns[j]) * factors);
     // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
-    const Vec target_gradient = exp_nonpositive(log_p) * load(scale) - load(scale);
+    store(at_target, exp(log_p) * load(scale) - load(scale));
     for (int r = 0; r < count; ++r) {
-      if (!x[r]) {
-        std::memset(out[r], 0, sizeof(float) * static_cast<size_t>(n));
+      float* out = gradient + r * a.gradient_stride;
+      if (targets[r] == a.ignore_index) {
+        std::memset(out, 0, sizeof(float) * static_cast<size_t>(n));
         continue;
       }
-      for (int64_t j = 0; j < whole; j += LANES) store(out[r] + j, load(out[r] + j) * factor[r]);
-      if (overlaps) store(out[r] + n - LANES, last[r] * factor[r]);
-      for (int j = 0; j < tail; ++j) out[r][whole + j] = columns[j][r];
-      out[r][a.targets[start + r]] = target_gradient[r];
+      for (int64_t j = 0; j < whole; j += LANES) store(out + j, load(out + j) * factor[r]);
+      if (overlaps) store(out + n - LANES, last[r] * factor[r]);
+      for (int j = 0; j < tail; ++j) out[whole + j] = columns[j][r];
+      out[targets[r]] = at_target[r];
     }
   }
 }
@@ -238,7 +242,7 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
                                   : (a.stream ? softmax_gradient<T, false, true> : softmax_gradient<T, false, false>);
     gradient(x, out, n, row, scale, g * smooth_each, a.class_weight);
     // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
-    from_float(exp_nonpositive(splat(log_p))[0] * scale - g * (weight + smoothed), out[target]);
+    from_float(Exp()(splat(log_p))[0] * scale - g * (weight + smoothed), out[target]);
   }
   if (a.stream) finish_streams();
 }

@@ -80,6 +80,7 @@ struct LinearRows {
 
 struct Kernels {
   const char* name;
+  int64_t (*count_indices)(const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignored);
   void (*cross_entropy[STORAGES])(const CrossEntropyRows&, int64_t begin, int64_t end);
   void (*gather[STORAGES])(const GatherRows&, int64_t begin, int64_t end);
   void (*sum_rows[STORAGES])(const SumRows&);

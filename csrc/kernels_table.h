@@ -5,6 +5,7 @@
 
 #include "cross_entropy_rows.h"
 #include "embedding_rows.h"
+#include "indices.h"
 #include "linear_rows.h"
 #include "matmul_tiles.h"
 
@@ -14,6 +15,7 @@ namespace {
 constexpr Kernels table(const char* name) {
   return {
       name,
+      count_indices,
       {cross_entropy_rows<float>, cross_entropy_rows<BFloat16>, cross_entropy_rows<Float16>},
       {gather_rows<float>, gather_rows<BFloat16>, gather_rows<Float16>},
       {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Float16>},

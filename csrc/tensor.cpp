@@ -63,17 +63,13 @@ int64_t stream_threshold() {
   return bytes;
 }
 
-void check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore) {
-  // Two passes: the first has no early exit, so that the compiler vectorises it; the second finds what to say.
-  const int64_t ignored = ignore ? *ignore : 0;
-  bool bad = false;
-  for (int64_t i = 0; i < n; ++i)
-    bad |= static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(limit) && (!ignore || indices[i] != ignored);
-  if (!bad) return;
-  for (int64_t i = 0; i < n; ++i)
-    if (static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(limit) && (!ignore || indices[i] != ignored))
-      throw std::out_of_range(std::string(name) + ": value " + std::to_string(indices[i]) + " at flat position " +
-                              std::to_string(i) + " is outside [0, " + std::to_string(limit) + ")");
+int64_t check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore) {
+  const int64_t counted = kernels().count_indices(indices, n, limit, ignore);
+  if (counted >= 0) return counted;
+  int64_t i = 0;  // of the first bad one
+  while (static_cast<uint64_t>(indices[i]) < static_cast<uint64_t>(limit) || (ignore && indices[i] == *ignore)) ++i;
+  throw std::out_of_range(std::string(name) + ": value " + std::to_string(indices[i]) + " at flat position " +
+                          std::to_string(i) + " is outside [0, " + std::to_string(limit) + ")");
 }
 
 }  // namespace fastgpt

@@ -53,7 +53,7 @@ Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool ze
 // would not stay in them.
 int64_t stream_threshold();
 
-// IndexError in Python, for the first of n indices outside [0, limit) that is not `ignore`.
-void check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore);
+// How many of n indices are not `ignore`. IndexError in Python for the first of them outside [0, limit).
+int64_t check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore);
 
 }  // namespace fastgpt

@@ -32,7 +32,7 @@ def check_index(name: str, tensor: Tensor, ndim: int | None = None) -> None:
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
     """`tensor` lies on the device of `other`, and has its dtype."""
-    if tensor.device != other.device:
+    if not (tensor.is_cpu and other.is_cpu) and tensor.device != other.device:
         raise ValueError(f"{name}: on {tensor.device}, but {other_name} is on {other.device}")
     if dtype and tensor.dtype != other.dtype:
         raise TypeError(f"{name}: has dtype {tensor.dtype}, but {other_name} has {other.dtype}")
@@ -92,7 +92,7 @@ def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype autocast asks for on the device of `tensor`; None where it is off, or the device (meta) has none."""
-    device_type = tensor.device.type
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

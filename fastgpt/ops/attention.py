@@ -70,7 +70,7 @@ def attention(
             raise ValueError(f"scale: expected a finite number or None, got {scale}")
     check_dropout(dropout_p, seed)
     return dispatch(
-        "attention", backend, q.device.type, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed
+        "attention", backend, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed
     )
 
 

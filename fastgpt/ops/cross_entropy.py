@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, int64, strided
 
 from . import native
 from .arguments import (
+    FLOATS,
     autocast_dtype,
     check_float,
     check_ignore_index,
@@ -40,6 +41,8 @@ from .library import (
     refuse_forward_mode,
     register_autograd,
 )
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # PyTorch's numbers
 
 
 def cross_entropy(
@@ -67,6 +70,43 @@ def cross_entropy(
     Raises: TypeError, ValueError naming the argument; IndexError with value and position for a target out of range
         (on CUDA the error surfaces as PyTorch's would).
     """
+    if not _is_plain(logits, targets, weight, ignore_index, reduction, label_smoothing):
+        _check(logits, targets, weight, ignore_index, reduction, label_smoothing)
+    return dispatch("cross_entropy", backend, logits, targets, weight, ignore_index, reduction, label_smoothing)
+
+
+def _is_plain(
+    logits: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> bool:
+    """Whether this is a call as training makes it, which `_check` would pass.
+
+    Asked first, because a step calls the op once, when Python's code has left the caches: the checks one by one then
+    take 20 us, a tenth of a small loss and its gradient.
+    """
+    return (
+        type(logits) is Tensor
+        and type(targets) is Tensor
+        and logits.dtype in FLOATS
+        and targets.dtype is int64
+        and logits.is_cpu
+        and targets.is_cpu
+        and logits.layout is strided
+        and targets.ndim == 1
+        and logits.ndim == 2
+        and logits.shape[0] == targets.shape[0]
+        and logits.shape[1] > 0
+        and weight is None
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+        and type(label_smoothing) is float
+        and 0.0 <= label_smoothing <= 1.0
+        and reduction in ("mean", "sum", "none")
+    )
+
+
+def _check(
+    logits: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
     check_float("logits", logits)
     check_index("targets", targets)
     check_like("targets", targets, "logits", logits, dtype=False)
@@ -91,17 +131,6 @@ def cross_entropy(
             raise ValueError(f"weight: expected shape ({C},), one factor per class, got {tuple(weight.shape)}")
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("weight: class weights get no gradient; pass weight.detach()")
-    return dispatch(
-        "cross_entropy",
-        backend,
-        logits.device.type,
-        logits,
-        targets,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
 
 
 def linear_cross_entropy(
@@ -163,7 +192,6 @@ def linear_cross_entropy(
     loss = dispatch(
         "linear_cross_entropy",
         backend,
-        x.device.type,
         x,
         weight,
         targets,
@@ -178,7 +206,6 @@ def linear_cross_entropy(
 def _torch(
     logits: Tensor,
     targets: Tensor,
-    *,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -226,11 +253,13 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     if type(scale) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(scale):  # being traced
         return torch.where(gradient == 0, gradient, gradient * scale)
     try:
-        factor = float(scale) if scale.is_cpu else math.nan
+        factor = scale.item() if scale.is_cpu else math.nan
     except RuntimeError:  # a batch of gradients at once (is_grads_batched), which has no one value
         return torch.where(gradient == 0, gradient, gradient * scale)
+    if factor == 1.0:
+        return gradient
     if math.isfinite(factor):
-        return gradient if factor == 1.0 else gradient.mul_(factor)
+        return gradient.mul_(factor)
     in_kernel = gradient.dtype != torch.float64 and scale.dtype == torch.float32
     (torch.ops.fastgpt.scale_gradient_ if in_kernel else _scale_gradient_)(gradient, scale)
     return gradient
@@ -278,8 +307,6 @@ def _native_product_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False
 
 # --- cross_entropy on the native backend -----------------------------------------------------------------------------
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # PyTorch's numbers
-
 library.define(
     "cross_entropy_native(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, int reduction, "
     "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor statistics, Tensor gradient)"
@@ -317,8 +344,6 @@ def _chunk_fake(logits, targets, row_scale, ignore_index, label_smoothing, with_
 def _native_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, targets, weight, *ctx.options, with_grad = inputs
     _, statistics, gradient = output
-    ctx.mark_non_differentiable(statistics, gradient)
-    ctx.set_materialize_grads(False)  # or autograd fills a zero gradient of the gradient, as large as the logits
     ctx.save_for_backward(logits, targets, weight, statistics)
     ctx.gradient = gradient if with_grad else None
 
@@ -342,7 +367,6 @@ raise_on_double_backward("cross_entropy_native_backward")
 def _native(
     logits: Tensor,
     targets: Tensor,
-    *,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -371,7 +395,7 @@ def _native(
     return loss if loss.dtype == logits.dtype or autocast_dtype(logits) is not None else loss.to(logits.dtype)
 
 
-def _native_supports(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None, **options: Any) -> str | None:
+def _native_supports(logits: Tensor, targets: Tensor, *options: Any, **more: Any) -> str | None:
     if logits.dtype == torch.float64:
         return "its kernels take float32, float16 and bfloat16, and logits is float64"
     return inside_transform()
@@ -557,8 +581,6 @@ def _define_linear(backend: str) -> Callable[..., Any]:
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, weight, targets, bias, *ctx.options, with_grad = inputs
         _, *gradients = output
-        ctx.mark_non_differentiable(*gradients)
-        ctx.set_materialize_grads(False)  # or autograd fills zeros for each
         ctx.save_for_backward(x, weight, targets, bias)
         ctx.gradients = gradients if with_grad else None
 
@@ -589,7 +611,7 @@ def _define_linear(backend: str) -> Callable[..., Any]:
     torch.library.register_fake(f"fastgpt::{name}", forward_fake, lib=library)
     torch.library.register_fake(f"fastgpt::{name}_backward", backward_fake, lib=library)
     raise_on_double_backward(f"{name}_backward")
-    return register_autograd(name, autograd, setup_context)
+    return register_autograd(name, autograd, setup_context, first_only=True)
 
 
 _linear_torch, _linear_native = _define_linear("torch"), _define_linear("native")
@@ -616,7 +638,7 @@ def _linear(
             "cross_entropy(linear(x, weight), targets) there, or torch.autograd.grad outside"
         )
     with_grad = wants_grad and reduction != "none"
-    return run(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad)[0]
+    return run(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad)
 
 
 def _native_linear_supports(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> str | None:

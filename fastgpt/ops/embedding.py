@@ -67,7 +67,7 @@ def embedding(
                 f"{position_table.shape[0]} rows of position_table"
             )
     return dispatch(
-        "embedding", backend, tokens.device.type, tokens, token_table, position_table, position_offset=position_offset
+        "embedding", backend, tokens, token_table, position_table, position_offset=position_offset
     )
 
 

@@ -31,7 +31,7 @@ def layer_norm(
     """
     check_float("x", x)
     _check_affine(x, x.dtype, weight, bias, eps)
-    return dispatch("layer_norm", backend, x.device.type, x, weight, bias, eps)
+    return dispatch("layer_norm", backend, x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -67,7 +67,7 @@ def add_layer_norm(
     _check_affine(x, torch.promote_types(x.dtype, residual.dtype), weight, bias, eps)
     check_dropout(dropout_p, seed)
     return dispatch(
-        "add_layer_norm", backend, x.device.type, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed
+        "add_layer_norm", backend, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed
     )
 
 

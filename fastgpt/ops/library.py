@@ -43,10 +43,17 @@ def register_autograd(
     At the dispatcher, for torch.compile and everybody who calls torch.ops.fastgpt directly. Plain eager code takes the
     same forward and backward through an autograd.Function, which costs less.
 
-    `first_only`: what is returned gives the first output alone; the others are for backward, and each output of an
-    autograd.Function costs something.
+    `first_only`: the other outputs are for backward, and have no gradient. What is returned gives the first alone: each
+    output of an autograd.Function costs something.
     """
-    torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_context, lib=library)
+
+    def setup_all(ctx: Any, inputs: tuple, output: Any) -> None:
+        if first_only:
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)  # or autograd fills zeros for them, as large as they are
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_all, lib=library)
     run = getattr(torch.ops.fastgpt, op).default
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -58,11 +65,14 @@ def register_autograd(
         op, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
 
+    # Not Function.apply, which first unpacks what torch.func's transforms wrapped: the op is not used inside of them.
+    apply = super(torch.autograd.Function, eager).apply
+
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             output = run(*args)
         elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return eager.apply(*args)
+            return apply(*args)
         else:
             output = below_autograd(run, *args)
         return output[0] if first_only else output
@@ -72,14 +82,14 @@ def register_autograd(
 
 def inside_transform() -> str | None:
     """Why an op with `register_autograd` cannot serve here: PyTorch has no torch.func rules for such ops."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
         return "it does not work inside torch.func transforms"
     return None
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Raise where forward-mode AD (`torch.func.jvp`) reaches a registered op: PyTorch takes its derivative for 0."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+    if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:

@@ -1,0 +1,21 @@
+// Tokens and targets, looked at before anything is read through them.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgpt {
+namespace {
+
+// How many indices are not `*ignored` (null: all are counted); -1 where one that counts lies outside [0, limit).
+inline int64_t count_indices(const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignored) {
+  int64_t counted = 0, outside = 0;  // without an early exit, the compiler makes vectors of it
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t counts = !ignored || indices[i] != *ignored;
+    counted += counts;
+    outside |= counts & (static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(limit));
+  }
+  return outside ? -1 : counted;
+}
+
+}  // namespace
+}  // namespace fastgpt
