@@ -236,7 +236,8 @@ def op_work(
     torch._dynamo.reset()  # one graph too many for the same function, and torch.compile runs it eagerly
     inputs = [list(arguments(DeviceDraw(setting, seed)).values()) for seed in range(_copies(setting))]
     backend = our_backend(op, setting.device, *inputs[0], **options)
-    ours = Peer(functools.partial(getattr(ops, op), backend=backend, **options))
+    chosen = ops.explain(op, *inputs[0], **options).backend  # by "auto", which is then measured as users call it
+    ours = Peer(functools.partial(getattr(ops, op), backend="auto" if backend == chosen else backend, **options))
     present, absent = {OURS: ours}, {}
     for name, make in peers.items():
         try:

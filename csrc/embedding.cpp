@@ -14,13 +14,25 @@ constexpr int64_t SMALL_TABLES = 512 << 10;  // bytes of float32 sums per thread
 
 int64_t grain(int64_t columns) { return (VALUES_PER_TASK + columns - 1) / std::max<int64_t>(columns, 1); }
 
-// The positions of each token that occurs, in the order of the sequence: a stable counting sort.
+// visit(row) for every row of (sequences, length), in the order in which gradient rows are added.
+template <class Visit>
+void in_order(int64_t sequences, int64_t length, const Visit& visit) {
+  int64_t first = 0;
+  for (; first + SIDE_BY_SIDE <= sequences; first += SIDE_BY_SIDE)
+    for (int64_t t = 0; t < length; ++t)
+      for (int64_t k = 0; k < SIDE_BY_SIDE; ++k) visit((first + k) * length + t);
+  for (int64_t row = first * length; row < sequences * length; ++row) visit(row);
+}
+
+// The rows of each token that occurs, in that order: a stable counting sort.
 struct Segments {
-  std::vector<int64_t> order;   // (N): positions, grouped by token
+  std::vector<int64_t> order;   // (N): rows, grouped by token
   std::vector<int64_t> starts;  // (U + 1): where in `order` the u-th group begins
   std::vector<int64_t> token;   // (U): its token
 
-  Segments(const int64_t* tokens, int64_t n, int64_t vocab_size) : order(static_cast<size_t>(n)) {
+  Segments(const int64_t* tokens, int64_t sequences, int64_t length, int64_t vocab_size) {
+    const int64_t n = sequences * length;
+    order.resize(static_cast<size_t>(n));
     std::vector<int64_t> next(static_cast<size_t>(vocab_size), 0);
     for (int64_t i = 0; i < n; ++i) ++next[static_cast<size_t>(tokens[i])];
     int64_t start = 0;
@@ -33,7 +45,9 @@ struct Segments {
       start += std::exchange(count, start);
     }
     starts.push_back(n);
-    for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(next[static_cast<size_t>(tokens[i])]++)] = i;
+    in_order(sequences, length, [&](int64_t row) {
+      order[static_cast<size_t>(next[static_cast<size_t>(tokens[row])]++)] = row;
+    });
   }
 };
 
@@ -123,7 +137,7 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
   }
 
   if (with_tokens) {
-    const Segments segments(indices.const_data_ptr<int64_t>(), N, vocab_size);
+    const Segments segments(indices.const_data_ptr<int64_t>(), B, T, vocab_size);
     char* out = static_cast<char*>(token_grad.mutable_data_ptr());
     // A task is one strip of columns of one token; its cost is how often the token occurs. Threads share the cost
     // evenly: the range of [0, strips * N) that a thread is given holds the tasks that begin in it. A token that is

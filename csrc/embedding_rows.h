@@ -1,7 +1,6 @@
 // Embedding, row by row. Forward: token row plus position row, stored once. Backward: the rows of one token are summed
-// in registers, in the order of the sequence, and written once; or, where both tables are small, in one pass over all
-// rows into sums that stay in the cache. Both add in the same order: no atomics, the same bits for any number of
-// threads.
+// in registers and written once; or, where both tables are small, in one pass over all rows into sums that stay in the
+// cache. Both add in the same order (SIDE_BY_SIDE): no atomics, the same bits for any number of threads.
 #pragma once
 
 #include "kernels.h"
@@ -75,8 +74,6 @@ void sum_rows(const SumRows& a) {
   }
 }
 
-inline void add_to(float* sum, int64_t i, Vec values) { store(sum + i, load(sum + i) + values); }
-
 template <class T>
 void write_sums(const float* sums, int64_t rows, int64_t width, void* out, int64_t columns, int64_t begin) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -88,36 +85,58 @@ void write_sums(const float* sums, int64_t rows, int64_t width, void* out, int64
   }
 }
 
+// The rows of SEQUENCES sequences side by side, position by position: a position's sums are read and written once for
+// all of them.
+template <class T, int SEQUENCES, bool TOKENS, bool POSITIONS>
+void accumulate_sequences(const AccumulateRows& a, int64_t first) {
+  const int64_t width = a.end - a.begin;
+  for (int64_t t = 0; t < a.length; ++t) {
+    const T* values[SEQUENCES];
+    float* token[SEQUENCES];
+    float* position = POSITIONS ? a.position_sums + t * width : nullptr;
+    for (int k = 0; k < SEQUENCES; ++k) {
+      const int64_t row = (first + k) * a.length + t;
+      values[k] = static_cast<const T*>(a.rows) + row * a.columns + a.begin;
+      token[k] = TOKENS ? a.token_sums + a.tokens[row] * width : nullptr;
+    }
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+      Vec sum = POSITIONS ? load(position + i) : Vec{};
+      for (int k = 0; k < SEQUENCES; ++k) {
+        __builtin_prefetch(values[k] + i + 2 * a.columns);  // two rows ahead: too many streams for the hardware to follow
+        const Vec v = load(values[k] + i);
+        if constexpr (TOKENS) store(token[k] + i, load(token[k] + i) + v);
+        if constexpr (POSITIONS) sum += v;
+      }
+      if constexpr (POSITIONS) store(position + i, sum);
+    }
+    for (; i < width; ++i)
+      for (int k = 0; k < SEQUENCES; ++k) {
+        const float v = to_float(values[k][i]);
+        if constexpr (TOKENS) token[k][i] += v;
+        if constexpr (POSITIONS) position[i] += v;
+      }
+  }
+}
+
+template <class T, bool TOKENS, bool POSITIONS>
+void accumulate_all(const AccumulateRows& a) {
+  const int64_t sequences = a.count / a.length;
+  int64_t first = 0;
+  for (; first + SIDE_BY_SIDE <= sequences; first += SIDE_BY_SIDE)
+    accumulate_sequences<T, SIDE_BY_SIDE, TOKENS, POSITIONS>(a, first);
+  for (; first < sequences; ++first) accumulate_sequences<T, 1, TOKENS, POSITIONS>(a, first);
+}
+
 template <class T>
 void accumulate_rows(const AccumulateRows& a) {
   const int64_t width = a.end - a.begin;
-  int64_t t = 0;
-  for (int64_t row = 0; row < a.count; ++row) {
-    const T* values = static_cast<const T*>(a.rows) + row * a.columns + a.begin;
-    float* token = a.token_sums ? a.token_sums + a.tokens[row] * width : nullptr;
-    float* position = a.position_sums ? a.position_sums + t * width : nullptr;
-    int64_t i = 0;
-    if (token && position) {
-      for (; i + LANES <= width; i += LANES) {
-        __builtin_prefetch(values + i + 2 * a.columns);  // two rows ahead: the sums' lines slow the hardware's down
-        const Vec v = load(values + i);
-        const Vec token_sum = load(token + i) + v, position_sum = load(position + i) + v;
-        store(token + i, token_sum);
-        store(position + i, position_sum);
-      }
-    }
-    for (; i + LANES <= width; i += LANES) {
-      const Vec v = load(values + i);
-      if (token) add_to(token, i, v);
-      if (position) add_to(position, i, v);
-    }
-    for (; i < width; ++i) {
-      const float v = to_float(values[i]);
-      if (token) token[i] += v;
-      if (position) position[i] += v;
-    }
-    if (++t == a.length) t = 0;
-  }
+  if (a.token_sums && a.position_sums)
+    accumulate_all<T, true, true>(a);
+  else if (a.token_sums)
+    accumulate_all<T, true, false>(a);
+  else if (a.position_sums)
+    accumulate_all<T, false, true>(a);
   if (a.token_sums) write_sums<T>(a.token_sums, a.vocab_size, width, a.token_grad, a.columns, a.begin);
   if (a.position_sums) write_sums<T>(a.position_sums, a.length, width, a.position_grad, a.columns, a.begin);
 }

@@ -38,6 +38,10 @@ struct GatherRows {
   bool stream;
 };
 
+// Gradient rows are added this many sequences side by side, position by position, whichever kernel adds them; the last
+// few sequences one after the other.
+constexpr int SIDE_BY_SIDE = 8;
+
 // out[0 .. columns) = sum over i < count of rows[order ? order[i] : i], added in that order in float32
 struct SumRows {
   const void* rows;
@@ -47,8 +51,7 @@ struct SumRows {
   void* out;
 };
 
-// Columns [begin, end) of the rows, summed into both tables at once, in the order of the rows: for tables that stay in
-// the second-level cache. The sums are (vocab_size, end - begin) and (length, end - begin), zero at first; either may
+// Columns [begin, end) of the rows, summed into both tables at once: for tables that stay in the second-level cache. The sums are (vocab_size, end - begin) and (length, end - begin), zero at first; either may
 // be null.
 struct AccumulateRows {
   const void* rows;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <fstream>
 
 #if defined(__linux__)
 #include <unistd.h>
@@ -52,14 +53,21 @@ Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool ze
   return torch::stable::new_zeros(like, {sizes.data(), sizes.size()}, dtype);
 }
 
-int64_t stream_threshold() {
-  static const int64_t bytes = [] {
+// What a core shares with its neighbours, from Linux; glibc's sysconf multiplies it by ten on some virtual machines.
+static int64_t last_cache_bytes() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  int64_t size = 0;
+  char unit = 0;
+  if (file >> size >> unit && unit == 'K' && size > 0) return size << 10;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-    const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (found > 0) return static_cast<int64_t>(found) / 2;
+  const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (found > 0) return static_cast<int64_t>(found);
 #endif
-    return int64_t{16} << 20;
-  }();
+  return int64_t{32} << 20;
+}
+
+int64_t stream_threshold() {
+  static const int64_t bytes = last_cache_bytes() / 2;
   return bytes;
 }
 

@@ -81,6 +81,42 @@ static void cross_entropy(int64_t n, int64_t offset, bool in_place, bool stream,
   expect(loss == 0.0f && to_float(static_cast<T*>(rows.gradient)[n - 1]) == 0.0f, "ignored row", kernels().name, n);
 }
 
+// Several vectors of rows and a rest, some of them ignored.
+static void short_rows(int64_t n, bool in_place) {
+  constexpr int64_t ROWS = 35;
+  Buffer<float> logits(ROWS * n, 1), gradient(ROWS * n, 1), loss(ROWS, 0), statistics(2 * ROWS, 0);
+  const std::vector<double> values(logits.data, logits.data + ROWS * n);
+  std::vector<int64_t> targets;
+  for (int64_t i = 0; i < ROWS; ++i) targets.push_back(i % 6 == 5 ? -100 : (i * 7) % n);
+  const float row_scale = 2.0f;
+  CrossEntropyRows rows{};
+  rows.logits = logits.data;
+  rows.gradient = in_place ? logits.data : gradient.data;
+  rows.logits_stride = rows.gradient_stride = rows.classes = n;
+  rows.targets = targets.data();
+  rows.ignore_index = -100;
+  rows.class_weight_sum = static_cast<float>(n);
+  rows.row_scale = &row_scale;
+  rows.loss = loss.data;
+  rows.statistics = statistics.data;
+  kernels().cross_entropy[FLOAT32](rows, 0, ROWS);
+  for (int64_t i = 0; i < ROWS; ++i) {
+    const double* x = values.data() + i * n;
+    const int64_t target = targets[static_cast<size_t>(i)];
+    double sum = 0.0, worst = 0.0;
+    for (int64_t j = 0; j < n; ++j) sum += std::exp(x[j]);
+    for (int64_t j = 0; j < n; ++j) {
+      const double expected = target < 0 ? 0.0 : 2.0 * (std::exp(x[j]) / sum - (j == target));
+      worst = std::fmax(worst, std::fabs(expected - static_cast<float*>(rows.gradient)[i * n + j]));
+    }
+    const double expected = target < 0 ? 0.0 : std::log(sum) - x[target];
+    expect(std::fabs(loss.data[i] - expected) < 1e-5 * (1.0 + expected), "loss of rows", kernels().name, n);
+    expect(worst < 1e-5, "gradient of rows", kernels().name, n);
+  }
+  expect(kernels().count_indices(targets.data(), ROWS, n, &rows.ignore_index) == 30, "count", kernels().name, n);
+  expect(kernels().count_indices(targets.data(), ROWS, n, nullptr) == -1, "count all", kernels().name, n);
+}
+
 template <class T>
 static void embedding(int64_t columns, bool with_positions, bool stream) {
   constexpr int64_t V = 3, N = 5;
@@ -116,6 +152,39 @@ static void embedding(int64_t columns, bool with_positions, bool stream) {
   }
 }
 
+// Nine sequences, eight of them side by side, in two parts of the columns.
+template <class T>
+static void embedding_sums(int64_t columns, bool with_tokens, bool with_positions) {
+  constexpr int64_t V = 3, B = 9, LENGTH = 2;
+  Buffer<T> rows(B * LENGTH * columns, 1), token_grad(V * columns, 0), position_grad(LENGTH * columns, 0);
+  std::vector<int64_t> tokens;
+  for (int64_t i = 0; i < B * LENGTH; ++i) tokens.push_back(i * i % V);
+  for (int part = 0; part < 2; ++part) {
+    const int64_t begin = part * columns / 2, end = (part + 1) * columns / 2, width = end - begin;
+    std::vector<float> token_sums(static_cast<size_t>(V * width)), position_sums(static_cast<size_t>(LENGTH * width));
+    AccumulateRows a{};
+    a.rows = rows.data, a.tokens = tokens.data();
+    a.count = B * LENGTH, a.length = LENGTH, a.vocab_size = V, a.columns = columns, a.begin = begin, a.end = end;
+    a.token_sums = with_tokens ? token_sums.data() : nullptr;
+    a.position_sums = with_positions ? position_sums.data() : nullptr;
+    a.token_grad = token_grad.data, a.position_grad = position_grad.data;
+    kernels().accumulate_rows[storage<T>()](a);
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    double of_token = 0.0, of_position = 0.0;
+    for (int64_t i = 0; i < B * LENGTH; ++i) {
+      if (tokens[static_cast<size_t>(i)] == 1) of_token += to_float(rows.data[i * columns + j]);
+      if (i % LENGTH == 1) of_position += to_float(rows.data[i * columns + j]);
+    }
+    const double tolerance = std::is_same_v<T, float> ? 1e-5 : 0.2;
+    if (with_tokens)
+      expect(std::fabs(to_float(token_grad.data[columns + j]) - of_token) < tolerance, "token", kernels().name, columns);
+    if (with_positions)
+      expect(std::fabs(to_float(position_grad.data[columns + j]) - of_position) < tolerance, "position", kernels().name,
+             columns);
+  }
+}
+
 template <class T>
 static void all() {
   std::vector<int64_t> lengths;
@@ -126,6 +195,7 @@ static void all() {
       for (int branch = 0; branch < 16; ++branch)
         cross_entropy<T>(n, offset, branch & 1, branch & 2, branch & 4, branch & 8);
     for (int branch = 0; branch < 4; ++branch) embedding<T>(n, branch & 1, branch & 2);
+    for (int branch = 1; branch < 4; ++branch) embedding_sums<T>(n, branch & 1, branch & 2);
   }
 }
 
@@ -180,6 +250,8 @@ int main() {
       std::printf("%s: not on this processor\n", name);
       continue;
     }
+    for (int64_t n = 6; n <= 150; ++n)
+      for (bool in_place : {false, true}) short_rows(n, in_place);
     all<float>();
     all<BFloat16>();
     all<Float16>();

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,9 +97,9 @@ def _is_plain(
         and logits.shape[1] > 0
         and weight is None
         and type(ignore_index) is int
-        and -(2**63) <= ignore_index < 2**63
+        and ignore_index == -100
         and type(label_smoothing) is float
-        and 0.0 <= label_smoothing <= 1.0
+        and label_smoothing == 0.0
         and reduction in ("mean", "sum", "none")
     )
 
@@ -374,14 +374,19 @@ def _native(
 ) -> Tensor:
     refuse_forward_mode("cross_entropy", logits)
     C = logits.shape[0 if logits.ndim == 1 else 1]
-    rows = logits if logits.ndim == 2 else logits.movedim(0 if logits.ndim == 1 else 1, -1).reshape(-1, C)
+    rows, row_targets = logits, targets
+    if logits.ndim != 2:
+        rows = logits.movedim(0 if logits.ndim == 1 else 1, -1).reshape(-1, C)
+        row_targets = targets.reshape(-1)
+    if row_targets.dtype is not int64:
+        row_targets = row_targets.long()
     with_grad = torch.is_grad_enabled() and logits.requires_grad and reduction != "none"
     # float16 with a scaled loss: the mean's gradient would be rounded, and vanish, before the scale reaches it.
     with_grad = with_grad and logits.dtype != torch.float16
     try:
         loss = _cross_entropy_native(
             rows,
-            (targets if targets.ndim == 1 else targets.reshape(-1)).long(),
+            row_targets,
             None if weight is None else weight.detach().float(),
             ignore_index,
             REDUCTIONS[reduction],
@@ -422,8 +427,9 @@ def _chunk_rows(n_rows: int, vocab_size: int, values: int | None = None) -> int:
 @functools.cache
 def _cache_bytes() -> int:
     try:
-        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 2**25
-    except (AttributeError, OSError, ValueError):  # only glibc knows
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text()  # "32768K"
+        return int(size.strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):  # only Linux says
         return 2**25
 
 

@@ -1,7 +1,7 @@
 """Token embedding plus position embedding: two gathers and an add in one op.
 
-The native backend (csrc/embedding.*) stores each output row once, and sums the gradient rows of one token in the order
-of the sequence: tokens are grouped by a stable counting sort, so there are no atomics and the bits never change.
+The native backend (csrc/embedding.*) stores each output row once, and sums the gradient rows of one token in a
+fixed order: tokens are grouped by a stable counting sort, so there are no atomics and the bits never change.
 """
 
 from __future__ import annotations
