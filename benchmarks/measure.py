@@ -1,8 +1,9 @@
 """How the suite measures: contenders in turn, one clock per device, the device's ceilings, and what a ratio says.
 
-A round runs every contender once: A B C, A B C, ... What slows a machine down for a while slows neighbours alike, so
-ratios are taken inside a round, and it is the median of the rounds' ratios, with their 20th and 80th percentile, that
-is reported. When those two lie on different sides of 1, the answer is "noise": neither is faster.
+A round runs every contender once, in an order drawn for it: A B C, B C A, A C B, ... What slows a machine down for a
+while slows neighbours alike, so ratios are taken inside a round, and it is the median of the rounds' ratios, with their
+20th and 80th percentile, that is reported. The order changes, because a call finds in the caches what the one before
+it has left there. When those two lie on different sides of 1, the answer is "noise": neither is faster.
 
 On a CPU time is the wall clock's. On a GPU it is the device's own, between two events around the call; the L2 cache is
 overwritten before each, so that a kernel reads its inputs from memory as it would in a model.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,10 +106,12 @@ def interleave(
         warm = clock.round(calls, iterations)
     iterations = [max(1, math.ceil(min_time / max(t, 1e-9))) for t in warm]
     rounds: list[list[float]] = []
+    order, draw = list(range(len(calls))), random.Random(0)
     stop = time.perf_counter() + seconds * len(calls)
     while len(rounds) < min_rounds or (time.perf_counter() < stop and len(rounds) < MAX_ROUNDS):
-        times = clock.round(calls, iterations)
-        rounds.append([t / n for t, n in zip(times, iterations, strict=True)])
+        draw.shuffle(order)
+        times = dict(zip(order, clock.round([calls[i] for i in order], [iterations[i] for i in order]), strict=True))
+        rounds.append([times[i] / n for i, n in enumerate(iterations)])
     return {name: list(times) for name, times in zip(names, zip(*rounds, strict=True), strict=True)}
 
 

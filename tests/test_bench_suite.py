@@ -60,17 +60,19 @@ def work(**changes) -> suite.Work:
 def test_contenders_take_turns():
     ran = []
     calls = {name: lambda name=name: ran.append(name) for name in "ABC"}
-    times = measure.interleave(calls, measure.WallClock(), seconds=0.0, min_rounds=4, warmups=1)
-    assert "".join(ran) == "ABC" * 5
-    assert {name: len(values) for name, values in times.items()} == {"A": 4, "B": 4, "C": 4}
+    times = measure.interleave(calls, measure.WallClock(), seconds=0.0, min_rounds=30, warmups=1)
+    rounds = ["".join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
+    assert all(sorted(one) == ["A", "B", "C"] for one in rounds)
+    assert len(set(rounds)) == 6  # every order, so that each contender comes after each other one
+    assert {name: len(values) for name, values in times.items()} == {"A": 30, "B": 30, "C": 30}
 
 
 def test_rounds_go_on_for_the_time_given():
     class Fake:
         def round(self, calls, iterations):
-            return [0.5, 0.25]
+            return list(calls)
 
-    times = measure.interleave({"A": None, "B": None}, Fake(), seconds=0.05, min_rounds=1)
+    times = measure.interleave({"A": 0.5, "B": 0.25}, Fake(), seconds=0.05, min_rounds=1)
     assert len(times["A"]) == measure.MAX_ROUNDS and set(times["A"]) == {0.5} and set(times["B"]) == {0.25}
 
 
@@ -79,11 +81,11 @@ def test_a_short_call_is_repeated_within_its_turn():
 
     class Fake:
         def round(self, calls, iterations):
-            seen.append(list(iterations))
-            return [n * t for n, t in zip(iterations, (0.001, 0.2), strict=True)]
+            seen.append(dict(zip(calls, iterations, strict=True)))
+            return [n * t for n, t in zip(iterations, calls, strict=True)]
 
-    times = measure.interleave({"A": None, "B": None}, Fake(), seconds=0.0, min_rounds=2, min_time=0.01)
-    assert seen == [[1, 1], [10, 1], [10, 1]]
+    times = measure.interleave({"A": 0.001, "B": 0.2}, Fake(), seconds=0.0, min_rounds=2, min_time=0.01)
+    assert seen == [{0.001: 1, 0.2: 1}, {0.001: 10, 0.2: 1}, {0.001: 10, 0.2: 1}]
     assert times == {"A": [pytest.approx(0.001)] * 2, "B": [0.2, 0.2]}
 
 

@@ -69,9 +69,7 @@ def attention(
         if not math.isfinite(scale):
             raise ValueError(f"scale: expected a finite number or None, got {scale}")
     check_dropout(dropout_p, seed)
-    return dispatch(
-        "attention", backend, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed
-    )
+    return dispatch("attention", backend, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 
 def _torch(

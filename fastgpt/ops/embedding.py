@@ -66,9 +66,7 @@ def embedding(
                 f"tokens: positions {position_offset}..{position_offset + tokens.shape[1] - 1} do not fit the "
                 f"{position_table.shape[0]} rows of position_table"
             )
-    return dispatch(
-        "embedding", backend, tokens, token_table, position_table, position_offset=position_offset
-    )
+    return dispatch("embedding", backend, tokens, token_table, position_table, position_offset=position_offset)
 
 
 def _torch(

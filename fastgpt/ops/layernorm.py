@@ -66,9 +66,7 @@ def add_layer_norm(
         raise ValueError(f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
     _check_affine(x, torch.promote_types(x.dtype, residual.dtype), weight, bias, eps)
     check_dropout(dropout_p, seed)
-    return dispatch(
-        "add_layer_norm", backend, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed
-    )
+    return dispatch("add_layer_norm", backend, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
 
 
 def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, eps: float) -> None:
