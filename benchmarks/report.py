@@ -29,8 +29,8 @@ ABOUT = [
     "Each case names its work. FastGPT and its peers did it in turns in one process, in an order drawn for each round, "
     "and only after FastGPT's results had passed the comparison with the float64 oracle. A backward pass starts from "
     "random gradients; that of a loss from 1, as `loss.backward()` does. Times are medians, with the 20th and 80th "
-    "percentile. A ratio is the peer's time over FastGPT's, the median over pairs of the same round: above 1 FastGPT is "
-    "faster, and where the percentiles straddle 1 the verdict is noise.",
+    "percentile. A ratio is the peer's time over FastGPT's, the median over pairs of the same round: above 1 FastGPT "
+    "is faster, and where the percentiles straddle 1 the verdict is noise.",
     "The error ratio is FastGPT's error over PyTorch's own plus half the stated tolerance; up to 2 passes. The "
     "fraction of the roofline is the time that the fastest copy or matrix product of the same run would need, over the "
     "time taken.",

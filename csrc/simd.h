@@ -310,14 +310,12 @@ struct Exp {
     q = q * r + 1.666652011e-1f;
     q = q * r + 4.999999341e-1f;
     q = q * r + 1.0f;
-    const Vec p = q * r + 1.0f;
-    Bits exponent, bits;
-    std::memcpy(&exponent, &shifted, sizeof bits);
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += exponent << 23;  // k into the exponent's bits
-    Vec result;
-    std::memcpy(&result, &bits, sizeof bits);
-    return vanishes ? Vec{} : (x == x ? result : x);
+    Bits k_bits;
+    std::memcpy(&k_bits, &shifted, sizeof k_bits);
+    const Bits power_bits = (k_bits << 23) + 0x3f800000u;
+    Vec power;
+    std::memcpy(&power, &power_bits, sizeof power);
+    return vanishes ? Vec{} : (q * r + 1.0f) * power;
   }
 };
 
