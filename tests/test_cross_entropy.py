@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import subprocess
 import sys
@@ -421,3 +422,24 @@ def test_bad_arguments_of_cross_entropy(change: dict, error: type[Exception], me
 def test_bad_arguments_of_linear_cross_entropy(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         ops.linear_cross_entropy(**{"x": X, "weight": W, "targets": TARGETS, **change})
+
+
+def test_the_short_check_accepts_nothing_that_the_long_one_refuses() -> None:
+    ops_module = importlib.import_module("fastgpt.ops.cross_entropy")
+    x, t = torch.randn(3, 5), torch.tensor([0, 4, -100])
+    plain = (x, t, None, -100, "mean", 0.0)
+    changes = [
+        [x.double(), x.bfloat16(), x.to_sparse(), x.int(), x[0], x[0, 0], x[:, :0], x[:2], x.to("meta"), None, [[1.0]]],
+        [t.int(), t.float(), t[:2], t[None], t[0], t.to("meta"), None, [0, 1, 2]],
+        [torch.ones(5), torch.ones(4), 1.0],
+        [0, -1, True, 1.5, None, 2**63, torch.tensor(-100)],
+        ["sum", "none", "max", None, ["mean"], 1],
+        [0.1, 1, 1.5, -0.1, math.nan, None, "a", torch.tensor(0.0)],
+    ]
+    assert ops_module._is_plain(*plain)
+    ops_module._check(*plain)
+    for position, values in enumerate(changes):
+        for value in values:
+            call = (*plain[:position], value, *plain[position + 1 :])
+            if ops_module._is_plain(*call):
+                ops_module._check(*call)
