@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   float g = a.row_scale ? a.row_scale[row * a.row_scale_stride] : 1.0f;
   if (a.denominator) g /= *a.denominator;
   const float weights = a.class_weight_sum ? *a.class_weight_sum : static_cast<float>(n);
-  const float scale = g * (weight + smooth_each * weights);
+  const float scale = g * (a.label_smoothing > 0.0f ? weight + smooth_each * weights : weight);
   const float smooth = g * smooth_each;
   const auto gradient = [&](float value, int64_t i) {
     float d = __expf((value - max) - log_sum) * scale;

@@ -236,8 +236,9 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
     const float log_p = (x_target - row.max) - row.log_sum;
     if (a.loss) a.loss[i] = smooths ? smooth_each * smoothing_loss(x, n, row, a.class_weight) - weight * log_p : -weight * log_p;
     if (!out) continue;
-    const float smoothed = smooth_each * (a.class_weight ? a.class_weight[target] : 1.0f);
-    const float scale = g * (weight + smooth_each * a.class_weight_sum);
+    // Without smoothing its terms are not 0 times something: a class weight may be infinite.
+    const float smoothed = smooths ? smooth_each * (a.class_weight ? a.class_weight[target] : 1.0f) : 0.0f;
+    const float scale = g * (smooths ? weight + smooth_each * a.class_weight_sum : weight);
     const auto gradient = smooths ? (a.stream ? softmax_gradient<T, true, true> : softmax_gradient<T, true, false>)
                                   : (a.stream ? softmax_gradient<T, false, true> : softmax_gradient<T, false, false>);
     gradient(x, out, n, row, scale, g * smooth_each, a.class_weight);

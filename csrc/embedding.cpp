@@ -72,7 +72,7 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
   if (position_table.has_value()) {
     positions = with_contiguous_rows(*position_table);
     STD_TORCH_CHECK(storage_of(positions, "position_table") == storage && positions.size(1) == C &&
-                        position_offset >= 0 && position_offset + T <= positions.size(0),
+                        position_offset >= 0 && position_offset <= positions.size(0) - T,
                     "position_table: expected rows up to position_offset + T, like those of token_table");
     rows.position_stride = positions.stride(0);
     rows.position_table = static_cast<const char*>(positions.const_data_ptr()) +
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
   if (N == 0 || C == 0) return {token_grad, position_grad};
   if (with_tokens) check_range("tokens", indices.const_data_ptr<int64_t>(), N, vocab_size, nullptr);
   if (with_positions)
-    STD_TORCH_CHECK(position_offset >= 0 && position_offset + T <= n_positions, "position_offset: past n_positions");
+    STD_TORCH_CHECK(position_offset >= 0 && position_offset <= n_positions - T, "position_offset: past n_positions");
 
   // Columns are independent, so that any division of them among threads gives the same sums.
   const int64_t sum_rows = (with_tokens ? vocab_size : 0) + (with_positions ? T : 0);

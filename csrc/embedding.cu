@@ -150,7 +150,7 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
   Tensor positions = position_table.has_value() ? with_contiguous_rows(*position_table) : table;
   STD_TORCH_CHECK(!position_table.has_value() || (positions.scalar_type() == table.scalar_type() &&
                                                   positions.size(1) == C && position_offset >= 0 &&
-                                                  position_offset + T <= positions.size(0)),
+                                                  position_offset <= positions.size(0) - T),
                   "position_table: expected rows up to position_offset + T, like those of token_table");
   const int64_t per_vector = 16 / static_cast<int64_t>(table.element_size());
   const bool vectors = C % per_vector == 0 && table.stride(0) % per_vector == 0 && is_aligned(table.const_data_ptr()) &&
@@ -199,7 +199,7 @@ Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order,
 Tensor sum_positions(const Tensor& grad, int64_t n_positions, int64_t position_offset) {
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const int64_t B = grad.size(0), T = grad.size(1), C = grad.size(2);
-  STD_TORCH_CHECK(grad.is_contiguous() && position_offset >= 0 && position_offset + T <= n_positions,
+  STD_TORCH_CHECK(grad.is_contiguous() && position_offset >= 0 && position_offset <= n_positions - T,
                   "grad: expected contiguous (B, T, C) that fits n_positions");
   Tensor position_grad = torch::stable::new_zeros(grad, {n_positions, C});
   if (grad.numel() == 0) return position_grad;

@@ -88,22 +88,23 @@ inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_
   for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       float* to = c + i * c_stride + j;
-      const auto multiply = [&](float* tile, int64_t stride, bool adds) {
+      const auto multiply = [&](float* tile, int64_t stride) {
         for (int64_t p = 0; p < depth; p += CHAIN)
           multiply_tile(a + i * depth + p * TILE_ROWS, b + j * depth + p * TILE_COLUMNS, smaller(CHAIN, depth - p), tile,
-                        stride, adds || p > 0);
+                        stride, accumulate || p > 0);
       };
       if (i + TILE_ROWS <= rows && j + TILE_COLUMNS <= columns) {
-        multiply(to, c_stride, accumulate);
+        multiply(to, c_stride);
         continue;
       }
-      float edge[TILE_ROWS * TILE_COLUMNS];
-      multiply(edge, TILE_COLUMNS, false);
-      for (int64_t r = 0; r < smaller(TILE_ROWS, rows - i); ++r)
-        for (int64_t s = 0; s < smaller(TILE_COLUMNS, columns - j); ++s) {
-          const float value = edge[r * TILE_COLUMNS + s];
-          to[r * c_stride + s] = accumulate ? to[r * c_stride + s] + value : value;
-        }
+      // In a copy of its own, which c begins: the sums are those of a whole tile, since which tiles are at an edge
+      // depends on the number of threads.
+      float edge[TILE_ROWS * TILE_COLUMNS] = {};
+      const int64_t height = smaller(TILE_ROWS, rows - i), width = smaller(TILE_COLUMNS, columns - j);
+      const size_t row_bytes = sizeof(float) * static_cast<size_t>(width);
+      for (int64_t r = 0; accumulate && r < height; ++r) std::memcpy(edge + r * TILE_COLUMNS, to + r * c_stride, row_bytes);
+      multiply(edge, TILE_COLUMNS);
+      for (int64_t r = 0; r < height; ++r) std::memcpy(to + r * c_stride, edge + r * TILE_COLUMNS, row_bytes);
     }
 }
 

@@ -97,6 +97,8 @@ def test_no_implementation_and_unknown_names() -> None:
         ops.explain("norm", X)
     with pytest.raises(TypeError, match="none of those given is a tensor"):
         ops.explain("layer_norm", 3)
+    with pytest.raises(TypeError, match="takes the arguments of layer_norm: missing a required argument: 'weight'"):
+        ops.explain("layer_norm", X)
 
 
 def test_use_backend_nests_and_ends_with_an_exception() -> None:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -371,6 +372,8 @@ def test_targets_out_of_range_in_more_dimensions() -> None:
         ({"targets": TARGETS.to("meta")}, ValueError, "targets: on meta"),
         ({"reduction": "avg"}, ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
         ({"reduction": None}, ValueError, "reduction: "),
+        ({"reduction": np.array(["mean", "sum"])}, ValueError, "reduction: expected 'mean'"),
+        ({"targets": TARGETS.to_sparse()}, TypeError, "targets: expected a dense tensor"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing: "),
         ({"label_smoothing": math.nan}, ValueError, "label_smoothing: "),
         ({"label_smoothing": "a"}, TypeError, "label_smoothing: expected a number"),
@@ -430,7 +433,7 @@ def test_the_short_check_accepts_nothing_that_the_long_one_refuses() -> None:
     plain = (x, t, None, -100, "mean", 0.0)
     changes = [
         [x.double(), x.bfloat16(), x.to_sparse(), x.int(), x[0], x[0, 0], x[:, :0], x[:2], x.to("meta"), None, [[1.0]]],
-        [t.int(), t.float(), t[:2], t[None], t[0], t.to("meta"), None, [0, 1, 2]],
+        [t.int(), t.float(), t.to_sparse(), t[:2], t[None], t[0], t.to("meta"), None, [0, 1, 2]],
         [torch.ones(5), torch.ones(4), 1.0],
         [0, -1, True, 1.5, None, 2**63, torch.tensor(-100)],
         ["sum", "none", "max", None, ["mean"], 1],
@@ -443,3 +446,65 @@ def test_the_short_check_accepts_nothing_that_the_long_one_refuses() -> None:
             call = (*plain[:position], value, *plain[position + 1 :])
             if ops_module._is_plain(*call):
                 ops_module._check(*call)
+
+
+def test_derivatives_in_a_compiled_function() -> None:
+    """Traced, an op must not lose what eager calls have or refuse."""
+    x, t = torch.randn(6, 10), torch.randint(7, (6,))
+    tangent = torch.arange(60.0).view(6, 10).sqrt()
+    for transform in (
+        torch.func.grad,
+        torch.func.jacfwd,
+        lambda f: lambda z: torch.func.jvp(f, (z,), (tangent,))[1],
+        lambda f: lambda z: torch.func.vmap(f)(z.expand(3, 6, 10)),
+    ):
+        torch._dynamo.reset()
+        ours = torch.compile(transform(lambda z: ops.cross_entropy(z, t)), backend="aot_eager")(x)
+        torch.testing.assert_close(ours, transform(lambda z: F.cross_entropy(z, t))(x))
+
+    def jvp(z: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda y: ops.linear_cross_entropy(y, torch.ones(9, 10), t), (z,), (tangent,))[1]
+
+    def dual(z: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            made = torch.autograd.forward_ad.make_dual(z, tangent)
+            return torch.autograd.forward_ad.unpack_dual(ops.linear_cross_entropy(made, torch.ones(9, 10), t)).tangent
+
+    for function in (jvp, dual):
+        torch._dynamo.reset()
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives are not supported"):
+            torch.compile(function, backend="aot_eager")(x)
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_an_ignore_index_that_is_no_int32(op: str) -> None:
+    head = torch.randn(10, 4).half()
+    gradients = []
+    for targets in (torch.tensor([3, 3, 3, 1]), torch.tensor([3, 3, 3, 1], dtype=torch.int32)):
+        torch.manual_seed(0)
+        h = torch.randn(4, 4).half().requires_grad_()
+        if op == "cross_entropy":
+            ops.cross_entropy(F.linear(h, head), targets, ignore_index=2**32 + 3).backward()
+        else:
+            ops.linear_cross_entropy(h, head, targets, ignore_index=2**32 + 3).backward()
+        gradients.append(h.grad)
+    assert torch.equal(*gradients)
+    bad = torch.tensor([1, 12, 2], dtype=torch.int32)
+    with pytest.raises(IndexError, match=r"targets: value 12 at position \(1,\)"):
+        if op == "cross_entropy":
+            ops.cross_entropy(torch.randn(3, 10), bad, ignore_index=2**32 + 12)
+        else:
+            ops.linear_cross_entropy(torch.randn(3, 4), torch.randn(10, 4), bad, ignore_index=2**32 + 12)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_class_weight_stays_with_its_class(dtype: torch.dtype, reduction: str) -> None:
+    weight = torch.tensor([math.inf] + [1.0] * 9, dtype=dtype)
+    gradients = []
+    for op in (ops.cross_entropy, F.cross_entropy):
+        torch.manual_seed(0)
+        logits = torch.randn(6, 10, dtype=dtype, requires_grad=True)
+        op(logits, torch.arange(1, 7), weight=weight, reduction=reduction).sum().backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=4e-3 if dtype == torch.bfloat16 else 1e-6)

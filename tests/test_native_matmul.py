@@ -79,12 +79,14 @@ def test_not_a_number_stays_in_its_row_and_column() -> None:
 def test_same_bits_for_any_number_of_threads() -> None:
     threads = torch.get_num_threads()
     try:
-        for M, N, K in ((256, 1000, 600), (1000, 256, 600)):
-            a, b, results = torch.randn(M, K), torch.randn(K, N), []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(_product(a, b, torch.empty(M, N), False))
-            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+        for M, N, K in ((256, 1000, 600), (1000, 256, 600), (600, 32, 3000)):
+            a, b, before = torch.randn(M, K), torch.randn(K, N), torch.randn(M, N)
+            for accumulate in (False, True):
+                results = []
+                for count in (1, 2, 3):
+                    torch.set_num_threads(count)
+                    results.append(_product(a, b, before.clone(), accumulate))
+                assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     finally:
         torch.set_num_threads(threads)
 

@@ -26,6 +26,8 @@ def check_index(name: str, tensor: Tensor, ndim: int | None = None) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 (or int32) indices, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
     if ndim is not None and tensor.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(tensor.shape)}")
 
@@ -63,7 +65,7 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
 
 
@@ -82,6 +84,7 @@ def check_label_smoothing(label_smoothing: float) -> None:
 
 def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: int | None = None) -> IndexError:
     """The error for the first of `indices` outside [low, high) that is not `ignore`: its value and its position."""
+    indices = indices.long()  # `ignore` may be no int32
     bad = (indices < low) | (indices >= high)
     if ignore is not None:
         bad &= indices != ignore

@@ -12,6 +12,8 @@ whether it serves *this call* (dtype, shape) is its own ``supports`` function, w
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -196,6 +198,10 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explan
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     if not tensors:
         raise TypeError(f"explain({op!r}, ...) takes the arguments of {op}, and none of those given is a tensor")
+    try:
+        inspect.signature(getattr(importlib.import_module("fastgpt.ops"), op)).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain({op!r}, ...) takes the arguments of {op}: {error}") from None
     device_type = tensors[0].device.type
     name = requested(backend)
     if name != "auto":

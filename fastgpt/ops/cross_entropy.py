@@ -91,6 +91,7 @@ def _is_plain(
         and logits.is_cpu
         and targets.is_cpu
         and logits.layout is strided
+        and targets.layout is strided
         and targets.ndim == 1
         and logits.ndim == 2
         and logits.shape[0] == targets.shape[0]
@@ -100,6 +101,7 @@ def _is_plain(
         and ignore_index == -100
         and type(label_smoothing) is float
         and label_smoothing == 0.0
+        and type(reduction) is str
         and reduction in ("mean", "sum", "none")
     )
 
@@ -598,7 +600,7 @@ def _define_linear(backend: str) -> Callable[..., Any]:
         else:
             if _mean_comes_last(x):
                 ignore_index, reduction, _ = ctx.options
-                scale = _mean_scale(targets != ignore_index, reduction, grad_loss.dtype)
+                scale = _mean_scale(targets.long() != ignore_index, reduction, grad_loss.dtype)
                 grad_loss = torch.where(scale.isfinite(), grad_loss * scale, 0.0)  # 0 for the mean of nothing
             gradients = [_scaled(gradient, grad_loss) for gradient in gradients]
         dx, dw, db = gradients

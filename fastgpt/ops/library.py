@@ -82,17 +82,18 @@ def register_autograd(
 
 def inside_transform() -> str | None:
     """Why an op with `register_autograd` cannot serve here: PyTorch has no torch.func rules for such ops."""
-    if torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
+    if torch._C._are_functorch_transforms_active():
         return "it does not work inside torch.func transforms"
     return None
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Raise where forward-mode AD (`torch.func.jvp`) reaches a registered op: PyTorch takes its derivative for 0."""
-    if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
+    if torch.autograd.forward_ad._current_level < 0:
         return
+    unknown = torch.compiler.is_compiling()  # a tensor that is being traced shows no tangent
     for tensor in tensors:
-        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is not None and (unknown or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None):
             raise NotImplementedError(
                 f"{op}: forward-mode derivatives are not supported; the formulas of fastgpt.ops.reference have them"
             )
