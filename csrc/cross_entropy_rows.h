@@ -115,12 +115,13 @@ void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale
 // (a maximum, a sum, a log, the target's entry) is one vector operation for all of them. So is each of the last
 // n % LANES columns where they are few; where they are many, a row's last vector overlaps the one before. The exp values
 // are kept in the gradient's place, one exp per value, and scaled there. (In 16 bits they would be rounded twice.) The
-// gradient may be the logits.
-template <bool WITH_GRADIENT>
+// gradient may be the logits. WHOLE: the columns in whole vectors where they are known beforehand, so that the loops over
+// them have a constant length; 0 where not.
+template <bool WITH_GRADIENT, int64_t WHOLE>
 void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const Exp exp;
   const int64_t n = a.classes;
-  const int64_t whole = n / LANES * LANES;
+  const int64_t whole = WHOLE > 0 ? WHOLE : n / LANES * LANES;
   const int tail = whole > 0 && n - whole > LANES / 4 ? 0 : static_cast<int>(n - whole);  // columns
   const bool overlaps = whole + tail < n;
   const Mask seen = lane_numbers() < static_cast<int32_t>(whole + LANES - n);  // lanes of the overlapping vector
@@ -203,6 +204,12 @@ void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   }
 }
 
+template <bool WITH_GRADIENT>
+void short_rows_of(const CrossEntropyRows& a, int64_t begin, int64_t end) {
+  if (a.classes / LANES * LANES == 64) return short_rows<WITH_GRADIENT, 64>(a, begin, end);  // the characters of English
+  short_rows<WITH_GRADIENT, 0>(a, begin, end);
+}
+
 template <class T>
 void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const int64_t n = a.classes;
@@ -210,7 +217,7 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const bool smooths = a.label_smoothing > 0.0f;
   if constexpr (std::is_same_v<T, float>)
     if (n <= BLOCK && !smooths && !a.stream && !a.statistics_known)
-      return a.gradient ? short_rows<true>(a, begin, end) : short_rows<false>(a, begin, end);
+      return a.gradient ? short_rows_of<true>(a, begin, end) : short_rows_of<false>(a, begin, end);
   for (int64_t i = begin; i < end; ++i) {
     const T* x = static_cast<const T*>(a.logits) + i * a.logits_stride;
     T* out = a.gradient ? static_cast<T*>(a.gradient) + i * a.gradient_stride : nullptr;
