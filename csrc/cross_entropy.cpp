@@ -70,22 +70,21 @@ struct Call {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
-                                                 const std::optional<Tensor>& weight, int64_t ignore_index,
-                                                 int64_t reduction, double label_smoothing, bool with_grad) {
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
+                                         const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
+                                         double label_smoothing, bool with_grad) {
   Call call(logits, targets, weight, ignore_index, label_smoothing);
   Tensor loss = new_small(reduction == NONE ? std::vector<int64_t>{call.n} : std::vector<int64_t>{}, ScalarType::Float);
-  Tensor statistics = new_small({call.n, 2}, ScalarType::Float);
   std::unique_ptr<float[]> losses(reduction == NONE ? nullptr : new float[static_cast<size_t>(call.n)]);
   call.rows.loss = losses ? losses.get() : loss.mutable_data_ptr<float>();
-  call.rows.statistics = statistics.mutable_data_ptr<float>();
 
   const double denominator = reduction == MEAN ? call.denominator() : 1.0;
   const float row_scale = static_cast<float>(1.0 / denominator);
-  Tensor gradient = with_grad ? call.start_gradient() : new_small({0}, logits.scalar_type());
   call.rows.row_scale = &row_scale;
+  Tensor saved = with_grad ? call.start_gradient() : new_small({call.n, 2}, ScalarType::Float);
+  if (!with_grad) call.rows.statistics = saved.mutable_data_ptr<float>();
   call.run();
-  if (reduction == NONE) return {loss, statistics, gradient};
+  if (reduction == NONE) return {loss, saved};
 
   // Four sums, so that an addition need not wait for the last; always the same ones, for any number of threads.
   double sums[4] = {};
@@ -96,19 +95,16 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   for (; i < call.n; ++i) sums[0] += loss_of[i];
   const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   *loss.mutable_data_ptr<float>() = static_cast<float>(sum / denominator);
-  return {loss, statistics, gradient};
+  return {loss, saved};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets,
-                              const std::optional<Tensor>& weight, const Tensor& statistics, int64_t ignore_index,
-                              int64_t reduction, double label_smoothing) {
+                              const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics,
+                              int64_t ignore_index, int64_t reduction, double label_smoothing) {
   Call call(logits, targets, weight, ignore_index, label_smoothing);
-  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && statistics.scalar_type() == ScalarType::Float,
-                  "grad_loss, statistics: expected float32");
-  STD_TORCH_CHECK(grad_loss.numel() == (reduction == NONE ? call.n : 1) && statistics.numel() == 2 * call.n,
-                  "grad_loss, statistics: expected one value per loss and two per row");
+  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == (reduction == NONE ? call.n : 1),
+                  "grad_loss: expected float32, one value per loss");
   const Tensor grad = packed(grad_loss);
-  const Tensor known = packed(statistics);
   float shared = 0.0f;
   if (reduction == NONE) {
     call.rows.row_scale = grad.const_data_ptr<float>();
@@ -118,8 +114,13 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
     shared = static_cast<float>(reduction == MEAN ? upstream / call.denominator() : upstream);
     call.rows.row_scale = &shared;
   }
-  call.rows.statistics = const_cast<float*>(known.const_data_ptr<float>());  // only read: statistics_known
-  call.rows.statistics_known = true;
+  std::optional<Tensor> known;
+  if (statistics.has_value()) {
+    STD_TORCH_CHECK(statistics->scalar_type() == ScalarType::Float && statistics->numel() == 2 * call.n,
+                    "statistics: expected float32, two per row");
+    known = packed(*statistics);
+    call.rows.known_statistics = known->const_data_ptr<float>();
+  }
   Tensor gradient = call.start_gradient();
   call.run();
   return gradient;
@@ -133,9 +134,7 @@ Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& r
                   "row_scale: expected contiguous float32 (n,)");
   Call call(logits, targets, std::nullopt, ignore_index, label_smoothing);
   Tensor losses = new_small({call.n}, ScalarType::Float);
-  Tensor statistics = new_small({call.n, 2}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();
-  call.rows.statistics = statistics.mutable_data_ptr<float>();
   call.rows.row_scale = row_scale.const_data_ptr<float>();
   call.rows.row_scale_stride = 1;
   if (with_grad) {  // in place, and left in the caches for the products that follow

@@ -34,8 +34,9 @@ struct Rows {
   int64_t row_scale_stride;
   const float* denominator;  // null: 1
   float* loss;               // (rows), or null
-  float* statistics;         // (rows, 2): maximum, log of the sum of exp(x - maximum); written, or read where known
-  bool statistics_known;
+  // (rows, 2): maximum, log of the sum of exp(x - maximum); not computed where known, else written, unless null
+  const float* known_statistics;
+  float* statistics;
 };
 
 struct Online {
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
 
   if (target == a.ignore_index) {
     if (first && a.loss) a.loss[row] = 0.0f;
-    if (row_tid < 2 && !a.statistics_known) a.statistics[2 * row + row_tid] = 0.0f;
+    if (row_tid < 2 && a.statistics) a.statistics[2 * row + row_tid] = 0.0f;
     if (out)
       for (int64_t i = row_tid; i < n; i += row_threads) out[i] = from_float<T>(0.0f);
     return;
@@ -181,9 +182,9 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   const float x_target = to_float(x[target]);
   Online own{-INFINITY, 0.0f};
   float log_sum;
-  if (a.statistics_known) {
-    own.max = a.statistics[2 * row];
-    log_sum = a.statistics[2 * row + 1];
+  if (a.known_statistics) {
+    own.max = a.known_statistics[2 * row];
+    log_sum = a.known_statistics[2 * row + 1];
   } else {
     each_vector([&](int64_t, const Vec16<T>& v) {
       float largest = to_float(v.values[0]);
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
     });
     own = reduce<THREADS>(blocks, own);
     log_sum = own.max == -INFINITY ? NAN : logf(own.sum);
-    if (first) {
+    if (first && a.statistics) {
       a.statistics[2 * row] = own.max;
       a.statistics[2 * row + 1] = log_sum;
     }
@@ -370,7 +371,7 @@ void launch(const Rows& rows, int64_t n, cudaStream_t stream) {
     cross_entropy_kernel<T, 32, IN_REGISTERS><<<static_cast<unsigned>(n), 32, 0, stream>>>(rows);
   } else {
     const bool smooths = rows.loss && rows.label_smoothing > 0.0f;
-    const int passes = (rows.statistics_known ? 0 : 1) + (smooths ? 1 : 0) + (rows.gradient ? 1 : 0);
+    const int passes = (rows.known_statistics ? 0 : 1) + (smooths ? 1 : 0) + (rows.gradient ? 1 : 0);
     const unsigned blocks = passes > 1 ? blocks_to_hold<T>(vectors, n) : 0;
     const Launch grid(n, std::max(blocks, 1u), blocks == 0 ? 0 : bytes_of_part(vectors, blocks), stream);
     STD_CUDA_CHECK(cudaLaunchKernelEx(&grid.config, kernel_for<T>(blocks), rows));
@@ -430,43 +431,49 @@ constexpr int64_t NONE = 0, MEAN = 1;  // PyTorch's numbers of the reductions
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
-                                                 const std::optional<Tensor>& weight, int64_t ignore_index,
-                                                 int64_t reduction, double label_smoothing, bool with_grad) {
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
+                                         const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
+                                         double label_smoothing, bool with_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   Call call(logits, targets, weight, ignore_index, label_smoothing);
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
-  Tensor statistics = torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
-  Tensor gradient = torch::stable::new_empty(logits, {with_grad ? call.n : 0, call.rows.classes});
+  Tensor saved = with_grad ? torch::stable::new_empty(logits, {call.n, call.rows.classes})
+                           : torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();
-  call.rows.statistics = statistics.mutable_data_ptr<float>();
-  if (with_grad) call.rows.gradient = gradient.mutable_data_ptr();
+  if (with_grad) {
+    call.rows.gradient = saved.mutable_data_ptr();
+  } else {
+    call.rows.statistics = saved.mutable_data_ptr<float>();
+  }
   if (reduction == MEAN) call.divide_by_weights();
   call.run();
-  if (!with_grad) gradient = torch::stable::new_empty(logits, {0});
-  if (reduction == NONE) return {losses, statistics, gradient};
+  if (reduction == NONE) return {losses, saved};
   Tensor loss = torch::stable::sum(losses);
   if (reduction == MEAN) {
     divide_kernel<<<1, 1, 0, call.stream>>>(loss.mutable_data_ptr<float>(), call.rows.denominator);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {loss, statistics, gradient};
+  return {loss, saved};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets,
-                              const std::optional<Tensor>& weight, const Tensor& statistics, int64_t ignore_index,
-                              int64_t reduction, double label_smoothing) {
+                              const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics,
+                              int64_t ignore_index, int64_t reduction, double label_smoothing) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   Call call(logits, targets, weight, ignore_index, label_smoothing);
-  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && statistics.scalar_type() == ScalarType::Float &&
-                      grad_loss.numel() == (reduction == NONE ? call.n : 1) && statistics.numel() == 2 * call.n,
-                  "grad_loss, statistics: expected float32, one value per loss and two per row");
-  const Tensor grad = torch::stable::contiguous(grad_loss), known = torch::stable::contiguous(statistics);
+  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == (reduction == NONE ? call.n : 1),
+                  "grad_loss: expected float32, one value per loss");
+  const Tensor grad = torch::stable::contiguous(grad_loss);
   Tensor gradient = torch::stable::new_empty(logits, {call.n, call.rows.classes});
   call.rows.row_scale = grad.const_data_ptr<float>();
   call.rows.row_scale_stride = reduction == NONE ? 1 : 0;
-  call.rows.statistics = const_cast<float*>(known.const_data_ptr<float>());  // only read: statistics_known
-  call.rows.statistics_known = true;
+  std::optional<Tensor> known;
+  if (statistics.has_value()) {
+    STD_TORCH_CHECK(statistics->scalar_type() == ScalarType::Float && statistics->numel() == 2 * call.n,
+                    "statistics: expected float32, two per row");
+    known = torch::stable::contiguous(*statistics);
+    call.rows.known_statistics = known->const_data_ptr<float>();
+  }
   call.rows.gradient = gradient.mutable_data_ptr();
   if (reduction == MEAN) call.divide_by_weights();
   call.run();
@@ -481,9 +488,7 @@ Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& r
                   "logits, row_scale: expected a contiguous chunk and float32 (n,)");
   Call call(logits, targets, std::nullopt, ignore_index, label_smoothing);
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
-  Tensor statistics = torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();
-  call.rows.statistics = statistics.mutable_data_ptr<float>();
   call.rows.row_scale = row_scale.const_data_ptr<float>();
   call.rows.row_scale_stride = 1;
   if (with_grad) call.rows.gradient = logits.mutable_data_ptr();

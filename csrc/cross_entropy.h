@@ -7,15 +7,15 @@ namespace fastgpt {
 
 enum Reduction : int64_t { NONE = 0, MEAN = 1, SUM = 2 };  // PyTorch's numbers
 
-// -> (loss: float32, () or (N,); statistics (N, 2) float32, see kernels.h; the gradient of the loss (N, C), or empty)
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
-                                                 const std::optional<Tensor>& weight, int64_t ignore_index,
-                                                 int64_t reduction, double label_smoothing, bool with_grad);
+// -> (loss: float32, () or (N,); with_grad: the gradient of the loss (N, C), else the statistics (N, 2), see kernels.h)
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
+                                         const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
+                                         double label_smoothing, bool with_grad);
 
-// The gradient of the logits from the statistics of the forward pass, for any gradient of the loss.
+// The gradient of the logits for any gradient of the loss, from the statistics of the forward pass or without them.
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets,
-                              const std::optional<Tensor>& weight, const Tensor& statistics, int64_t ignore_index,
-                              int64_t reduction, double label_smoothing);
+                              const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics,
+                              int64_t ignore_index, int64_t reduction, double label_smoothing);
 
 // Losses (n,) of a chunk of logits; with_grad overwrites the chunk with the gradient of sum(row_scale * losses).
 Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,

@@ -182,7 +182,7 @@ void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
     const Vec log_p = (load(at_target) - row_max) - log_sum;
     const Vec loss = load(counted) > 0.0f ? 0.0f - load(weight) * log_p : Vec{};
     if (a.loss) store_some(a.loss + start, count, loss);
-    store_pairs(a.statistics + 2 * start, count, row_max, log_sum);
+    if (a.statistics) store_pairs(a.statistics + 2 * start, count, row_max, log_sum);
     if constexpr (!WITH_GRADIENT) continue;
 
     const Vec factors = load(scale) / row_sum;
@@ -216,16 +216,15 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const float smooth_each = a.label_smoothing / static_cast<float>(n);
   const bool smooths = a.label_smoothing > 0.0f;
   if constexpr (std::is_same_v<T, float>)
-    if (n <= BLOCK && !smooths && !a.stream && !a.statistics_known)
+    if (n <= BLOCK && !smooths && !a.stream && !a.known_statistics)
       return a.gradient ? short_rows_of<true>(a, begin, end) : short_rows_of<false>(a, begin, end);
   for (int64_t i = begin; i < end; ++i) {
     const T* x = static_cast<const T*>(a.logits) + i * a.logits_stride;
     T* out = a.gradient ? static_cast<T*>(a.gradient) + i * a.gradient_stride : nullptr;
-    float* statistics = a.statistics + 2 * i;
     const int64_t target = a.targets[i];
     if (target == a.ignore_index) {
       if (a.loss) a.loss[i] = 0.0f;
-      if (!a.statistics_known) statistics[0] = statistics[1] = 0.0f;
+      if (a.statistics) a.statistics[2 * i] = a.statistics[2 * i + 1] = 0.0f;
       if (out) std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(n));
       continue;
     }
@@ -233,12 +232,14 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
     const float x_target = to_float(x[target]);
     const float g = out ? a.row_scale[i * a.row_scale_stride] : 0.0f;
     Statistics row;
-    if (a.statistics_known) {
-      row = {statistics[0], statistics[1]};
+    if (a.known_statistics) {
+      row = {a.known_statistics[2 * i], a.known_statistics[2 * i + 1]};
     } else {
       row = row_statistics(x, n);
-      statistics[0] = row.max;
-      statistics[1] = row.log_sum;
+    }
+    if (a.statistics) {
+      a.statistics[2 * i] = row.max;
+      a.statistics[2 * i + 1] = row.log_sum;
     }
     const float log_p = (x_target - row.max) - row.log_sum;
     if (a.loss) a.loss[i] = smooths ? smooth_each * smoothing_loss(x, n, row, a.class_weight) - weight * log_p : -weight * log_p;

@@ -21,10 +21,11 @@ struct CrossEntropyRows {
   float label_smoothing;
   const float* row_scale;  // d(result) / d(loss of the row); stride 0 where all rows share one
   int64_t row_scale_stride;
-  float* loss;        // (rows), or null where only gradients are wanted
-  float* statistics;  // (rows, 2): the maximum, and the log of the sum of exp(x - maximum): kept apart, because their sum
-                      // would lose in large logits what the loss is made of. Written, or read where known.
-  bool statistics_known;
+  float* loss;  // (rows), or null where only gradients are wanted
+  // (rows, 2): the maximum, and the log of the sum of exp(x - maximum): kept apart, because their sum would lose in large
+  // logits what the loss is made of. Where they are known they are not computed; else they are written, unless null.
+  const float* known_statistics;
+  float* statistics;
   bool stream;  // the gradient is larger than the caches: store round them
 };
 
@@ -51,8 +52,8 @@ struct SumRows {
   void* out;
 };
 
-// Columns [begin, end) of the rows, summed into both tables at once: for tables that stay in the second-level cache. The sums are (vocab_size, end - begin) and (length, end - begin), zero at first; either may
-// be null.
+// Columns [begin, end) of the rows, summed into both tables at once: for tables that stay in the second-level cache.
+// The sums are (vocab_size, end - begin) and (length, end - begin), zero at first; either may be null.
 struct AccumulateRows {
   const void* rows;
   const int64_t* tokens;

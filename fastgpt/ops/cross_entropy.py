@@ -311,10 +311,10 @@ def _native_product_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False
 
 library.define(
     "cross_entropy_native(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, int reduction, "
-    "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor statistics, Tensor gradient)"
+    "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor saved)"
 )
 library.define(
-    "cross_entropy_native_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor? weight, Tensor statistics, "
+    "cross_entropy_native_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor? weight, Tensor? statistics, "
     "int ignore_index, int reduction, float label_smoothing) -> Tensor"
 )
 library.define(
@@ -328,8 +328,8 @@ def _native_fake(logits, targets, weight, ignore_index, reduction, label_smoothi
     N, C = logits.shape
     return (
         logits.new_empty(N if reduction == REDUCTIONS["none"] else (), dtype=torch.float32),
-        logits.new_empty((N, 2), dtype=torch.float32),  # the row's maximum, and the log of its sum of exp(x - maximum)
-        logits.new_empty((N, C) if with_grad else 0),
+        # the gradient; else each row's maximum, and the log of its sum of exp(x - maximum)
+        logits.new_empty((N, C)) if with_grad else logits.new_empty((N, 2), dtype=torch.float32),
     )
 
 
@@ -345,9 +345,8 @@ def _chunk_fake(logits, targets, row_scale, ignore_index, label_smoothing, with_
 
 def _native_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, targets, weight, *ctx.options, with_grad = inputs
-    _, statistics, gradient = output
-    ctx.save_for_backward(logits, targets, weight, statistics)
-    ctx.gradient = gradient if with_grad else None
+    ctx.gradient = output[1] if with_grad else None
+    ctx.save_for_backward(logits, targets, weight, None if with_grad else output[1])
 
 
 def _native_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple:
