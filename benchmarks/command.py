@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).resolve().parent
+DEFAULT_ROWS = Path("runs") / "bench"  # not the rows of a source tree, which are committed
 DEFAULT_REPORT = Path("runs") / "bench-report"
 
 
@@ -24,8 +25,8 @@ def names() -> list[str]:
 def measure(only: Sequence[str], device: str, out: str | None, quick: bool, paths: dict[str, str | None]) -> int:
     """Run the suite (all of it, or `only` some files) and return the exit code of the command: 0, 1 or 2.
 
-    `out`: a file of rows (*.jsonl), or a folder for one named by the device. `paths`: the suite's options that name
-    checkouts and data.
+    `out`: a file of rows (*.jsonl), or a folder for one named by the device; None: runs/bench. `paths`: the suite's
+    options that name checkouts and data.
     """
     missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
     if missing:
@@ -35,7 +36,7 @@ def measure(only: Sequence[str], device: str, out: str | None, quick: bool, path
     import pytest
 
     options = [f"--device={device}"] + (["--quick"] if quick else [])
-    options += [f"--rows={_rows_file(Path(out), device)}"] if out else []
+    options += [f"--rows={_rows_file(Path(out) if out else DEFAULT_ROWS, device)}"]
     options += [f"--{name}={path}" for name, path in paths.items() if path is not None]
     files = [str(HERE / f"bench_{name}.py") for name in only or names()]
     # The suite's own settings, whatever folder it is called from, and nothing left in that folder but rows.
@@ -65,16 +66,9 @@ def report(results: Sequence[str], out: str | None) -> None:
     from .report import markdown, write
 
     folder = Path(out) if out else DEFAULT_REPORT
-    found = read(map(Path, results or [default_results()]))
+    if not results and not DEFAULT_ROWS.is_dir():
+        raise BenchError(f"{DEFAULT_ROWS}: nothing was measured here yet; run fastgpt bench, or name rows by --results")
+    found = read(map(Path, results or [DEFAULT_ROWS]))
     page = write(found, folder)
     print(markdown(found, pictures=None), end="")
     print(f"written: {folder / 'results.md'}, {page}", file=sys.stderr)
-
-
-def default_results() -> str:
-    """Where the suite puts its rows when it is not told otherwise."""
-    import torch
-
-    from .rows import default_path
-
-    return str(default_path(torch.device("cpu")).parent)

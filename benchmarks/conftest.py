@@ -138,5 +138,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for op, peers in suite.absent.items():
         for name, reason in peers.items():
             say(f"absent from {op}: {name}, {reason}")
+    for remark in suite.remarks:
+        say(f"NOTE: {remark}")
     if suite.rows:
         say(f"rows: {suite.path}")

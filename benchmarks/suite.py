@@ -22,7 +22,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt import ops, parity
 from fastgpt.ops import reference
-from fastgpt.ops.backend import unavailable
+from fastgpt.ops.backend import PREFERENCE, Explanation
 
 from . import rows as results
 from .measure import Call, Ceilings, Clock, clock_of, interleave, measure_ceilings, peak_bytes, ratio, spread, verdict
@@ -31,12 +31,6 @@ from .peers import Absent, Peer
 OURS = "fastgpt"
 MAX_ERROR_RATIO = 2.0
 MAX_PEER_ERROR_RATIO = 20.0  # a peer may be rougher; beyond this it does not compute the same thing
-
-# The kernels of this package by op; on a GPU they are measured even where "auto" does not take them yet.
-KERNELS = {
-    "attention": "triton", "layer_norm": "triton", "add_layer_norm": "triton",
-    "embedding": "native", "cross_entropy": "native", "linear_cross_entropy": "native",
-}  # fmt: skip
 
 
 class ParityError(AssertionError):
@@ -72,6 +66,7 @@ class Work:
     contenders: dict[str, Call]  # "fastgpt" among them
     error_ratio: Callable[[str], float | None]  # of a contender's results; None where it cannot be told
     absent: dict[str, str] = field(default_factory=dict)
+    remark: str | None = None  # for whoever reads the times
     backend: str | None = None
     n_bytes: float | None = None
     flops: float | None = None
@@ -91,6 +86,7 @@ class Suite:
         self.setting, self.path = setting, path
         self.rows: list[dict[str, Any]] = []
         self.absent: dict[str, dict[str, str]] = {}
+        self.remarks: list[str] = []
         self.facts = results.facts(setting.device)
         self.ceilings: Ceilings | None = None
 
@@ -128,6 +124,8 @@ class Suite:
         """The contenders that run and compute the same, and their error ratios. Only a peer may be left out."""
         absent = self.absent.setdefault(work.op, {})
         absent.update(work.absent)
+        if work.remark and work.remark not in self.remarks:
+            self.remarks.append(work.remark)
         present: dict[str, Call] = {}
         ratios: dict[str, float | None] = {}
         for name in (OURS, *(name for name in work.contenders if name != OURS)):
@@ -235,9 +233,8 @@ def op_work(
     options = dict(options or {})
     torch._dynamo.reset()  # one graph too many for the same function, and torch.compile runs it eagerly
     inputs = [list(arguments(DeviceDraw(setting, seed)).values()) for seed in range(_copies(setting))]
-    backend = our_backend(op, setting.device, *inputs[0], **options)
-    chosen = ops.explain(op, *inputs[0], **options).backend  # by "auto", which is then measured as users call it
-    ours = Peer(functools.partial(getattr(ops, op), backend="auto" if backend == chosen else backend, **options))
+    taken = ops.explain(op, *inputs[0], **options)
+    ours = Peer(functools.partial(getattr(ops, op), **options))
     present, absent = {OURS: ours}, {}
     for name, make in peers.items():
         try:
@@ -254,19 +251,23 @@ def op_work(
 
     def error_ratio_of(name: str) -> float | None:
         if name == OURS:
-            return our_error_ratio(case, backend, setting)
+            return our_error_ratio(case, taken.backend, setting)
         return None if is_random else check.error_ratio(present[name], direction)
 
     return Work(
-        op=op, shape=shape, direction=direction, dtype=str(setting.dtype).removeprefix("torch."), backend=backend,
+        op=op, shape=shape, direction=direction, dtype=str(setting.dtype).removeprefix("torch."), backend=taken.backend,
         contenders=contenders, error_ratio=error_ratio_of, absent=absent, n_bytes=n_bytes, flops=flops,
+        remark=_fallback(setting.device.type, taken),
     )  # fmt: skip
 
 
-def our_backend(op: str, device: torch.device, *inputs: Tensor, **options: Any) -> str:
-    if device.type == "cuda" and unavailable(KERNELS[op], "cuda") is None:
-        return KERNELS[op]
-    return ops.explain(op, *inputs, **options).backend
+def _fallback(device_type: str, taken: Explanation) -> str | None:
+    """What a reader of the times has to know where there are kernels of ours for the device, and PyTorch was measured."""
+    ours = PREFERENCE[device_type][taken.op][0]
+    if taken.backend == ours:
+        return None
+    reason = taken.reasons.get(ours, f"backend {taken.backend} was asked for")
+    return f"{taken.op} was measured on {taken.backend}, not on {ours}: {reason}"
 
 
 def our_error_ratio(case: parity.Case, backend: str, setting: Setting) -> float:

@@ -413,13 +413,14 @@ class Bench:
     Args:
         only: some of the benchmarks instead of all: attention, layernorm, ...
         device: auto (a GPU if there is one), cpu or cuda.
-        out: where the rows go, a *.jsonl file or a folder; with --report the folder of the report.
+        out: where the rows go, a *.jsonl file or a folder (default: runs/bench); with --report the folder of the report
+            (default: runs/bench-report).
         quick: the first case of each benchmark, few rounds.
         nanogpt: a checkout of karpathy/nanoGPT to compare with.
         lecture: gpt.py of karpathy/ng-video-lecture to compare with.
         data: text for the time to a loss, as in fastgpt train.
         report: measure nothing; render rows to results.md with pictures, and to one HTML page.
-        results: what --report reads, files or folders of rows.
+        results: what --report reads, files or folders of rows (default: runs/bench).
         config: a TOML file with any of these settings.
     """
 

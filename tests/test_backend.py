@@ -70,8 +70,11 @@ def test_auto_falls_back_and_says_why_once(pretend, kind: dict, reason: str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.layer_norm(X, W)
-    assert ops.explain("layer_norm", X, W).reasons == {"native": reason}
-    assert str(ops.explain("layer_norm", X, W)) == f"layer_norm: runs on torch\n  not native: {reason}"
+    reasons = ops.explain("layer_norm", X, W).reasons
+    assert list(reasons) == ["native", "triton"] and reasons["native"] == reason
+    assert str(ops.explain("layer_norm", X, W)).startswith(
+        f"layer_norm: runs on torch\n  not native: {reason}\n  not tri"
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,5 +153,7 @@ def test_every_op_runs_on_torch_on_every_device() -> None:
     for op in module.OPS:
         for device in ("cpu", "cuda"):
             assert module.PREFERENCE[device][op][-1] == "torch"
+        ours = "native" if op in ("embedding", "cross_entropy", "linear_cross_entropy") else "triton"
+        assert module.PREFERENCE["cuda"][op][0] == ours and module.implements(ours, op)
         assert (op, "torch") in module._registry
         assert getattr(fastgpt.ops, op).__doc__

@@ -85,6 +85,21 @@ def test_report_reads_files_and_folders(tmp_path, capsys):
     assert (tmp_path / "out" / "results.md").exists() and (tmp_path / "out" / "results" / "report.html").exists()
 
 
+def test_rows_go_to_runs_and_reports_read_them_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--report"]) == 1
+    assert "runs/bench: nothing was measured here yet; run fastgpt bench" in capsys.readouterr().err
+    asked = []
+    monkeypatch.setattr(pytest, "main", lambda arguments: asked.extend(arguments) or 0)
+    assert main(["bench", "--only", "embedding", "--device", "cpu"]) == 0
+    (rows,) = (Path(word.removeprefix("--rows=")) for word in asked if word.startswith("--rows="))
+    assert rows.parent == Path("runs/bench") and rows.suffix == ".jsonl"
+    rows.parent.mkdir(parents=True)
+    rows_file(rows)
+    assert main(["bench", "--report"]) == 0
+    assert (tmp_path / "runs" / "bench-report" / "results.md").exists()
+
+
 def test_report_names_the_line_that_is_wrong(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text("{}\n")
     assert main(["bench", "--report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 1

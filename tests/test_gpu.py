@@ -7,6 +7,7 @@ import torch
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.ops import native, reference
+from fastgpt.ops.backend import unavailable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -201,6 +202,9 @@ def test_the_model_takes_the_kernels_and_compiles():
     tokens = torch.randint(65, (4, 128), device="cuda")
     heads = torch.zeros(1, 4, 8, 32, device="cuda")
     assert ops.explain("attention", heads, heads, heads).backend == "triton"
+    if unavailable("native", "cuda") is None:
+        assert ops.explain("embedding", tokens, heads[0, 0]).backend == "native"
+        assert ops.explain("linear_cross_entropy", heads[0, 0], heads[0, 1], tokens[0, :8]).backend == "native"
     with torch.autocast("cuda", torch.bfloat16):
         eager = model(tokens, tokens)[1]
         compiled = torch.compile(model)(tokens, tokens)[1]

@@ -30,9 +30,9 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "attention": ("triton", "torch"),
         "layer_norm": ("triton", "torch"),
         "add_layer_norm": ("triton", "torch"),
-        "embedding": ("torch",),
-        "cross_entropy": ("torch",),
-        "linear_cross_entropy": ("torch",),
+        "embedding": ("native", "torch"),
+        "cross_entropy": ("native", "torch"),
+        "linear_cross_entropy": ("native", "torch"),
     },
     "cpu": {
         "attention": ("torch",),
@@ -175,7 +175,7 @@ def _say_once(op: str, backend: str, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of :func:`explain`: `backend` is taken; `reasons` says why each faster one is not."""
+    """The answer of :func:`explain`: `backend` is taken; `reasons` says why each backend of ours before it is not."""
 
     op: str
     backend: str
@@ -188,7 +188,7 @@ class Explanation:
 
 
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explanation:
-    """Which backend the call ``op(*args, **kwargs)`` takes, and why not each faster one.
+    """Which backend the call ``op(*args, **kwargs)`` takes, and where that is "torch", why no kernel of ours.
 
     `op` is an op's name; the other arguments are those of the op itself, tensors included. Nothing is computed.
     Raises ValueError for an unknown op and BackendError where a backend asked for by name cannot serve.
@@ -211,8 +211,14 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explan
         return Explanation(op, name, {})
     reasons: dict[str, str] = {}
     for name in PREFERENCE.get(device_type, {}).get(op, ("torch",)):
+        if name == "torch":
+            break
         reason = _reason_against(op, name, device_type, args, kwargs)
         if reason is None:
             return Explanation(op, name, reasons)
         reasons[name] = reason
+    for name in BACKENDS:
+        if name != "torch" and name not in reasons and implements(name, op):
+            reason = unavailable(name, device_type)
+            reasons[name] = reason or f"on {device_type} it is for tests, and taken only where it is asked for"
     return Explanation(op, "torch", reasons)
