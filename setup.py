@@ -183,7 +183,7 @@ def modules() -> tuple[list, type]:
     except ModuleNotFoundError:
         raise RuntimeError(
             "torch was not there when FastGPT was built; with torch installed, "
-            "pip install --no-build-isolation builds the extension"
+            "pip install --no-build-isolation . builds the extension"
         ) from None
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
         raise RuntimeError(f"torch {torch.__version__} is older than 2.11, the first with a complete stable ABI")

@@ -262,7 +262,7 @@ def op_work(
 
 
 def _fallback(device_type: str, taken: Explanation) -> str | None:
-    """What a reader of the times has to know where there are kernels of ours for the device, and PyTorch was measured."""
+    """What a reader of the times has to know where the device has kernels of ours, and PyTorch was measured."""
     ours = PREFERENCE[device_type][taken.op][0]
     if taken.backend == ours:
         return None

@@ -146,6 +146,10 @@ def load_parameters(model: torch.nn.Module, found: dict[str, Tensor], path: Path
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint to take weights from: `path` itself, or the best (else the latest) of a run's folder."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; expected the folder of a run, as fastgpt train writes it"
+        )
     if not path.is_dir():
         return path
     for folder in (path / "checkpoint", path):

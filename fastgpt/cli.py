@@ -154,12 +154,16 @@ def _settings_of_run(out: Path, args: Sequence[str], known: set[str]) -> dict[st
     return values
 
 
-def _say_changes(saved: dict[str, Any], now: TrainConfig) -> None:
-    """What a resumed run does differently from the run as it was."""
-    for name, value in dataclasses.asdict(now).items():
-        if name in saved and saved.get(name) != value:
-            more = ", which the learning rate's schedule follows" if name == "max_steps" else ""
-            print(f"{name}: {saved.get(name)} -> {value}{more}")
+def _say_changes(saved: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    """What a run resumed at `step` does differently from the run as it was."""
+    for name, value in now.items():
+        if name in saved and saved[name] != value and name != "out":  # the folder may have moved
+            more = ""
+            if name == "max_steps":
+                more = ", which the learning rate's schedule follows"
+                if value < step:
+                    more = f", but step {step} is reached already: there is nothing to do"
+            print(f"{name}: {saved[name]} -> {value}{more}")
 
 
 def train(args: Sequence[str]) -> None:
@@ -198,11 +202,15 @@ def train(args: Sequence[str]) -> None:
         block_size=settings.block_size,
         layout=settings.layout,
     )
-    model_config = from_dict(GPTConfig, {**model_values, "vocab_size": corpus.tokenizer.vocab_size})
+    vocab_size = corpus.tokenizer.vocab_size
+    if settings.vocab_size is not None and vocab_size < settings.vocab_size:
+        print(f"vocab_size: {vocab_size} tokens, not {settings.vocab_size}: no further pair occurs twice in the text")
+    model_config = from_dict(GPTConfig, {**model_values, "vocab_size": vocab_size})
     if saved is not None:
         _check_same_model(saved, settings.model, settings.layout, model_config)
     stored = {k: v for k, v in values.items() if k not in ("config", "resume", "preset")}
     stored["data"] = _absolute(settings.data)
+    before = _read_toml(str(folder.path / "config.toml"), set(values)) if saved is not None else {}
     if saved is None:
         folder.create(stored)
     with use_backend(settings.backend):
@@ -211,7 +219,7 @@ def train(args: Sequence[str]) -> None:
         trainer = Trainer(model, corpus, train_config, folder, command)
         if saved is not None:
             trainer.restore(saved)
-            _say_changes(saved.train_config, train_config)
+            _say_changes(before | saved.train_config, stored, trainer.state["step"])
             folder.rewind(trainer.state["step"])
             folder.write_settings(stored)
         n = trainer.model.num_parameters()

@@ -100,9 +100,14 @@ def _hf_tensors(model: GPT) -> dict[str, Tensor]:
 
 
 def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
-    """Read a folder in either format, or a run's. `changes` override settings, such as dropout=0.1."""
+    """Read a folder in either format, or a run's. `changes` override settings, such as dropout=0.1.
+
+    The model is in evaluation mode, as Hugging Face's from_pretrained leaves it: no dropout before model.train().
+    """
     folder = Path(directory)
     config_path = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; only folders on this machine are read, nothing is downloaded")
     if not config_path.exists() and (folder / "checkpoint").is_dir():
         return _from_run(find_checkpoint(folder), changes)
     try:
@@ -122,7 +127,7 @@ def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
         raise CheckpointError(f"{config_path}: {error}") from error
     tensors, _ = read_tensors(weights)
     load_parameters(model, tensors if kind == "fastgpt" else _from_hf(model, tensors, weights), weights)
-    return model
+    return model.eval()
 
 
 def _from_run(path: Path, changes: dict[str, Any]) -> GPT:
@@ -131,7 +136,7 @@ def _from_run(path: Path, changes: dict[str, Any]) -> GPT:
         raise CheckpointError(f"{path}: field 'model' is {saved.model!r}, not 'gpt'; fastgpt sample takes every model")
     model = GPT(from_dict(GPTConfig, {**saved.model_config, **changes}))
     load_parameters(model, saved.part("model"), path)
-    return model
+    return model.eval()
 
 
 def _settings_from_hf(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -383,6 +383,16 @@ def findings(results: dict[str, Any]) -> list[str]:
         )
     else:
         said.append(f"Dropout gains {-cost:.3f}, even at this budget.")
+    *small, last = results["stages"]
+    best = min(small, key=lambda row: row["loss"])
+    growth = f"{last['parameters'] / best['parameters']:.0f} times the parameters of {best['name']}"
+    if last["loss"] < best["loss"]:
+        said.append(f"{last['name'].capitalize()}, to {growth}, it gains {best['loss'] - last['loss']:.3f} over it.")
+    else:
+        said.append(
+            f"{last['name'].capitalize()}, to {growth}, it is {last['loss'] - best['loss']:.3f} behind it: a larger "
+            f"model needs more than {results['settings']['steps']:,} steps to get ahead."
+        )
     return said
 
 

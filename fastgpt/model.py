@@ -287,7 +287,10 @@ class GPT(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> GPT:
-        """Read what `save_pretrained` wrote, in either format, a Hugging Face GPT-2 folder, or a run's folder."""
+        """Read what `save_pretrained` wrote, in either format, a Hugging Face GPT-2 folder, or a run's folder.
+
+        The model is in evaluation mode; model.train() turns dropout on. `changes` override settings: dropout=0.1.
+        """
         from .huggingface import from_pretrained
 
         return from_pretrained(directory, **changes)

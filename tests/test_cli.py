@@ -93,13 +93,21 @@ def test_resume_goes_on_and_keeps_the_new_settings(text_file, tmp_path, capsys):
     assert [r["step"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "val"] == [0, 3, 6, 9]
     assert main(["train", "--out", str(out), "--resume"]) == 0, "a finished run is simply done"
     assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 9
+    capsys.readouterr()
+    same = text_file.with_name("same.txt")
+    same.write_text(text_file.read_text())
+    changes = ["--max-steps", "5", "--data", str(same), "--backend", "torch"]
+    assert main(["train", "--out", str(out), "--resume", *changes]) == 0
+    said = capsys.readouterr().out
+    assert "max_steps: 9 -> 5, but step 9 is reached already: there is nothing to do" in said
+    assert f"data: {text_file} -> {same}" in said and "backend: auto -> torch" in said and "out:" not in said
 
 
 def test_bpe_tokenizer(text_file, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["--tokenizer", "bpe", "--vocab-size", "300", *SMALL]
+    arguments = ["--tokenizer", "bpe", "--vocab-size", "30000", *SMALL]
     assert main(["train", "--data", str(text_file), "--out", str(out), *arguments]) == 0
-    capsys.readouterr()
+    assert "tokens, not 30000: no further pair occurs twice in the text" in capsys.readouterr().out
     assert main(["sample", "--checkpoint", str(out), "--prompt", "naïve ☃", "--max-new-tokens", "10"]) == 0
     assert capsys.readouterr().out.startswith("naïve ☃"), "bytes can spell any text"
 

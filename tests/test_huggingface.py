@@ -38,6 +38,7 @@ def test_own_format_round_trip(tmp_path, options):
     model = random_model(**options)
     model.save_pretrained(tmp_path)
     loaded = GPT.from_pretrained(tmp_path)
+    assert not loaded.training, "as Hugging Face's"
     assert loaded.cfg == model.cfg
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert torch.equal(loaded.eval()(IDX)[0], model(IDX)[0])
@@ -144,6 +145,8 @@ def test_folders_that_do_not_fit_name_file_and_field(tmp_path, changes, message)
 
 
 def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(CheckpointError, match="gpt2: no such folder; only folders on this machine are read"):
+        GPT.from_pretrained("gpt2")
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: No such file"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[1]")

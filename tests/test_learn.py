@@ -146,9 +146,11 @@ def test_findings_follow_the_numbers():
     losses["many heads"]["loss"] = losses["one head"]["loss"] + 0.1
     losses["+ dropout"]["loss"] = losses["+ layer norm, pre"]["loss"] - 0.25
     losses["+ layer norm, post"]["loss"] = losses["+ layer norm, pre"]["loss"] - 0.5
+    losses["scaled up"]["loss"] = 9.0
     said = findings(other)
     assert "does not fall with every stage: many heads" in said[0]
     assert "post-norm is 0.500 ahead of pre-norm" in said[2] and "Dropout gains 0.250" in said[3]
+    assert "it gains 0." in findings(RESULTS)[4] and "behind it: a larger model needs more than" in said[4]
 
 
 # ---- what is committed ----

@@ -13,6 +13,7 @@ import pytest
 
 from fastgpt.benchmarks import quotes, report
 from fastgpt.benchmarks.reader import read
+from fastgpt.ops.backend import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,7 +78,8 @@ def test_the_other_commands_exist():
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
         elif words[0] == "pip":
-            assert words[1:3] in (["install", "."], ["install", ".[plot,data]"], ["install", ".[bench]"])
+            extras = (".", ".[plot,data]", ".[bench]")
+            assert words[1] == "install" and words[-1] in extras and words[2:-1] in ([], ["--no-build-isolation"])
         else:
             assert words[0] == "fastgpt"
 
@@ -102,11 +104,14 @@ def test_make_test_is_what_ci_runs():
 
 
 def test_the_example_prints_what_it_says(tmp_path):
-    (example,) = blocks("python")
+    example, ops_alone = blocks("python")
     assert len(example.strip().splitlines()) <= 10
     (tmp_path / "example.py").write_text(example)
     nats, shape, explanation = run([sys.executable, "example.py"], tmp_path).splitlines()[:3]
     assert nats == "4.2 nats" and shape == "torch.Size([1, 12])" and explanation.startswith("attention: runs on")
+    (tmp_path / "ops.py").write_text(ops_alone)
+    run([sys.executable, "ops.py"], tmp_path)
+    assert all(f"ops.{op}(" in ops_alone for op in OPS)
 
 
 def test_the_file_tree_is_the_files():
@@ -143,6 +148,7 @@ def test_no_figure_is_written_by_hand():
     others = {
         "3.11": "Python",
         "0.8": "million parameters of the demo",
+        "2.11": "PyTorch",
         "1.88": "nanoGPT's README",
         "1.1": "MB of data",
     }

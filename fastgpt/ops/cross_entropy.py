@@ -314,8 +314,8 @@ library.define(
     "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor saved)"
 )
 library.define(
-    "cross_entropy_native_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor? weight, Tensor? statistics, "
-    "int ignore_index, int reduction, float label_smoothing) -> Tensor"
+    "cross_entropy_native_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor? weight, "
+    "Tensor? statistics, int ignore_index, int reduction, float label_smoothing) -> Tensor"
 )
 library.define(
     "cross_entropy_chunk_(Tensor(a!) logits, Tensor targets, Tensor row_scale, int ignore_index, "

@@ -24,7 +24,7 @@ Each of these is one command, `fastgpt study NAME`, on the models and kernels of
 report (`report.html`, pictures, `results.json`) and prints what is below. The words are made from the numbers, and this
 page from the results in [docs/studies](studies), by `python -m fastgpt.studies.page docs`; a test compares them. Losses
 are in nats per token, on text that was not trained on; training is that of `fastgpt train`, in float32. The text,
-tinyshakespeare.txt, is the file that `--data tinyshakespeare` downloads.
+tinyshakespeare.txt, is what `--data tinyshakespeare` downloads.
 """
 
 
@@ -68,12 +68,14 @@ def _provenance(results: dict[str, Any]) -> str:
 
 
 def _command(results: dict[str, Any]) -> str:
-    """The command that was given: the settings that differ from the study's defaults."""
+    """The command that was given: the settings that differ from the study's defaults; a download by its name."""
+    downloads = {"tinyshakespeare.txt": "tinyshakespeare"}
     defaults = load(results["study"]).Settings()
     words = ["fastgpt", "study", results["study"]]
     for name, value in results["settings"].items():
         if value != getattr(defaults, name):
             option = f"--{name.replace('_', '-')}"
+            value = downloads.get(value, value) if isinstance(value, str) else value
             words += [option] if value is True else [option, json.dumps(value) if " " in str(value) else str(value)]
     return " ".join(words)
 
