@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -38,6 +39,10 @@ ERROR_FILE = "_build_error.txt"
 DEFINES = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # A fused multiply-add is one rounding less; errno of exp and log is never read.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    CXX_FLAGS.append(
+        "-mno-mmx"
+    )  # GCC moves data through MMX registers, which leaves long double broken for the process
 CPU_SOURCES = [
     "bindings",
     "cross_entropy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,6 +195,16 @@ def test_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ops.cross_entropy(logits, targets, backend="native").dtype == F.cross_entropy(logits, targets).dtype
         assert ops.linear_cross_entropy(x, head, targets, backend="native").dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("classes", [1, 3, 16, 64, 65, 70, 4099])
+def test_long_double_works_after_it(instructions: str, classes: int, dtype: torch.dtype) -> None:
+    logits, targets = rows(37, classes, dtype)
+    targets[5] = -100
+    for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(classes).to(dtype)}, {"reduction": "none"}):
+        loss_and_gradient(logits, targets, **options)
+        assert np.longdouble(1.5) + 1 == 2.5, options
 
 
 @pytest.mark.parametrize("classes,reduction", list(itertools.product([7, 65], [0, 1])))
