@@ -86,6 +86,49 @@ def test_importing_fastgpt_does_not_load_the_extension() -> None:
     run(sys.executable, "-c", code, cwd=Path.cwd())
 
 
+def test_an_exported_program_finds_the_kernels_in_a_new_process(tmp_path: Path) -> None:
+    from fastgpt import GPT, GPTConfig
+
+    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)).eval()
+    tokens = torch.randint(11, (2, 8))
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens, tokens))
+        expected = model(tokens, tokens)
+    assert {"fastgpt.embedding_native.default", "fastgpt.cross_entropy_native.default"} <= {
+        str(node.target) for node in program.graph.nodes
+    }
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((tokens, *expected), tmp_path / "results.pt")
+    code = """
+import sys, torch, fastgpt
+tokens, logits, loss = torch.load("results.pt")
+program = torch.export.load("program.pt2").module()
+assert "fastgpt._C" not in sys.modules
+found = program(tokens, tokens)
+assert torch.equal(found[0], logits) and torch.equal(found[1], loss)
+try:
+    torch.ops.fastgpt.linear_native(torch.eye(2).to_sparse(), torch.eye(2), None)
+except NotImplementedError as error:
+    assert "fastgpt::linear_native has no kernel for these tensors on cpu" in str(error)
+else:
+    raise AssertionError("a sparse tensor was taken")
+"""
+    run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_a_first_call_with_fake_tensors_does_not_decide_for_the_process() -> None:
+    code = """
+import torch, fastgpt
+from fastgpt import ops
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    assert ops.embedding(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(3, 4)).shape == (1, 2, 4)
+explanation = ops.explain("embedding", torch.zeros(1, 2, dtype=torch.int64), torch.zeros(3, 4))
+assert explanation.backend == "native", explanation
+"""
+    run(sys.executable, "-W", "error::UserWarning", "-c", code, cwd=Path.cwd())
+
+
 def test_a_missing_module_says_why(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(native, "PACKAGE", tmp_path)
     monkeypatch.setitem(native.MODULES, "cpu", "_not_there")

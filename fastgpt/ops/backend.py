@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 BACKENDS = ("torch", "triton", "native")
 
@@ -86,7 +87,8 @@ def unavailable(backend: str, device_type: str) -> str | None:
             _availability[key] = f"the {backend} backend is not part of this installation"
         else:
             try:
-                _smoke_tests[backend](device_type)
+                with _disable_current_modes():  # a trace's: it would be asked for values that it does not have
+                    _smoke_tests[backend](device_type)
                 _availability[key] = None
             except Exception as error:  # whatever a driver, compiler or loader raises is the answer to the question
                 _availability[key] = str(error).strip().split("\n")[0] or type(error).__name__

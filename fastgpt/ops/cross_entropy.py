@@ -323,6 +323,11 @@ library.define(
 )
 
 
+native.load_at_first_call(
+    library, "cross_entropy_native", "cross_entropy_native_backward", "cross_entropy_chunk_", "matmul_"
+)
+
+
 @torch.library.register_fake("fastgpt::cross_entropy_native", lib=library)
 def _native_fake(logits, targets, weight, ignore_index, reduction, label_smoothing, with_grad):
     N, C = logits.shape

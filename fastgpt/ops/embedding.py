@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .arguments import check_float, check_index, check_like, first_out_of_range
 from .backend import dispatch, register
 from .library import (
@@ -92,6 +93,9 @@ library.define(
 )
 library.define("embedding_sum_sorted(Tensor grad, Tensor sorted, Tensor order, SymInt vocab_size) -> Tensor")
 library.define("embedding_sum_positions(Tensor grad, SymInt n_positions, SymInt position_offset) -> Tensor")
+native.load_at_first_call(
+    library, "embedding_native", "embedding_native_backward", "embedding_sum_sorted", "embedding_sum_positions"
+)
 
 
 @torch.no_grad()

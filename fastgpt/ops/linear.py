@@ -24,6 +24,7 @@ from .library import below_autograd, inside_transform, library
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 8}
 
 library.define("linear_native(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+native.load_at_first_call(library, "linear_native")
 
 
 @torch.library.register_fake("fastgpt::linear_native", lib=library)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -41,6 +43,26 @@ def load(device_type: str) -> ModuleType:
         raise ImportError(
             f"fastgpt.{name} does not load: {error}; it was built for torch {build_info()['torch']}"
         ) from None
+
+
+def load_at_first_call(library: torch.library.Library, *ops: str) -> None:
+    """Let `torch.ops.fastgpt` find the kernels when somebody else than this package calls it: an exported program, say.
+
+    What is registered here serves until the extension is loaded, whose kernels come before it.
+    """
+
+    def define(op: str) -> None:
+        def first_call(*args: Any) -> Any:
+            device_type = next(value for value in args if isinstance(value, torch.Tensor)).device.type
+            if f"fastgpt.{MODULES.get(device_type)}" in sys.modules:
+                raise NotImplementedError(f"fastgpt::{op} has no kernel for these tensors on {device_type}")
+            load(device_type)
+            return getattr(torch.ops.fastgpt, op)(*args)
+
+        library.impl(op, first_call, "CompositeExplicitAutograd")
+
+    for op in ops:
+        define(op)
 
 
 def build_info() -> dict[str, str]:
