@@ -43,6 +43,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     CXX_FLAGS.append(
         "-mno-mmx"
     )  # GCC moves data through MMX registers, which leaves long double broken for the process
+CXX_FLAGS.append(f"-fmacro-prefix-map={ROOT}/=")  # or an error would begin with a path of the machine that built it
 CPU_SOURCES = [
     "bindings",
     "cross_entropy",

@@ -11,10 +11,6 @@
 namespace fastgpt {
 
 static Tensor large_buffer(const Tensor& like, int64_t rows, int64_t columns) {
-  if (like.scalar_type() == ScalarType::Double) {  // the torch backend's
-    const int64_t sizes[] = {rows, columns};
-    return torch::stable::new_empty(like, {sizes, 2});
-  }
   return new_buffer(like, {rows, columns}, /*zeros=*/false);
 }
 

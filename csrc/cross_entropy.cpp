@@ -1,5 +1,6 @@
 #include "cross_entropy.h"
 
+#include <cmath>
 #include <memory>
 
 namespace fastgpt {
@@ -34,7 +35,7 @@ struct Call {
     rows.class_weight_sum = static_cast<float>(rows.classes);
     if (given_weight.has_value()) {
       weight = packed(*given_weight);
-      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->numel() == rows.classes,
+      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 && weight->size(0) == rows.classes,
                       "weight: expected float32 (C,)");
       rows.class_weight = weight->const_data_ptr<float>();
       double sum = 0.0;
@@ -73,6 +74,8 @@ struct Call {
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
                                          const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
                                          double label_smoothing, bool with_grad) {
+  STD_TORCH_CHECK(reduction == NONE || reduction == MEAN || reduction == SUM, "reduction: expected 0, 1 or 2");
+  STD_TORCH_CHECK(!with_grad || reduction != NONE, "with_grad: a gradient for each loss comes from backward alone");
   Call call(logits, targets, weight, ignore_index, label_smoothing);
   Tensor loss = new_small(reduction == NONE ? std::vector<int64_t>{call.n} : std::vector<int64_t>{}, ScalarType::Float);
   std::unique_ptr<float[]> losses(reduction == NONE ? nullptr : new float[static_cast<size_t>(call.n)]);
@@ -94,7 +97,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
     for (int k = 0; k < 4; ++k) sums[k] += loss_of[i + k];
   for (; i < call.n; ++i) sums[0] += loss_of[i];
   const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  *loss.mutable_data_ptr<float>() = static_cast<float>(sum / denominator);
+  *loss.mutable_data_ptr<float>() = denominator == 0.0 ? NAN : static_cast<float>(sum / denominator);
   return {loss, saved};
 }
 

@@ -262,7 +262,9 @@ __global__ void row_weights_kernel(const int64_t* targets, const float* class_we
   weights[row] = !counted ? 0.0f : class_weight ? class_weight[target] : 1.0f;
 }
 
-__global__ void divide_kernel(float* loss, const float* denominator) { *loss /= *denominator; }
+__global__ void divide_kernel(float* loss, const float* denominator) {
+  *loss = *denominator == 0.0f ? NAN : *loss / *denominator;
+}
 
 // gradient *= scale; nothing at all where scale is 1, which only the device knows. Zeros stay, as in ignored rows.
 template <class T>
@@ -403,7 +405,7 @@ struct Call {
     rows.label_smoothing = static_cast<float>(label_smoothing);
     if (given_weight.has_value()) {
       weight = torch::stable::contiguous(*given_weight);
-      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->numel() == rows.classes,
+      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 && weight->size(0) == rows.classes,
                       "weight: expected float32 (C,)");
       weight_sum = torch::stable::sum(*weight);
       rows.class_weight = weight->const_data_ptr<float>();
@@ -435,6 +437,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
                                          const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
                                          double label_smoothing, bool with_grad) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
+  STD_TORCH_CHECK(!with_grad || reduction != NONE, "with_grad: a gradient for each loss comes from backward alone");
   Call call(logits, targets, weight, ignore_index, label_smoothing);
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
   Tensor saved = with_grad ? torch::stable::new_empty(logits, {call.n, call.rows.classes})

@@ -56,6 +56,8 @@ struct Segments {
 Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::optional<Tensor>& position_table,
                  int64_t position_offset) {
   STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
+  STD_TORCH_CHECK(token_table.dim() == 2, "token_table: expected (V, C)");
+  STD_TORCH_CHECK(!position_table.has_value() || position_table->dim() == 2, "position_table: expected (P, C)");
   const Storage storage = storage_of(token_table, "token_table");
   const int64_t B = tokens.size(0), T = tokens.size(1), C = token_table.size(1);
   const Tensor indices = packed(tokens);

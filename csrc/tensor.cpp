@@ -20,20 +20,27 @@ static std::vector<int64_t> packed_strides(const std::vector<int64_t>& sizes) {
   return strides;
 }
 
+static int64_t bytes_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  for (int64_t size : sizes)
+    STD_TORCH_CHECK(!__builtin_mul_overflow(bytes, size, &bytes), "a result of more bytes than an int64 counts");
+  return bytes;
+}
+
 Tensor new_small(const std::vector<int64_t>& sizes, ScalarType dtype) {
   const std::vector<int64_t> strides = packed_strides(sizes);
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  const auto error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type,
+                                              aoti_torch_device_type_cpu(), 0, &handle);
+  // The reason is not handed on; sizes that make sense fail for one alone.
+  STD_TORCH_CHECK(error == 0, "not enough memory: cannot allocate ", bytes_of(sizes, dtype), " bytes");
   return Tensor(handle);
 }
 
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros, std::optional<ScalarType> dtype) {
   const ScalarType type = dtype.value_or(like.scalar_type());
-  int64_t bytes = type == ScalarType::Float ? 4 : 2;
-  for (int64_t size : sizes) bytes *= size;
+  const int64_t bytes = bytes_of(sizes, type);
   if (bytes >= SMALLEST_LARGE_BLOCK) {
     const LargeBlock block = take_block(bytes);
     if (block.memory != nullptr) {
@@ -49,8 +56,9 @@ Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool ze
                                       like.device(), type, [block](void*) { give_back_block(block); });
     }
   }
-  if (!zeros) return new_small(sizes, type);
-  return torch::stable::new_zeros(like, {sizes.data(), sizes.size()}, dtype);
+  Tensor buffer = new_small(sizes, type);
+  if (zeros) std::memset(buffer.mutable_data_ptr(), 0, static_cast<size_t>(bytes));
+  return buffer;
 }
 
 // What a core shares with its neighbours, from Linux; glibc's sysconf multiplies it by ten on some virtual machines.

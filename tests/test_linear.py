@@ -111,6 +111,10 @@ def test_which_calls_take_the_kernel(vectors: None, calls: list[tuple[int, ...]]
         linear(torch.randn(9, 12), weight, bias)
         linear(x[:0], weight)
         linear(x, weight.t().contiguous().t())
+        for other in (torch.randn(1), torch.randn(()), torch.randn(1, 5), torch.randn(8, 5)):
+            assert torch.equal(linear(x, weight, other), F.linear(x, weight, other))
+        with pytest.raises(RuntimeError, match="at least 1D"):
+            linear(torch.tensor(2.0), weight)
         linear(x.double(), weight.double())
         linear(torch.randn(3, 12).bfloat16(), weight.bfloat16())
         linear(x, weight.to_sparse_csr())

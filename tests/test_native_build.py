@@ -116,17 +116,31 @@ else:
     run(sys.executable, "-c", code, cwd=tmp_path)
 
 
-def test_a_first_call_with_fake_tensors_does_not_decide_for_the_process() -> None:
-    code = """
+FIRST_CALLS = {
+    "fake tensors": "with FakeTensorMode(): embed(torch.zeros(3, 4))",
+    "default dtype": "torch.set_default_dtype(torch.float64); embed(torch.zeros(3, 4, dtype=torch.float32))",
+    "trace": "graph = make_fx(embed)(torch.zeros(3, 4)); assert len(graph.graph.nodes) <= 4, graph.code",
+    "gradient": "torch.func.grad(lambda table: embed(table).sum())(torch.zeros(3, 4))",
+}
+
+
+@pytest.mark.parametrize("context", FIRST_CALLS)
+def test_where_the_first_call_is_made_does_not_decide_for_the_process(context: str) -> None:
+    """Triton too, whose test launches a kernel."""
+    code = f"""
 import torch, fastgpt
 from fastgpt import ops
+from fastgpt.ops.backend import unavailable
 from torch._subclasses.fake_tensor import FakeTensorMode
-with FakeTensorMode():
-    assert ops.embedding(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(3, 4)).shape == (1, 2, 4)
-explanation = ops.explain("embedding", torch.zeros(1, 2, dtype=torch.int64), torch.zeros(3, 4))
-assert explanation.backend == "native", explanation
+from torch.fx.experimental.proxy_tensor import make_fx
+def embed(table):
+    unavailable("triton", "cpu")
+    return ops.embedding(torch.zeros(1, 2, dtype=torch.int64), table)
+{FIRST_CALLS[context]}
+for backend in ("native", "triton"):
+    assert unavailable(backend, "cpu") is None, unavailable(backend, "cpu")
 """
-    run(sys.executable, "-W", "error::UserWarning", "-c", code, cwd=Path.cwd())
+    run(sys.executable, "-c", code, cwd=Path.cwd(), TRITON_INTERPRET="1")
 
 
 def test_a_missing_module_says_why(tmp_path: Path, monkeypatch) -> None:

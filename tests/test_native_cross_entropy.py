@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops
-from fastgpt.ops import native
+from fastgpt.ops import native, reference
 from fastgpt.ops.backend import BackendError, unavailable
 from fastgpt.parity import max_error, run
 
@@ -205,6 +205,58 @@ def test_long_double_works_after_it(instructions: str, classes: int, dtype: torc
     for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(classes).to(dtype)}, {"reduction": "none"}):
         loss_and_gradient(logits, targets, **options)
         assert np.longdouble(1.5) + 1 == 2.5, options
+
+
+@pytest.mark.parametrize("upstream", [torch.nan, torch.inf, -torch.inf, 0.0])
+def test_upstream_gradients_that_are_not_finite(upstream: float) -> None:
+    """A counted row whose gradient is 0, and an ignored one: 0 * inf is NaN in the first alone, in both passes."""
+    logits = torch.tensor([[200.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+    targets = torch.tensor([0, -100])
+    expected = torch.autograd.grad(F.cross_entropy(logits, targets), logits, torch.tensor(upstream))[0]
+    loss = ops.cross_entropy(logits, targets, backend="native")
+    for _ in range(2):
+        found = torch.autograd.grad(loss, logits, torch.tensor(upstream), retain_graph=True)[0]
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_checkpointing(reduction: str, backend: str) -> None:
+    torch.manual_seed(0)
+    x, head, targets = torch.randn(7, 5, requires_grad=True), torch.randn(9, 5), torch.randint(9, (7,))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return ops.linear_cross_entropy(x, head, targets, reduction=reduction, backend=backend).sum()
+
+    expected = torch.autograd.grad(loss(x), x)[0]
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(checkpointed, x, retain_graph=True)[0], expected)
+
+
+def test_mean_over_weights_of_zero() -> None:
+    logits, targets = rows(5, 4)
+    weight = torch.zeros(4)
+    for smoothing in (0.0, 0.1):
+        assert F.cross_entropy(logits, targets, weight, label_smoothing=smoothing).isnan()
+        assert ops.cross_entropy(logits, targets, weight=weight, label_smoothing=smoothing).isnan()
+        assert reference.cross_entropy(logits, targets, weight=weight, label_smoothing=smoothing).isnan()
+
+
+def test_the_registered_op_names_what_is_wrong() -> None:
+    op, (logits, targets) = torch.ops.fastgpt.cross_entropy_native, rows(6, 6)
+    for arguments, message in (
+        ((None, -100, 0, 0.0, True), "with_grad: a gradient for each loss comes from backward alone"),
+        ((None, -100, 7, 0.0, False), "reduction: expected 0, 1 or 2"),
+        ((torch.ones(6, 1), -100, 1, 0.0, False), r"csrc/cross_entropy\.cpp:\d+, weight: expected float32 \(C,\)"),
+    ):
+        with pytest.raises(RuntimeError, match=message) as caught:
+            op(logits, targets, *arguments)
+        assert sys.prefix not in str(caught.value) and " /" not in str(caught.value), "where it was built"
+    with pytest.raises(RuntimeError, match="a result of more bytes than an int64 counts"):
+        torch.ops.fastgpt.large_buffer(logits, 2**60, 16)
+    with pytest.raises(TypeError, match="logits: expected a dense tensor, got a nested tensor"):
+        ops.cross_entropy(torch.nested.nested_tensor([logits[:2], logits[2:]]), targets)
 
 
 @pytest.mark.parametrize("classes,reduction", list(itertools.product([7, 65], [0, 1])))

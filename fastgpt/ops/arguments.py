@@ -14,8 +14,9 @@ def check_float(name: str, tensor: Tensor, ndim: int | None = None) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if ndim is not None and tensor.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(tensor.shape)}")
 
@@ -26,8 +27,9 @@ def check_index(name: str, tensor: Tensor, ndim: int | None = None) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 (or int32) indices, got {tensor.dtype}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if ndim is not None and tensor.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(tensor.shape)}")
 

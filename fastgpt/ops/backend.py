@@ -12,6 +12,7 @@ whether it serves *this call* (dtype, shape) is its own ``supports`` function, w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 BACKENDS = ("torch", "triton", "native")
 
@@ -77,6 +77,21 @@ def register_smoke_test(backend: str, run_once: Callable[[str], None]) -> None:
     _smoke_tests[backend] = run_once
 
 
+def _run_smoke_test(backend: str, device_type: str) -> None:
+    """In a thread of its own, which no trace, mode, transform or autocast of the caller reaches."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    is_cuda = device_type == "cuda"
+    device = torch.cuda.current_device() if is_cuda else None  # a thread's own, too
+
+    def run() -> None:
+        with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
+            _smoke_tests[backend](device_type)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run).result()
+
+
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run on `device_type` on this machine, or None if it ran. The answer is kept."""
     key = (backend, device_type)
@@ -87,8 +102,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
             _availability[key] = f"the {backend} backend is not part of this installation"
         else:
             try:
-                with _disable_current_modes():  # a trace's: it would be asked for values that it does not have
-                    _smoke_tests[backend](device_type)
+                _run_smoke_test(backend, device_type)
                 _availability[key] = None
             except Exception as error:  # whatever a driver, compiler or loader raises is the answer to the question
                 _availability[key] = str(error).strip().split("\n")[0] or type(error).__name__

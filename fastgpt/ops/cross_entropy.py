@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ def _is_plain(
         and targets.is_cpu
         and logits.layout is strided
         and targets.layout is strided
+        and not logits.is_nested
+        and not targets.is_nested
         and targets.ndim == 1
         and logits.ndim == 2
         and logits.shape[0] == targets.shape[0]
@@ -250,21 +252,26 @@ def _scale_gradient_fake(gradient, scale):
     return None
 
 
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """gradient * scale, in place where that can be done behind autograd's back."""
+def _scaled(gradients: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor] | None:
+    """The gradients times `scale`, in place where that can be done behind autograd's back.
+
+    None where they have to be computed again: where `scale` is not finite, a zero that stands for an ignored row stays
+    0, and any other becomes NaN, and here they look alike.
+    """
     if type(scale) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(scale):  # being traced
-        return torch.where(gradient == 0, gradient, gradient * scale)
+        return [torch.where(gradient == 0, gradient, gradient * scale) for gradient in gradients]
+    if not scale.is_cpu:  # its value is on the device: only ignored rows are right where it is not finite
+        for gradient in gradients:
+            in_kernel = gradient.dtype != torch.float64 and scale.dtype == torch.float32
+            (torch.ops.fastgpt.scale_gradient_ if in_kernel else _scale_gradient_)(gradient, scale)
+        return gradients
     try:
-        factor = scale.item() if scale.is_cpu else math.nan
+        factor = scale.item()
     except RuntimeError:  # a batch of gradients at once (is_grads_batched), which has no one value
-        return torch.where(gradient == 0, gradient, gradient * scale)
+        return [torch.where(gradient == 0, gradient, gradient * scale) for gradient in gradients]
     if factor == 1.0:
-        return gradient
-    if math.isfinite(factor):
-        return gradient.mul_(factor)
-    in_kernel = gradient.dtype != torch.float64 and scale.dtype == torch.float32
-    (torch.ops.fastgpt.scale_gradient_ if in_kernel else _scale_gradient_)(gradient, scale)
-    return gradient
+        return gradients
+    return [gradient.mul_(factor) for gradient in gradients] if math.isfinite(factor) else None
 
 
 # --- large buffers ---------------------------------------------------------------------------------------------------
@@ -356,12 +363,11 @@ def _native_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _native_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple:
     gradient, ctx.gradient = ctx.gradient, None
-    if gradient is None or torch.is_grad_enabled():
+    scaled = None if gradient is None or torch.is_grad_enabled() else _scaled((gradient,), grad_loss)
+    if scaled is None:
         backward = torch.ops.fastgpt.cross_entropy_native_backward
-        gradient = backward(grad_loss, *ctx.saved_tensors, *ctx.options)
-    else:
-        gradient = _scaled(gradient, grad_loss)
-    return gradient, None, None, None, None, None, None
+        scaled = (backward(grad_loss, *ctx.saved_tensors, *ctx.options),)
+    return *scaled, None, None, None, None, None, None
 
 
 _cross_entropy_native = register_autograd(
@@ -600,14 +606,18 @@ def _define_linear(backend: str) -> Callable[..., Any]:
         x, weight, targets, bias = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None or torch.is_grad_enabled():
-            gradients = getattr(torch.ops.fastgpt, f"{name}_backward")(grad_loss, *ctx.saved_tensors, *ctx.options)
+            scaled = None
         else:
+            scale = grad_loss
             if _mean_comes_last(x):
                 ignore_index, reduction, _ = ctx.options
-                scale = _mean_scale(targets.long() != ignore_index, reduction, grad_loss.dtype)
-                grad_loss = torch.where(scale.isfinite(), grad_loss * scale, 0.0)  # 0 for the mean of nothing
-            gradients = [_scaled(gradient, grad_loss) for gradient in gradients]
-        dx, dw, db = gradients
+                mean = _mean_scale(targets.long() != ignore_index, reduction, grad_loss.dtype)
+                scale = torch.where(mean.isfinite(), grad_loss * mean, 0.0)  # 0 for the mean of nothing
+            scaled = _scaled(gradients, scale)
+        if scaled is None:
+            compute = getattr(torch.ops.fastgpt, f"{name}_backward")
+            scaled = compute(grad_loss, x, weight, targets, bias, *ctx.options)
+        dx, dw, db = scaled
         return dx, dw.to(weight.dtype), None, None if bias is None else db.to(bias.dtype), None, None, None, None
 
     library.define(

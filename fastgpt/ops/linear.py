@@ -59,8 +59,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         all(_is_plain(tensor, x.dtype) for tensor in (x, weight, bias) if tensor is not None)
+        and x.ndim > 0
         and 0 < x.numel() <= MOST_ROWS.get(x.dtype, 0) * x.shape[-1]
         and weight.ndim == 2
+        and (bias is None or (bias.ndim == 1 and bias.shape[0] == weight.shape[0]))
         and weight.stride(1) == 1
         and requested() in ("auto", "native")
         and not torch.compiler.is_compiling()

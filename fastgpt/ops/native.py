@@ -98,11 +98,12 @@ def describe(device_type: str) -> str:
 
 def _run_once(device_type: str) -> None:
     load(device_type)
-    table = torch.eye(4, 8, device=device_type)
+    table = torch.eye(4, 8, dtype=torch.float32, device=device_type)
     out = torch.ops.fastgpt.embedding_native(torch.tensor([[3, 0]], device=device_type), table, None, 0)
     if not torch.equal(out, table[[3, 0]][None]):
         raise RuntimeError("the extension's embedding gives a wrong result on this machine")
-    logits, targets = torch.eye(2, device=device_type), torch.tensor([0, 1], device=device_type)
+    logits = torch.eye(2, dtype=torch.float32, device=device_type)
+    targets = torch.tensor([0, 1], device=device_type)
     _, gradient = torch.ops.fastgpt.cross_entropy_native(logits, targets, None, -100, 2, 0.0, True)
     if not torch.allclose(gradient, logits.softmax(1) - logits, atol=1e-5):
         raise RuntimeError("the extension's cross_entropy gives a wrong result on this machine")

@@ -73,7 +73,7 @@ def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction=
     """-log softmax(logits)[target], with the weights and smoothing of torch.nn.functional.cross_entropy.
 
     With class weights w and smoothing s the loss of one row is
-    (1 - s) * w[t] * -log p[t] + s / C * sum_c w[c] * -log p[c]; "mean" divides by the sum of w[t].
+    (1 - s) * w[t] * -log p[t] + s / C * sum_c w[c] * -log p[c]; "mean" divides by the sum of w[t], NaN where that is 0.
     """
     if logits.ndim == 1:
         logits, targets, was_one_row = logits[None], targets[None], True
@@ -92,7 +92,10 @@ def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction=
         loss = loss - torch.where(counted, (log_p * w).sum(-1), 0.0) * (label_smoothing / C)
     if reduction == "none":
         return loss[0] if was_one_row else loss
-    return loss.sum() if reduction == "sum" else loss.sum() / row_weight.sum()
+    if reduction == "sum":
+        return loss.sum()
+    weights = row_weight.sum()
+    return torch.where(weights == 0.0, torch.nan, loss.sum() / weights)
 
 
 def linear_cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):

@@ -25,7 +25,7 @@ def _smoke_test(device_type: str) -> None:
     if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()
         raise RuntimeError(f"the Triton kernels need compute capability 8.0 or newer; this GPU has {major}.{minor}")
-    x = torch.tensor([[-1.0, 1.0]], device=device_type)
+    x = torch.tensor([[-1.0, 1.0]], dtype=torch.float32, device=device_type)
     y = layernorm.forward(x, None, torch.ones_like(x[0]), None, 1e-5, 0.0, None, torch.float32)[0]
     if not torch.allclose(y, x, atol=1e-4):
         raise RuntimeError("the smallest Triton kernel gave a wrong result")
