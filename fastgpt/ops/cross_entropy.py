@@ -316,6 +316,8 @@ def _native_product_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False
 
 # --- cross_entropy on the native backend -----------------------------------------------------------------------------
 
+# `saved`, where it is the gradient, is what backward hands out, scaled in place: whoever calls the op himself leaves it
+# alone.
 library.define(
     "cross_entropy_native(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, int reduction, "
     "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor saved)"
