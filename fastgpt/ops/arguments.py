@@ -15,8 +15,7 @@ def check_float(name: str, tensor: Tensor, ndim: int | None = None) -> None:
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if tensor.layout is not torch.strided or tensor.is_nested:
-        kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
-        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+        raise _not_dense(name, tensor)
     if ndim is not None and tensor.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(tensor.shape)}")
 
@@ -28,10 +27,14 @@ def check_index(name: str, tensor: Tensor, ndim: int | None = None) -> None:
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 (or int32) indices, got {tensor.dtype}")
     if tensor.layout is not torch.strided or tensor.is_nested:
-        kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
-        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+        raise _not_dense(name, tensor)
     if ndim is not None and tensor.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def _not_dense(name: str, tensor: Tensor) -> TypeError:
+    kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+    return TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
