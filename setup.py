@@ -39,11 +39,11 @@ ERROR_FILE = "_build_error.txt"
 DEFINES = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # A fused multiply-add is one rounding less; errno of exp and log is never read.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
+# An error's text begins with the file it comes from: that of the source tree, not of the machine that built it.
+CXX_FLAGS.append(f"-fmacro-prefix-map={ROOT}/=")
 if platform.machine().lower() in ("x86_64", "amd64"):
-    CXX_FLAGS.append(
-        "-mno-mmx"
-    )  # GCC moves data through MMX registers, which leaves long double broken for the process
-CXX_FLAGS.append(f"-fmacro-prefix-map={ROOT}/=")  # or an error would begin with a path of the machine that built it
+    # GCC would move data through MMX registers, after which long double arithmetic is broken in the whole process.
+    CXX_FLAGS.append("-mno-mmx")
 CPU_SOURCES = [
     "bindings",
     "cross_entropy",

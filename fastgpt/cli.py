@@ -210,7 +210,6 @@ def train(args: Sequence[str]) -> None:
         _check_same_model(saved, settings.model, settings.layout, model_config)
     stored = {k: v for k, v in values.items() if k not in ("config", "resume", "preset")}
     stored["data"] = _absolute(settings.data)
-    before = _read_toml(str(folder.path / "config.toml"), set(values)) if saved is not None else {}
     if saved is None:
         folder.create(stored)
     with use_backend(settings.backend):
@@ -219,6 +218,7 @@ def train(args: Sequence[str]) -> None:
         trainer = Trainer(model, corpus, train_config, folder, command)
         if saved is not None:
             trainer.restore(saved)
+            before = _read_toml(str(folder.path / "config.toml"), set(values))
             _say_changes(before | saved.train_config, stored, trainer.state["step"])
             folder.rewind(trainer.state["step"])
             folder.write_settings(stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import sys
@@ -51,18 +52,16 @@ def load_at_first_call(library: torch.library.Library, *ops: str) -> None:
     What is registered here serves until the extension is loaded, whose kernels come before it.
     """
 
-    def define(op: str) -> None:
-        def first_call(*args: Any) -> Any:
-            device_type = next(value for value in args if isinstance(value, torch.Tensor)).device.type
-            if f"fastgpt.{MODULES.get(device_type)}" in sys.modules:
-                raise NotImplementedError(f"fastgpt::{op} has no kernel for these tensors on {device_type}")
-            load(device_type)
-            return getattr(torch.ops.fastgpt, op)(*args)
-
-        library.impl(op, first_call, "CompositeExplicitAutograd")
-
     for op in ops:
-        define(op)
+        library.impl(op, functools.partial(_load_and_call, op), "CompositeExplicitAutograd")
+
+
+def _load_and_call(op: str, *args: Any) -> Any:
+    device_type = next(value for value in args if isinstance(value, torch.Tensor)).device.type
+    if f"fastgpt.{MODULES.get(device_type)}" in sys.modules:
+        raise NotImplementedError(f"fastgpt::{op} has no kernel for these tensors on {device_type}")
+    load(device_type)
+    return getattr(torch.ops.fastgpt, op)(*args)
 
 
 def build_info() -> dict[str, str]:
