@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
@@ -19,6 +21,18 @@ class ConfigError(ValueError):
 def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with a leading ~ or ~user replaced by that home folder, as a shell does where it sees one.
+
+    Every path that a user can give goes through this: `--out=~/run` and paths in a TOML file never meet a shell.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.exists(expanded):  # else a folder would be made whose name is "~"
+        home = expanded.split("/")[0]
+        raise ConfigError(f"{os.fspath(path)!r}: the home folder {home!r} is not known here; give the path without it")
+    return Path(expanded)
 
 
 _KINDS_IN_WORDS = {
