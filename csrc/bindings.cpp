@@ -39,11 +39,19 @@ static PyObject* use_instruction_set(PyObject*, PyObject* name) {
 
 static PyObject* stream_threshold(PyObject*, PyObject*) { return PyLong_FromLongLong(fastgpt::stream_threshold()); }
 
-static PyObject* prefers_own_matmul(PyObject*, PyObject*) { return PyBool_FromLong(fastgpt::prefers_own_matmul()); }
+static PyObject* set_stream_threshold(PyObject*, PyObject* bytes) {
+  const long long value = PyLong_AsLongLong(bytes);
+  if (value == -1 && PyErr_Occurred()) return nullptr;
+  fastgpt::set_stream_threshold(value);
+  Py_RETURN_NONE;
+}
+
+static PyObject* cpu_maker(PyObject*, PyObject*) { return PyUnicode_FromString(fastgpt::cpu_maker()); }
 
 static PyMethodDef methods[] = {
-    {"prefers_own_matmul", prefers_own_matmul, METH_NOARGS, "Whether matmul_ is faster here than PyTorch's product."},
+    {"cpu_maker", cpu_maker, METH_NOARGS, "The maker of the processor: 'amd', 'intel' or 'other'."},
     {"stream_threshold", stream_threshold, METH_NOARGS, "Bytes from which on a result is stored round the caches."},
+    {"set_stream_threshold", set_stream_threshold, METH_O, "Set that number of bytes, for tests and comparisons."},
     {"instruction_set", instruction_set, METH_NOARGS, "Which vector instructions the kernels use."},
     {"use_instruction_set", use_instruction_set, METH_O,
      "Use the kernels for 'avx512', 'avx2' or 'generic', for tests and comparisons. False where they do not run here."},

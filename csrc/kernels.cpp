@@ -44,4 +44,12 @@ bool use_kernels(const char* name) {
   return false;
 }
 
+const char* cpu_maker() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
 }  // namespace fastgpt

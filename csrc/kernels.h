@@ -103,4 +103,7 @@ extern const Kernels GENERIC_KERNELS;
 const Kernels& kernels();
 bool use_kernels(const char* name);
 
+// "amd", "intel" or "other".
+const char* cpu_maker();
+
 }  // namespace fastgpt

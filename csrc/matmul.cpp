@@ -43,12 +43,4 @@ void matmul(const Tensor& a, const Tensor& b, Tensor out, bool accumulate) {
   });
 }
 
-bool prefers_own_matmul() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
-
 }  // namespace fastgpt

@@ -1,12 +1,8 @@
 #include "tensor.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <fstream>
-
-#if defined(__linux__)
-#include <unistd.h>
-#endif
 
 #include "large_blocks.h"
 #include "stable.h"
@@ -61,23 +57,12 @@ Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool ze
   return buffer;
 }
 
-// What a core shares with its neighbours, from Linux; glibc's sysconf multiplies it by ten on some virtual machines.
-static int64_t last_cache_bytes() {
-  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-  int64_t size = 0;
-  char unit = 0;
-  if (file >> size >> unit && unit == 'K' && size > 0) return size << 10;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (found > 0) return static_cast<int64_t>(found);
-#endif
-  return int64_t{32} << 20;
-}
+// Atomic because a test may set it while another thread reads it.
+static std::atomic<int64_t> threshold{STREAM_THRESHOLD};
 
-int64_t stream_threshold() {
-  static const int64_t bytes = last_cache_bytes() / 2;
-  return bytes;
-}
+int64_t stream_threshold() { return threshold.load(std::memory_order_relaxed); }
+
+void set_stream_threshold(int64_t bytes) { threshold.store(bytes, std::memory_order_relaxed); }
 
 int64_t check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore) {
   const int64_t counted = kernels().count_indices(indices, n, limit, ignore);

@@ -49,9 +49,12 @@ inline Tensor with_contiguous_rows(const Tensor& matrix) {
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
                   std::optional<ScalarType> dtype = std::nullopt);
 
-// A result of more bytes than this, half the last cache, is written round the caches: with what it is made from, it
-// would not stay in them.
+// A result of more bytes than the threshold is written round the caches: with what it is made from, it would not stay in
+// them. The default is half of the last cache of the processors it was measured on. It does not follow the size that a
+// system reports: on a virtual machine that is the cache of a whole socket, shared with strangers.
+constexpr int64_t STREAM_THRESHOLD = int64_t{16} << 20;
 int64_t stream_threshold();
+void set_stream_threshold(int64_t bytes);  // for tests and comparisons
 
 // How many of n indices are not `ignore`. IndexError in Python for the first of them outside [0, limit).
 int64_t check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore);

@@ -308,7 +308,7 @@ def _library_product_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = Fals
 
 def _native_product_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out (+)= a b, by the extension's product where it is the faster one, see csrc/matmul.h."""
-    if a.is_cpu and a.dtype == torch.float32 and native.load("cpu").prefers_own_matmul():
+    if a.is_cpu and a.dtype == torch.float32 and native.reason_for_library("matmul") is None:
         torch.ops.fastgpt.matmul_(a, b, out, accumulate)
     else:
         _library_product_(a, b, out, accumulate)

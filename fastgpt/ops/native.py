@@ -46,6 +46,36 @@ def load(device_type: str) -> ModuleType:
         ) from None
 
 
+# Kernels that stand in for PyTorch's matrix library, and the makers on whose processors they were measured to be faster
+# than MKL. Elsewhere the library is taken. A short measurement at first use would serve more machines, but it could
+# decide differently in the next process, and a resumed run would no longer end in the same bits.
+FASTER_THAN_LIBRARY = {"matmul": ("amd",), "linear": ("amd",)}
+
+
+def reason_for_library(kernel: str) -> str | None:
+    """Why a product is left to PyTorch's matrix library here, or None where the extension's `kernel` takes it."""
+    return _reason_for_library(kernel, cpu_maker(), load("cpu").instruction_set(), torch.backends.mkl.is_available())
+
+
+@functools.cache
+def _reason_for_library(kernel: str, maker: str, instructions: str, has_mkl: bool) -> str | None:
+    makers = FASTER_THAN_LIBRARY[kernel]
+    if maker not in makers:
+        return (
+            f"its own kernel was measured to be faster on processors of {', '.join(makers)}; this one's maker: {maker}"
+        )
+    if not has_mkl:
+        return "its own kernel was measured to be faster than MKL, and this PyTorch has another matrix library"
+    if instructions == "generic":
+        return "its own kernel was measured with AVX2 and AVX-512; this processor has neither"
+    return None
+
+
+def cpu_maker() -> str:
+    """The processor's maker: "amd", "intel" or "other"."""
+    return load("cpu").cpu_maker()
+
+
 def load_at_first_call(library: torch.library.Library, *ops: str) -> None:
     """Let `torch.ops.fastgpt` find the kernels when somebody else than this package calls it: an exported program, say.
 
