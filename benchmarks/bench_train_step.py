@@ -49,7 +49,7 @@ def work(case: Case, setting) -> Work:
     device = setting.device
     present, absent = peers.models(case, device, setting.nanogpt, setting.lecture)
     if case.compiled:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         present = {name: (model, torch.compile(loss)) for name, (model, loss) in present.items() if name in COMPILED}
     draw = torch.Generator(device).manual_seed(1)
     batches = [

@@ -231,7 +231,7 @@ def op_work(
     gradients of everything that has one.
     """
     options = dict(options or {})
-    torch._dynamo.reset()  # one graph too many for the same function, and torch.compile runs it eagerly
+    torch.compiler.reset()  # one graph too many for the same function, and torch.compile runs it eagerly
     inputs = [list(arguments(DeviceDraw(setting, seed)).values()) for seed in range(_copies(setting))]
     taken = ops.explain(op, *inputs[0], **options)
     ours = Peer(functools.partial(getattr(ops, op), **options))

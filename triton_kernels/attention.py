@@ -31,13 +31,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import keep_tile, last_dropped
 from .rounding import round_to
 from .target import (
     COMPILE_OPTIONS,
     INTERPRETING,
+    TensorDescriptor,
     architecture,
     cdiv,
     device_of,

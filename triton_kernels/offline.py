@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from . import attention, layernorm
-from .target import INTERPRETING
+from .target import INTERPRETING, ASTSource, GPUTarget
 
 ARCHITECTURES = (80, 90, 100)
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")

@@ -1,4 +1,4 @@
-"""What the launchers ask of the machine they run on."""
+"""What the launchers ask of the machine they run on, and every undocumented name of Triton that the package uses."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -7,6 +7,20 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# What lies below triton and triton.language has moved between releases. It is imported here alone, and each name is
+# listed with the oldest and the newest triton in which it was seen to do what is needed here: tests/test_library.py
+# holds the list complete and says which one is gone.
+UNDOCUMENTED_NAMES = {
+    "triton.backends.compiler.GPUTarget": ("3.6.0", "3.9.0"),
+    "triton.compiler.ASTSource": ("3.6.0", "3.9.0"),
+    "triton.knobs.runtime.interpret": ("3.6.0", "3.9.0"),
+    "triton.tools.tensor_descriptor.TensorDescriptor": ("3.6.0", "3.9.0"),
+}
+__all__ = ["ASTSource", "GPUTarget", "TensorDescriptor"]  # for the other files
 
 # Under TRITON_INTERPRET=1 triton.jit gives functions that run on CPU tensors; it is read when they are decorated.
 INTERPRETING = bool(triton.knobs.runtime.interpret)

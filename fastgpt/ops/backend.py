@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .library import assume_constant_result
+
 BACKENDS = ("torch", "triton", "native")
 
 # Fastest first. A device that is not listed runs on "torch".
@@ -92,6 +94,7 @@ def _run_smoke_test(backend: str, device_type: str) -> None:
         thread.submit(run).result()
 
 
+@assume_constant_result
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run on `device_type` on this machine, or None if it ran. The answer is kept."""
     key = (backend, device_type)
@@ -107,10 +110,6 @@ def unavailable(backend: str, device_type: str) -> str | None:
             except Exception as error:  # whatever a driver, compiler or loader raises is the answer to the question
                 _availability[key] = str(error).strip().split("\n")[0] or type(error).__name__
     return _availability[key]
-
-
-# What torch.compiler.assume_constant_result sets. That function would import all of torch._dynamo with this package.
-unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked(name: str, source: str) -> str:

@@ -36,6 +36,7 @@ from .arguments import (
 from .backend import dispatch, register
 from .library import (
     inside_transform,
+    is_wrapped_by_transform,
     library,
     raise_on_double_backward,
     refuse_forward_mode,
@@ -258,7 +259,7 @@ def _scaled(gradients: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor] | No
     None where they have to be computed again: where `scale` is not finite, a zero that stands for an ignored row stays
     0, and any other becomes NaN, and here they look alike.
     """
-    if type(scale) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(scale):  # being traced
+    if type(scale) is not Tensor or is_wrapped_by_transform(scale):  # being traced
         return [torch.where(gradient == 0, gradient, gradient * scale) for gradient in gradients]
     if not scale.is_cpu:  # its value is on the device: only ignored rows are right where it is not finite
         for gradient in gradients:

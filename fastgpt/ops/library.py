@@ -1,14 +1,80 @@
-"""The `torch.library` namespace `fastgpt::`. Schemas are defined in Python, so the ops exist without compiled code."""
+"""The `torch.library` namespace `fastgpt::`, and every private name of PyTorch that the package uses.
+
+Schemas are defined in Python, so the ops exist without compiled code.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 library = torch.library.Library("fastgpt", "DEF")
+
+# --- private names of PyTorch -----------------------------------------------------------------------------------------
+#
+# PyTorch promises none of these names. They are used in this file alone, each with the oldest and the newest torch in
+# which it was seen to do what is needed here. tests/test_library.py holds the list complete and says which one is gone.
+
+PRIVATE_NAMES = {
+    "torch._C._AutoDispatchBelowAutograd": ("2.11.0", "2.14.1"),
+    "torch._C._any_requires_grad": ("2.11.0", "2.14.1"),
+    "torch._C._are_functorch_transforms_active": ("2.11.0", "2.14.1"),
+    "torch._C._functorch.is_functorch_wrapped_tensor": ("2.11.0", "2.14.1"),
+    "torch.autograd.forward_ad._current_level": ("2.11.0", "2.14.1"),
+    "torch.autograd.function._SingleLevelFunction.apply": ("2.11.0", "2.14.1"),  # below torch.autograd.Function
+    "_dynamo_marked_constant": ("2.11.0", "2.14.1"),  # what torch.compiler.assume_constant_result sets on a function
+}
+
+
+def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    """op(*args), past the autograd that was registered for it: in Python, that costs more than a small op computes."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _any_requires_grad(args: tuple) -> bool:
+    """Whether one of `args`, tensors among them, needs a gradient; in Python the question costs a microsecond."""
+    return torch._C._any_requires_grad(*args)
+
+
+def inside_transform() -> str | None:
+    """Why an op with `register_autograd` cannot serve here: PyTorch has no torch.func rules for such ops."""
+    if torch._C._are_functorch_transforms_active():
+        return "it does not work inside torch.func transforms"
+    return None
+
+
+def is_wrapped_by_transform(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for one inside a torch.func transform, and has no values of its own to read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def in_forward_mode() -> bool:
+    """Whether this is inside of forward-mode AD, where tensors may carry tangents."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def _apply_of(function: Any) -> Callable[..., Any]:
+    """`function.apply` of an autograd.Function, which is used outside of torch.func's transforms alone.
+
+    Function.apply first unpacks what such transforms wrapped; this is the one that it ends in.
+    """
+    return super(torch.autograd.Function, function).apply
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def assume_constant_result(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result, which would import all of torch._dynamo with this package."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
 
 
 def raise_on_double_backward(op: str) -> None:
@@ -27,12 +93,6 @@ def raise_on_double_backward(op: str) -> None:
         )
 
     torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_context, lib=library)
-
-
-def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
-    """op(*args), past the autograd that was registered for it: in Python, that costs more than a small op computes."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
 
 
 def register_autograd(
@@ -61,17 +121,13 @@ def register_autograd(
         setup_context(ctx, args, output)
         return output[0] if first_only else output
 
-    eager: Any = type(
-        op, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
-
-    # Not Function.apply, which first unpacks what torch.func's transforms wrapped: the op is not used inside of them.
-    apply = super(torch.autograd.Function, eager).apply
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    apply = _apply_of(type(op, (torch.autograd.Function,), methods))
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             output = run(*args)
-        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        elif torch.is_grad_enabled() and _any_requires_grad(args):
             return apply(*args)
         else:
             output = below_autograd(run, *args)
@@ -80,16 +136,9 @@ def register_autograd(
     return call
 
 
-def inside_transform() -> str | None:
-    """Why an op with `register_autograd` cannot serve here: PyTorch has no torch.func rules for such ops."""
-    if torch._C._are_functorch_transforms_active():
-        return "it does not work inside torch.func transforms"
-    return None
-
-
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Raise where forward-mode AD (`torch.func.jvp`) reaches a registered op: PyTorch takes its derivative for 0."""
-    if torch.autograd.forward_ad._current_level < 0:
+    if not in_forward_mode():
         return
     unknown = torch.compiler.is_compiling()  # a tensor that is being traced shows no tangent
     for tensor in tensors:

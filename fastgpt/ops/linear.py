@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from . import native
 from .arguments import autocast_dtype
 from .backend import requested, unavailable
-from .library import below_autograd, inside_transform, library
+from .library import below_autograd, in_forward_mode, inside_transform, library
 
 # Up to here the kernel was ahead at every shape measured (an AMD processor, AVX2 and AVX-512). In bfloat16 the library
 # has instructions for products that the kernel does not use.
@@ -68,7 +68,7 @@ def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and autocast_dtype(x) is None
         and inside_transform() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not in_forward_mode()
         and unavailable("native", "cpu") is None
         and native.load("cpu").instruction_set() != "generic"  # which converts 16 bits slowly, and was not compared
     )

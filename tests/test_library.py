@@ -1,0 +1,159 @@
+"""Private names: used in one file, listed there with the versions they were seen in, and still there today."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt.ops import library
+
+ROOT = Path(fastgpt.__file__).resolve().parent.parent
+LIBRARY = ROOT / "fastgpt" / "ops" / "library.py"
+FILES = [
+    *(file for folder in ("fastgpt", "benchmarks", "triton_kernels") for file in sorted((ROOT / folder).rglob("*.py"))),
+    ROOT / "setup.py",
+]
+DOCUMENTED = {"_asdict", "_fields", "_replace"}  # of named tuples
+NEEDS_SOURCE = pytest.mark.skipif(not (ROOT / "triton_kernels").is_dir(), reason="the source tree is not here")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in DOCUMENTED
+
+
+def dotted(node: ast.expr) -> str:
+    """`torch._C.name` as written; what is no plain name is shown as an ellipsis."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "..."
+
+
+def names_used(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name) of every attribute and import from elsewhere; of a.b.c only the whole, not a.b too."""
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and id(node) not in inner:
+            yield node.lineno, dotted(node)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ((node.lineno, f"{node.module}.{name.name}") for name in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "hasattr", "setattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant):
+                yield node.lineno, f"{dotted(node.args[0])}.{name.value}"
+
+
+def own_names(trees: list[ast.AST]) -> set[str]:
+    """Private names that this project gives itself: functions, classes, fields, and what it stores in `self`."""
+    own = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and dotted(node.value) == "self":
+            own.add(node.attr)
+    return own
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def private_names(tree: ast.AST, own: set[str]) -> dict[str, int]:
+    """The names of others in `tree` that have a private part, each with a line."""
+    names = names_used(tree)
+    return {name: line for line, name in names if any(is_private(part) and part not in own for part in name.split("."))}
+
+
+def test_private_names_are_found_however_they_are_reached() -> None:
+    source = """
+import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensor
+_ours = torch.nn.modules.module._global_forward_hooks
+self._mine = getattr(module, "_backward_hooks", None) or self._modules
+setattr(f, "_mark", _ours._mine), pair._replace(a=1), x.__dict__
+"""
+    tree = ast.parse(source)
+    assert private_names(tree, own_names([tree])) == {
+        "torch._dynamo": 2,
+        "torch._subclasses.fake_tensor.FakeTensor": 3,
+        "torch.nn.modules.module._global_forward_hooks": 4,
+        "module._backward_hooks": 5,
+        "self._modules": 5,
+        "f._mark": 6,
+    }
+
+
+@NEEDS_SOURCE
+def test_private_names_stand_in_one_file() -> None:
+    own = own_names([parse(file) for file in FILES])
+    elsewhere = [
+        f"{file.relative_to(ROOT)}:{line}: {name}"
+        for file in FILES
+        if file != LIBRARY
+        for name, line in private_names(parse(file), own).items()
+    ]
+    assert not elsewhere, "private names of other packages belong into fastgpt/ops/library.py: " + ", ".join(elsewhere)
+
+
+@NEEDS_SOURCE
+def test_the_list_is_complete_and_has_no_stale_name() -> None:
+    used = set(private_names(parse(LIBRARY), own_names([parse(LIBRARY)])))
+    used = {"_dynamo_marked_constant" if name.endswith("._dynamo_marked_constant") else name for name in used}
+    reached_by_super = {"torch.autograd.function._SingleLevelFunction.apply"}
+    assert used | reached_by_super == set(library.PRIVATE_NAMES)
+
+
+@pytest.mark.parametrize("name", [name for name in library.PRIVATE_NAMES if name.startswith("torch.")])
+def test_torch_has(name: str) -> None:
+    oldest, newest = library.PRIVATE_NAMES[name]
+    try:
+        operator.attrgetter(name.removeprefix("torch."))(torch)
+    except AttributeError:
+        pytest.fail(f"torch {torch.__version__} has no {name}, which torch {oldest} to {newest} had: see {LIBRARY}")
+
+
+def test_torch_marks_constant_functions_as_we_do() -> None:
+    def ours(): ...
+    def theirs(): ...
+
+    library.assume_constant_result(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs), "torch.compiler.assume_constant_result has changed: see fastgpt/ops/library.py"
+
+
+def test_apply_of_a_function_is_the_one_that_functions_end_in() -> None:
+    single = torch.autograd.function._SingleLevelFunction
+    assert torch.autograd.Function.__mro__[1] is single, "the class below torch.autograd.Function is another one"
+    function = type("double", (torch.autograd.Function,), {"forward": staticmethod(lambda ctx, x: x * 2)})
+    assert library._apply_of(function)(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+@NEEDS_SOURCE
+def test_undocumented_names_of_triton_stand_in_one_file() -> None:
+    target = pytest.importorskip("fastgpt.triton_kernels.target")
+    used: dict[str, set[str]] = {}
+    for file in FILES:
+        for _, name in names_used(parse(file)):
+            if name.startswith("triton.") and name.count(".") > 1 and not name.startswith("triton.language"):
+                used.setdefault(file.name, set()).add(name)
+    assert used == {"target.py": set(target.UNDOCUMENTED_NAMES)}
+
+
+def test_triton_has() -> None:
+    target = pytest.importorskip("fastgpt.triton_kernels.target")
+    for name, (oldest, newest) in target.UNDOCUMENTED_NAMES.items():
+        module = "triton.knobs" if name.startswith("triton.knobs") else name.rpartition(".")[0]
+        try:
+            operator.attrgetter(name.removeprefix(f"{module}."))(import_module(module))
+        except (ImportError, AttributeError):
+            pytest.fail(f"triton {import_module('triton').__version__} has no {name}; {oldest} to {newest} had it")
