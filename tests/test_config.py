@@ -19,7 +19,7 @@ def test_home_folders_are_expanded(monkeypatch, tmp_path) -> None:
 
 def test_an_unknown_home_folder_is_refused(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="^'~no user/run': the home folder '~no user' is not known here") as error:
+    with pytest.raises(ConfigError, match=r"^'~no user/run': the home folder '~no user' is not known here") as error:
         expand_path("~no user/run")
     assert "\n" not in str(error.value)
     (tmp_path / "~notes.txt").touch()
