@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 from dataclasses import dataclass, field
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +48,51 @@ _KINDS_IN_WORDS = {
 
 
 def check_types(config: Any) -> None:
-    """Every field holds its annotated type: a typo in a TOML file must not surface as an error inside PyTorch."""
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[str, ...]": tuple}
+    """Every field holds its annotated type: a typo in a TOML file must not surface as an error inside PyTorch.
+
+    Numbers of other libraries, such as numpy.int64, are replaced by Python's own: the settings are written to files.
+    """
     for item in dataclasses.fields(config):
         annotation = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
         name, _, optional = annotation.partition(" | ")
         value = getattr(config, item.name)
         if optional == "None" and value is None:
             continue
-        ok = isinstance(value, kinds[name]) and (name == "bool" or not isinstance(value, bool))
-        ok = ok and (name != "tuple[str, ...]" or all(isinstance(part, str) for part in value))
-        _expect(ok, item.name, value, _KINDS_IN_WORDS[name])
+        try:
+            own = _as_kind(name, value)
+        except (TypeError, OverflowError):
+            raise ConfigError(f"{item.name}: expected {_KINDS_IN_WORDS[name]}, got {value!r}") from None
         if name == "float":
-            _expect(math.isfinite(value), item.name, value, "a finite number")
+            _expect(math.isfinite(own), item.name, value, "a finite number")
+        object.__setattr__(config, item.name, own)  # GPTConfig and TrainConfig are frozen
+
+
+def as_int(value: Any) -> int:
+    """An integer of any library, which is what has `__index__`, as Python's int; TypeError for anything else.
+
+    A bool has `__index__` too, but as a number it is a mistake: `n_layer=True`.
+    """
+    number = _unboxed(value)
+    if isinstance(number, bool):
+        raise TypeError(f"expected an integer, got {value!r}")
+    return operator.index(number)
+
+
+def _unboxed(value: Any) -> Any:
+    """The scalars of numpy, and arrays and tensors of no dimension, as the Python value that they hold."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _as_kind(name: str, value: Any) -> Any:
+    """`value` as what the annotation `name` says; TypeError where it is something else."""
+    if name == "int":
+        return as_int(value)
+    kinds: dict[str, Any] = {"float": (Real, Decimal), "bool": bool, "str": str, "tuple[str, ...]": tuple}
+    value = _unboxed(value)
+    ok = isinstance(value, kinds[name]) and (name == "bool" or not isinstance(value, bool))
+    if not ok or (name == "tuple[str, ...]" and not all(isinstance(part, str) for part in value)):
+        raise TypeError(f"expected {_KINDS_IN_WORDS[name]}, got {value!r}")
+    return float(value) if name == "float" else value
 
 
 @dataclass(frozen=True)

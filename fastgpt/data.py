@@ -20,22 +20,23 @@ import importlib.util
 import io
 import os
 import re
-import tempfile
+import secrets
 import threading
 import urllib.request
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from .config import ConfigError, as_int, expand_path
+from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size, tokenizer_from_json
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_BYTES = 1_115_394
@@ -43,6 +44,7 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 _TIMEOUT_S = 30
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _UINT64 = 2**64 - 1
+Kept = TypeVar("Kept")
 
 
 class DataError(ValueError):
@@ -55,14 +57,15 @@ class DataError(ValueError):
 def load_text(source: str | os.PathLike[str]) -> str:
     """The text of "shakespeare", "tinyshakespeare", "names", a UTF-8 file, or the *.txt files of a folder.
 
-    Line ends become "\\n", as in Python's own text files, and a byte order mark is dropped.
+    Line ends become "\\n", as in Python's own text files, and a byte order mark is dropped. Any other character stays,
+    NUL among them. A pipe is refused: a run that is resumed reads its text again.
     """
     named = {"shakespeare": _shakespeare, "tinyshakespeare": _tiny_shakespeare, "names": _names}
     if isinstance(source, str) and source in named:
         return named[source]()
     if not os.fspath(source):
         raise DataError("data source is empty: give a file, a folder, or one of " + ", ".join(named))
-    path = Path(os.path.expanduser(source))
+    path = expand_path(source)
     shown = repr(os.fspath(source))
     try:
         if path.is_dir():
@@ -71,7 +74,8 @@ def load_text(source: str | os.PathLike[str]) -> str:
             text = _read_utf8(path)
         elif path.exists():
             raise DataError(
-                f"{shown} is neither a file nor a folder: give a UTF-8 text file or a folder of *.txt files"
+                f"{shown} is a pipe or a device, neither a file nor a folder, and a run that is resumed reads its text "
+                f"again: write it to a file and give that"
             )
         else:
             raise DataError(f"{shown} does not exist: give a file, a folder, or one of {', '.join(named)}")
@@ -101,12 +105,22 @@ def _decode_utf8(raw: bytes, shown: str) -> str:
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
         raise DataError(
             f"{shown} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; if it is text, convert it, "
-            f"for instance with iconv -f {encoding} -t utf-8"
+            f"for instance with iconv -f {_likely_encoding(raw)} -t utf-8"
         ) from None
+    if 4 * raw.count(0) > len(raw):  # without a mark, UTF-16 of Latin letters is UTF-8 too: every second byte is NUL
+        raise DataError(
+            f"{shown} is not UTF-8 text: {raw.count(0):,} of its {len(raw):,} bytes are NUL, as in UTF-16; convert it, "
+            f"for instance with iconv -f {'utf-16be' if raw[0] == 0 else 'utf-16le'} -t utf-8"
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _likely_encoding(raw: bytes) -> str:
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16, whose mark one of them starts with
+        return "utf-32"
+    return "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
 
 
 def _package_files(package: str, pattern: str) -> list[Path]:
@@ -162,18 +176,22 @@ def _names() -> str:
 
 
 def _tiny_shakespeare() -> str:
-    cached = cache_dir() / "tinyshakespeare.txt"
-    try:
-        raw = cached.read_bytes()
-    except OSError:
-        raw = b""
-    if hashlib.sha256(raw).hexdigest() != TINY_SHAKESPEARE_SHA256:
-        raw = _download_tiny_shakespeare()
-        try:
-            _write_atomically(cached, raw)
-        except OSError as error:
-            _warn_unwritable(error, "the text is downloaded again next time")
+    raw = _cached(
+        "tinyshakespeare.txt",
+        read=_open_tiny_shakespeare,
+        make=_download_tiny_shakespeare,
+        parts=lambda raw: [raw],
+        consequence="the text is downloaded again next time",
+    )
     return _decode_utf8(raw, "tinyshakespeare")
+
+
+def _open_tiny_shakespeare(path: Path) -> bytes | None:
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    return raw if hashlib.sha256(raw).hexdigest() == TINY_SHAKESPEARE_SHA256 else None
 
 
 def _download_tiny_shakespeare() -> bytes:
@@ -196,46 +214,92 @@ def _download_tiny_shakespeare() -> bytes:
 
 
 def cache_dir() -> Path:
-    """FASTGPT_CACHE, else XDG_CACHE_HOME/fastgpt, else ~/.cache/fastgpt; it need not exist yet."""
+    """FASTGPT_CACHE, else XDG_CACHE_HOME/fastgpt, else ~/.cache/fastgpt; it need not exist yet.
+
+    A relative XDG_CACHE_HOME is left aside, as the XDG Base Directory Specification asks.
+    """
     if own := os.environ.get("FASTGPT_CACHE"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "fastgpt"
-    return Path(os.path.expanduser("~/.cache/fastgpt"))
+        return expand_path(own)
+    shared = expand_path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else expand_path("~/.cache")) / "fastgpt"
 
 
-def _write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+def _cached(
+    name: str,
+    *,
+    read: Callable[[Path], Kept | None],
+    make: Callable[[], Kept],
+    parts: Callable[[Kept], list[Any]],
+    consequence: str,
+) -> Kept:
+    """What `read` finds in the cache's file `name`. Where it finds nothing whole, what is made, kept there as `parts`.
+
+    A cache that cannot be written is no error: it is said, with its consequence, and what was made is returned.
+    """
+    try:
+        path = cache_dir() / name
+    except ConfigError as error:  # no home folder is known
+        _warn_uncached(str(error), consequence)
+        return make()
+    kept = read(path)
+    if kept is not None:
+        return kept
+    fresh = make()
+    try:
+        _write_atomically(path, parts(fresh))
+    except OSError as error:
+        _warn_uncached(f"cache {str(path.parent)!r} cannot be written ({error.strerror})", consequence)
+        return fresh
+    kept = read(path)  # tokens are then mapped, and leave the memory
+    return fresh if kept is None else kept
+
+
+def _warn_uncached(reason: str, consequence: str) -> None:
+    warnings.warn(f"{reason}: {consequence}; set FASTGPT_CACHE to a writable folder", stacklevel=2)
+
+
+def _write_atomically(path: Path, parts: list[Any]) -> None:
     """A reader, or a second process that writes the same file, sees the old file or the new one and never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:  # with the umask's mode, so that a group can share the cache
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _warn_unwritable(error: OSError, consequence: str) -> None:
-    warnings.warn(
-        f"cache {str(cache_dir())!r} cannot be written ({error.strerror}): {consequence}; "
-        f"set FASTGPT_CACHE to a writable folder",
-        stacklevel=2,
+def _cached_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of `text`, memory-mapped where they are in the cache."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+    def encode() -> np.ndarray:
+        tokens = tokenizer.encode_array(text).astype(dtype)
+        tokens.flags.writeable = False
+        return tokens
+
+    return _cached(
+        f"tokens-{_sha256(f'{_sha256(text)} {tokenizer.fingerprint()}')}.npy",
+        read=lambda path: _open_tokens(path, dtype),
+        make=encode,
+        parts=_token_parts,
+        consequence="the tokens stay in memory",
     )
 
 
-def _save_tokens(path: Path, tokens: np.ndarray) -> None:
+def _token_parts(tokens: np.ndarray) -> list[Any]:
     """A .npy file with its own sha256 behind it: numpy ignores a tail, and one file is atomic where two are not."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
     data = tokens.data.cast("B") if tokens.size else b""
     digest = hashlib.sha256(header.getvalue())
     digest.update(data)
-    _write_atomically(path, header.getvalue(), data, digest.digest())
+    return [header.getvalue(), data, digest.digest()]
 
 
 def _open_tokens(path: Path, dtype: np.dtype) -> np.ndarray | None:
@@ -251,23 +315,30 @@ def _open_tokens(path: Path, dtype: np.dtype) -> np.ndarray | None:
     return tokens if tokens.dtype == dtype and tokens.ndim == 1 else None
 
 
-def _cached_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens of `text`: from the cache if they are there, else made and put there."""
-    key = hashlib.sha256(f"{hashlib.sha256(text.encode()).hexdigest()} {tokenizer.fingerprint()}".encode()).hexdigest()
-    path = cache_dir() / f"tokens-{key}.npy"
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    tokens = _open_tokens(path, dtype)
-    if tokens is not None:
-        return tokens
-    fresh = tokenizer.encode_array(text).astype(dtype)
-    fresh.flags.writeable = False
+def _cached_bpe(text: str, vocab_size: int | None) -> BPETokenizer:
+    """The tokenizer that `text` trains: training takes far longer than encoding, and gives the same each time."""
+    size = bpe_size(vocab_size)
+    return _cached(
+        f"bpe-{_sha256(f'{_sha256(text)} {size} {BPETokenizer.training_version}')}.json",
+        read=_open_bpe,
+        make=lambda: BPETokenizer.train(text, size),
+        parts=lambda tokenizer: [f"{tokenizer.fingerprint()}\n{tokenizer.to_json()}".encode()],
+        consequence="the tokenizer is trained again next time",
+    )
+
+
+def _open_bpe(path: Path) -> BPETokenizer | None:
+    """The kept tokenizer, which has to have the fingerprint before it; None where there is none or it is damaged."""
     try:
-        _save_tokens(path, fresh)
-    except OSError as error:
-        _warn_unwritable(error, "the tokens stay in memory")
-        return fresh
-    tokens = _open_tokens(path, dtype)
-    return fresh if tokens is None else tokens
+        fingerprint, _, text = path.read_text(encoding="utf-8").partition("\n")
+        tokenizer = tokenizer_from_json(text) if _sha256(text) == fingerprint else None
+    except (OSError, ValueError):
+        return None
+    return tokenizer if isinstance(tokenizer, BPETokenizer) else None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- corpus ----
@@ -300,7 +371,7 @@ class Corpus:
         `block_size` is the block that will be cut: a split that is too short for one is refused now, not at step 250.
         So is a name that does not fit one, where the layout is "names".
         """
-        _check_positive("block_size", block_size)
+        block_size = _integer("block_size", block_size, least=1)
         _layout_class(layout)
         text = load_text(source)
         shown = repr(os.fspath(source))
@@ -393,15 +464,21 @@ def _make_tokenizer(tokenizer: str | Tokenizer, text: str, vocab_size: int | Non
     if tokenizer == "bpe":
         if vocab_size is None:
             raise ValueError("vocab_size: tokenizer 'bpe' needs it, 512 for example")
-        return BPETokenizer.train(text, vocab_size)
+        return _cached_bpe(text, vocab_size)
     if isinstance(tokenizer, str):
         raise ValueError(f"tokenizer: expected 'char', 'bpe' or a tokenizer, got {tokenizer!r}")
     return tokenizer
 
 
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+def _integer(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int; ValueError where it is none, or less than `least`, which is 1 if anything."""
+    try:
+        number = as_int(value)
+        if least is None or number >= least:
+            return number
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: expected {'an' if least is None else 'a positive'} integer, got {value!r}")
 
 
 def check_varied(text: str, shown: str) -> None:
@@ -410,7 +487,7 @@ def check_varied(text: str, shown: str) -> None:
 
 
 def check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
-    _check_positive("block_size", block_size)
+    block_size = _integer("block_size", block_size, least=1)
     if len(tokens) <= block_size:
         raise DataError(
             f"{name} has {len(tokens)} tokens, and a block of {block_size} needs {block_size + 1} "
@@ -436,7 +513,7 @@ class Examples:
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
-        self.tokens, self.block_size = tokens, block_size
+        self.tokens, self.block_size = tokens, _integer("block_size", block_size, least=1)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -447,8 +524,8 @@ class Examples:
 
     def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """Examples at random. Depends on its arguments only, so step 1000 needs none of the steps before it."""
-        _check_positive("batch_size", batch_size)
-        key = np.array([seed & _UINT64, step & _UINT64], dtype=np.uint64)
+        batch_size = _integer("batch_size", batch_size, least=1)
+        key = np.array([_integer("seed", seed) & _UINT64, _integer("step", step) & _UINT64], dtype=np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key))
         return self.cut(generator.integers(0, len(self), size=batch_size))
 
@@ -457,7 +534,7 @@ class Examples:
 
         A loss over these changes with the model only, so two runs, or two steps, can be compared.
         """
-        _check_positive("n_blocks", n)
+        n = _integer("n_blocks", n, least=1)
         return self.cut(np.arange(n) * (len(self) - 1) // max(n - 1, 1))
 
 
@@ -494,7 +571,6 @@ class Names(Examples):
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, boundary: int) -> None:
-        _check_positive("block_size", block_size)
         super().__init__(tokens, block_size)
         (ends,) = np.nonzero(tokens == boundary)
         if len(ends) < 2 or ends[0] != 0 or ends[-1] != len(tokens) - 1:
@@ -564,10 +640,11 @@ class Prefetcher:
         device: str | torch.device = "cpu",
         depth: int = 2,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call), ("depth", depth)):
-            _check_positive(name, value)
-        self._examples, self._batch_size, self._seed = examples, batch_size, seed
-        self._next_step, self._steps_per_call, self._depth = start_step, steps_per_call, depth
+        self._examples, self._seed = examples, _integer("seed", seed)
+        self._batch_size = _integer("batch_size", batch_size, least=1)
+        self._next_step = _integer("start_step", start_step)
+        self._steps_per_call = _integer("steps_per_call", steps_per_call, least=1)
+        self._depth = _integer("depth", depth, least=1)
         self._device = torch.device(device)
         self._ready: deque[tuple[Tensor, Tensor]] = deque()
         self._error: BaseException | None = None

@@ -25,9 +25,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .config import as_int, expand_path
+
 _END_OF_TEXT = "<|endoftext|>"
 _PIECE_CHARS = 1 << 16
 _PIECES_PER_CALL = 64
+# In training each merge runs through every pre-token it occurs in, so the time is quadratic in the length of a
+# pre-token, and a text without blanks is a single one. Longer ones are therefore trained on in parts. No word of a
+# language with blanks is that long, and no token of use: GPT-2's longest has 128 bytes.
+_LONGEST_PRE_TOKEN = 256  # bytes
 
 # A lone newline between visible ASCII characters is always a pre-token by itself, so a cut behind it changes no token.
 # Behind a run of blanks it would: GPT-2's pattern leaves the run's last blank to the word that follows.
@@ -121,6 +127,9 @@ class BPETokenizer(_Fingerprinted):
     """
 
     kind = "bpe"
+    training_version = (
+        2  # raised where `train` gives other tokens than before, so that kept ones are not taken for them
+    )
 
     def __init__(self, vocab: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int] | None = None):
         """`vocab` lists the tokens by id, in GPT-2's spelling of bytes; `merges` are in order of priority."""
@@ -139,18 +148,16 @@ class BPETokenizer(_Fingerprinted):
     @classmethod
     def train(cls, text: str, vocab_size: int) -> BPETokenizer:
         """Learns merges until there are `vocab_size` tokens, or until no pair occurs twice: small texts give fewer."""
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 256:
-            raise ValueError(
-                f"vocab_size: byte-level BPE starts from 256 byte tokens, so at least 256, got {vocab_size}"
-            )
+        size = bpe_size(vocab_size)
         if not text:
             raise ValueError("text: cannot train a tokenizer on an empty text")
         _refuse_surrogates(text)
         from tokenizers import trainers
 
         encoder = _bpe_encoder(sorted(_BYTE_OF), [])
+        encoder.pre_tokenizer = _training_pre_tokenizer()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=size,
             min_frequency=2,
             show_progress=False,
             special_tokens=[],
@@ -163,7 +170,7 @@ class BPETokenizer(_Fingerprinted):
     @classmethod
     def from_gpt2_files(cls, folder: str | Path) -> BPETokenizer:
         """Reads vocab.json and merges.txt, or else tokenizer.json, as Hugging Face's GPT-2 folders have them."""
-        folder = Path(folder)
+        folder = expand_path(folder)
         vocab_file, merges_file, single_file = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer.json"))
         if vocab_file.is_file() and merges_file.is_file():
             return cls._from_vocab_and_merges(vocab_file, merges_file)
@@ -181,13 +188,16 @@ class BPETokenizer(_Fingerprinted):
 
     @classmethod
     def _from_vocab_and_merges(cls, vocab_file: Path, merges_file: Path) -> BPETokenizer:
-        vocab = _tokens_by_id(_read_json(vocab_file), str(vocab_file))
+        added_file = vocab_file.with_name("added_tokens.json")  # of models that were tuned with more special tokens
+        added = _read_json(added_file) if added_file.is_file() else {}
+        vocab = _tokens_by_id({**_read_json(vocab_file), **added}, str(vocab_file))
         lines = _read_text(merges_file).split("\n")
         # Only the first line is a comment: "# #" further down is a merge like any other.
         lines = lines[1:] if lines[0].startswith("#version") else lines
         merges = _merge_pairs([line.rstrip("\r") for line in lines if line.strip()])
-        special = {_END_OF_TEXT: vocab.index(_END_OF_TEXT)} if _END_OF_TEXT in vocab else {}
-        return cls(vocab, merges, special)
+        if _END_OF_TEXT in vocab:
+            added[_END_OF_TEXT] = vocab.index(_END_OF_TEXT)
+        return cls(vocab, merges, added)
 
     @classmethod
     def _from_single_file(cls, file: Path) -> BPETokenizer:
@@ -309,6 +319,27 @@ def _bpe_encoder(vocab: list[str], merges: list[tuple[str, str]]) -> Any:
     return encoder
 
 
+def _training_pre_tokenizer() -> Any:
+    """GPT-2's pre-tokens, in parts where they are long. Encoding does not need the parts: there each merge is local."""
+    from tokenizers import Regex, pre_tokenizers
+
+    parts = Regex(f"(?m).{{1,{_LONGEST_PRE_TOKEN}}}")  # Oniguruma's (?m): a dot is any character
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Split(parts, "isolated")]
+    )
+
+
+def bpe_size(vocab_size: Any) -> int:
+    """`vocab_size` as an int, where a byte-level BPE can have it."""
+    try:
+        size = as_int(vocab_size)
+    except TypeError:
+        size = 0
+    if size < 256:
+        raise ValueError(f"vocab_size: byte-level BPE starts from 256 byte tokens, so at least 256, got {vocab_size}")
+    return size
+
+
 def _pieces(text: str) -> Iterator[str]:
     """`text` cut into pieces of about 64K characters where a cut changes no token; their concatenation is `text`."""
     start = 0
@@ -338,7 +369,7 @@ def _merge_pairs(merges: list[Any]) -> list[tuple[str, str]]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8-sig")  # without the byte order mark that some editors write
     except OSError as error:
         raise ValueError(f"{str(file)!r}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ import importlib
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,7 +85,28 @@ def test_bad_sources(tmp_path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_refused_at_once(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    refuses(tmp_path / "pipe", "neither a file nor a folder")
+    refuses(tmp_path / "pipe", "is a pipe", "neither a file nor a folder", "resumed", "write it to a file")
+    refuses(os.devnull, "is a pipe or a device")
+
+
+def test_marks_line_ends_and_nul(tmp_path) -> None:
+    """What is text stays, NUL too; what only looks like UTF-8 does not pass."""
+    file = tmp_path / "text.txt"
+    file.write_bytes("\ufeffa\0b\r\n\ufeffc\rd".encode())
+    assert load_text(file) == "a\0b\n\ufeffc\nd"
+    for encoding in ("utf-16-le", "utf-16-be"):
+        file.write_bytes("plain letters\n".encode(encoding))
+        refuses(file, "text.txt", "bytes are NUL", f"iconv -f {encoding.replace('16-', '16')} -t utf-8")
+    for encoding in ("utf-16", "utf-32"):
+        file.write_bytes("plain letters\n".encode(encoding))
+        refuses(file, "text.txt", "not UTF-8", f"iconv -f {encoding} -t utf-8")
+
+
+def test_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "naïve text.txt").write_text(TEXT, encoding="utf-8")
+    assert load_text("~/naïve text.txt") == load_text(Path("~/naïve text.txt")) == TEXT
+    assert len(Corpus.load("~/naïve text.txt").train) == len(TEXT) * 9 // 10
 
 
 def test_unreadable_file(text_file, monkeypatch) -> None:
@@ -205,6 +227,12 @@ def test_cache_folder(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data.cache_dir() == tmp_path / ".cache" / "fastgpt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # its specification: ignored
+    assert data.cache_dir() == tmp_path / ".cache" / "fastgpt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/xdg")
+    assert data.cache_dir() == tmp_path / "xdg" / "fastgpt"
+    monkeypatch.setenv("FASTGPT_CACHE", "~/own")
+    assert data.cache_dir() == tmp_path / "own"
 
 
 # ---- corpus ----
@@ -268,6 +296,87 @@ def test_unwritable_cache_falls_back_to_memory(text_file, cache) -> None:
         corpus = Corpus.load(text_file)
     assert corpus.tokenizer.decode(corpus.val) == TEXT[len(corpus.train) :]
     assert not corpus.train.flags.writeable
+
+
+def test_no_home_folder_is_like_no_cache(text_file, tmp_path, monkeypatch) -> None:
+    for name in ("FASTGPT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", os.fspath)  # as without HOME and without a user of this number
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="home folder '~' is not known.*tokens stay in memory.*FASTGPT_CACHE"):
+        corpus = Corpus.load(text_file)
+    assert corpus.tokenizer.decode(corpus.val) == TEXT[len(corpus.train) :]
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a umask")
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_cached_files_have_the_mode_that_the_umask_gives(text_file, cache, umask) -> None:
+    before = os.umask(umask)
+    try:
+        Corpus.load(text_file, "bpe", vocab_size=260)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in cache.iterdir()} == {0o666 & ~umask}
+
+
+def untrainable(monkeypatch) -> None:
+    monkeypatch.setattr(BPETokenizer, "train", lambda *_: pytest.fail("trained again"))
+
+
+def test_a_trained_tokenizer_is_kept(text_file, cache, monkeypatch) -> None:
+    first = Corpus.load(text_file, "bpe", vocab_size=270)
+    assert sorted(file.name.partition("-")[0] for file in cache.iterdir()) == ["bpe", "tokens"]
+    untrainable(monkeypatch)
+    again = Corpus.load(text_file, "bpe", vocab_size=np.int64(270))
+    assert again.tokenizer.to_json() == first.tokenizer.to_json()
+    assert np.array_equal(first.train, again.train)
+
+
+@pytest.mark.parametrize("what", ["text", "vocab_size", "training_version"])
+def test_a_kept_tokenizer_is_taken_for_no_other(text_file, monkeypatch, what) -> None:
+    Corpus.load(text_file, "bpe", vocab_size=270)
+    if what == "text":
+        text_file.write_text(TEXT.replace("quick", "slick"), encoding="utf-8")
+    if what == "training_version":
+        monkeypatch.setattr(BPETokenizer, "training_version", -1)
+    untrainable(monkeypatch)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        Corpus.load(text_file, "bpe", vocab_size=271 if what == "vocab_size" else 270)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"",
+        lambda raw: raw[:-1],
+        lambda raw: raw.replace(b"[", b"[ ", 1),
+        lambda raw: b"\xff" + raw,
+        lambda raw: raw[raw.index(b"\n") + 1 :],
+        lambda raw: sealed(b"{}"),
+        lambda raw: sealed(b'{"kind": "char", "chars": "a"}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_trained_again(text_file, cache, damage) -> None:
+    good = Corpus.load(text_file, "bpe", vocab_size=270).tokenizer.to_json()
+    (file,) = cache.glob("bpe-*")
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert Corpus.load(text_file, "bpe", vocab_size=270).tokenizer.to_json() == good
+    assert file.read_bytes() == whole
+
+
+def sealed(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def test_a_tokenizer_that_cannot_be_kept(text_file, cache) -> None:
+    cache.write_text("a file where the folder should be", encoding="utf-8")
+    with pytest.warns(UserWarning, match="the tok.*FASTGPT_CACHE") as said:
+        corpus = Corpus.load(text_file, "bpe", vocab_size=270)
+    consequences = [str(warning.message).split(": ")[1].split(";")[0] for warning in said]
+    assert consequences == ["the tokenizer is trained again next time", "the tokens stay in memory"]
+    assert corpus.tokenizer.decode(corpus.val) == TEXT[-len(corpus.tokenizer.decode(corpus.val)) :]
 
 
 def test_failed_write_leaves_nothing_behind(text_file, cache, monkeypatch) -> None:
@@ -359,6 +468,21 @@ def test_bad_sizes() -> None:
         evaluation_blocks(TOKENS, 8, 0)
     with pytest.raises(ValueError, match="depth"):
         Prefetcher(Blocks(TOKENS, 8), 1, 0, depth=0)
+    for bad in (True, 1.0, "1", None):
+        with pytest.raises(ValueError, match=f"batch_size: expected a positive integer, got {bad!r}"):
+            random_batch(TOKENS, 8, bad, 0, 0)
+        with pytest.raises(ValueError, match=f"seed: expected an integer, got {bad!r}"):
+            random_batch(TOKENS, 8, 1, bad, 0)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, np.array, torch.tensor])
+def test_integers_of_other_libraries(text_file, kind) -> None:
+    expected, _ = random_batch(TOKENS, 8, 4, 3, 5)
+    assert torch.equal(random_batch(TOKENS, kind(8), kind(4), kind(3), kind(5))[0], expected)
+    assert torch.equal(Blocks(TOKENS, kind(8)).evenly_spaced(kind(4))[0], Blocks(TOKENS, 8).evenly_spaced(4)[0])
+    examples = Corpus.load(text_file, "bpe", vocab_size=kind(9) + 251, block_size=kind(8)).examples("val", kind(8))
+    with Prefetcher(examples, kind(4), kind(3), kind(5), kind(2), depth=kind(1)) as batches:
+        assert torch.equal(next(batches)[0][1], examples.batch(4, 3, 6)[0])
 
 
 # ---- prefetching ----

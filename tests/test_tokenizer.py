@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import subprocess
@@ -138,7 +139,29 @@ def test_training_is_repeatable_and_reaches_the_size() -> None:
     assert BPETokenizer.train("ab", 1000).vocab_size == 256
 
 
-@pytest.mark.parametrize("size", [255, 0, True, 300.0])
+@pytest.mark.parametrize("text", ["a" * 20_000, "日本" * 5_000, " " * 20_000, "ab\n\n" + "\n" * 20_000, "07" * 10_000])
+def test_training_on_a_text_without_blanks_sees_it_in_parts(text: str) -> None:
+    parts = [part for part, _ in module._training_pre_tokenizer().pre_tokenize_str(text)]
+    assert max(map(len, parts)) == module._LONGEST_PRE_TOKEN
+    assert b"".join(map(module._spelled_bytes, parts)).decode() == text
+    trained = BPETokenizer.train(text, 300)
+    assert max(len(trained.token_bytes(i)) for i in range(trained.vocab_size)) <= module._LONGEST_PRE_TOKEN
+    assert trained.decode(trained.encode(text)) == text
+    assert bpe().decode(bpe().encode(text)) == text
+
+
+def test_the_parts_change_nothing_where_no_pre_token_is_long(monkeypatch) -> None:
+    from tokenizers import pre_tokenizers
+
+    monkeypatch.setattr(module, "_training_pre_tokenizer", lambda: pre_tokenizers.ByteLevel(add_prefix_space=False))
+    assert BPETokenizer.train(SAMPLE, 320).to_json() == bpe().to_json()
+
+
+def test_a_vocab_size_of_another_library() -> None:
+    assert BPETokenizer.train(SAMPLE, np.int64(320)).to_json() == bpe().to_json()
+
+
+@pytest.mark.parametrize("size", [255, 0, True, 300.0, "300", None])
 def test_bpe_needs_the_bytes(size) -> None:
     with pytest.raises(ValueError, match="at least 256"):
         BPETokenizer.train("text", size)
@@ -184,7 +207,7 @@ def write_gpt2_files(folder, tokenizer: BPETokenizer) -> None:
     single = {
         "added_tokens": [{"id": len(vocab) - 1, "content": "<|endoftext|>", "special": True}],
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
     (folder / "tokenizer.json").write_text(json.dumps(single), encoding="utf-8")
@@ -201,6 +224,41 @@ def test_gpt2_files(tmp_path) -> None:
     assert end == 320 and from_one.decode([end]) == "<|endoftext|>"
     assert end not in from_one.encode("<|endoftext|>")
     assert tokenizer_from_json(from_one.to_json()).special_tokens == from_one.special_tokens
+
+
+def test_gpt2_files_encode_as_transformers_does(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write_gpt2_files(tmp_path, bpe())
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    ours = BPETokenizer.from_gpt2_files(tmp_path)
+    for text in (SAMPLE, SAMPLE.replace("\n", "").replace(" ", ""), "résumés" * 2_000, "Speak,  " * 500 + " \n \n"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+    theirs.save_pretrained(tmp_path / "again")
+    assert BPETokenizer.from_gpt2_files(tmp_path / "again").to_json() == ours.to_json()
+
+
+def test_gpt2_files_with_a_byte_order_mark(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    write_gpt2_files(folder, bpe())
+    plain = BPETokenizer.from_gpt2_files(folder).to_json()
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+    assert BPETokenizer.from_gpt2_files("~/gpt2").to_json() == plain
+    (folder / "vocab.json").unlink()
+    assert BPETokenizer.from_gpt2_files("~/gpt2").to_json() == plain
+
+
+def test_gpt2_files_with_added_tokens(tmp_path) -> None:
+    write_gpt2_files(tmp_path, bpe())
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 321, "<é>": 322}', encoding="utf-8")
+    tokenizer = BPETokenizer.from_gpt2_files(tmp_path)
+    assert tokenizer.special_tokens == {"<|endoftext|>": 320, "<pad>": 321, "<é>": 322}
+    assert tokenizer.decode([322, *tokenizer.encode("<pad>")]) == "<é><pad>"
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 400}', encoding="utf-8")
+    with pytest.raises(ValueError, match="without a gap"):
+        BPETokenizer.from_gpt2_files(tmp_path)
 
 
 def test_gpt2_files_missing_or_foreign(tmp_path) -> None:
