@@ -138,8 +138,10 @@ class Optional(build_ext):
         for module in modules:
             self.extensions = [module]
             self.build_temp = os.path.join(folder, module.name)  # two modules have a cross_entropy.o
+            kept, module.optional = module.optional, False  # setuptools would drop the error, and the reason with it
             with self.optional(module.name):
                 super().build_extensions()
+            module.optional = kept
         self.extensions, self.build_temp = modules, folder
 
     @contextlib.contextmanager
@@ -181,6 +183,7 @@ def modules() -> tuple[list, type]:
         raise RuntimeError("switched off by FASTGPT_NATIVE=0")
     if NATIVE not in ("auto", "require"):
         raise RuntimeError(f"FASTGPT_NATIVE: expected 0, auto or require, got {NATIVE!r}")
+    os.environ["LC_ALL"] = "C"  # compilers translate their messages, and `compiler_error` reads English
     cuda_home = find_cuda()
     if cuda_home:
         os.environ["CUDA_HOME"] = cuda_home  # before torch looks for it

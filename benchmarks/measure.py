@@ -172,10 +172,13 @@ class Ceilings:
         )  # fmt: skip
 
 
+# Bytes that are copied, far more than the caches hold, and rows, columns and dtype of a large square matrix product.
+CEILING_SIZES = {"cpu": (2**28, 2048, torch.float32), "cuda": (2**30, 8192, torch.bfloat16)}
+
+
 def measure_ceilings(device: torch.device, rounds: int = 3) -> Ceilings:
-    """A copy far larger than the caches, and a large square matrix product: float32 on a CPU, bfloat16 on a GPU."""
-    on_gpu = device.type == "cuda"
-    n_bytes, size, dtype = (2**30, 8192, torch.bfloat16) if on_gpu else (2**28, 2048, torch.float32)
+    """How fast the device copies and multiplies: the best of some rounds."""
+    n_bytes, size, dtype = CEILING_SIZES[device.type]
     source = torch.ones(n_bytes // 4, device=device)
     target = torch.empty_like(source)
     matrix = torch.randn(size, size, dtype=dtype, device=device)

@@ -1,10 +1,16 @@
-"""What must be set before torch and triton are imported, here and in the processes that the tests start; fixtures."""
+"""What makes the tests see the same everywhere, set before fastgpt and triton are imported; and fixtures.
+
+A test asserts what holds on every machine. What a user has set for FastGPT or for make, and what lies in the home
+folder, is therefore not there; caches and settings go to temporary folders, here and in the processes that tests start.
+The number of threads, the locale and the time zone stay as they are: the tests have to pass with any.
+"""
 
 import os
 
 # Tensors are small, and cores may be shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -12,6 +18,33 @@ import torch
 # Where the Triton kernels run: on the GPU if there is one, else on Triton's interpreter, which is chosen when a kernel
 # is decorated.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+# A backend that a user prefers, and what an outer `make` hands to the `make` that a test starts.
+for name in [name for name in os.environ if name.startswith(("FASTGPT_", "MAKE", "MFLAGS"))]:
+    del os.environ[name]
+
+# How long an example takes is the machine's affair, and examples that failed elsewhere are not kept in the source tree.
+hypothesis.settings.register_profile(
+    "any machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    database=None,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """An empty home folder, and every cache below it: what a user keeps there is neither read nor changed."""
+    folder = tmp_path_factory.mktemp("home")
+    caches = {"XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config", "FASTGPT_CACHE": "cache/fastgpt"}
+    caches |= {"MPLCONFIGDIR": "matplotlib", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        for name, below in caches.items():
+            patch.setenv(name, str(folder / below))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

@@ -124,7 +124,7 @@ def test_use_backend_nests_and_ends_with_an_exception() -> None:
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
 
 
 CALL = """

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastgpt import ops
-from fastgpt.benchmarks import compare, peers, quotes, reader, report
+from fastgpt.benchmarks import compare, peers, quotes, reader, report, suite
 from fastgpt.benchmarks.measure import Ceilings, Spread
 from fastgpt.benchmarks.suite import Setting, Suite, op_work
 
@@ -221,32 +222,52 @@ def test_it_runs_as_a_script_and_as_a_module(tmp_path):
         assert done.returncode == 0 and "1 same" in done.stdout, done.stderr
 
 
-def measured(path: Path) -> Path:
-    """Rows of a real, small comparison by the suite."""
+class Machine:
+    """A clock on which a call takes the seconds given for it; the machine is up to three times slower by turns."""
+
+    def __init__(self, seed: int) -> None:
+        self.now, self.slowness, self.draw = 0.0, 1.0, random.Random(seed)
+
+    def taking(self, seconds: float, call: Callable) -> Callable:
+        def timed(*tensors, **options):
+            self.now += seconds * self.slowness * self.draw.uniform(0.97, 1.03)
+            return call(*tensors, **options)
+
+        return timed
+
+    def round(self, calls, iterations):
+        times, self.slowness = [], self.draw.uniform(1.0, 3.0)
+        for call in calls:
+            start = self.now
+            call()
+            times.append(self.now - start)
+        return times
+
+
+def measured(path: Path, monkeypatch, *, seed: int, ours: float) -> Path:
+    """Rows of a small comparison by the suite, in which torch takes 2 seconds and our layer norm as many as given."""
 
     def arguments(draw):
-        return {"x": draw.normal(512, 256), "weight": draw.normal(256), "bias": draw.normal(256)}
+        return {"x": draw.normal(4, 8), "weight": draw.normal(8), "bias": draw.normal(8)}
 
-    setting = Setting(torch.device("cpu"), seconds=0.3, min_rounds=15, min_time=2e-3)
-    suite = Suite(setting, path)
-    suite.ceilings = Ceilings(bytes_per_s=1e10, flops_per_s=1e11, dtype="float32")  # not measured, to save its second
-    torchs = {"torch": peers.layer_norm(setting.device)["torch"]}
-    suite.measure(
-        op_work(setting, "layer_norm", "512 x 256", "forward", arguments=arguments, few=arguments, peers=torchs)
-    )
+    machine = Machine(seed)
+    setting = Setting(torch.device("cpu"), seconds=0.0, min_rounds=15, min_time=0.0)
+    session = Suite(setting, path)
+    torchs = {"torch": lambda: peers.Peer(machine.taking(2.0, peers.layer_norm(setting.device)["torch"]().function))}
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "clock_of", lambda device: machine)
+        patch.setattr(suite, "measure_ceilings", lambda device: Ceilings(1e10, 1e11, "float32"))
+        patch.setattr(ops, "layer_norm", machine.taking(ours, ops.layer_norm))
+        session.measure(
+            op_work(setting, "layer_norm", "4 x 8", "forward", arguments=arguments, few=arguments, peers=torchs)
+        )
     return path
 
 
 def test_a_slow_kernel_is_caught_and_two_honest_runs_are_not(tmp_path, monkeypatch, capsys):
-    base, again = measured(tmp_path / "base.jsonl"), measured(tmp_path / "again.jsonl")
-    quick = ops.layer_norm
-
-    def slow(*tensors, **options):
-        time.sleep(2e-3)
-        return quick(*tensors, **options)
-
-    monkeypatch.setattr(ops, "layer_norm", slow)
-    slower = measured(tmp_path / "slower.jsonl")
+    base = measured(tmp_path / "base.jsonl", monkeypatch, seed=0, ours=1.0)
+    again = measured(tmp_path / "again.jsonl", monkeypatch, seed=1, ours=1.0)
+    slower = measured(tmp_path / "slower.jsonl", monkeypatch, seed=2, ours=1.3)
     assert command(base, again) == 0, capsys.readouterr().out
     assert command(base, slower) == 1
     assert re.search(r"layer_norm .* slower .* against torch ", capsys.readouterr().out)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,13 +68,27 @@ def test_contenders_take_turns():
     assert {name: len(values) for name, values in times.items()} == {"A": 30, "B": 30, "C": 30}
 
 
-def test_rounds_go_on_for_the_time_given():
-    class Fake:
-        def round(self, calls, iterations):
-            return list(calls)
+class FakeTime:
+    """A clock whose calls are numbers: each takes so many seconds, of a time that nothing else moves."""
 
-    times = measure.interleave({"A": 0.5, "B": 0.25}, Fake(), seconds=0.05, min_rounds=1)
-    assert len(times["A"]) == measure.MAX_ROUNDS and set(times["A"]) == {0.5} and set(times["B"]) == {0.25}
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def round(self, calls, iterations):
+        times = [n * seconds for seconds, n in zip(calls, iterations, strict=True)]
+        self.now += sum(times)
+        return times
+
+
+@pytest.mark.parametrize(
+    ("seconds", "min_rounds", "rounds"),
+    [(3.0, 1, 8), (3.0, 20, 20), (0.0, 5, 5), (1e6, 1, measure.MAX_ROUNDS)],  # a round takes 0.75 s
+)
+def test_rounds_go_on_for_the_time_given(seconds, min_rounds, rounds, monkeypatch):
+    clock = FakeTime(monkeypatch)
+    times = measure.interleave({"A": 0.5, "B": 0.25}, clock, seconds=seconds, min_rounds=min_rounds)
+    assert times == {"A": [0.5] * rounds, "B": [0.25] * rounds}
 
 
 def test_a_short_call_is_repeated_within_its_turn():
@@ -118,14 +133,26 @@ def test_roofline():
     assert CEILINGS.fraction(1.0, None, None) is None
 
 
-def test_ceilings_of_this_machine_are_plausible():
-    found = measure.measure_ceilings(CPU, rounds=2)
-    assert 1e8 < found.bytes_per_s < 1e13 and 1e8 < found.flops_per_s < 1e15 and found.dtype == "float32"
+def test_ceilings_are_the_best_rounds_of_a_copy_and_a_product(monkeypatch):
+    """The calls are run; how long they take is given: the copy 4, 2 and 3 seconds, the product half of that."""
+    monkeypatch.setitem(measure.CEILING_SIZES, "cpu", (2**20, 64, torch.float32))
+    seconds = iter([9.0, 4.0, 2.0, 3.0])  # the first is the warm-up's
+
+    class Fake:
+        def round(self, calls, iterations):
+            copy = next(seconds)
+            shapes = [call().shape for call in calls]
+            return [copy if shape == (2**18,) else copy / 2 for shape in shapes]
+
+    monkeypatch.setattr(measure, "clock_of", lambda device: Fake())
+    found = measure.measure_ceilings(CPU, rounds=3)
+    assert found == measure.Ceilings(bytes_per_s=2 * 2**20 / 2.0, flops_per_s=2 * 64**3 / 1.0, dtype="float32")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
 def test_peak_memory_is_what_a_call_adds_however_often_it_ran():
     call = lambda: torch.ones(2**23)  # noqa: E731  (32 MiB)
+    if measure.peak_bytes(call, CPU) is None:
+        pytest.skip("resident memory cannot be read from /proc here")
     for _ in range(3):
         assert 30 << 20 < measure.peak_bytes(call, CPU) < 40 << 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +265,6 @@ def test_an_output_path_that_is_a_file_is_named(text_file, tmp_path, capsys):
 
 
 def test_output_into_a_closed_pipe_is_not_a_traceback(run):
-    command = f"{sys.executable} -m fastgpt sample --checkpoint {run} --max-new-tokens 3000 | head -c 5"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    sample = shlex.join([sys.executable, "-m", "fastgpt", "sample", "--checkpoint", str(run), "--max-new-tokens=3000"])
+    done = subprocess.run(["sh", "-c", f"{sample} | head -c 5"], capture_output=True, text=True)
     assert done.stderr == "" and len(done.stdout) == 5

@@ -538,16 +538,16 @@ def test_close_ends_the_thread() -> None:
 
 def test_close_wakes_a_waiting_consumer(monkeypatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(Blocks, "batch", lambda *_: release.wait(5) and (TOKENS, TOKENS))
+    monkeypatch.setattr(Blocks, "batch", lambda *_: release.wait(300) and (TOKENS, TOKENS))
     batches = Prefetcher(Blocks(TOKENS, 8), 4, seed=3)
     got: list = []
     consumer = threading.Thread(target=lambda: got.extend(batches))
     consumer.start()
     closer = threading.Thread(target=batches.close)
     closer.start()
-    consumer.join(5)
+    consumer.join(300)
     release.set()
-    closer.join(5)
+    closer.join(300)
     assert got == [] and not consumer.is_alive() and not batches._thread.is_alive()
 
 

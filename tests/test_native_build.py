@@ -178,7 +178,9 @@ def test_wheel_runs_where_it_is_installed(source: Path, tmp_path: Path) -> None:
 
 
 @in_source_tree
-@pytest.mark.parametrize("case", ["no torch", "switched off", "broken compiler", "broken source"])
+@pytest.mark.parametrize(
+    "case", ["no torch", "switched off", "broken compiler", "no compiler, no ninja", "broken source"]
+)
 def test_a_build_that_cannot_succeed_leaves_the_python_package(source: Path, tmp_path: Path, case: str) -> None:
     environment = {"FASTGPT_CUDA": "0"}
     if case == "no torch":
@@ -193,7 +195,11 @@ def test_a_build_that_cannot_succeed_leaves_the_python_package(source: Path, tmp
     elif case == "broken compiler":
         environment["CXX"] = "no-such-compiler"
         reason = "no-such-compiler"
+    elif case == "no compiler, no ninja":  # then it is setuptools, not ninja, that calls the compiler
+        environment |= {"PATH": str(tmp_path), "CXX": "no-such-compiler"}
+        reason = r"fastgpt\._C: .*no-such-compiler"
     else:
+        environment |= {"LC_ALL": "de_DE.UTF-8", "LANGUAGE": "de"}  # where the compiler's translations are installed
         for file in ("tensor.h", "build_info.cpp"):
             (source / "csrc" / file).write_text("#error the header is broken\n")
         reason = r"csrc/tensor.h:1:2: error: #error the header is broken"

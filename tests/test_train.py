@@ -141,7 +141,7 @@ def test_a_killed_process_resumes_to_the_same_bits(text_file, tmp_path):
     options += ["--warmup-steps", "0", "--min-lr", "0.001"]  # a constant rate: the two runs' max-steps differ at first
     process = cli("train", *options, "--out", str(tmp_path / "killed"), "--max-steps", "100000")
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # only ends a hang
     while not (metrics.exists() and '"step": 100, "split": "val"' in metrics.read_text()):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -153,7 +153,7 @@ def test_a_killed_process_resumes_to_the_same_bits(text_file, tmp_path):
     end = str(done + 75)
     for out, extra in (("killed", ["--resume"]), ("whole", [])):
         process = cli("train", *options, "--out", str(tmp_path / out), "--max-steps", end, *extra)
-        assert process.wait(120) == 0, process.communicate()[0]
+        assert process.wait(600) == 0, process.communicate()[0]
     a, b = (tmp_path / run / "checkpoint" / "latest.safetensors" for run in ("killed", "whole"))
     assert Checkpoint.load(a).state["step"] == int(end)
     assert_same_checkpoint(a, b)
@@ -162,12 +162,12 @@ def test_a_killed_process_resumes_to_the_same_bits(text_file, tmp_path):
 def test_ctrl_c_saves_and_says_how_to_resume(text_file, tmp_path):
     out = tmp_path / "run"
     process = cli("train", "--data", str(text_file), *SMALL, "--out", str(out), "--max-steps", "100000")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # only ends a hang
     while not ((out / "metrics.jsonl").exists() and '"train"' in (out / "metrics.jsonl").read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 1
     step = Checkpoint.load(out / "checkpoint" / "latest.safetensors").state["step"]
     assert f"SIGINT: stopped at step {step} and saved" in output
