@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .config import expand_path
 
 FORMAT = "fastgpt-checkpoint-1"
 
@@ -29,11 +33,13 @@ class CheckpointError(RuntimeError):
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; flush it and rename it onto `path`, or remove it where writing fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _mode_to_keep(path, temporary)
         yield temporary
         with open(temporary, "rb+") as file:
+            os.chmod(temporary, mode)  # safetensors writes files that only their owner can read
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -42,6 +48,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # missing, or the folder is no folder: nothing was left
             temporary.unlink()
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that no other writer has, be it a thread or another machine on a shared disk."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _mode_to_keep(path: Path, probe: Path) -> int:
+    """The mode that open() would leave at `path`: of the file that is there, else what `probe`, a new one, is given."""
+    if not path.exists():
+        probe.touch()
+        path = probe
+    mode = stat.S_IMODE(path.stat().st_mode)
+    probe.unlink(missing_ok=True)
+    return mode
 
 
 def _sync_folder(folder: Path) -> None:
@@ -69,7 +90,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
+        why = "a pointer to a file in Git LFS: run git lfs pull in its folder" if _is_lfs_pointer(path) else error
+        raise CheckpointError(f"{path}: not a complete safetensors file ({why})") from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """What a clone of a repository has in a large file's place where git-lfs is not installed."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(24) == b"version https://git-lfs."
+    except OSError:
+        return False
 
 
 @dataclass
@@ -144,8 +175,9 @@ def load_parameters(model: torch.nn.Module, found: dict[str, Tensor], path: Path
             parameter.copy_(found[name])
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint to take weights from: `path` itself, or the best (else the latest) of a run's folder."""
+    path = expand_path(path)
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such file or folder; expected the folder of a run, as fastgpt train writes it"
@@ -163,7 +195,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the file `source` is now, without a second copy where the file system has hard links."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _beside(target)
     try:
         try:
             os.link(source, temporary)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,14 @@ from .checkpoint import (
     read_tensors,
     write_tensors,
 )
-from .config import ConfigError, GPTConfig, from_dict
+from .config import ConfigError, GPTConfig, check_types, expand_path, from_dict
 from .model import GPT
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+# transformers has several implementations of one formula, each under a name of its own.
+_ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu", "relu2": "relu2"}
+_ACTIVATIONS |= dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh"
+)
 _NAMES = {"attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 
 
@@ -47,7 +54,7 @@ def _to_hf_name(name: str) -> tuple[str, bool]:
 
 def save_pretrained(model: GPT, directory: str | Path, format: str = "fastgpt") -> None:
     """Write `model` to a folder. format: "fastgpt" or "huggingface" (pre-norm, causal, tied, residual models only)."""
-    folder = Path(directory)
+    folder = expand_path(directory)
     if format == "fastgpt":
         config = {"model_type": "fastgpt", **dataclasses.asdict(model.cfg)}
         tensors: dict[str, Tensor] = dict(model.named_parameters())
@@ -95,7 +102,7 @@ def _hf_tensors(model: GPT) -> dict[str, Tensor]:
     if not model.cfg.bias:  # GPT-2 always has biases: zeros say the same
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and "embedding" not in name and name != "lm_head.weight":
-                tensors[_to_hf_name(name)[0].removesuffix("weight") + "bias"] = torch.zeros(parameter.shape[0])
+                tensors[_to_hf_name(name)[0].removesuffix("weight") + "bias"] = parameter.new_zeros(parameter.shape[0])
     return tensors
 
 
@@ -104,30 +111,84 @@ def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
 
     The model is in evaluation mode, as Hugging Face's from_pretrained leaves it: no dropout before model.train().
     """
-    folder = Path(directory)
+    folder = expand_path(directory)
     config_path = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; only folders on this machine are read, nothing is downloaded")
     if not config_path.exists() and (folder / "checkpoint").is_dir():
         return _from_run(find_checkpoint(folder), changes)
+    config = _read_json(config_path)
+    kind = _kind_of(config, config_path)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{config_path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{config_path}: not JSON ({error})") from error
-    kind = config.pop("model_type", None) if isinstance(config, dict) else None
-    weights = folder / "model.safetensors"
-    if kind not in ("fastgpt", "gpt2"):
-        raise CheckpointError(f"{config_path}: field 'model_type' is {kind!r}, expected 'fastgpt' or 'gpt2'")
-    try:
-        settings = config if kind == "fastgpt" else _settings_from_hf(config, config_path)
-        model = GPT(from_dict(GPTConfig, {**settings, **changes}))
+        settings = config if kind == "fastgpt" else _settings_from_hf(config, config_path, "dropout" in changes)
+        cfg: GPTConfig = from_dict(GPTConfig, {**settings, **changes})
     except ConfigError as error:
         raise CheckpointError(f"{config_path}: {error}") from error
-    tensors, _ = read_tensors(weights)
-    load_parameters(model, tensors if kind == "fastgpt" else _from_hf(model, tensors, weights), weights)
+    tensors, source = _read_weights(folder)
+    if kind == "gpt2":
+        tensors = _plain_names(tensors)
+        if "tie_weights" not in changes:
+            cfg = dataclasses.replace(
+                cfg, tie_weights=_is_tied(config.get("tie_word_embeddings", True), tensors, source)
+            )
+    model = GPT(cfg)
+    load_parameters(model, tensors if kind == "fastgpt" else _from_hf(model, tensors, source), source)
     return model.eval()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # without the byte order mark that some editors write
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+
+
+def _kind_of(config: Any, path: Path) -> str:
+    """ "fastgpt" or "gpt2", the latter also of the first uploads, which do not say; takes the field out of `config`."""
+    kind = config.pop("model_type", None) if isinstance(config, dict) else None
+    if kind is None and isinstance(config, dict) and {"n_positions", "n_head"} <= config.keys():
+        return "gpt2"
+    if kind not in ("fastgpt", "gpt2"):
+        raise CheckpointError(f"{path}: field 'model_type' is {kind!r}, expected 'fastgpt' or 'gpt2'")
+    return kind
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of a folder, and the file to name where one of them is wrong."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return read_tensors(single)[0], single
+    if index.is_file():
+        return _read_shards(index), index
+    for pickled in sorted(folder.glob("pytorch_model*.bin")):
+        place = json.dumps(str(folder), ensure_ascii=False)
+        code = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained({place}).save_pretrained({place})"
+        raise CheckpointError(
+            f"{pickled}: is a pickle, which can run code when it is loaded, and is not read; convert it with: "
+            f"python -c {shlex.quote(code)}"
+        )
+    raise CheckpointError(f"{single}: no such file")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of a model in several files: the index has the file of each tensor, all in its own folder."""
+    listed = _read_json(index)
+    file_of = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(file_of, dict) or not file_of:
+        raise CheckpointError(f"{index}: field 'weight_map' is missing; expected the file of each tensor")
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name, file in file_of.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
+            raise CheckpointError(
+                f"{index}: tensor {name} is in {file!r}, expected a *.safetensors file of this folder"
+            )
+        if file not in shards:
+            shards[file] = read_tensors(index.with_name(file))[0]
+        if name not in shards[file]:
+            raise CheckpointError(f"{index.with_name(file)}: tensor {name} is missing")
+    return {name: shards[file][name] for name, file in file_of.items()}
 
 
 def _from_run(path: Path, changes: dict[str, Any]) -> GPT:
@@ -139,49 +200,113 @@ def _from_run(path: Path, changes: dict[str, Any]) -> GPT:
     return model.eval()
 
 
-def _settings_from_hf(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
+@dataclass(frozen=True)
+class _GPT2Config:
+    """What a config.json of transformers says about the computation, with the types and defaults it has there."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool | None = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+# The names that transformers gives these fields in every model; it reads them in a GPT-2's config.json too.
+_COMMON_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
+def _settings_from_hf(config: dict[str, Any], path: Path, own_dropout: bool) -> dict[str, Any]:
+    config = {_COMMON_NAMES.get(name, name): value for name, value in config.items()}
+    fields = dataclasses.fields(_GPT2Config)
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in config:
+            raise CheckpointError(f"{path}: field {field.name!r} is missing")
+    theirs = _GPT2Config(**{field.name: config[field.name] for field in fields if field.name in config})
+
+    def check(name: str, *expected: Any) -> None:
+        value = getattr(theirs, name)
+        if value not in expected:
+            raise CheckpointError(f"{path}: field {name!r} is {value!r}; FastGPT's GPT has {expected[-1]!r}")
+
+    check("layer_norm_epsilon", 1e-5)
+    check("scale_attn_weights", True)
+    check("scale_attn_by_inverse_layer_idx", False)
+    check("n_inner", None, 4 * theirs.n_embd)
+    if theirs.activation_function not in _ACTIVATIONS:
         raise CheckpointError(
-            f"{path}: field 'activation_function' is {activation!r}, expected one of {sorted(_ACTIVATIONS)}"
+            f"{path}: field 'activation_function' is {theirs.activation_function!r}, "
+            f"expected one of {sorted(_ACTIVATIONS)}"
         )
-    required = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer"}
-    required |= {"n_head": "n_head", "n_embd": "n_embd"}
-    for name in required.values():
-        if name not in config:
-            raise CheckpointError(f"{path}: field {name!r} is missing")
-    for name, expected in (
-        ("layer_norm_epsilon", 1e-5),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("scale_attn_weights", True),
-    ):
-        if config.get(name, expected) != expected:
-            raise CheckpointError(f"{path}: field {name!r} is {config[name]!r}; FastGPT's GPT has {expected!r}")
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise CheckpointError(f"{path}: field 'n_inner' is {config['n_inner']!r}; FastGPT's GPT has 4 * n_embd")
-    settings = {ours: config[theirs] for ours, theirs in required.items()}
-    tied = config.get("tie_word_embeddings", True)
+    if not own_dropout and not theirs.resid_pdrop == theirs.embd_pdrop == theirs.attn_pdrop:
+        warnings.warn(
+            f"{path}: resid_pdrop, embd_pdrop and attn_pdrop differ, and FastGPT's GPT has one dropout: it is "
+            f"{theirs.resid_pdrop}, the first; from_pretrained(..., dropout=...) sets another",
+            stacklevel=4,
+        )
     return {
-        **settings,
-        "dropout": float(config.get("resid_pdrop", 0.0)),
-        "activation": _ACTIVATIONS[activation],
-        "tie_weights": tied,
+        "vocab_size": theirs.vocab_size,
+        "block_size": theirs.n_positions,
+        "n_layer": theirs.n_layer,
+        "n_head": theirs.n_head,
+        "n_embd": theirs.n_embd,
+        "dropout": theirs.resid_pdrop,
+        "activation": _ACTIVATIONS[theirs.activation_function],
     }
 
 
+def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix "transformer.", which older files lack, and the causal masks that they hold as buffers."""
+    masks = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in plain.items() if not masks.fullmatch(name)}
+
+
+def _is_tied(declared: bool | None, tensors: dict[str, Tensor], path: Path) -> bool:
+    """Whether the head is the token embedding: as `declared`, but a head that differs is kept, as transformers 5 does.
+
+    null, which transformers 4 took for false and 5 refuses, leaves it to the file.
+    """
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight")
+    own = head is not None and embedding is not None and not torch.equal(head, embedding)
+    if own and declared:
+        warnings.warn(
+            f"{path}: lm_head.weight differs from the token embedding, so they are not tied, although config.json says "
+            f"so; 'tie_word_embeddings': false there ends this warning",
+            stacklevel=4,  # the caller of GPT.from_pretrained
+        )
+    return declared is not False and not own
+
+
 def _from_hf(model: GPT, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Rename and transpose; older files lack the "transformer." prefix and carry the causal mask as a buffer."""
-    buffers = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-    left = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    left = {name: t for name, t in left.items() if not buffers.fullmatch(name)}
-    if model.cfg.tie_weights:
-        left.pop("lm_head.weight", None)  # a copy of the token embedding
+    """Rename and transpose."""
+    left = dict(tensors)
+    if model.cfg.tie_weights and "lm_head.weight" in left:
+        left.setdefault("wte.weight", left.pop("lm_head.weight"))
     found = {}
     for name, parameter in model.named_parameters():
         hf, transposed = _to_hf_name(name)
         tensor = left.pop(hf.removeprefix("transformer."), None)
         if tensor is None:
             raise CheckpointError(f"{path}: tensor {hf} is missing")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: tensor {hf} holds {tensor.dtype}; quantised weights are not read")
         found[name] = (tensor.t() if transposed else tensor).to(parameter.dtype)
     for name in left:
         raise CheckpointError(f"{path}: tensor {name} is not part of the model that config.json describes")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from fastgpt import checkpoint as checkpoint_module
-from fastgpt.checkpoint import Checkpoint, CheckpointError, atomic_path, link_or_copy, load_parameters
+from fastgpt.checkpoint import Checkpoint, CheckpointError, atomic_path, find_checkpoint, link_or_copy, load_parameters
 
 
 def example(step: int = 3) -> Checkpoint:
@@ -105,8 +107,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_really_full_disk(tmp_path):
     """/dev/full refuses every write: the error of the operating system itself, through safetensors' own writer."""
-    import os
-
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
     with pytest.raises(CheckpointError, match="cannot be written"), atomic_path(tmp_path / "x.json") as temporary:
@@ -145,3 +145,32 @@ def test_link_falls_back_to_a_copy(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("x")
     link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "x"
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Threads of one process, or two machines with equal process numbers: the last to end has its file there, whole."""
+    path = tmp_path / "config.json"
+    with atomic_path(path) as first:
+        first.write_text("first", encoding="utf-8")
+        with atomic_path(path) as second:
+            second.write_text("second", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "second"
+    assert path.read_text(encoding="utf-8") == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes")
+def test_a_file_that_is_written_again_keeps_its_mode(tmp_path):
+    path = tmp_path / "latest.safetensors"
+    for mode in (0o600, 0o640, 0o664):
+        example().save(path)
+        path.chmod(mode)
+        example(step=2).save(path)
+        assert path.stat().st_mode & 0o777 == mode
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    best = tmp_path / "rün" / "checkpoint" / "best.safetensors"
+    example().save(best)
+    assert find_checkpoint("~/rün") == find_checkpoint(Path("~/rün")) == best
