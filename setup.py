@@ -69,7 +69,7 @@ def source_hash() -> str:
 
 def first_line(command: list[str]) -> str:
     try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return output.strip().splitlines()[0] if output.strip() else "unknown"

@@ -48,7 +48,7 @@ def bench_import(bench):
 def run(statement: str, extra: dict) -> float | None:
     """Seconds of the import; how long that of torch took goes to `extra`."""
     command = [sys.executable, "-c", PROGRAM.format(statement=statement)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode != 0:
         return None
     of_torch, seconds = (float(number) for number in done.stdout.split()[-2:])

@@ -49,7 +49,7 @@ def step(name: str, command: list[str], deadline: float, why_not: str | None = N
     print(f"{name}: {' '.join(command)}", flush=True)
     started = time.monotonic()
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", timeout=left)
         result, said = ("passed" if done.returncode == 0 else "failed"), done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
         result, said = "cut off", (error.stdout or b"").decode(errors="replace")
@@ -99,7 +99,7 @@ def main() -> int:
         limit = min(deadline, time.monotonic() + BENCHMARK_LIMIT_S)
         steps.append(step(f"bench {bench}", command, limit, no_gpu or no_suite))
     written = {"environment": rows.facts(device), "steps": steps}
-    (out / "gpu_check.json").write_text(json.dumps(written, indent=1))
+    (out / "gpu_check.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
     print(f"written: {out / 'gpu_check.json'}")
     return int(any(_is_failure(s) for s in steps))
 

@@ -208,7 +208,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     _give_memory_back()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
         before = _resident("VmRSS")
         call()
         return max(0, _resident("VmHWM") - before)
@@ -226,5 +226,5 @@ def _give_memory_back() -> None:
 
 
 def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

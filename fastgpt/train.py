@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .baselines import model_class
 from .checkpoint import Checkpoint, CheckpointError, atomic_path, check_same, link_or_copy, load_parameters
-from .config import GPTConfig, TrainConfig
+from .config import GPTConfig, TrainConfig, readable
 from .data import Corpus, Prefetcher
 from .model import GPT, LanguageModel
 
@@ -94,7 +94,7 @@ class RunFolder:
 
         with atomic_path(self.path / "config.toml") as temporary:
             text = tomli_w.dumps({k: v for k, v in settings.items() if v is not None})
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(readable(text), encoding="utf-8")
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: the resumed run writes them again."""

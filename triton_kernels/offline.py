@@ -172,8 +172,8 @@ def measure(case: Case, arch: int) -> dict[str, int | str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", cubin.name], text=True)
-        assembly = subprocess.check_output([tools / "nvdisasm", cubin.name], text=True) if arch == 90 else ""
+        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", cubin.name], encoding="utf-8")
+        assembly = subprocess.check_output([tools / "nvdisasm", cubin.name], encoding="utf-8") if arch == 90 else ""
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     return {
         "arch": arch,

@@ -442,7 +442,7 @@ def _chunk_rows(n_rows: int, vocab_size: int, values: int | None = None) -> int:
 @functools.cache
 def _cache_bytes() -> int:
     try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text()  # "32768K"
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii")  # "32768K"
         return int(size.strip().removesuffix("K")) * 1024
     except (OSError, ValueError):  # only Linux says
         return 2**25
