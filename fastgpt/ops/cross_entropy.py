@@ -216,6 +216,8 @@ def _torch(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
+    if reduction == "mean" and logits.dtype == torch.float16 and autocast_dtype(logits) is None:
+        return _torch_float16_mean(logits, targets, weight, ignore_index, label_smoothing)
     try:
         return F.cross_entropy(
             logits,
@@ -230,6 +232,19 @@ def _torch(
             raise
         C = logits.shape[0 if logits.ndim == 1 else 1]
         raise first_out_of_range("targets", targets, 0, C, ignore=ignore_index) from None
+
+
+def _torch_float16_mean(
+    logits: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    """The mean, summed in float32: PyTorch sums float16 losses in float16, where 65504 is the largest number."""
+    each = _torch(logits, targets, weight, ignore_index, "none", label_smoothing).float()
+    counted = targets != ignore_index
+    weights = counted.float()
+    if weight is not None:
+        weights = weights * weight.float()[targets.long() * counted]
+    total = weights.sum()
+    return torch.where(total == 0.0, torch.nan, each.sum() / total).to(logits.dtype)
 
 
 # --- gradients made in the forward pass ------------------------------------------------------------------------------

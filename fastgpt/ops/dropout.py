@@ -59,7 +59,8 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     if x.device.type != "cpu":
         return torch.nn.functional.dropout(x, p)
     dropped_lanes = max(1, min(round(p * 2**16), 2**16 - 1))
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    draws.random_(-(2**63), None, generator=generator)
     lanes = draws.view(torch.int16)[: x.numel()].view(x.shape)
     scale = 2**16 / (2**16 - dropped_lanes)
     return x * (lanes >= dropped_lanes - 2**15).to(x.dtype).mul_(scale)
