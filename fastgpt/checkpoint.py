@@ -118,7 +118,7 @@ class Checkpoint:
     path: Path | None = None
     model: str = "gpt"
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         metadata = {
             "format": FORMAT,
             "model_config": json.dumps(self.model_config),
@@ -127,10 +127,11 @@ class Checkpoint:
             "tokenizer": self.tokenizer,
             "model": self.model,
         }
-        write_tensors(path, self.tensors, metadata)
+        write_tensors(expand_path(path), self.tensors, metadata)
 
     @classmethod
-    def load(cls, path: Path) -> Checkpoint:
+    def load(cls, path: str | Path) -> Checkpoint:
+        path = expand_path(path)
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise CheckpointError(

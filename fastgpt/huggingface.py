@@ -55,6 +55,7 @@ def _to_hf_name(name: str) -> tuple[str, bool]:
 def save_pretrained(model: GPT, directory: str | Path, format: str = "fastgpt") -> None:
     """Write `model` to a folder. format: "fastgpt" or "huggingface" (pre-norm, causal, tied, residual models only)."""
     folder = expand_path(directory)
+    _check_unchanged(model)
     if format == "fastgpt":
         config = {"model_type": "fastgpt", **dataclasses.asdict(model.cfg)}
         tensors: dict[str, Tensor] = dict(model.named_parameters())
@@ -65,6 +66,19 @@ def save_pretrained(model: GPT, directory: str | Path, format: str = "fastgpt") 
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     with atomic_path(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_unchanged(model: GPT) -> None:
+    """A model that was changed after it was made has parameters that no folder could say how to use."""
+    with torch.device("meta"):  # names without memory
+        expected = dict(GPT(model.cfg).named_parameters())
+    found = dict(model.named_parameters())
+    for name in sorted(found.keys() ^ expected.keys()):
+        what = "is not part of" if name in found else "is missing in this model, and part of"
+        raise ValueError(
+            f"model: parameter {name} {what} a GPT with its configuration; undo what was changed in it before it is "
+            f"saved (merge adapters, remove parametrizations), or save its state_dict()"
+        )
 
 
 def _hf_config(cfg: GPTConfig) -> dict[str, Any]:

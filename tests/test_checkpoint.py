@@ -172,5 +172,6 @@ def test_a_file_that_is_written_again_keeps_its_mode(tmp_path):
 def test_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     best = tmp_path / "rün" / "checkpoint" / "best.safetensors"
-    example().save(best)
+    example().save("~/rün/checkpoint/best.safetensors")
+    assert Checkpoint.load("~/rün/checkpoint/best.safetensors").path == best
     assert find_checkpoint("~/rün") == find_checkpoint(Path("~/rün")) == best

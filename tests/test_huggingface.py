@@ -301,6 +301,35 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
+class Adapter(torch.nn.Module):
+    """A linear with a correction of low rank beside it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.a, self.b = (torch.nn.Parameter(torch.zeros(n, 2)) for n in linear.weight.shape)
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.b @ self.a.t()
+
+
+@pytest.mark.parametrize("format", ["fastgpt", "huggingface"])
+def test_a_model_that_was_changed_is_not_written_wrong(tmp_path, format):
+    model = random_model()
+    up = model.blocks[1].mlp.up
+    model.blocks[1].mlp.up = Adapter(up)
+    with pytest.raises(ValueError, match=r"model: parameter blocks.1.mlp.up.a is not part of .*merge adapters"):
+        model.save_pretrained(tmp_path, format=format)
+    torch.nn.utils.parametrizations.weight_norm(up)
+    model.blocks[1].mlp.up = up
+    with pytest.raises(ValueError, match=r"model: parameter blocks.1.mlp.up.parametrizations.*remove parametrizations"):
+        model.save_pretrained(tmp_path, format=format)
+    assert list(tmp_path.iterdir()) == []
+    torch.nn.utils.parametrize.remove_parametrizations(up, "weight")
+    model.save_pretrained(tmp_path, format=format)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path)(IDX)[0], model(IDX)[0])
+
+
 @pytest.mark.parametrize("format", ["fastgpt", "huggingface"])
 def test_a_bfloat16_model_is_written_as_such(tmp_path, format):
     random_model(bias=False).to(torch.bfloat16).save_pretrained(tmp_path, format=format)
