@@ -160,7 +160,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _kind_of(config: Any, path: Path) -> str:
-    """ "fastgpt" or "gpt2", the latter also of the first uploads, which do not say; takes the field out of `config`."""
+    """The format, taken out of `config`: fastgpt, or gpt2, which the first uploads did not say."""
     kind = config.pop("model_type", None) if isinstance(config, dict) else None
     if kind is None and isinstance(config, dict) and {"n_positions", "n_head"} <= config.keys():
         return "gpt2"
