@@ -299,6 +299,7 @@ def test_unwritable_cache_falls_back_to_memory(text_file, cache) -> None:
 
 
 def test_no_home_folder_is_like_no_cache(text_file, tmp_path, monkeypatch) -> None:
+    """dottxt-ai/outlines#1425: in a container whose user has no home folder the cache could not be made."""
     for name in ("FASTGPT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.path.expanduser", os.fspath)  # as without HOME and without a user of this number
@@ -312,6 +313,7 @@ def test_no_home_folder_is_like_no_cache(text_file, tmp_path, monkeypatch) -> No
 @pytest.mark.skipif(os.name != "posix", reason="needs a umask")
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
 def test_cached_files_have_the_mode_that_the_umask_gives(text_file, cache, umask) -> None:
+    """astral-sh/ruff#24786: cached files that only their owner can read are of no use in a cache that a group shares."""
     before = os.umask(umask)
     try:
         Corpus.load(text_file, "bpe", vocab_size=260)

@@ -263,6 +263,7 @@ def test_tied_as_transformers_reads_it(tmp_path, declared, own_head):
 
 
 def test_a_head_that_is_a_copy_or_stands_for_the_embedding(tmp_path):
+    """vllm-project/vllm#6758: both were in the file; huggingface/transformers#38870: the embedding was not."""
     model = random_model()
     model.save_pretrained(tmp_path, format="huggingface")
     path = tmp_path / "model.safetensors"
