@@ -313,7 +313,7 @@ def test_no_home_folder_is_like_no_cache(text_file, tmp_path, monkeypatch) -> No
 @pytest.mark.skipif(os.name != "posix", reason="needs a umask")
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
 def test_cached_files_have_the_mode_that_the_umask_gives(text_file, cache, umask) -> None:
-    """astral-sh/ruff#24786: cached files that only their owner can read are of no use in a cache that a group shares."""
+    """astral-sh/ruff#24786: cached files that only their owner reads cannot be shared by a group."""
     before = os.umask(umask)
     try:
         Corpus.load(text_file, "bpe", vocab_size=260)

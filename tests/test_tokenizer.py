@@ -141,7 +141,7 @@ def test_training_is_repeatable_and_reaches_the_size() -> None:
 
 @pytest.mark.parametrize("text", ["a" * 20_000, "日本" * 5_000, " " * 20_000, "ab\n\n" + "\n" * 20_000, "07" * 10_000])
 def test_training_on_a_text_without_blanks_sees_it_in_parts(text: str) -> None:
-    """huggingface/tokenizers#1395, huggingface/tokenizers#1313: on Chinese and on DNA training did not come to an end."""
+    """huggingface/tokenizers#1395, huggingface/tokenizers#1313: on Chinese and on DNA training never ended."""
     parts = [part for part, _ in module._training_pre_tokenizer().pre_tokenize_str(text)]
     assert max(map(len, parts)) == module._LONGEST_PRE_TOKEN
     assert b"".join(map(module._spelled_bytes, parts)).decode() == text
