@@ -98,7 +98,7 @@ def test_files_without_the_prefix_and_with_mask_buffers_are_read(tmp_path):
 def same_as_transformers(folder, **changes) -> GPT:
     """Load `folder` with both libraries and compare the logits; ours is returned."""
     transformers = pytest.importorskip("transformers", minversion="5")  # 4 tied a head of its own without a word
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).float().eval()
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
     ours = GPT.from_pretrained(folder, **changes)
     with torch.no_grad():
         torch.testing.assert_close(ours(IDX)[0], theirs(IDX).logits, rtol=1e-4, atol=1e-4)
