@@ -278,8 +278,12 @@ def test_opcheck(classes: int, reduction: int) -> None:
     )
     x = torch.randn(4, 3, requires_grad=True)
     head = torch.randn(classes, 3, requires_grad=True)
-    arguments = (x, head, targets, None, -100, "mean" if reduction else "none", 0.0, reduction != 0)
-    torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_native.default, arguments)
+    name = "mean" if reduction else "none"
+    for with_dx, with_dw in itertools.product([False, reduction != 0], repeat=2):
+        arguments = (x, head, targets, None, -100, name, 0.0, with_dx, with_dw, False)
+        torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_native.default, arguments)
+        backward = (torch.ones_like(loss), *(t.detach() for t in (x, head)), *arguments[2:])
+        torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_native_backward.default, backward)
 
 
 def test_double_backward_raises() -> None:
@@ -324,7 +328,7 @@ def test_chunks_give_the_unchunked_result(monkeypatch) -> None:
     targets[7] = -100
     expected = F.cross_entropy(F.linear(x, head, bias), targets)
     for chunk in (1, 7, 50):
-        monkeypatch.setattr(module, "_chunk_rows", lambda n_rows, vocab_size, chunk=chunk: chunk)
+        monkeypatch.setattr(module, "_chunk_rows", lambda *sizes, chunk=chunk: chunk)
         loss = ops.linear_cross_entropy(x, head, targets, bias=bias, backend="native")
         torch.testing.assert_close(loss, expected)
         ours = torch.autograd.grad(loss * 2, (x, head, bias), retain_graph=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .arguments import autocast_dtype, check_bool, check_dropout, check_float, check_like, check_number
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
+from .flops import register_flops
 from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
 from .reference import causal_mask
 from .triton_backend import seed_tensor
@@ -96,18 +97,23 @@ def _torch(
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
     if scale is not None and scale <= 0.0:  # PyTorch's CPU kernel multiplies its mask's -inf by it
         q, scale = (q * 0.0, 1.0) if scale == 0.0 else (-q, -scale)
-    mask = None
-    if is_causal and Tq != Tk and Tq > 1:
-        mask = causal_mask(Tq, Tk, q.device)
+    # Decided by `if`, not by passing comparisons on: where sizes are symbolic, a comparison is not a bool.
+    mask, square = None, False
+    if is_causal and Tq > 1:
+        if Tq == Tk:
+            square = True
+        else:
+            mask = causal_mask(Tq, Tk, q.device)
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
         dropout_p=dropout_p,
-        is_causal=is_causal and mask is None and Tq > 1,
+        is_causal=square,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=grouped,
     )
 
 
@@ -163,6 +169,19 @@ def _triton_backward(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropou
     return attention.backward(grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed)
 
 
+def _flops(q: Any, k: Any, *rest: Any, **options: Any) -> Any:
+    B, H, Tq, D = q
+    return 4 * B * H * Tq * k[2] * D
+
+
+def _backward_flops(grad_out: Any, q: Any, k: Any, *rest: Any, **options: Any) -> Any:
+    """Five products: the scores once more, and the gradients of the weights, q, k and v."""
+    B, H, Tq, D = q
+    return 10 * B * H * Tq * k[2] * D
+
+
+register_flops("attention_triton", _flops)
+register_flops("attention_triton_backward", _backward_flops)
 library.impl("attention_triton", _triton_forward, "CompositeExplicitAutograd")
 library.impl("attention_triton_backward", _triton_backward, "CompositeExplicitAutograd")
 

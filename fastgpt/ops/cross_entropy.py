@@ -10,11 +10,9 @@ once: a second pass through a kept graph, or one with create_graph, computes it 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +32,9 @@ from .arguments import (
     first_out_of_range,
 )
 from .backend import dispatch, register
+from .flops import product_flops, register_flops
 from .library import (
+    in_dispatch_mode,
     inside_transform,
     is_wrapped_by_transform,
     library,
@@ -159,6 +159,8 @@ def linear_cross_entropy(
         backend: "auto", "torch" or "native".
 
     Returns: the loss in nats, a scalar, or the shape of targets for "none"; float32 under autocast, else x's dtype.
+    Memory: beyond inputs and gradients an eighth of the logits, or what 256 rows of them take, or 4 MB, whichever is
+        the most; in 16 bits also dW in float32, in which it is summed. A gradient nobody asks for is not made.
     Raises: as `cross_entropy`. Double backward raises RuntimeError.
     """
     check_float("x", x)
@@ -309,6 +311,9 @@ library.impl("large_buffer", _large_buffer, "CompositeExplicitAutograd")
 library.define("matmul_(Tensor a, Tensor b, Tensor(c!) out, bool accumulate) -> ()")
 
 
+register_flops("matmul_", lambda a, b, *rest, **options: product_flops(a, (b[1],)))
+
+
 @torch.library.register_fake("fastgpt::matmul_", lib=library)
 def _matmul_fake(a, b, out, accumulate):
     return None
@@ -444,23 +449,24 @@ def _native_supports(logits: Tensor, targets: Tensor, *options: Any, **more: Any
 # gradient differs per row, and the backward op makes the logits once more.
 
 
-SMALLEST_CHUNK = 256  # rows: with fewer, reading and writing dW once per chunk is no longer hidden by the products
+# The bounds of a chunk. They are numbers, and follow nothing that a system reports of itself: the last cache of a
+# virtual machine is a whole socket's, shared with strangers.
+LARGEST_CHUNK = {"cpu": 2**23, "cuda": 2**26}  # logits: a CPU's stay near its caches, a GPU wants thousands of rows
+SMALLEST_CHUNK = 2**20  # logits: 4 MB of float32, which nobody misses
+FEWEST_ROWS = 256  # with fewer, reading and writing dW once per chunk is no longer hidden by the products
+PARTS = 12  # a chunk of a twelfth, with what the products need beside it, stays below an eighth of all the logits
 
 
-def _chunk_rows(n_rows: int, vocab_size: int, values: int | None = None) -> int:
-    """Rows per chunk, for equal chunks of at most `values` logits; None: the float32 that fit the CPU's last cache."""
-    rows = max(SMALLEST_CHUNK, (_cache_bytes() // 4 if values is None else values) // vocab_size)
+def _chunk_rows(n_rows: int, vocab_size: int, device_type: str = "cpu", copies: int = 1) -> int:
+    """Rows per chunk: chunks of equal size, of at most LARGEST_CHUNK logits and about a twelfth of all of them.
+
+    Where a twelfth is less than FEWEST_ROWS rows, or than SMALLEST_CHUNK logits, a chunk has that many. `copies` is how
+    often the backend holds a chunk, in units of its logits.
+    """
+    rows = min(LARGEST_CHUNK.get(device_type, LARGEST_CHUNK["cpu"]) // vocab_size, n_rows // (PARTS * copies))
+    rows = max(rows, FEWEST_ROWS, SMALLEST_CHUNK // vocab_size)
     n_chunks = max(1, -(-n_rows // rows))
     return max(1, -(-n_rows // n_chunks))
-
-
-@functools.cache
-def _cache_bytes() -> int:
-    try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii")  # "32768K"
-        return int(size.strip().removesuffix("K")) * 1024
-    except (OSError, ValueError):  # only Linux says
-        return 2**25
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -474,16 +480,16 @@ def _torch_chunk_(
     counted = targets != ignore_index
     targets = torch.where(counted, targets, 0)
     values = logits.to(_statistics_dtype(logits))
-    values = values.sub_(values.amax(1, keepdim=True))  # else logsumexp - logit would cancel in large logits
-    logsumexp = torch.logsumexp(values, dim=1)
-    loss = logsumexp - values.gather(1, targets[:, None])[:, 0] * (1.0 - label_smoothing)
-    if label_smoothing > 0.0:
-        loss = loss - values.mean(dim=1) * label_smoothing
+    values.sub_(values.amax(1, keepdim=True))  # else logsumexp - logit would cancel in large logits
+    of_target = values.gather(1, targets[:, None])[:, 0]
+    mean = values.mean(dim=1) if label_smoothing > 0.0 else 0.0
+    sums = values.exp_().sum(1)
+    loss = sums.log() - of_target * (1.0 - label_smoothing) - mean * label_smoothing
     if with_grad:
-        grad = values.sub_(logsumexp[:, None]).exp_()
+        grad = values.div_(sums[:, None])
         if label_smoothing > 0.0:
             grad.sub_(label_smoothing / grad.shape[1])
-        grad.scatter_add_(1, targets[:, None], torch.full_like(logsumexp, label_smoothing - 1.0)[:, None])
+        grad.scatter_add_(1, targets[:, None], torch.full_like(sums, label_smoothing - 1.0)[:, None])
         grad.mul_(row_scale[:, None]).masked_fill_(~counted[:, None], 0.0)
         if grad is not logits:
             logits.copy_(grad)
@@ -505,6 +511,7 @@ class _Head:
         bias: Tensor | None,
         ignore_index: int,
         product_: Callable[..., None],
+        copies: int,
     ) -> None:
         self.product_ = product_
         self.x = x.reshape(targets.numel(), x.shape[-1])  # (N, C)
@@ -514,11 +521,7 @@ class _Head:
         V = weight.shape[0]
         if x.device.type == "cpu" and bool((((self.targets < 0) | (self.targets >= V)) & self.counted).any()):
             raise first_out_of_range("targets", targets, 0, V, ignore=ignore_index)
-        if x.device.type == "cuda":  # 1/512 of its memory: hundreds of rows, enough for every multiprocessor
-            values = torch.cuda.get_device_properties(x.device).total_memory // (512 * x.element_size())
-            self.rows = _chunk_rows(self.x.shape[0], V, values)
-        else:
-            self.rows = _chunk_rows(self.x.shape[0], V)
+        self.rows = _chunk_rows(self.x.shape[0], V, x.device.type, copies)
         self.buffer = torch.ops.fastgpt.large_buffer(x, min(self.rows, self.x.shape[0]), V)
 
     def __iter__(self):
@@ -531,27 +534,37 @@ class _Head:
             self.product_(x, self.weight.t(), logits, accumulate=self.bias is not None)
             yield rows, logits
 
-    def start_gradients(self) -> None:
-        stats = _statistics_dtype(self.x)
+    def start_gradients(self, wanted: Sequence[bool]) -> None:
+        """`wanted`: which of dx, dW and db are asked for. Nothing is computed for the others; they stay empty."""
+        self.with_dx, self.with_dw, self.with_db = wanted
+        self.stats = _statistics_dtype(self.x)
         V, C = self.weight.shape
-        self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
-        self.dw = self.x.new_zeros((V, C), dtype=stats) if self.x.shape[0] == 0 else None
-        self.db = self.x.new_zeros(V if self.bias is not None else 0, dtype=stats)
+        self.dx = self.x.new_empty(self.x.shape if self.with_dx else 0)
+        self.dw = (
+            None
+            if self.with_dw and self.x.shape[0] > 0
+            else self.x.new_zeros((V, C) if self.with_dw else 0, dtype=self.stats)
+        )
+        self.db = self.x.new_zeros(V if self.with_db else 0, dtype=self.stats)
 
     def add_gradient(self, rows: slice, grad: Tensor) -> None:
-        self.product_(grad, self.weight, self.dx[rows])
-        x = self.x[rows]
-        if self.dw is None and self.db.dtype == grad.dtype:
+        if self.with_dx:
+            self.product_(grad, self.weight, self.dx[rows])
+        if self.with_dw:
+            self._add_weight_gradient(self.x[rows], grad)
+        if self.with_db:
+            self.db += grad.sum(0, dtype=self.stats)
+
+    def _add_weight_gradient(self, x: Tensor, grad: Tensor) -> None:
+        if self.dw is None and self.stats == grad.dtype:
             self.dw = torch.ops.fastgpt.large_buffer(x, *self.weight.shape)
             self.product_(grad.t(), x, self.dw)
         elif self.dw is None:
-            self.dw = (grad.t() @ x).to(self.db.dtype)
+            self.dw = (grad.t() @ x).to(self.stats)
         elif self.dw.dtype == grad.dtype:
             self.product_(grad.t(), x, self.dw, accumulate=True)
         else:
             self.dw += grad.t() @ x
-        if self.bias is not None:
-            self.db += grad.sum(0, dtype=self.db.dtype)
 
 
 def _mean_scale(counted: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
@@ -564,19 +577,27 @@ def _mean_comes_last(x: Tensor) -> bool:
     return x.dtype == torch.float16
 
 
+def _linear_backward_flops(grad_loss: Any, x: Any, weight: Any, *rest: Any, **options: Any) -> Any:
+    """The logits once more, and the gradients asked for: the last arguments are with_dx, with_dw and with_db."""
+    return (1 + rest[-3] + rest[-2]) * product_flops(x, weight)
+
+
 def _define_linear(backend: str) -> Callable[..., Any]:
     name = f"linear_cross_entropy_{backend}"
     chunk_, product_ = _CHUNKS[backend], _PRODUCTS[backend]
 
+    def copies(x: Tensor) -> int:  # of a chunk's logits: the torch backend converts 16 bits to float32
+        return 3 if backend == "torch" and x.element_size() == 2 else 1
+
     @torch.no_grad()
-    def forward(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
-        head = _Head(x, weight, targets, bias, ignore_index, product_)
+    def forward(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_dx, with_dw, with_db):
+        head = _Head(x, weight, targets, bias, ignore_index, product_, copies(x))
         stats = _statistics_dtype(x)
         losses = torch.empty(head.x.shape[0], dtype=stats, device=x.device)
         scale = _mean_scale(head.counted, reduction, stats)
         row_scale = (torch.ones_like(scale) if _mean_comes_last(x) else scale).expand(losses.shape).contiguous()
-        if with_grad:
-            head.start_gradients()
+        head.start_gradients((with_dx, with_dw, with_db))
+        with_grad = with_dx or with_dw or with_db
         for rows, logits in head:
             losses[rows] = chunk_(logits, head.targets[rows], row_scale[rows], ignore_index, label_smoothing, with_grad)
             if with_grad:
@@ -585,47 +606,50 @@ def _define_linear(backend: str) -> Callable[..., Any]:
             loss = losses.view(targets.shape)
         else:
             loss = losses.sum() / head.counted.sum() if reduction == "mean" else losses.sum()
-        if not with_grad:
-            return loss, losses.new_empty(0), losses.new_empty(0), losses.new_empty(0)
-        return loss, head.dx.view(x.shape), head.dw, head.db
+        return loss, head.dx.view(x.shape) if with_dx else head.dx, head.dw, head.db
 
     @torch.no_grad()
-    def backward(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing):
-        head = _Head(x, weight, targets, bias, ignore_index, product_)
-        head.start_gradients()
+    def backward(
+        grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_dx, with_dw, with_db
+    ):
+        head = _Head(x, weight, targets, bias, ignore_index, product_, copies(x))
+        head.start_gradients((with_dx, with_dw, with_db))
         stats = _statistics_dtype(x)
         scale = _mean_scale(head.counted, reduction, stats)
         row_scale = (grad_loss.reshape(-1).to(stats) * scale).expand(head.targets.shape).contiguous()
         for rows, logits in head:
             chunk_(logits, head.targets[rows], row_scale[rows], ignore_index, label_smoothing, True)
             head.add_gradient(rows, logits)
-        return head.dx.view(x.shape), head.dw.to(weight.dtype), head.db.to(weight.dtype)
+        return head.dx.view(x.shape) if with_dx else head.dx, head.dw.to(weight.dtype), head.db.to(weight.dtype)
 
-    def forward_fake(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad):
+    def gradients_fake(x, weight, dtype, with_dx, with_dw, with_db):
+        return (
+            x.new_empty(x.shape if with_dx else 0),
+            weight.new_empty(weight.shape if with_dw else 0, dtype=dtype),
+            weight.new_empty(weight.shape[0] if with_db else 0, dtype=dtype),
+        )
+
+    def forward_fake(x, weight, targets, bias, ignore_index, reduction, label_smoothing, *wanted):
         stats = _statistics_dtype(x)
         loss = x.new_empty(targets.shape if reduction == "none" else (), dtype=stats)
-        if not with_grad:
-            return loss, x.new_empty(0, dtype=stats), x.new_empty(0, dtype=stats), x.new_empty(0, dtype=stats)
-        dw = x.new_empty(weight.shape, dtype=stats)
-        db = x.new_empty(weight.shape[0] if bias is not None else 0, dtype=stats)
-        return loss, x.new_empty(x.shape), dw, db
+        return loss, *gradients_fake(x, weight, stats, *wanted)
 
-    def backward_fake(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing):
-        db_rows = weight.shape[0] if bias is not None else 0
-        return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(db_rows)
+    def backward_fake(grad_loss, x, weight, targets, bias, ignore_index, reduction, label_smoothing, *wanted):
+        return gradients_fake(x, weight, weight.dtype, *wanted)
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, targets, bias, *ctx.options, with_grad = inputs
+        x, weight, targets, bias, *options = inputs
+        ctx.options, ctx.made = options[:3], options[3:]
         _, *gradients = output
         ctx.save_for_backward(x, weight, targets, bias)
-        ctx.gradients = gradients if with_grad else None
+        ctx.gradients = gradients
 
     def autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple:
         x, weight, targets, bias = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or torch.is_grad_enabled():
-            scaled = None
-        else:
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+        scaled = None
+        if gradients is not None and ctx.made == wanted and not torch.is_grad_enabled():
             scale = grad_loss
             if _mean_comes_last(x):
                 ignore_index, reduction, _ = ctx.options
@@ -634,22 +658,30 @@ def _define_linear(backend: str) -> Callable[..., Any]:
             scaled = _scaled(gradients, scale)
         if scaled is None:
             compute = getattr(torch.ops.fastgpt, f"{name}_backward")
-            scaled = compute(grad_loss, x, weight, targets, bias, *ctx.options)
-        dx, dw, db = scaled
-        return dx, dw.to(weight.dtype), None, None if bias is None else db.to(bias.dtype), None, None, None, None
+            scaled = compute(grad_loss, x, weight, targets, bias, *ctx.options, *wanted)
+        elif in_dispatch_mode():
+            torch.ops.fastgpt.products_made_before(grad_loss, sum(wanted[:2]) * product_flops(x.shape, weight.shape))
+        dx, dw, db = (gradient if want else None for gradient, want in zip(scaled, wanted, strict=True))
+        dw = None if dw is None else dw.to(weight.dtype)
+        db = None if db is None else db.to(weight.dtype)
+        return dx, dw, None, db, None, None, None, None, None, None
 
     library.define(
         f"{name}(Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, str reduction, "
-        "float label_smoothing, bool with_grad) -> (Tensor loss, Tensor dx, Tensor dw, Tensor db)"
+        "float label_smoothing, bool with_dx, bool with_dw, bool with_db) "
+        "-> (Tensor loss, Tensor dx, Tensor dw, Tensor db)"
     )
     library.define(
         f"{name}_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, "
-        "str reduction, float label_smoothing) -> (Tensor dx, Tensor dw, Tensor db)"
+        "str reduction, float label_smoothing, bool with_dx, bool with_dw, bool with_db) "
+        "-> (Tensor dx, Tensor dw, Tensor db)"
     )
     library.impl(name, forward, "CompositeExplicitAutograd")
     library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgpt::{name}", forward_fake, lib=library)
     torch.library.register_fake(f"fastgpt::{name}_backward", backward_fake, lib=library)
+    register_flops(name, lambda x, weight, *rest, **options: product_flops(x, weight))
+    register_flops(f"{name}_backward", _linear_backward_flops)
     raise_on_double_backward(f"{name}_backward")
     return register_autograd(name, autograd, setup_context, first_only=True)
 
@@ -669,16 +701,15 @@ def _linear(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     refuse_forward_mode("linear_cross_entropy", x, weight, bias)
-    wants_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if wants_grad and inside_transform():
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
+    if any(wanted) and inside_transform():
         raise NotImplementedError(
             "linear_cross_entropy: no derivative inside torch.func transforms (grad, vmap, ...); take "
             "cross_entropy(linear(x, weight), targets) there, or torch.autograd.grad outside"
         )
-    with_grad = wants_grad and reduction != "none"
-    return run(x, weight, targets, bias, ignore_index, reduction, label_smoothing, with_grad)
+    if reduction == "none":  # each row's gradient is scaled by a number of its own, which only backward knows
+        wanted = [False] * 3
+    return run(x, weight, targets, bias, ignore_index, reduction, label_smoothing, *wanted)
 
 
 def _native_linear_supports(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> str | None:

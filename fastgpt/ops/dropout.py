@@ -45,7 +45,9 @@ def philox_keep_mask(seed: int | Tensor, p: float, n_rows: int, n_cols: int, dev
     zero = torch.zeros_like(rows)
     words = philox_4x32((groups, rows & _LOW, (rows >> 32) & _LOW, zero), (seed & _LOW, (seed >> 32) & _LOW))
     by_lane = torch.stack([w.expand(n_rows, groups.shape[1]) for w in words], dim=-1)
-    return (by_lane.reshape(n_rows, 4 * groups.shape[1])[:, :n_cols] >> 1) >= drop_threshold(p)
+    # Not a slice, which where n_cols is symbolic asks whether it is the whole, and has a graph for either answer.
+    by_column = by_lane.reshape(n_rows, 4 * groups.shape[1]).index_select(1, torch.arange(n_cols, device=device))
+    return (by_column >> 1) >= drop_threshold(p)
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:

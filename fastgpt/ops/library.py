@@ -22,6 +22,7 @@ PRIVATE_NAMES = {
     "torch._C._AutoDispatchBelowAutograd": ("2.11.0", "2.14.1"),
     "torch._C._any_requires_grad": ("2.11.0", "2.14.1"),
     "torch._C._are_functorch_transforms_active": ("2.11.0", "2.14.1"),
+    "torch._C._len_torch_dispatch_stack": ("2.11.0", "2.14.1"),
     "torch._C._functorch.is_functorch_wrapped_tensor": ("2.11.0", "2.14.1"),
     "torch.autograd.forward_ad._current_level": ("2.11.0", "2.14.1"),
     "torch.autograd.function._SingleLevelFunction.apply": ("2.11.0", "2.14.1"),  # below torch.autograd.Function
@@ -146,3 +147,8 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
             raise NotImplementedError(
                 f"{op}: forward-mode derivatives are not supported; the formulas of fastgpt.ops.reference have them"
             )
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a mode watches every op that is called: a FLOP counter, a profiler of ops, fake tensors."""
+    return torch._C._len_torch_dispatch_stack() > 0

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from . import native
 from .arguments import autocast_dtype
 from .backend import requested, unavailable
+from .flops import product_flops, register_flops
 from .library import below_autograd, in_forward_mode, inside_transform, library
 
 # Up to here the kernel was ahead at every shape measured (an AMD processor, AVX2 and AVX-512). In bfloat16 the library
@@ -25,6 +26,7 @@ MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 8}
 
 library.define("linear_native(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 native.load_at_first_call(library, "linear_native")
+register_flops("linear_native", lambda x, weight, bias, **options: product_flops(x, weight))
 
 
 @torch.library.register_fake("fastgpt::linear_native", lib=library)
