@@ -20,7 +20,7 @@ from fastgpt.benchmarks.measure import ReportedClock
 from fastgpt.benchmarks.suite import OURS, Work, model_error_ratio
 from fastgpt.config import TrainConfig, preset
 from fastgpt.data import Corpus, DataError, evaluation_blocks, random_batch
-from fastgpt.train import learning_rate, make_optimizer
+from fastgpt.train import learning_rate, make_optimizer, mean_loss, training_step
 
 EVAL_INTERVAL = 25
 EVAL_BATCHES = 10
@@ -89,7 +89,7 @@ def _train(make, corpus, cfg: TrainConfig, T: int, target: float, device, extra:
         torch.manual_seed(seed)
         model, loss = make()
         model.to(device)
-        optimizer = make_optimizer(model, cfg)
+        optimizer, precision = make_optimizer(model, cfg), peers.measured_precision(device)
         seconds, step = 0.0, 0
         while True:
             _synchronize(device)
@@ -98,16 +98,13 @@ def _train(make, corpus, cfg: TrainConfig, T: int, target: float, device, extra:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, cfg)
                 x, y = (t.to(device) for t in random_batch(corpus.train, T, cfg.batch_size, seed, step))
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    value = loss(x, y)
-                value.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                training_step(model, loss, optimizer, [(x, y)], precision, cfg.grad_clip)
             _synchronize(device)
             seconds += time.perf_counter() - start
             step += 1
-            val_loss = _evaluate(model, loss, blocks, cfg.batch_size, device)
+            model.eval()
+            val_loss = mean_loss(loss, *blocks, cfg.batch_size, precision)
+            model.train()
             if val_loss <= target:
                 extra.update(val_loss=round(val_loss, 4), steps=step)
                 return seconds
@@ -115,17 +112,6 @@ def _train(make, corpus, cfg: TrainConfig, T: int, target: float, device, extra:
                 raise RuntimeError(f"the loss is {val_loss:.3f} after {step} steps, and {target} was to be reached")
 
     return train
-
-
-@torch.no_grad()
-def _evaluate(model, loss, blocks, batch_size: int, device) -> float:
-    model.eval()
-    losses = []
-    for x, y in zip(*(t.split(batch_size) for t in blocks), strict=True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses.append(float(loss(x.to(device), y.to(device))))
-    model.train()
-    return sum(losses) / len(losses)
 
 
 def _synchronize(device) -> None:

@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.config import TrainConfig
-from fastgpt.train import make_optimizer
+from fastgpt.train import Precision, make_optimizer
+from fastgpt.train import training_step as one_step
 
 
 class Absent(Exception):
@@ -344,18 +345,13 @@ def models(
 def training_step(model: nn.Module, loss: Loss, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Forward, backward, clipping and fused AdamW, as `fastgpt train` does them; bfloat16 autocast on a GPU."""
     model.train()
-    optimizer = make_optimizer(model, TrainConfig())  # type: ignore[arg-type]
+    optimizer, precision = make_optimizer(model, TrainConfig()), measured_precision(device)
+    return lambda x, y: one_step(model, loss, optimizer, [(x, y)], precision, grad_clip=1.0)
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            value = loss(x, y)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach()
 
-    return step
+def measured_precision(device: torch.device) -> Precision:
+    """What models are measured in, whatever `fastgpt train` takes there: a row means the same on every GPU."""
+    return Precision(device, "bfloat16" if device.type == "cuda" else "float32")
 
 
 def _load(path: Path, name: str) -> SimpleNamespace:

@@ -1,8 +1,8 @@
 """Training state on disk: one safetensors file per checkpoint, its settings as JSON in the header. No pickle anywhere.
 
 A file is written beside its place, flushed to the disk and renamed onto it: whatever happens, the old one or the new
-one is there, whole. Tensors are called ``model.<parameter>``, ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``
-(AdamW's moments) and ``rng.cpu`` / ``rng.cuda``.
+one is there, whole. Tensors are called ``model.<parameter or buffer>``; ``step.<parameter>``, ``exp_avg.<parameter>``,
+``exp_avg_sq.<parameter>`` (AdamW's state); and ``rng.cpu`` / ``rng.cuda`` / ``rng.mps``.
 """
 
 from __future__ import annotations
@@ -167,9 +167,15 @@ def check_same(path: Path | None, prefix: str, found: Mapping[str, Tensor], expe
             raise CheckpointError(f"{path}: tensor {prefix}.{name} is not part of the model")
 
 
+def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What of a model is kept: its parameters, shared ones once, and the buffers that its state dict holds."""
+    kept = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
+
+
 def load_parameters(model: torch.nn.Module, found: dict[str, Tensor], path: Path | None) -> None:
-    """Copy `found` into the model's parameters; nothing is changed unless every name and shape fits."""
-    expected = dict(model.named_parameters())
+    """Copy `found` into the model's parameters and buffers; nothing is changed unless every name and shape fits."""
+    expected = model_tensors(model)
     check_same(path, "model", found, expected)
     with torch.no_grad():
         for name, parameter in expected.items():

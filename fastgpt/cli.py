@@ -181,10 +181,10 @@ def train(args: Sequence[str]) -> None:
     from .data import Corpus
     from .ops.backend import use_backend
     from .tokenizer import BPETokenizer, tokenizer_from_json
-    from .train import RunFolder, Trainer, build_model, resolve_device
+    from .train import Precision, RunFolder, Trainer, build_model, resolve_device
 
     model_class(settings.model)
-    resolve_device(train_config.device)  # before anything is written
+    Precision(resolve_device(train_config.device), train_config.dtype)  # refused before anything is written
     folder = RunFolder(Path(settings.out))
     saved = None
     tokenizer: Any = settings.tokenizer
@@ -223,7 +223,8 @@ def train(args: Sequence[str]) -> None:
             folder.rewind(trainer.state["step"])
             folder.write_settings(stored)
         n = trainer.model.num_parameters()
-        print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {trainer.device}", flush=True)
+        where = f"{trainer.device}, {trainer.precision}"
+        print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {where}", flush=True)
         state = trainer.run()
     print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
 

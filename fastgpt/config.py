@@ -15,6 +15,7 @@ from typing import Any
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
 NORMS = ("pre", "post", "none")
 LAYOUTS = ("blocks", "windows", "names")
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
 
 
 class ConfigError(ValueError):
@@ -177,8 +178,8 @@ class TrainConfig:
         log_interval: steps between training rows in metrics.jsonl.
         target_loss: end once the validation loss is at most this.
         seed: of weights, data order and dropout.
-        device: auto, cpu, cuda, ...
-        dtype: auto (bfloat16 autocast on GPUs), float32 or bfloat16.
+        device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, ...
+        dtype: auto (on CUDA bfloat16, or float16 where that is emulated; else float32), float32, bfloat16 or float16.
         compile: run the loss through torch.compile.
         layout: blocks (every prefix is an example), windows (whole contexts only), or names (each line by itself).
     """
@@ -213,7 +214,7 @@ class TrainConfig:
             _expect(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "a number in [0, 1)")
         _expect(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr}")
         _expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2**63)")
-        _expect(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "auto, float32 or bfloat16")
+        _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
 
 

@@ -666,7 +666,8 @@ class Prefetcher:
                 raise self._error
             x, y = self._ready.popleft()
             self._changed.notify_all()
-        return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+        pinned = self._device.type == "cuda"  # without: an Apple GPU may read memory that is given back already
+        return x.to(self._device, non_blocking=pinned), y.to(self._device, non_blocking=pinned)
 
     def __enter__(self) -> Prefetcher:
         return self

@@ -11,6 +11,7 @@ import torch
 from . import __version__, ops
 from .ops import native
 from .ops.backend import BACKENDS, OPS, requested, unavailable
+from .train import Precision, resolve_device
 
 
 def _version(package: str) -> str:
@@ -49,8 +50,13 @@ def report() -> str:
         devices.append("cuda")
         major, minor = torch.cuda.get_device_capability()
         lines.append(f"GPU: {torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}")
+    elif torch.backends.mps.is_available():
+        devices.append("mps")
+        lines.append("GPU: Apple's, on which the ops run on PyTorch")
     else:
         lines.append("GPU: none that this PyTorch can use")
+    auto = resolve_device("auto")
+    lines.append(f"device auto: {auto}, where dtype auto trains in {Precision(auto)}")
     lines.append(f"backend asked for: {requested()}")
     for device in devices:
         lines += ["", f"On {device}:"]

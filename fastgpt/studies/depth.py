@@ -142,9 +142,9 @@ def layers(model: GPT, idx: Tensor, targets: Tensor) -> dict[str, list[float | N
     for x, branch in streams:
         grad = (x if branch is None else branch).grad
         assert grad is not None
-        stream = (x if branch is None else x + branch).detach().double()
+        stream = (x if branch is None else x + branch).detach().cpu().double()  # not every GPU has float64
         activations.append(_rounded(float(stream.square().mean().sqrt())))
-        gradients.append(_rounded(float(grad.double().norm())))
+        gradients.append(_rounded(float(grad.cpu().double().norm())))
     return {"activation": activations, "gradient": gradients}
 
 

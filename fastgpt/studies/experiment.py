@@ -24,7 +24,7 @@ from ..config import ConfigError, GPTConfig, TrainConfig, from_dict
 from ..data import Corpus, evaluation_blocks, random_batch
 from ..model import GPT, LanguageModel
 from ..tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
-from ..train import learning_rate, make_optimizer, resolve_device
+from ..train import Precision, learning_rate, make_optimizer, mean_loss, resolve_device
 
 Number = TypeVar("Number", int, float)
 LEARNED = 0.05  # nats below the loss of knowing each token's frequency: something of the context was learned
@@ -167,14 +167,12 @@ def validation_blocks(corpus: Corpus, block_size: int, n_blocks: int = 64) -> tu
     return evaluation_blocks(corpus.val, block_size, n_blocks)
 
 
-@torch.no_grad()
 def validation_loss(model: Any, corpus: Corpus, n_blocks: int = 64, batch_size: int = 16) -> float:
     """Mean loss in nats per token, in eval mode, over evenly spaced blocks of the validation text."""
     device = next(model.parameters()).device
     model.eval()
     x, y = validation_blocks(corpus, model.cfg.block_size, n_blocks)
-    pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    return sum(float(model.loss(a.to(device), b.to(device))) * len(a) for a, b in pairs) / len(x)
+    return mean_loss(model.loss, x, y, batch_size, Precision(device, "float32"))
 
 
 def frequency_loss(corpus: Corpus, block_size: int) -> float:
@@ -248,10 +246,13 @@ def _commit() -> str | None:
 
 def synchronized_seconds(call: Callable[[], Any], device: torch.device) -> float:
     """How long `call` takes, up to the end of what it started on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    wait()
     began = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - began

@@ -24,7 +24,7 @@ from ..data import Corpus
 from ..model import GPT
 from ..ops.dropout import dropout
 from ..report import pyplot
-from ..train import make_optimizer, resolve_device
+from ..train import Precision, make_optimizer, mean_loss, resolve_device, training_step
 from .experiment import Common, at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_blocks
 
 
@@ -102,20 +102,18 @@ def batch_norms(model: GPT) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
-@torch.no_grad()
 def loss(model: GPT, x: Tensor, y: Tensor, batch_size: int, *, train_mode: bool, which: int = 0) -> float:
     """Mean loss of x, y taken `batch_size` rows at a time, in either mode. The running averages stay as they are."""
     was_training = model.training
     model.train(train_mode)
     for norm in batch_norms(model):
         norm.updates, norm.which = False, which
-    device = model.token_embedding.weight.device
-    pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    total = sum(float(model.loss(a.to(device), b.to(device))) * len(a) for a, b in pairs)
+    precision = Precision(model.token_embedding.weight.device, "float32")
+    value = mean_loss(model.loss, x, y, batch_size, precision)
     for norm in batch_norms(model):
         norm.updates, norm.which = True, 0
     model.train(was_training)
-    return total / len(x)
+    return value
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -212,13 +210,10 @@ def _coins(kind: str, settings: Settings, momenta: list[float]) -> dict[str, Any
     cfg = GPTConfig(2, COIN_TOKENS, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
     model = build(kind, cfg, settings.seed, momenta).to(resolve_device(settings.device))
     optimizer = make_optimizer(model, TrainConfig(lr=1e-3))
-    device = model.token_embedding.weight.device
+    precision = Precision(model.token_embedding.weight.device, "float32")
     for step in range(settings.coin_steps):
-        x, y = (t.to(device) for t in _flips(settings.seed, step, 1))
-        model.loss(x, y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        x, y = (t.to(precision.device) for t in _flips(settings.seed, step, 1))
+        training_step(model, model.loss, optimizer, [(x, y)], precision, grad_clip=1.0)
     x, y = _flips(settings.seed, settings.coin_steps, 512)
     positions = _by_position(model, x, y)
     return {

@@ -1,0 +1,62 @@
+"""`fastgpt doctor` on machines that are not at hand: which device and dtype training takes there, and why."""
+
+import contextlib
+
+import pytest
+import torch
+
+from fastgpt import doctor
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Make this machine answer as another one, whose tensors are shapes alone; gives a function that says which."""
+    example_call = doctor.example_call
+    monkeypatch.setattr(
+        doctor, "example_call", lambda op, device: example_call(op, "cpu" if device == "cpu" else "meta")
+    )
+    monkeypatch.setattr(doctor, "unavailable", lambda backend, device: None if backend == "torch" else "not tried")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+    def answer(cuda: bool = False, mps: bool = False, capability: tuple[int, int] = (0, 0)) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True: cuda and (including_emulation or capability >= (8, 0)),
+        )
+
+    return answer
+
+
+def test_a_gpu_without_bfloat16(elsewhere):
+    elsewhere(cuda=True, capability=(7, 5))
+    text = doctor.report()
+    assert "GPU: a GPU, sm_75" in text
+    assert "device auto: cuda, where dtype auto trains in float16 (this GPU emulates bfloat16)" in text
+    assert "\nOn cuda:\n" in text
+
+
+def test_a_gpu_with_bfloat16(elsewhere):
+    elsewhere(cuda=True, capability=(9, 0))
+    assert "device auto: cuda, where dtype auto trains in bfloat16 (this GPU has it)" in doctor.report()
+
+
+def test_a_mac(elsewhere):
+    elsewhere(mps=True)
+    text = doctor.report()
+    assert "device auto: mps, where dtype auto trains in float32 (half precision is taken on CUDA alone)" in text
+    on_mps = text.partition("\nOn mps:\n")[2]
+    for op in doctor.OPS:
+        assert f"  {op}: runs on torch\n" in on_mps
+    assert "  backend torch: ran" in on_mps
+
+
+def test_a_machine_without_a_gpu(elsewhere):
+    elsewhere()
+    text = doctor.report()
+    assert "GPU: none that this PyTorch can use\ndevice auto: cpu, where dtype auto trains in float32" in text
+    assert "\nOn cpu:\n" in text and "\nOn cuda:\n" not in text and "\nOn mps:\n" not in text
