@@ -953,7 +953,7 @@ print(ascii(corpus.tokenizer.decode(corpus.train[-31:])))
 
 
 def test_data_lines_of_every_system(tmp_path):
-    """betalgo/openai#145, grug-lang/grug#106: a text with \\r\\n had other tokens than the same text with \\n."""
+    """betalgo/openai#145: a text with \\r\\n had other tokens than the same text with \\n."""
     texts = [load_text(write(tmp_path / f"{i}.txt", f"to be{end}or not{end}{end}")) for i, end in enumerate(LINE_ENDS)]
     assert texts == ["to be\nor not\n\n"] * 3
 
@@ -1225,7 +1225,7 @@ def test_checkpoint_gelu_is_the_one_it_was_trained_with(theirs, approximate, tmp
 
 
 def test_checkpoint_block_size_is_the_models(tmp_path):
-    """huggingface/transformers#10732, karpathy/nanoGPT#190: "index out of range in self" for too long a block."""
+    """huggingface/transformers#10732: "index out of range in self" for too long a block."""
     model = tiny()
     with pytest.raises(ValueError, match="idx: 9 tokens do not fit block_size=8"):
         model(integers(11, 1, 9))
