@@ -1,0 +1,108 @@
+"""What the CPU kernels choose by the machine, set to every value there is: each choice is right, wherever it is taken.
+
+The kernels choose by instruction set, by the processor's maker, by the number of threads, and by the size from which a
+result is stored round the caches. Nothing here depends on the machine that runs the tests, except that it must have the
+instructions.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fastgpt import ops
+from fastgpt.ops import native
+from fastgpt.parity import run
+
+OPS = ("embedding", "cross_entropy", "linear_cross_entropy")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[1, 2, 3, 8], ids=lambda count: f"{count} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def set_machine(monkeypatch):
+    """set_machine(maker, stream_threshold): the maker, and the bytes from which results go round the caches."""
+    extension = native.load("cpu")
+    before = extension.stream_threshold()
+
+    def choose(maker: str, stream_threshold: int) -> None:
+        monkeypatch.setattr(native, "cpu_maker", lambda: maker)
+        extension.set_stream_threshold(stream_threshold)
+
+    yield choose
+    extension.set_stream_threshold(before)
+
+
+@pytest.mark.usefixtures("instructions", "threads")
+def test_parity_of_every_choice(set_machine) -> None:
+    """As of caches of no size, of a few kilobytes, and of more than any machine has; each maker's matrix product."""
+    for maker, stream_threshold in (("amd", 0), ("intel", 2**40), ("other", 4096)):
+        set_machine(maker, stream_threshold)
+        report = run(backends=["native"], names=OPS, dtypes=DTYPES)
+        assert report.rows and not report.failures and not report.skips, str(report)
+
+
+@pytest.mark.parametrize("size", [(3, 5, 7), (40, 130, 33)], ids=str)  # below and above what one thread is given
+@pytest.mark.usefixtures("instructions")
+def test_the_same_bits_whatever_the_threads_and_the_cache(size, set_machine, monkeypatch) -> None:
+    """Neither the number of threads nor the streaming threshold changes a bit: they say who computes, and where to."""
+    # PyTorch's own product may divide a sum among threads.
+    monkeypatch.setattr(native, "reason_for_library", lambda kernel: None)
+    B, T, C = size
+    torch.manual_seed(0)
+    tokens, targets = torch.randint(50, (2, B, T))
+    tables = [torch.randn(n, C, requires_grad=True) for n in (50, T, 50)]
+    count = torch.get_num_threads()
+
+    def step() -> list[torch.Tensor]:
+        x = ops.embedding(tokens, tables[0], tables[1], backend="native")
+        fused = ops.linear_cross_entropy(x, tables[2], targets, backend="native")
+        loss = fused + ops.cross_entropy(x.flatten(0, 1), targets.flatten() % C, label_smoothing=0.1, backend="native")
+        return [loss.detach(), *torch.autograd.grad(loss, tables)]
+
+    results = []
+    try:
+        for n_threads, threshold in itertools.product([1, 2, 3, 8], [0, 2**40]):
+            torch.set_num_threads(n_threads)
+            set_machine("amd", threshold)
+            results.append(step())
+    finally:
+        torch.set_num_threads(count)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("maker", ["amd", "intel", "other"])
+def test_a_product_is_left_to_the_library_where_ours_was_not_measured(maker: str, set_machine) -> None:
+    set_machine(maker, 0)
+    for kernel in native.FASTER_THAN_LIBRARY:
+        for instructions in ("avx512", "avx2", "generic"):
+            reason = native._reason_for_library(kernel, maker, instructions, True)
+            assert (reason is None) == (maker == "amd" and instructions != "generic")
+        assert "another matrix library" in native._reason_for_library(kernel, "amd", "avx512", False)
+    if maker != "amd":
+        assert maker in native.reason_for_library("matmul")
+
+
+def test_no_file_of_the_system_is_read(monkeypatch) -> None:
+    """The loss chooses its chunks without asking the system for the size of its caches or memory."""
+    import builtins
+    import os
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"asked the system: {args}")
+
+    x, weight = torch.randn(300, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    ops.linear_cross_entropy(x, weight, torch.randint(50, (300,)))  # loads what it needs
+    for module, name in ((builtins, "open"), (os, "sysconf"), (os, "cpu_count")):
+        monkeypatch.setattr(module, name, refuse)
+    ops.linear_cross_entropy(x, weight, torch.randint(50, (300,))).backward()
