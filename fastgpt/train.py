@@ -278,7 +278,7 @@ def plot_loss(metrics_path: Path, out: Path) -> str | None:
         if points:
             axes.plot(*zip(*points, strict=True), label=split, **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(out.parent.name, parse_math=False)  # a dollar sign in a folder's name is no formula
+    axes.set_title(readable(out.parent.name), parse_math=False)  # a dollar sign in a folder's name is no formula
     axes.grid(alpha=0.3)
     axes.legend()
     try:

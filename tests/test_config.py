@@ -50,7 +50,7 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path) -> None:
         from fastgpt import GPT, GPTConfig
         from fastgpt.config import expand_path, readable
         from fastgpt.data import Corpus
-        from fastgpt.train import RunFolder
+        from fastgpt.train import RunFolder, plot_loss
 
         folder = readable(sys.argv[1])
         assert folder == sys.argv[2].encode().decode("unicode-escape")
@@ -60,6 +60,9 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path) -> None:
         model.save_pretrained(folder + "/mod\u00e8le")
         assert GPT.from_pretrained(folder + "/mod\u00e8le").cfg == model.cfg
         RunFolder(expand_path(folder)).write_settings({"out": sys.argv[1]})
+        run = RunFolder(expand_path(folder))
+        run.metrics_path.write_text('{"step": 1, "split": "val", "loss": 2.0}', encoding="utf-8")
+        assert plot_loss(run.metrics_path, run.path / "loss.png") is None
     """
     folder = tmp_path / "dossier é"
     folder.mkdir()
@@ -74,7 +77,14 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")) == {"out": str(folder)}
-    assert sorted(f.name for f in folder.iterdir()) == ["café", "config.toml", "modèle", "été.txt"]
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "café",
+        "config.toml",
+        "loss.png",
+        "metrics.jsonl",
+        "modèle",
+        "été.txt",
+    ]
 
 
 ROOT = Path(__file__).parent.parent
