@@ -1,8 +1,8 @@
 """x W^T + b where x has few rows, as in generation: the weights are read once, as fast as the memory gives them.
 
 Not an op of the package's surface: `linear` is `torch.nn.functional.linear`, which the extension's kernel takes over
-where it was measured to be the faster one (csrc/linear_rows.h): on a CPU with AVX2 or AVX-512, without gradients, for a
-handful of rows.
+where it was measured to be the faster one (csrc/linear_rows.h, `native.FASTER_THAN_LIBRARY`): without gradients, for a
+handful of rows, on the processors that `linear_choice` names. FASTGPT_BACKEND=native takes it on others, too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .backend import requested, unavailable
 from .flops import product_flops, register_flops
 from .library import below_autograd, in_forward_mode, inside_transform, library
 
-# Up to here the kernel was ahead at every shape measured (an AMD processor, AVX2 and AVX-512). In bfloat16 the library
-# has instructions for products that the kernel does not use.
+# Up to here the kernel was ahead at every shape measured. In bfloat16 the library has instructions for products that
+# the kernel does not use.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 8}
 
 library.define("linear_native(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -35,16 +35,18 @@ def _linear_fake(x, weight, bias):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
+    x, weight, _ = inputs
+    with_x, with_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if with_weight else None, weight if with_x else None)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    N, K = weight.shape
-    rows = grad.reshape(-1, N)
-    return grad @ weight, rows.t() @ x.reshape(-1, K), rows.sum(0) if ctx.has_bias else None
+    with_x, with_weight, with_bias = ctx.needs_input_grad
+    rows = grad.reshape(-1, grad.shape[-1])
+    d_x = grad @ weight if with_x else None
+    d_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if with_weight else None
+    return d_x, d_weight, rows.sum(0) if with_bias else None
 
 
 torch.library.register_autograd("fastgpt::linear_native", _autograd, setup_context=_setup_context, lib=library)
@@ -53,9 +55,28 @@ _run = torch.ops.fastgpt.linear_native.default
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) -> (..., N); see `torch.nn.functional.linear`."""
-    if torch.is_grad_enabled() or not _native_serves(x, weight, bias):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _native_serves(x, weight, bias):
         return F.linear(x, weight, bias)
     return below_autograd(_run, x, weight, bias)
+
+
+def linear_choice() -> tuple[bool, str]:
+    """Whether a few rows take the extension's kernel on this machine, and in words why, or why not."""
+    reason = _reason_against()
+    if reason is not None:
+        return False, reason
+    if requested() == "native":
+        return True, "the native backend was asked for"
+    return True, "its own kernel was measured to be faster than the matrix library on processors like this one"
+
+
+def _reason_against() -> str | None:
+    if requested() not in ("auto", "native"):
+        return f"the {requested()} backend was asked for"
+    reason = unavailable("native", "cpu")
+    if reason is None and requested() == "auto":
+        reason = native.reason_for_library("linear")
+    return reason
 
 
 def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -66,13 +87,10 @@ def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.ndim == 2
         and (bias is None or (bias.ndim == 1 and bias.shape[0] == weight.shape[0]))
         and weight.stride(1) == 1
-        and requested() in ("auto", "native")
-        and not torch.compiler.is_compiling()
         and autocast_dtype(x) is None
         and inside_transform() is None
         and not in_forward_mode()
-        and unavailable("native", "cpu") is None
-        and native.load("cpu").instruction_set() != "generic"  # which converts 16 bits slowly, and was not compared
+        and _reason_against() is None
     )
 
 

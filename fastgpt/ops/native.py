@@ -71,6 +71,7 @@ def _reason_for_library(kernel: str, maker: str, instructions: str, has_mkl: boo
     return None
 
 
+@functools.cache
 def cpu_maker() -> str:
     """The processor's maker: "amd", "intel" or "other"."""
     return load("cpu").cpu_maker()
