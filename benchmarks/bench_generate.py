@@ -15,7 +15,6 @@ import fastgpt
 from fastgpt import parity
 from fastgpt.benchmarks import peers
 from fastgpt.benchmarks.suite import OURS, Work, error_ratio
-from fastgpt.model import KVCache
 
 PROMPT = 16
 
@@ -50,7 +49,7 @@ def cached_error_ratio(model: fastgpt.GPT) -> float:
     with fastgpt.use_backend("torch"):
         exact = copy.deepcopy(model).double()(tokens)[0]
         torchs = model(tokens)[0]
-    cache = KVCache(model.cfg, 1, weight.device, weight.dtype)
+    cache = model.new_cache(1)
     pieces = [model.hidden(piece, cache) for piece in (tokens[:, :PROMPT], *tokens[:, PROMPT:].split(1, dim=1))]
     ours = model.lm_head(torch.cat(pieces, dim=1))
     atol = parity.ATOL[weight.dtype] * max(1.0, float(exact.abs().max()))

@@ -19,9 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .config import ConfigError, GPTConfig
 from .model import GPT, LanguageModel
+from .modules import embed
 from .ops.dropout import dropout
 
 
@@ -42,11 +42,10 @@ class Bigram(LanguageModel):
 
     def hidden(self, idx: Tensor, cache: None = None) -> Tensor:
         self._check_idx(idx)
-        return ops.embedding(idx, self.table.weight)  # (B, T, V)
+        return embed(idx, self.table)  # (B, T, V)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        self._check_targets(idx, targets)
-        return ops.cross_entropy(self.hidden(idx).flatten(0, 1), targets.flatten())
+        return self(idx, targets)[1]  # there is no head to fuse it with
 
 
 class PositionalBigram(LanguageModel):
@@ -69,7 +68,7 @@ class PositionalBigram(LanguageModel):
     def hidden(self, idx: Tensor, cache: None = None) -> Tensor:
         self._check_idx(idx)
         self._check_fits(idx.shape[1])
-        return ops.embedding(idx, self.token_embedding.weight, self.position_embedding.weight)  # (B, T, C)
+        return embed(idx, self.token_embedding, self.position_embedding)  # (B, T, C)
 
 
 @dataclass
@@ -108,13 +107,13 @@ class Recurrent(LanguageModel):
     def context_size(self) -> None:
         return None
 
-    def new_cache(self, batch_size: int) -> RecurrentState:
+    def _empty_cache(self, batch_size: int) -> RecurrentState:
         return RecurrentState()
 
     def hidden(self, idx: Tensor, cache: RecurrentState | None = None) -> Tensor:
         self._check_idx(idx)
         p = self.cfg.dropout if self.training else 0.0
-        x = dropout(ops.embedding(idx, self.token_embedding.weight), p)  # (B, T, C)
+        x = dropout(embed(idx, self.token_embedding), p)  # (B, T, C)
         if idx.numel() == 0:  # torch's layers refuse a sequence without steps
             return x
         x, state = self.rnn(x, None if cache is None else cache.value)

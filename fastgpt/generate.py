@@ -106,10 +106,10 @@ def _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, us
                 if use_cache and cache is None and (limit is None or context.shape[1] < limit):
                     cache = model.new_cache(idx.shape[0])
                 if cache is not None and (limit is None or cache.length < limit):
-                    x = model.hidden(context[:, cache.length :], cache)
+                    logits = model.next_logits(context[:, cache.length :], cache)
                 else:
-                    x = model.hidden(context)
-                token = next_token(model.lm_head(x[:, -1]), temperature, top_k, top_p, generator)
+                    logits = model.next_logits(context)
+                token = next_token(logits, temperature, top_k, top_p, generator)
             context = torch.cat([context, token.to(context.dtype)], dim=1)
             context = context if limit is None else context[:, -limit:]
             model.train(was_training)

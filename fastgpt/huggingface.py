@@ -28,6 +28,7 @@ from .checkpoint import (
 )
 from .config import ConfigError, GPTConfig, check_types, expand_path, from_dict
 from .model import GPT
+from .modules import describe
 
 # transformers has several implementations of one formula, each under a name of its own.
 _ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu", "relu2": "relu2"}
@@ -69,16 +70,23 @@ def save_pretrained(model: GPT, directory: str | Path, format: str = "fastgpt") 
 
 
 def _check_unchanged(model: GPT) -> None:
-    """A model that was changed after it was made has parameters that no folder could say how to use."""
+    """Settings and tensors are all that a folder holds; a model that was changed since it was made may be more."""
     with torch.device("meta"):  # names without memory
-        expected = dict(GPT(model.cfg).named_parameters())
-    found = dict(model.named_parameters())
-    for name in sorted(found.keys() ^ expected.keys()):
-        what = "is not part of" if name in found else "is missing in this model, and part of"
-        raise ValueError(
-            f"model: parameter {name} {what} a GPT with its configuration; undo what was changed in it before it is "
-            f"saved (merge adapters, remove parametrizations), or save its state_dict()"
-        )
+        plain = GPT(model.cfg)
+    remedy = "undo what was changed in it before it is saved (merge adapters, remove parametrizations), or save its "
+    remedy += "state_dict()"
+    for names, names_expected in (
+        (dict(model.named_parameters()).keys(), dict(plain.named_parameters()).keys()),  # of tied ones the first
+        (model.state_dict().keys(), plain.state_dict().keys()),
+    ):
+        for name in sorted(names ^ names_expected):
+            what = "is not part of" if name in names else "is missing in this model, and part of"
+            raise ValueError(f"model: parameter {name} {what} a GPT with its configuration; {remedy}")
+    parts = dict(plain.named_modules())
+    for name, module in model.named_modules():
+        found, expected = describe(module), describe(parts.get(name))
+        if name and found != expected:
+            raise ValueError(f"model: {name} is {found}, and in a GPT with its configuration {expected}; {remedy}")
 
 
 def _hf_config(cfg: GPTConfig) -> dict[str, Any]:

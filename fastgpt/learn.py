@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import baselines, model
+from . import baselines, model, modules
 from .checkpoint import atomic_path
 from .config import ConfigError, GPTConfig, TrainConfig
 from .data import Corpus
@@ -93,7 +93,7 @@ STAGES = (
         "table of pair counts would say the same.",
         (
             (baselines.Bigram.__init__, "self.table = "),
-            (baselines.Bigram.hidden, "ops.embedding("),
+            (baselines.Bigram.hidden, "embed(idx, self.table)"),
         ),
         model="bigram",
     ),
@@ -105,7 +105,7 @@ STAGES = (
         "nothing.",
         (
             (baselines.PositionalBigram.__init__, "self.position_embedding = "),
-            (baselines.PositionalBigram.hidden, "ops.embedding("),
+            (baselines.PositionalBigram.hidden, "embed(idx, "),
         ),
         model="positional-bigram",
     ),
@@ -115,7 +115,7 @@ STAGES = (
         "Self-attention: a token's query is compared with the keys of all tokens up to it, and their values are "
         "averaged with the softmax of the scores as weights. For the first time the context counts.",
         (
-            (_ATTENTION, "self.qkv(x).split("),
+            (_ATTENTION, "linear(self.qkv, x).split("),
             (reference.attention, "scores = (q @ "),
             (reference.attention, "scores = scores.masked_fill("),
             (reference.attention, "return weights @ v"),
@@ -127,8 +127,8 @@ STAGES = (
         "one head",
         "Four heads of a quarter of the width each look for four things at once, for the same number of parameters.",
         (
-            (_ATTENTION, "self.qkv(x).split("),
-            (_ATTENTION, "return self.proj("),
+            (_ATTENTION, "linear(self.qkv, x).split("),
+            (_ATTENTION, "return linear(self.proj, "),
         ),
         changes={"n_head": 4},
     ),
@@ -160,7 +160,7 @@ STAGES = (
         (
             (reference.layer_norm, "centred = "),
             (reference.layer_norm, "torch.rsqrt("),
-            (model.Block._finish, "getattr(self, norm).add("),
+            (model.Block._finish, "add_norm(getattr(self, ln), "),
         ),
         changes={"norm": "post"},
     ),
@@ -170,9 +170,9 @@ STAGES = (
         "The input of each branch is normalised instead, and the sum once before the head, as in GPT-2: the way "
         "through the residuals stays free. This is the GPT's block, whole.",
         (
-            (model.Block.forward, "normed, x = (self.ln_1(x), x)"),
-            (model.Block.forward, "normed, x = self.ln_2.add("),
-            (model.GPT.hidden, "self.ln_f(x) if branch is None"),
+            (model.Block.forward, "normed, x = (norm(self.ln_1, x), x)"),
+            (model.Block.forward, "normed, x = add_norm(self.ln_2, "),
+            (model.GPT.hidden, "norm(self.ln_f, x) if branch is None"),
         ),
         changes={"norm": "pre"},
     ),
@@ -184,7 +184,7 @@ STAGES = (
         (
             (model.GPT.hidden, "dropout(x, p)"),
             (_ATTENTION, "dropout_p=self.dropout if self.training"),
-            (model.Norm.add, "dropout_p=dropout_p"),
+            (modules.add_norm, "dropout_p=dropout_p"),
         ),
         changes={"dropout": DROPOUT},
     ),

@@ -17,81 +17,67 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import GPTConfig
+from .modules import add_norm, embed, head_loss, linear, norm, say_once, why_called
 from .ops.dropout import dropout
-from .ops.linear import linear
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: one preallocated (2, L, B, H, T, D) tensor, filled up to `length`.
+    """Keys and values of the tokens seen so far: one (2, L, B, H, T, D) tensor, filled up to `length`.
 
-    It is for inference: use it under `torch.no_grad()`.
+    It is made at the first `append`, in the dtype and on the device of the keys that come: autocast and wrapped modules
+    have their say in both. It is for inference: use it under `torch.no_grad()`.
     """
 
-    def __init__(self, cfg: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.keys, self.values = torch.empty(shape, device=device, dtype=dtype)
+    def __init__(self, cfg: GPTConfig, batch_size: int) -> None:
+        self.shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.tensor: Tensor | None = None
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H, T, D) of the newest tokens; return those of all tokens. `length` moves on by `advance`."""
+        if k.requires_grad or v.requires_grad:
+            raise RuntimeError("cache: keeps no gradients; use it under torch.no_grad(), or train without a cache")
+        if self.tensor is None:
+            self.tensor = k.new_empty(self.shape)
+        if k.shape[0] != self.shape[2]:
+            raise ValueError(f"cache: made for {self.shape[2]} sequences, got {k.shape[0]}")
         end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values = self.tensor[:, layer, :, :, :end]
+        keys[:, :, self.length :] = k
+        values[:, :, self.length :] = v
+        return keys, values
 
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens
-
-
-class Linear(nn.Linear):
-    """`torch.nn.Linear`, whose few rows of a step of generation take a kernel of their own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Norm(nn.Module):
-    """Layer norm with an optional bias."""
-
-    def __init__(self, n_embd: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias)
-
-    def add(self, x: Tensor, branch: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-        """(norm(h), h) with h = x + dropout(branch)."""
-        return ops.add_layer_norm(branch, x, self.weight, self.bias, dropout_p=dropout_p)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, cfg: GPTConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.is_causal, self.dropout, self.layer = cfg.n_head, cfg.is_causal, cfg.dropout, layer
-        self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
-        self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         D = C // self.n_head
-        q, k, v = (t.view(B, T, self.n_head, D).transpose(1, 2) for t in self.qkv(x).split(C, dim=2))  # (B, H, T, D)
+        qkv = linear(self.qkv, x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, D).transpose(1, 2) for t in qkv)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = ops.attention(q, k, v, is_causal=self.is_causal, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return linear(self.proj, y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
         self.activation = cfg.activation
-        self.up = Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
-        self.down = Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.up = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=cfg.bias)
+        self.down = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
+        x = linear(self.up, x)
         if self.activation == "gelu":
             x = F.gelu(x)
         elif self.activation == "gelu_tanh":
@@ -100,7 +86,7 @@ class MLP(nn.Module):
             x = F.relu(x)
         else:  # "relu2" (So et al. 2021, Primer)
             x = F.relu(x).square()
-        return self.down(x)
+        return linear(self.down, x)
 
 
 class Block(nn.Module):
@@ -111,9 +97,9 @@ class Block(nn.Module):
         self.norm, self.residual, self.dropout = cfg.norm, cfg.residual, cfg.dropout
         self.feed_forward = cfg.feed_forward
         if cfg.norm != "none":
-            self.ln_1 = Norm(cfg.n_embd, cfg.bias)
+            self.ln_1 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
             if cfg.feed_forward:
-                self.ln_2 = Norm(cfg.n_embd, cfg.bias)
+                self.ln_2 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
         self.attn = CausalSelfAttention(cfg, layer)
         if cfg.feed_forward:
             self.mlp = MLP(cfg)
@@ -122,24 +108,24 @@ class Block(nn.Module):
         """Take and give (x, branch): the stream, and the last branch's output where it is still to be added."""
         p = self.dropout if self.training else 0.0
         if self.norm == "pre" and self.residual:
-            normed, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(x, branch, p)
+            normed, x = (norm(self.ln_1, x), x) if branch is None else add_norm(self.ln_1, x, branch, p)
             branch = self.attn(normed, cache)
             if not self.feed_forward:
                 return x, branch
-            normed, x = self.ln_2.add(x, branch, p)
+            normed, x = add_norm(self.ln_2, x, branch, p)
             return x, self.mlp(normed)
-        x = self._finish("ln_1", x, self.attn(self.ln_1(x) if self.norm == "pre" else x, cache), p)
+        x = self._finish("ln_1", x, self.attn(norm(self.ln_1, x) if self.norm == "pre" else x, cache), p)
         if self.feed_forward:
-            x = self._finish("ln_2", x, self.mlp(self.ln_2(x) if self.norm == "pre" else x), p)
+            x = self._finish("ln_2", x, self.mlp(norm(self.ln_2, x) if self.norm == "pre" else x), p)
         return x, None
 
-    def _finish(self, norm: str, x: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
+    def _finish(self, ln: str, x: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
         """The end of a branch, where it is not fused with the next norm: dropout, residual, post-norm."""
         if self.norm == "post" and self.residual:
-            return getattr(self, norm).add(x, branch, dropout_p)[0]
+            return add_norm(getattr(self, ln), x, branch, dropout_p)[0]
         branch = dropout(branch, dropout_p)
         x = x + branch if self.residual else branch
-        return getattr(self, norm)(x) if self.norm == "post" else x
+        return norm(getattr(self, ln), x) if self.norm == "post" else x
 
 
 class LanguageModel(nn.Module):
@@ -150,7 +136,7 @@ class LanguageModel(nn.Module):
 
     kind: ClassVar[str]
     cfg: GPTConfig
-    lm_head: Any  # a linear without bias; in a bigram nothing
+    lm_head: Any  # a linear; in a bigram nothing
 
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
@@ -167,8 +153,24 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def new_cache(self, batch_size: int) -> Any:
-        """What generation carries from token to token: an object with a `length`, or None where there is nothing."""
+        """What generation carries from token to token: an object with a `length`, or None where there is nothing.
+
+        None, too, for a model that has to be called whole (see `loss`): a call takes no cache.
+        """
+        cache, reason = self._empty_cache(batch_size), why_called(self, LanguageModel.forward)
+        if cache is None or reason is None:
+            return cache
+        say_once("the model is called for each new token on all the tokens before it, without a cache", reason)
         return None
+
+    def _empty_cache(self, batch_size: int) -> Any:
+        return None
+
+    def next_logits(self, idx: Tensor, cache: Any = None) -> Tensor:
+        """(B, T) -> (B, V): what follows idx. With a cache, idx are the tokens after those in it."""
+        if cache is None and why_called(self, LanguageModel.forward):
+            return self(idx)[0][:, -1]
+        return linear(self.lm_head, self.hidden(idx, cache)[:, -1])
 
     def num_parameters(self) -> int:
         """Number of parameters, shared ones once."""
@@ -196,15 +198,22 @@ class LanguageModel(nn.Module):
         """
         if targets is not None:
             self._check_targets(idx, targets)
-        logits = self.lm_head(self.hidden(idx))
+        logits = linear(self.lm_head, self.hidden(idx))
         if targets is None:
             return logits, None
         return logits, ops.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The loss of `forward`, without ever holding the (B * T, V) logits."""
+        """The loss of `forward`, without ever holding the (B * T, V) logits.
+
+        A model with hooks, or with another forward, is called, and the loss is the second of its results.
+        """
+        reason = why_called(self, LanguageModel.forward)
+        if reason is not None:
+            say_once("the model is called for its loss, and the logits of all tokens are held at once", reason)
+            return self(idx, targets)[1]
         self._check_targets(idx, targets)
-        return ops.linear_cross_entropy(self.hidden(idx), self.lm_head.weight, targets)
+        return head_loss(self.lm_head, self.hidden(idx), targets)
 
     def generate(
         self,
@@ -235,8 +244,8 @@ class GPT(LanguageModel):
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
-        self.ln_f = Norm(cfg.n_embd, cfg.bias) if cfg.norm == "pre" else None
-        self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.ln_f = nn.LayerNorm(cfg.n_embd, bias=cfg.bias) if cfg.norm == "pre" else None
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
         self._initialise()
@@ -254,7 +263,7 @@ class GPT(LanguageModel):
     def num_parameters(self, non_embedding: bool = False) -> int:
         """Number of parameters, shared ones once; `non_embedding` leaves the position table out, as nanoGPT counts."""
         n = super().num_parameters()
-        return n - self.position_embedding.weight.numel() if non_embedding else n
+        return n - sum(p.numel() for p in self.position_embedding.parameters()) if non_embedding else n
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, C): what the head reads."""
@@ -262,7 +271,7 @@ class GPT(LanguageModel):
         start = 0 if cache is None else cache.length
         self._check_fits(start + idx.shape[1])
         p = self.cfg.dropout if self.training else 0.0
-        x = ops.embedding(idx, self.token_embedding.weight, self.position_embedding.weight, position_offset=start)
+        x = embed(idx, self.token_embedding, self.position_embedding, start)
         x, branch = dropout(x, p), None
         for block in self.blocks:
             x, branch = block(x, branch, cache)
@@ -270,17 +279,16 @@ class GPT(LanguageModel):
             cache.advance(idx.shape[1])
         if self.ln_f is None:
             return x
-        return self.ln_f(x) if branch is None else self.ln_f.add(x, branch, p)[0]
+        return norm(self.ln_f, x) if branch is None else add_norm(self.ln_f, x, branch, p)[0]
 
-    def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` sequences, in the dtype that attention will see."""
-        weight = self.token_embedding.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return KVCache(self.cfg, batch_size, weight.device, dtype)
+    def _empty_cache(self, batch_size: int) -> KVCache:
+        return KVCache(self.cfg, batch_size)
 
     def save_pretrained(self, directory: str | Path, format: str = "fastgpt") -> None:
-        """Write config.json and model.safetensors; format="huggingface" writes what GPT2LMHeadModel reads."""
+        """Write config.json and model.safetensors; format="huggingface" writes what GPT2LMHeadModel reads.
+
+        ValueError for a model with modules that these files cannot tell of: wrapped, parametrised or replaced ones.
+        """
         from .huggingface import save_pretrained
 
         save_pretrained(self, directory, format)

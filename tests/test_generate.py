@@ -42,12 +42,10 @@ def test_greedy_with_cache_equals_recomputation(model, prompt_tokens, batch_size
 
 @torch.no_grad()
 def test_cached_logits_equal_full_ones_in_float64(model):
-    from fastgpt.model import KVCache
-
     wide = GPT(model.cfg).double().eval()
     wide.load_state_dict(model.state_dict())
     idx = torch.arange(12).view(1, 12)
-    cache = KVCache(wide.cfg, 1, idx.device, torch.float64)
+    cache = wide.new_cache(1)
     pieces = [wide.hidden(part, cache) for part in idx.split([4, 1, 3, 1, 1, 2], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), wide.hidden(idx), rtol=1e-12, atol=1e-12)
 

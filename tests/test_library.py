@@ -122,6 +122,27 @@ def test_torch_has(name: str) -> None:
         pytest.fail(f"torch {torch.__version__} has no {name}, which torch {oldest} to {newest} had: see {LIBRARY}")
 
 
+@pytest.mark.parametrize("name", [name for name in library.PRIVATE_NAMES if name.startswith("module.")])
+def test_a_module_has(name: str) -> None:
+    module = torch.nn.Linear(1, 1)
+    assert isinstance(getattr(module, name.removeprefix("module."), None), dict), f"no {name} in {torch.__version__}"
+
+
+def test_hooks_of_a_module_are_seen() -> None:
+    def hook(*args): ...
+
+    ways = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+    for way in ways:
+        module = torch.nn.Linear(1, 1)
+        handle = getattr(module, f"register_{way}")(hook)
+        assert library.hooks_of(module) == "it has hooks"
+        handle.remove()
+        handle = getattr(torch.nn.modules.module, f"register_module_{way}")(hook)
+        assert library.hooks_of(module) == "there are hooks on every module"
+        handle.remove()
+        assert library.hooks_of(module) is None
+
+
 def test_torch_marks_constant_functions_as_we_do() -> None:
     def ours(): ...
     def theirs(): ...

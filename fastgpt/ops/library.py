@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 library = torch.library.Library("fastgpt", "DEF")
 
@@ -26,6 +26,13 @@ PRIVATE_NAMES = {
     "torch._C._functorch.is_functorch_wrapped_tensor": ("2.11.0", "2.14.1"),
     "torch.autograd.forward_ad._current_level": ("2.11.0", "2.14.1"),
     "torch.autograd.function._SingleLevelFunction.apply": ("2.11.0", "2.14.1"),  # below torch.autograd.Function
+    "torch._subclasses.fake_tensor.FakeTensor": ("2.11.0", "2.14.1"),
+    "torch.nn.modules.module._has_any_global_hook": ("2.11.0", "2.14.1"),
+    "module._forward_hooks": ("2.11.0", "2.14.1"),  # `module` is a torch.nn.Module
+    "module._forward_pre_hooks": ("2.11.0", "2.14.1"),
+    "module._backward_hooks": ("2.11.0", "2.14.1"),
+    "module._backward_pre_hooks": ("2.11.0", "2.14.1"),
+    "module._parameters": ("2.11.0", "2.14.1"),
     "_dynamo_marked_constant": ("2.11.0", "2.14.1"),  # what torch.compiler.assume_constant_result sets on a function
 }
 
@@ -64,6 +71,27 @@ def _apply_of(function: Any) -> Callable[..., Any]:
     Function.apply first unpacks what such transforms wrapped; this is the one that it ends in.
     """
     return super(torch.autograd.Function, function).apply
+
+
+def hooks_of(module: nn.Module) -> str | None:
+    """Whose hooks run where `module` is called, in words; None where none do."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "there are hooks on every module"
+    return None
+
+
+def no_parameter(module: nn.Module, name: str) -> str | None:
+    """Why ``module.name`` is not a parameter of the module's own, a dense one or None; None where it is."""
+    if name not in module._parameters:  # but a property, or an attribute that something sets
+        return f"its {name} is computed from something else"
+    kind = type(module._parameters[name])
+    return None if kind in _PLAIN_TENSORS else f"its {name} is a {kind.__name__}"
+
+
+# FakeTensor stands for a plain one in torch.export.
+_PLAIN_TENSORS = (nn.Parameter, Tensor, torch._subclasses.fake_tensor.FakeTensor, type(None))
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -12,6 +12,7 @@ Sources: Ioffe and Szegedy 2015 (batch norm); Ba et al. 2016 (layer norm).
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data import Corpus
 from ..model import GPT
-from ..ops.dropout import dropout
 from ..report import pyplot
 from ..train import Precision, make_optimizer, mean_loss, resolve_device, training_step
 from .experiment import Common, at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_blocks
@@ -51,7 +51,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)  # rows an evaluation takes at a time
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over the batch and over time, in the place of the model's `Norm`.
+    """Batch norm over the batch and over time, in the place of the model's layer norm.
 
     Keeps one running average of mean and variance for each of `momenta`, all fed by the same training; `which` of them
     eval mode uses is set from outside.
@@ -82,10 +82,6 @@ class BatchNorm(nn.Module):
                 self.mean += self.momenta * (mean.detach() - self.mean)
                 self.variance += self.momenta * (unbiased - self.variance)
         return ((rows - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias).view_as(x)
-
-    def add(self, x: Tensor, branch: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-        h = x + dropout(branch, dropout_p)
-        return self(h), h
 
 
 def build(kind: str, cfg: GPTConfig, seed: int, momenta: list[float]) -> GPT:
@@ -125,6 +121,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     corpus = load_corpus(settings, block_size=64)
     cfg = GPTConfig(corpus.tokenizer.vocab_size, 64, n_layer=3, n_head=4, n_embd=64, dropout=0.0)
     rows, batches, dependence = [], [], []
+    warnings.filterwarnings("ignore", message="fastgpt: a norm")  # that batch norm is not fused
     for kind in KINDS:
         model = build(kind, cfg, settings.seed, momenta).to(resolve_device(settings.device))
         rows += _curve(kind, model, corpus, settings, momenta)

@@ -1,0 +1,127 @@
+"""How the model runs its modules: by our ops on their tensors where that is the same as calling them, else by calling.
+
+The model's parts are PyTorch's own: torch.nn.Linear, LayerNorm and Embedding. Users wrap them, hook them, parametrise,
+prune, quantise and shard them, and tools find them by their types. A fused op wants a module's tensors and not its
+result, and reading them past the call is right only while the call would do nothing but compute with them. `why_called`
+is the one place that decides this; where it finds a reason, the module is called, and what then is not fused is said
+once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .ops.dropout import dropout
+from .ops.library import hooks_of, no_parameter
+from .ops.linear import linear as few_rows
+
+# As PyTorch defines them: some tools replace the forward of a class.
+_LINEAR, _EMBEDDING, _LAYER_NORM = nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward
+
+_said: set[str] = set()
+
+
+def why_called(module: nn.Module, forward: Callable[..., Any], *tensors: str) -> str | None:
+    """None where calling `module` is `forward` on the parameters named `tensors` and nothing else; else why it is not.
+
+    Asked some thirty times a token in generation, so it costs less than a call of the module does.
+    """
+    if type(module).forward is not forward or "forward" in module.__dict__:
+        return f"its forward is {_name(module.forward)}"
+    reason = hooks_of(module)
+    for name in tensors:
+        reason = reason or no_parameter(module, name)
+    return reason
+
+
+def describe(module: nn.Module | None) -> str:
+    """Its type and options, without the modules in it."""
+    return "nothing" if module is None else f"{type(module).__name__}({module.extra_repr()})"
+
+
+def _name(function: Any) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)  # a partial, say
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def say_once(what: str, reason: str) -> None:
+    text = f"fastgpt: {what}: {reason}"
+    if torch.compiler.is_compiling() or text in _said:
+        return
+    _said.add(text)
+    warnings.warn(text, stacklevel=4)
+
+
+def linear(module: Any, x: Tensor) -> Tensor:
+    """module(x). Without gradients, on a CPU, a few rows of a Linear take the kernel of `ops.linear`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or why_called(module, _LINEAR, "weight", "bias"):
+        return module(x)
+    return few_rows(x, module.weight, module.bias)
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    """module(x), by `ops.layer_norm`."""
+    if _why_norm_called(module):
+        return module(x)
+    return ops.layer_norm(x, module.weight, module.bias, module.eps)
+
+
+def add_norm(module: Any, x: Tensor, branch: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """(module(h), h) with h = x + dropout(branch), by `ops.add_layer_norm`."""
+    reason = _why_norm_called(module)
+    if reason is None:
+        return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, dropout_p=dropout_p)
+    say_once(f"a norm ({type(module).__name__}) is called as a module, not fused with the sum before it", reason)
+    h = x + dropout(branch, dropout_p)
+    return module(h), h
+
+
+def _why_norm_called(module: Any) -> str | None:
+    reason = why_called(module, _LAYER_NORM, "weight", "bias")
+    if reason is None and (module.weight is None or len(module.normalized_shape) != 1):
+        return f"it is {describe(module)}"
+    return reason
+
+
+def embed(idx: Tensor, token_embedding: Any, position_embedding: Any = None, start: int = 0) -> Tensor:
+    """token_embedding(idx), plus position_embedding of start, start + 1, ... where there is one, by `ops.embedding`.
+
+    idx (B, T) -> (B, T, C).
+    """
+    reason = _why_embedding_called("token_embedding", token_embedding)
+    if reason is None and position_embedding is not None:
+        reason = _why_embedding_called("position_embedding", position_embedding)
+    if reason is None:
+        positions = None if position_embedding is None else position_embedding.weight
+        return ops.embedding(idx, token_embedding.weight, positions, position_offset=start)
+    say_once("the embeddings are called as modules, not as one op", reason)
+    x = token_embedding(idx)
+    if position_embedding is None:
+        return x
+    return x + position_embedding(torch.arange(start, start + idx.shape[1], device=idx.device))
+
+
+def _why_embedding_called(name: str, module: Any) -> str | None:
+    reason = why_called(module, _EMBEDDING, "weight")
+    if reason is not None:
+        return f"{name}: {reason}"
+    for option, usual in (("padding_idx", None), ("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
+        value = getattr(module, option)
+        if value != usual:  # they change the gradient, or the table itself
+            return f"{name}: it has {option}={value}"
+    return None
+
+
+def head_loss(lm_head: Any, x: Tensor, targets: Tensor) -> Tensor:
+    """cross_entropy(lm_head(x), targets), by `ops.linear_cross_entropy`: x (..., C), targets (...)."""
+    reason = why_called(lm_head, _LINEAR, "weight", "bias")
+    if reason is None:
+        return ops.linear_cross_entropy(x, lm_head.weight, targets, bias=lm_head.bias)
+    say_once("lm_head is called as a module, and the logits of all tokens are held at once", reason)
+    return ops.cross_entropy(lm_head(x).flatten(0, -2), targets.flatten())
