@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_ROWS = Path("runs") / "bench"  # not the rows of a source tree, which are committed
@@ -36,7 +36,9 @@ def measure(only: Sequence[str], device: str, out: str | None, quick: bool, path
     import pytest
 
     options = [f"--device={device}"] + (["--quick"] if quick else [])
-    options += [f"--rows={_rows_file(Path(out) if out else DEFAULT_ROWS, device)}"]
+    rows = _rows_file(Path(out) if out else DEFAULT_ROWS, device)
+    _check_writable(rows)
+    options += [f"--rows={rows}"]
     options += [f"--{name}={path}" for name, path in paths.items() if path is not None]
     files = [str(HERE / f"bench_{name}.py") for name in only or names()]
     # The suite's own settings, whatever folder it is called from, and nothing left in that folder but rows.
@@ -44,6 +46,16 @@ def measure(only: Sequence[str], device: str, out: str | None, quick: bool, path
     with TemporaryDirectory() as storage:
         code = pytest.main([*settings, f"--benchmark-storage=file://{storage}", *options, *files])
     return {pytest.ExitCode.OK: 0, pytest.ExitCode.USAGE_ERROR: 2}.get(pytest.ExitCode(code), 1)
+
+
+def _check_writable(rows: Path) -> None:
+    """Refuse a file that cannot be written before anything is measured, and leave nothing behind."""
+    folder = next(parent for parent in rows.absolute().parents if parent.exists())
+    try:
+        with rows.open("ab") if rows.exists() else TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BenchError(f"--out {rows}: cannot be written: {error.strerror}") from None
 
 
 def _rows_file(out: Path, device: str) -> Path:

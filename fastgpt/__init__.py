@@ -1,16 +1,47 @@
-"""FastGPT: the GPT you just understood, at the speed of the hardware you have."""
+"""FastGPT: the GPT you just understood, at the speed of the hardware you have.
 
-from pathlib import Path as _Path
+Importing this package imports nothing else. A public name is found in its module when it is first asked for (PEP 562),
+and PyTorch is imported then: `fastgpt --help` needs no PyTorch, and a script pays for what it uses.
+"""
 
-# In a source tree that is not installed, triton_kernels/ lies beside this package instead of inside it.
-_here = _Path(__file__).resolve().parent
-if not (_here / "triton_kernels").is_dir() and (_here.parent / "triton_kernels" / "__init__.py").is_file():
-    __path__.append(str(_here.parent))
-
-from . import ops  # noqa: E402
-from .config import GPTConfig  # noqa: E402
-from .model import GPT  # noqa: E402
-from .ops.backend import BackendError, use_backend  # noqa: E402
+import os as _os
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "BackendError", "GPTConfig", "ops", "use_backend"]
+
+# In a source tree that is not installed, triton_kernels/ lies beside this package instead of inside it.
+_here = _os.path.dirname(_os.path.realpath(__file__))
+_beside = _os.path.join(_os.path.dirname(_here), "triton_kernels")
+if not _os.path.isdir(_os.path.join(_here, "triton_kernels")) and _os.path.isfile(
+    _os.path.join(_beside, "__init__.py")
+):
+    __path__.append(_os.path.dirname(_here))
+
+if TYPE_CHECKING:  # type checkers and editors read these lines, and would take any name from a __getattr__
+    from . import ops as ops
+    from .config import GPTConfig as GPTConfig
+    from .model import GPT as GPT
+    from .ops.backend import BackendError as BackendError
+    from .ops.backend import use_backend as use_backend
+else:
+    _MODULE_OF = {
+        "GPT": "fastgpt.model",
+        "GPTConfig": "fastgpt.config",
+        "BackendError": "fastgpt.ops.backend",
+        "use_backend": "fastgpt.ops.backend",
+    }
+
+    def __getattr__(name):
+        from importlib import import_module
+
+        if name == "ops":
+            return import_module("fastgpt.ops")  # which makes it an attribute of this module
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,35 @@
-"""`python -m fastgpt`."""
+"""The program `fastgpt`, which is also `python -m fastgpt`: the command line, and Ctrl-C at any moment of it."""
 
+import os
+import signal
 import sys
+from types import FrameType
 
-from .cli import main
 
-sys.exit(main())
+def stop(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C raises KeyboardInterrupt, as always, but in the middle of an import it ends the process here.
+
+    The C code of PyTorch and NumPy swallows an exception that it meets while it is being imported, or makes another one
+    of it, and nothing is lost that early. A second Ctrl-C ends the process wherever it is.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"\nfastgpt: stopped\n")
+            os._exit(1)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
+        signal.signal(signal.SIGINT, stop)
+    from .cli import main as run
+
+    code = run()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is over, whatever comes while the process is taken down
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

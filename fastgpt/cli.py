@@ -5,7 +5,9 @@ A setting is looked up in this order: command line, --config file, and for `trai
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import io
 import os
 import shlex
 import sys
@@ -13,15 +15,27 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
-from .config import PRESETS, ConfigError, GPTConfig, TrainConfig, check_types, from_dict, preset
-from .ops.backend import requested
+from .config import (
+    BACKENDS,
+    PRESETS,
+    ConfigError,
+    GPTConfig,
+    TrainConfig,
+    check_types,
+    expand_path,
+    from_dict,
+    preset,
+)
 
 
 class UsageError(ValueError):
     """Wrong use of a command."""
 
+
+# The settings that name files or folders, in whatever command they are.
+PATHS = frozenset({"checkpoint", "config", "data", "lecture", "nanogpt", "out", "results", "tokenizer", "vectors"})
 
 _MODEL_FIELDS = [f for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
 _TRAIN_FIELDS = list(dataclasses.fields(TrainConfig))
@@ -76,42 +90,85 @@ Args:
 """
 
 
+def _expanded(name: str, value: Any) -> Any:
+    """The value of the setting `name`; of a path with its ~ replaced. An empty path is refused: it would be "here"."""
+    if name not in PATHS or value is None:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_expanded(name, part) for part in value)
+    if value == "":
+        raise UsageError(f"--{name}: is empty; give a path, or leave it out")
+    try:
+        return str(expand_path(value)) if isinstance(value, str) and value.startswith("~") else value
+    except ConfigError as error:
+        raise UsageError(f"--{name}: {error}") from None
+
+
+def _joined(cls: type, args: Sequence[str]) -> list[str]:
+    """`args` with `--name value` as `--name=value` where `cls` has a setting of one value, so that it may be "-x"."""
+    kinds = {f"--{name.replace('_', '-')}": kind for name, kind in get_type_hints(cls).items()}
+    flags = {name for name, kind in kinds.items() if kind is bool}
+    options = {"-h", "--help", *kinds, *(f"--no-{name[2:]}" for name in flags)}
+    joined: list[str] = []
+    rest = list(args)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        takes_one = name in kinds and name not in flags and get_origin(kinds[name]) is not tuple
+        if takes_one and not equals and rest and rest[0].partition("=")[0].replace("_", "-") not in options:
+            equals, value = "=", rest.pop(0)
+        joined.append(name + equals + value)
+    return joined
+
+
 def _option(args: Sequence[str], name: str) -> str | None:
-    """The value of --name in args, read before the full parse because it sets the defaults of the others."""
-    for i, arg in enumerate(args):
-        if arg == f"--{name}" and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(f"--{name}="):
-            return arg.split("=", 1)[1]
-    return None
+    """The value of --name in args, which _joined gave: read before the full parse, it sets defaults of the others."""
+    start = f"--{name}="
+    values = [arg.removeprefix(start) for arg in args if arg.startswith(start)]
+    if name == "config" and len(values) > 1:
+        raise UsageError("--config: is given more than once; put the settings into one file")
+    return _expanded(name, values[-1]) if values else None
 
 
-def _read_toml(path: str, known: set[str]) -> dict[str, Any]:
+def _read_toml(path: str, known: set[str], shown: str = "--config {}") -> dict[str, Any]:
+    """The settings in the file `path`, which errors name as `shown`; each must be one of `known`."""
     import tomllib
 
+    shown = shown.format(path)
+
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors begin with a byte order mark
     except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not a TOML file: {error}") from None
-    for name in values:
+        raise UsageError(f"{shown}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown}: not a TOML file: not UTF-8 ({error}); save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{shown}: not a TOML file: {error}") from None
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise UsageError(f"{shown}: [{name}] is a table; write the settings themselves, without tables")
         if name not in known:
-            raise UsageError(f"--config {path}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            raise UsageError(f"{shown}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
+    return {name: _expanded(name, tuple(v) if isinstance(v, list) else v) for name, v in values.items()}
 
 
 def _parse(cls: type, args: Sequence[str], command: str, quick: dict[str, Any] | None = None) -> Any:
     """`args` as an instance of the dataclass `cls`, over the settings of a --config file, over those of --quick."""
     import tyro
 
+    args = _joined(cls, args)
     path = _option(args, "config")
     values = _read_toml(path, {f.name for f in dataclasses.fields(cls)} - {"config"}) if path else {}
     if quick and ("--quick" in args or values.get("quick") is True):
         values = quick | values
     default = cls(**values)
     check_types(default)
-    return tyro.cli(cls, args=list(args), prog=f"fastgpt {command}", default=default)
+    settings = tyro.cli(cls, args=args, prog=f"fastgpt {command}", default=default)
+    seed = getattr(settings, "seed", None)
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UsageError(f"--seed: expected an integer in [0, 2**63), got {seed}")
+    return dataclasses.replace(settings, **{name: _expanded(name, value) for name, value in vars(settings).items()})
 
 
 def _require(settings: Any, command: str, *names: str) -> None:
@@ -122,6 +179,7 @@ def _require(settings: Any, command: str, *names: str) -> None:
 
 def _train_settings(args: Sequence[str]) -> Any:
     fields = _train_fields()
+    args = _joined(_settings_class(fields, _TRAIN_HELP), args)
     known = {name for name, _, _ in fields}
     values: dict[str, Any] = {}
     from_file = _read_toml(path, known - {"config"}) if (path := _option(args, "config")) else {}
@@ -146,10 +204,10 @@ def _settings_of_run(out: Path, args: Sequence[str], known: set[str]) -> dict[st
         raise RuntimeError(f"{out}: holds no run to resume; leave --resume out to start one")
     if _option(args, "preset"):
         raise UsageError(f"--preset: the run in {out} has its settings already; leave it out, or start another run")
-    values = _read_toml(str(stored), known)
+    values = _read_toml(str(stored), known, "{}")
     for name in ("tokenizer", "vocab_size"):
         asked = _option(args, name.replace("_", "-"))
-        if asked is not None and asked != str(values.get(name)):
+        if asked is not None and _absolute(asked) != _absolute(str(values.get(name))):
             raise UsageError(f"--{name}: the run in {out} has {values.get(name)}, not {asked}; it cannot be changed")
     return values
 
@@ -209,7 +267,8 @@ def train(args: Sequence[str]) -> None:
     if saved is not None:
         _check_same_model(saved, settings.model, settings.layout, model_config)
     stored = {k: v for k, v in values.items() if k not in ("config", "resume", "preset")}
-    stored["data"] = _absolute(settings.data)
+    for name in ("data", "tokenizer"):  # the run may be resumed from another working directory
+        stored[name] = _absolute(stored[name])
     if saved is None:
         folder.create(stored)
     with use_backend(settings.backend):
@@ -218,7 +277,7 @@ def train(args: Sequence[str]) -> None:
         trainer = Trainer(model, corpus, train_config, folder, command)
         if saved is not None:
             trainer.restore(saved)
-            before = _read_toml(str(folder.path / "config.toml"), set(values))
+            before = _read_toml(str(folder.path / "config.toml"), set(values), "{}")
             _say_changes(before | saved.train_config, stored, trainer.state["step"])
             folder.rewind(trainer.state["step"])
             folder.write_settings(stored)
@@ -242,15 +301,17 @@ def _check_same_model(saved: Any, model: str, layout: str, config: GPTConfig) ->
 
 
 def _check_backend(name: str) -> None:
-    if name != "auto":
-        try:
-            requested(name)
-        except ValueError as error:
-            raise UsageError(f"--{error}") from None
+    if name not in ("auto", *BACKENDS):
+        raise UsageError(
+            f"--backend: unknown backend {name!r}; expected one of 'auto', {', '.join(map(repr, BACKENDS))}"
+        )
 
 
-def _absolute(data: str) -> str:
-    return data if data in ("shakespeare", "tinyshakespeare", "names") else str(Path(data).resolve())
+_NO_PATHS = ("shakespeare", "tinyshakespeare", "names", "char", "bpe")  # values of --data and --tokenizer
+
+
+def _absolute(path: str) -> str:
+    return path if path in _NO_PATHS else str(Path(path).resolve())
 
 
 @dataclass
@@ -259,7 +320,7 @@ class Sample:
 
     Args:
         checkpoint: a run's folder (its best checkpoint), or one .safetensors checkpoint.
-        prompt: the text to continue.
+        prompt: the text to continue; --prompt=--seed for a text that is itself one of these options.
         max_new_tokens: tokens to add.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens.
@@ -285,6 +346,9 @@ class Sample:
 def sample(args: Sequence[str]) -> None:
     settings = _parse(Sample, args, "sample")
     _require(settings, "sample", "checkpoint")
+    _check_backend(settings.backend)
+    if not settings.prompt:
+        raise UsageError("--prompt: is empty; give at least one character")
     import torch
 
     from .baselines import model_class
@@ -295,7 +359,6 @@ def sample(args: Sequence[str]) -> None:
     from .tokenizer import StreamDecoder, tokenizer_from_json
     from .train import resolve_device
 
-    _check_backend(settings.backend)
     path = find_checkpoint(Path(settings.checkpoint))
     saved = Checkpoint.load(path)
     tokenizer = tokenizer_from_json(saved.tokenizer)
@@ -305,13 +368,14 @@ def sample(args: Sequence[str]) -> None:
     model.to(device)
     generator = torch.Generator(device)
     generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
-    if not settings.prompt:
-        raise UsageError("--prompt: is empty; give at least one character")
     prompt = settings.prompt.replace("\r\n", "\n")  # as in the training data
     of_names = saved.train_config.get("layout") == "names"
     if of_names:  # the last line of the prompt is the name to go on with
         prompt = NAME_BOUNDARY + prompt.rpartition(NAME_BOUNDARY)[2]
-    idx = torch.tensor([tokenizer.encode(prompt)], device=device)
+    try:
+        idx = torch.tensor([tokenizer.encode(prompt)], device=device)
+    except ValueError as error:  # a character that the tokenizer does not know
+        raise ValueError(f"--prompt: {error}") from None
     options: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     options["generator"] = generator
     decoder = StreamDecoder(tokenizer)
@@ -483,9 +547,41 @@ def _usage() -> str:
     return "\n".join(lines + [f"  {name:8} {about}" for name, (_, about) in COMMANDS.items()])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
+def _prepare_streams() -> None:
+    """Give each standard stream what it needs to take any text.
+
+    A stream that was closed becomes one that takes everything: its number, 1 or 2, would otherwise go to the next file
+    that is opened. A console or pipe whose encoding has not all characters gets those it lacks as \\u2603.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  -- open as long as the process
+        elif isinstance(stream, io.TextIOWrapper) and not codecs.lookup(stream.encoding).name.startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_or_drop() -> None:
+    """Write what is buffered for stdout; where that fails let it go nowhere, or Python would fail again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# What a user's input or machine can cause. Anything else is a fault of this package, and shows its traceback.
+_FAILURES = (ValueError, RuntimeError, OSError, IndexError, TypeError, ArithmeticError, MemoryError, ImportError)
+_ONLY_PRINT = (
+    "fastgpt",
+    "fastgpt --version",
+    "fastgpt sample",
+    "fastgpt data",
+    "fastgpt doctor",
+)  # done when whoever reads their output has had enough of it
+
+
+def _run(args: Sequence[str]) -> int:
+    """The command that `args` ask for; returns its exit code."""
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
@@ -497,23 +593,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"fastgpt: unknown command {args[0]!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
-    warnings.filterwarnings("ignore", message=".*does not match any type in Union.*")  # check_types says it in a line
+    for arg in args:
+        if any("\ud800" <= character <= "\udfff" for character in arg):  # how Python passes on bytes it cannot decode
+            encoding = sys.getfilesystemencoding()
+            raise UsageError(f"{arg!r}: is not {encoding} text; give UTF-8, under a UTF-8 locale or PYTHONUTF8=1")
     try:
         return COMMANDS[args[0]][0](args[1:]) or 0
     except SystemExit as error:  # tyro's: 0 after --help, 2 for bad usage
         return error.code if isinstance(error.code, int) else 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    prog = " ".join(["fastgpt", *args[:1]])
+    warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
+    warnings.filterwarnings("ignore", message=".*does not match any type in Union.*")  # check_types says it in a line
+    try:
+        _prepare_streams()
+        code = _run(args)
+        sys.stdout.flush()  # now, while an error can still be told
+        return code
     except (ConfigError, UsageError) as error:
-        print(f"fastgpt {args[0]}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output has gone: nothing to say, and nobody to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, RuntimeError, OSError, IndexError, TypeError) as error:
-        print(f"fastgpt {args[0]}: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        _flush_or_drop()
+        if prog in _ONLY_PRINT or not {"-h", "--help"}.isdisjoint(args):
+            return 0
+        print(f"{prog}: stopped: whatever read its output has gone", file=sys.stderr)
+        return 1
+    except _FAILURES as error:
+        _flush_or_drop()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"{prog}: {lines[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nfastgpt {args[0]}: stopped", file=sys.stderr)
+        print(f"\n{prog}: stopped", file=sys.stderr)
         return 1
 
 

@@ -16,6 +16,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
 NORMS = ("pre", "post", "none")
 LAYOUTS = ("blocks", "windows", "names")
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
+BACKENDS = ("torch", "triton", "native")  # of ops.backend, which imports PyTorch
 
 
 class ConfigError(ValueError):

@@ -678,6 +678,8 @@ def main(device: str = "cpu", out: str | None = None) -> int:
         raise RuntimeError("--device cuda: this PyTorch finds no CUDA device; `fastgpt doctor` shows what it finds")
     if out is not None and (Path(out).is_dir() or not Path(out).resolve().parent.is_dir()):  # said before the work
         raise ConfigError(f"--out {out}: expected a file in a folder that exists")
+    if out is not None:
+        open(out, "ab").close()  # a file that cannot be written is an error now, not after the work
     report = run(device)
     print(report)
     if out is not None:

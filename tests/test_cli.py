@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import os
+import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from fastgpt import __version__
+from fastgpt import __version__, cli, config, learn, studies
 from fastgpt.cli import COMMANDS, main
-from fastgpt.ops.backend import OPS
+from fastgpt.ops.backend import BACKENDS, OPS
 from fastgpt.train import read_metrics
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
@@ -67,14 +74,12 @@ def test_sample_takes_a_file_and_every_sampling_option(run, capsys):
 
 
 def test_settings_come_from_command_line_then_file_then_preset(text_file, tmp_path, capsys):
-    import tomllib
-
-    config = tmp_path / "run.toml"
-    config.write_text(
+    file = tmp_path / "run.toml"
+    file.write_text(
         f'preset = "shakespeare-char-cpu"\ndata = "{text_file}"\nout = "{tmp_path / "out"}"\n'
         "n_layer = 1\nn_embd = 8\nn_head = 2\nmax_steps = 2\nbatch_size = 3\neval_batches = 1\ndropout = 0\n"
     )
-    assert main(["train", "--config", str(config), "--n-embd", "12"]) == 0
+    assert main(["train", "--config", str(file), "--n-embd", "12"]) == 0
     stored = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
     assert (stored["n_embd"], stored["n_layer"], stored["block_size"]) == (12, 1, 64)
     capsys.readouterr()
@@ -182,6 +187,19 @@ BAD_USAGE = [
     (["train", "--data", "DATA", "--out", "OUT", "--config", "none.toml"], "--config none.toml: cannot be read"),
     (["sample"], "--checkpoint is missing"),
     (["sample", "--checkpoint", "RUN", "--prompt", ""], "--prompt: is empty"),
+    (["sample", "--checkpoint", "RUN", "--prompt", "caf\udce9"], r"'caf\udce9': is not utf-8 text; give UTF-8"),
+    (["sample", "--checkpoint", "RUN", "--seed", "-1"], "--seed: expected an integer in [0, 2**63), got -1"),
+    (["data", "show", "--seed", str(2**63)], "--seed: expected an integer in [0, 2**63)"),
+    (["sample", "--checkpoint", ""], "--checkpoint: is empty; give a path"),
+    (["train", "--data", "", "--out", "OUT"], "--data: is empty; give a path"),
+    (["train", "--data", "DATA", "--out", ""], "--out: is empty; give a path"),
+    (
+        ["train", "--data", "~no user/x", "--out", "OUT"],
+        "--data: '~no user/x': the home folder '~no user' is not known",
+    ),
+    (["data", "show", "--config", "EMPTY", "--config=EMPTY"], "--config: is given more than once"),
+    (["data", "show", "--config", "FOLDER"], "cannot be read: Is a directory"),
+    (["parity", "--out", "OUT/report.json"], "expected a file in a folder that exists"),
     (["sample", "--checkpoint", "RUN", "--top-k", "0"], "top_k: expected"),
     (["sample", "--checkpoint", "RUN", "--temperature", "-1"], "temperature: expected"),
     (["sample", "--checkpoint", "RUN", "--backend", "cudnn"], "--backend: unknown backend 'cudnn'"),
@@ -203,9 +221,17 @@ FAILED = [
     (["train", "--data", "BINARY", "--out", "OUT"], "UTF-8"),
     (["sample", "--checkpoint", "missing"], "missing: no such file"),
     (["sample", "--checkpoint", "DATA"], "not a complete safetensors file"),
-    (["sample", "--checkpoint", "RUN", "--prompt", "☃"], "character '☃' at position 0"),
+    (["sample", "--checkpoint", "RUN", "--prompt", "☃"], "--prompt: character '☃' at position 0"),
+    (["sample", "--checkpoint", "RUN", "--prompt", "-x"], "--prompt: character '-' at position 0"),
+    (["train", "--data", "-x", "--out", "OUT"], "'-x' does not exist"),
+    (["parity", "--out", "/proc/report.json"], "'/proc/report.json'"),
+    (["bench", "--only", "embedding", "--out", "DATA/rows.jsonl"], "DATA/rows.jsonl: cannot be written"),
     (["sample", "--checkpoint", "FOLDER"], "holds no checkpoint; expected the folder of a run"),
 ]
+
+
+def _place(places: dict[str, Path]):
+    return lambda match: f"{match[1] or ''}{places[match[2]]}"
 
 
 @pytest.mark.parametrize(
@@ -222,9 +248,10 @@ def test_errors_are_one_line_with_the_right_code_and_change_nothing(
     places = {"DATA": text_file, "RUN": run, "OUT": tmp_path / "out", "FOLDER": tmp_path}
     places |= {name.upper(): tmp_path / name for name in ("empty", "short", "binary")}
     before = files(run)
-    assert main([str(places.get(a, a)) for a in arguments]) == code
+    replaced = [re.sub("^(--config=)?(DATA|RUN|OUT|FOLDER|EMPTY|SHORT|BINARY)", _place(places), a) for a in arguments]
+    assert main(replaced) == code
     captured = capsys.readouterr()
-    assert message in captured.err
+    assert message.replace("DATA", str(text_file)) in captured.err
     if "Unrecognized" not in captured.err and "Error parsing" not in captured.err and "unknown command" not in message:
         assert captured.err.count("\n") == 1, "one line"
     assert files(run) == before
@@ -239,10 +266,18 @@ def test_errors_are_one_line_with_the_right_code_and_change_nothing(
         ('lr = "fast"\n', "lr: expected a number, got 'fast'"),
         ("bias = 1\n", "bias: expected true or false"),
         ("data = 3\n", "data: expected text"),
+        ("seed = 2024-01-01\n", "seed: expected an integer, got datetime.date(2024, 1, 1)"),
+        ("seed = 1e400\n", "seed: expected an integer, got inf"),
+        ("lr = nan\n", "lr: expected a finite number"),
+        ("[train]\nlr = 0.1\n", "[train] is a table; write the settings themselves"),
+        ("data = {file = 'x'}\n", "[data] is a table"),
+        ("data = ['x']\n", "data: expected text, got ('x',)"),
+        ('data = ""\n', "--data: is empty"),
+        ("data = 'caf\udce9'\n", "run.toml: not a TOML file: not UTF-8"),
     ],
 )
 def test_bad_settings_files(text, message, tmp_path, capsys):
-    (tmp_path / "run.toml").write_text(text)
+    (tmp_path / "run.toml").write_bytes(text.encode(errors="surrogateescape"))
     arguments = ["--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")]
     if "data" not in text:
         arguments += ["--data", "x.txt"]
@@ -268,3 +303,245 @@ def test_output_into_a_closed_pipe_is_not_a_traceback(run):
     sample = shlex.join([sys.executable, "-m", "fastgpt", "sample", "--checkpoint", str(run), "--max-new-tokens=3000"])
     done = subprocess.run(["sh", "-c", f"{sample} | head -c 5"], capture_output=True, text=True)
     assert done.stderr == "" and len(done.stdout) == 5
+
+
+# --- paths ---
+
+
+def settings_classes() -> dict[str, type]:
+    made = cli._settings_class(cli._train_fields(), cli._TRAIN_HELP)
+    commands = {"train": made, "sample": cli.Sample, "data": cli.DataShow, "parity": cli.Parity, "bench": cli.Bench}
+    return {**commands, "learn": learn.Settings, **{name: studies.load(name).Settings for name in studies.STUDIES}}
+
+
+def test_every_setting_that_is_a_path_is_known_as_one():
+    """What help says is a file, a folder or a checkout; a new setting of that kind is to be added to PATHS."""
+    said = set()
+    for cls in settings_classes().values():
+        for base in cls.__mro__:
+            said |= set(
+                re.findall(r"^ +(\w+): (?:.*\b)?(?:files?|folders?|checkout|gpt\.py)\b", base.__doc__ or "", re.M)
+            )
+    names = {field.name for cls in settings_classes().values() for field in dataclasses.fields(cls)}
+    assert said & names == set(cli.PATHS)
+
+
+@pytest.mark.parametrize("name", sorted(cli.PATHS))
+def test_home_is_expanded_in_every_path_of_every_command(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty.toml").write_text("")
+    for command, cls in settings_classes().items():
+        if name not in {field.name for field in dataclasses.fields(cls)}:
+            continue
+        file = "~/empty.toml" if name == "config" else "~/a/b"
+        expected = str(tmp_path / file[2:])
+        for arguments in ([f"--{name}={file}"], [f"--{name}", file]):
+            value = getattr(cli._parse(cls, arguments, command), name)
+            assert value == ((expected,) if name == "results" else expected)
+        if name != "config":
+            text = f'["{file}"]' if name == "results" else f'"{file}"'
+            (tmp_path / "path.toml").write_text(f"{name} = {text}\n")
+            value = getattr(cli._parse(cls, ["--config=~/path.toml"], command), name)
+            assert value == ((expected,) if name == "results" else expected)
+
+
+def test_home_is_expanded_for_a_run_and_its_resumption(text_file, tmp_path, monkeypatch, capsys):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    shutil.copy(text_file, home / "text.txt")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert main(["train", "--data=~/text.txt", "--out=~/run", *SMALL]) == 0
+    stored = tomllib.loads((home / "run" / "config.toml").read_text())
+    assert stored["data"] == str(home / "text.txt") and stored["out"] == str(home / "run")
+    (home / "more.toml").write_text('out = "~/run"\nresume = true\nmax_steps = 9\n')
+    assert main(["train", "--config=~/more.toml"]) == 0
+    assert main(["sample", "--checkpoint=~/run", "--max-new-tokens", "2"]) == 0
+    assert list(here.iterdir()) == [], "no folder is called ~"
+
+
+def test_a_run_that_was_moved_resumes_from_another_directory(text_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").mkdir(), (tmp_path / "b" / "c").mkdir(parents=True)
+    shutil.copy(text_file, tmp_path / "text.txt")
+    monkeypatch.chdir(tmp_path / "a")
+    assert main(["train", "--data", "../b/../text.txt", "--out", "../a/run", *SMALL]) == 0
+    shutil.move(tmp_path / "a" / "run", tmp_path / "b" / "moved")
+    monkeypatch.chdir(tmp_path / "b" / "c")
+    capsys.readouterr()
+    assert main(["train", "--out", "../moved", "--resume", "--max-steps", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "data:" not in said and "tokenizer:" not in said and "step 9:" in said
+
+
+def test_files_may_begin_with_a_byte_order_mark(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    for file in (copy / "config.toml", tmp_path / "more.toml"):
+        text = file.read_text() if file.exists() else "max_steps = 7\n"
+        file.write_text("\ufeff" + text)
+    assert main(["train", "--out", str(copy), "--resume", "--config", str(tmp_path / "more.toml")]) == 0
+    assert "max_steps: 6 -> 7" in capsys.readouterr().out
+
+
+# --- values ---
+
+
+def test_a_value_may_begin_with_a_dash():
+    def parsed(*arguments: str) -> cli.Sample:
+        return cli._parse(cli.Sample, arguments, "sample")
+
+    for text in ("-x", "--x", "-", "--", "- a", "-1", "--prompt=x", "a=b"):
+        assert parsed("--prompt=" + text).prompt == text
+        assert text == "--prompt=x" or parsed("--top-k", "3", "--prompt", text, "--seed", "4").prompt == text
+    assert parsed("--max_new_tokens", "3", "--top-p", "0.5").max_new_tokens == 3
+    assert cli._parse(cli.Bench, ["--only", "a", "b", "--quick"], "bench").only == ("a", "b")
+
+
+def test_a_missing_value_is_not_the_next_option(run, capsys):
+    assert main(["sample", "--checkpoint", str(run), "--prompt", "--seed", "3"]) == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+def test_the_largest_seed_works(run, text_file, tmp_path, capsys):
+    seed = str(2**63 - 1)
+    assert main(["train", "--data", str(text_file), "--out", str(tmp_path / "out"), "--seed", seed, *SMALL]) == 0
+    assert main(["sample", "--checkpoint", str(run), "--seed", seed, "--max-new-tokens", "2"]) == 0
+    assert main(["data", "show", "--seed", seed]) == 0
+
+
+def test_the_backends_are_those_of_the_ops():
+    assert config.BACKENDS == BACKENDS
+
+
+# --- consoles ---
+
+
+@pytest.fixture(scope="module")
+def unicode_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unicode")
+    (folder / "text.txt").write_text("☃é€ ж" * 300, encoding="utf-8")
+    assert main(["train", "--data", str(folder / "text.txt"), "--out", str(folder / "run"), *SMALL]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "utf-16", "koi8-r"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_console_gets_the_characters_it_lacks_escaped(encoding, errors, unicode_run, monkeypatch):
+    def said(encoding: str, errors: str) -> str:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+        monkeypatch.setattr(sys, "stdout", stream)
+        arguments = "--prompt ☃é --max-new-tokens 40 --seed 5 --temperature 3".split()
+        assert main(["sample", "--checkpoint", str(unicode_run), *arguments]) == 0
+        assert (stream.errors == errors) == encoding.startswith("utf"), "what can take any text stays as it is"
+        return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+    whole = said("utf-8", "strict")
+    assert len(whole) == 2 + 40 + 1
+    assert said(encoding, errors) == whole.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def fastgpt(arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", f"{sys.executable} -m fastgpt {arguments}"], capture_output=True, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("command", ["--help", "data show", "train --help"])
+def test_a_full_disk_under_stdout_is_one_line(command):
+    done = fastgpt(f"{command} > /dev/full", text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "data show", "train --help"])
+def test_a_closed_stdout_or_a_reader_that_has_gone_is_no_failure(command):
+    for shell in (f"{command} >&-", f"{command} >&- 2>&-", f"{command} | true; exit ${{PIPESTATUS[0]}}"):
+        done = fastgpt(shell, text=True)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", ""), shell
+
+
+def test_training_whose_reader_has_gone_has_not_done_its_work(text_file, tmp_path):
+    def arguments(out: str) -> str:
+        return f"train --data {text_file} --out {tmp_path / out} {' '.join(SMALL)}"
+
+    done = fastgpt(f"{arguments('first')} | true; exit ${{PIPESTATUS[0]}}", text=True)
+    assert done.returncode == 1
+    assert done.stderr == "fastgpt train: stopped: whatever read its output has gone\n"
+    assert fastgpt(f"{arguments('second')} >&-").returncode == 0, "one that is closed takes everything"
+    assert len(read_metrics(tmp_path / "second" / "metrics.jsonl")) == 5
+
+
+# --- Ctrl-C ---
+
+
+def interrupted(code: str, folder: Path, *command: str) -> subprocess.CompletedProcess:
+    """The end of a process that prints "busy" somewhere in `code` and then gets a SIGINT."""
+    (folder / "program.py").write_text(textwrap.dedent(code))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    arguments = command or ("program.py",)
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+SLOW = "import time\nprint('busy', flush=True)\ntime.sleep(60)\n"
+
+
+@pytest.mark.parametrize(
+    "end", ["finally: pass", "except BaseException: pass", "except BaseException: raise ImportError"]
+)
+def test_ctrl_c_amid_the_import_of_torch_is_one_line(end, tmp_path):
+    """A torch that takes long, and does with an exception what C code might do with it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"try:\n{textwrap.indent(SLOW, '    ')}{end}\n")
+    done = interrupted("", tmp_path, "-m", "fastgpt", "doctor")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "", "fastgpt: stopped")
+
+
+def test_ctrl_c_amid_a_command_is_one_line(tmp_path):
+    code = f"""
+        import sys
+        from fastgpt import __main__, cli
+
+        def slow(arguments):
+            try:
+                exec({SLOW!r})
+            finally:
+                print("tidied up")
+
+        cli.COMMANDS["doctor"] = (slow, "")
+        sys.argv = ["fastgpt", "doctor"]
+        sys.exit(__main__.main())
+    """
+    done = interrupted(code, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "tidied up\n", "fastgpt doctor: stopped")
+
+
+def test_ctrl_c_after_a_command_changes_nothing(tmp_path):
+    code = f"""
+        import atexit, sys
+        from fastgpt import __main__, cli
+
+        atexit.register(lambda: exec({SLOW.replace("60", "1")!r}))
+        cli.COMMANDS["doctor"] = (lambda arguments: 0, "")
+        sys.argv = ["fastgpt", "doctor"]
+        sys.exit(__main__.main())
+    """
+    done = interrupted(code, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path):
+    code = """
+        import signal, sys
+        from fastgpt import __main__
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.argv = ["fastgpt", "--version"]
+        __main__.main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True)

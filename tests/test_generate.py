@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from fastgpt import GPT, GPTConfig
 from fastgpt.generate import next_token, stream
 
-
 WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

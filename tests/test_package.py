@@ -1,4 +1,4 @@
-"""What is installed: the wheel's contents, and what `import fastgpt` imports."""
+"""What is installed: the wheel's contents, and what an import and a command import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_the_wheels_metadata(wheel):
         assert wanted in metadata
     for extra in ("plot", "data", "bench", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
-    assert "fastgpt = fastgpt.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "fastgpt = fastgpt.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in archive.namelist()
 
 
@@ -108,19 +109,80 @@ torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, t))
     assert python(code, cwd=tmp_path, PYTHONPATH=str(site)).startswith(str(site))
 
 
-def test_the_import_adds_only_its_own_modules_and_the_standard_librarys_to_torch():
+def imported(code: str, before: str = "pass") -> set[str]:
+    """The modules that `code` imports in a new process, beyond those that are there after `before`."""
+    code = f"import sys\n{before}\nthere = set(sys.modules)\n{code}\nprint('\\n', *(set(sys.modules) - there))"
+    return set(python(code).splitlines()[-1].split())
+
+
+def test_the_package_alone_imports_nothing_heavy():
+    assert imported("import fastgpt", before="import os, typing") == {"fastgpt"}
+    light = imported("from fastgpt import GPTConfig")
+    assert "fastgpt.config" in light and "torch" not in light and "numpy" not in light
+
+
+@pytest.mark.parametrize("use", ["from fastgpt import GPT", "import fastgpt; fastgpt.ops.attention"])
+def test_its_names_add_only_their_own_modules_and_the_standard_librarys_to_torch(use):
     """How long it takes is for `fastgpt bench --only import` to say."""
-    code = """
-import sys, torch
-before = set(sys.modules)
-import fastgpt
-print(*set(sys.modules) - before)
-"""
-    added = {name for name in python(code).split() if name.split(".")[0] not in sys.stdlib_module_names}
+    added = {name for name in imported(use, before="import torch") if name.split(".")[0] not in sys.stdlib_module_names}
     assert {name.split(".")[0] for name in added} <= {"fastgpt", "torch"}, "which of torch's differs by version"
     assert not [name for name in added if name.startswith(("torch._dynamo", "torch._inductor"))], "they take seconds"
     commands = ("cli", "data", "doctor", "learn", "parity", "report", "studies", "tokenizer", "train", "triton_kernels")
     assert "fastgpt.ops" in added and not [name for name in added if name.split(".")[1:2] in [[c] for c in commands]]
+
+
+COMMANDS_WITHOUT_TORCH = [
+    (["--help"], 0),
+    (["--version"], 0),
+    (["fly"], 2),
+    (["train", "--help"], 0),
+    (["train"], 2),
+    (["train", "--data", "x", "--out", "y", "--n-embd", "7", "--n-head", "2"], 2),
+    (["train", "--data", "x", "--out", "y", "--backend", "cudnn"], 2),
+    (["sample", "--checkpoint", "x", "--prompt", ""], 2),
+    (["parity", "--help"], 0),
+    (["study", "--help"], 0),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code"), COMMANDS_WITHOUT_TORCH, ids=lambda v: str(v))
+def test_help_and_wrong_use_need_no_torch(arguments, code):
+    found = imported(f"from fastgpt.cli import main\nassert main({arguments!r}) == {code}")
+    assert "fastgpt.cli" in found and not {"torch", "numpy"} & found
+
+
+def test_names_are_found_in_every_way():
+    from fastgpt import ops
+
+    script = """
+        import pickle, sys
+        from types import ModuleType
+        import fastgpt
+        assert {"GPT", "GPTConfig", "BackendError", "use_backend", "ops"} <= set(dir(fastgpt))
+        assert not hasattr(fastgpt, "nothing") and "torch" not in sys.modules
+        config = pickle.loads(pickle.dumps(fastgpt.GPTConfig(n_layer=2)))
+        assert config == fastgpt.GPTConfig(n_layer=2) and "torch" not in sys.modules
+        assert isinstance(fastgpt.ops, ModuleType) and fastgpt.ops is sys.modules["fastgpt.ops"]
+        import fastgpt.ops as ops
+        from fastgpt import *
+        assert GPT is fastgpt.GPT and ops is fastgpt.ops and pickle.loads(pickle.dumps(GPT)) is GPT
+        assert issubclass(BackendError, ValueError) and use_backend is fastgpt.ops.backend.use_backend
+        try:
+            from fastgpt import nothing
+        except ImportError as error:
+            assert "nothing" in str(error)
+        else:
+            raise AssertionError
+    """
+    python(textwrap.dedent(script))
+    assert ops.attention.__name__ == "attention"
+
+
+def test_type_checkers_know_the_names(tmp_path):
+    mypy = pytest.importorskip("mypy.api")
+    (tmp_path / "program.py").write_text("import fastgpt\nfastgpt.GPT(fastgpt.GPTConfig())\nfastgpt.nothing\n")
+    said, _, _ = mypy.run(["--ignore-missing-imports", "--cache-dir", os.devnull, str(tmp_path / "program.py")])
+    assert said.count("error:") == 1 and 'Module has no attribute "nothing"' in said, said
 
 
 def test_public_names():
