@@ -377,7 +377,8 @@ def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
 
 
 class _FlashSteps(torch.autograd.Function):
-    """The steps of PyTorch's flash kernel, with what it rounds to the dtype of q rounded: weights, output, dS.
+    """The steps of PyTorch's flash kernel, with what it rounds to the dtype of q rounded: weights, output, dS. Of the
+    weights it keeps each row's logsumexp, in float32, from which backward makes them again.
 
     (FlashAttention-2, Dao 2023, algorithms 1 and 2; sums are float32.) It stands for that kernel where the kernel
     itself cannot be measured: on a CPU, and with a dropout mask that is given.
@@ -386,9 +387,11 @@ class _FlashSteps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keep, mask, scale):
         wide = torch.promote_types(q.dtype, torch.float32)
-        scores = q.to(wide) @ k.transpose(-2, -1).to(wide) * scale
-        weights = torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1).nan_to_num(0.0)  # NaN: sees no key
+        scores = (q.to(wide) @ k.transpose(-2, -1).to(wide) * scale).masked_fill(~mask, -math.inf)
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # NaN: sees no key
         out = ((weights * keep).to(q.dtype).to(wide) @ v.to(wide)).to(q.dtype)
+        logsumexp = torch.logsumexp(scores, dim=-1, keepdim=True)
+        weights = torch.exp(scores - logsumexp).nan_to_num(0.0)
         ctx.save_for_backward(q, k, v, keep, weights, out)
         ctx.scale = scale
         return out

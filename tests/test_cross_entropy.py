@@ -579,3 +579,48 @@ def test_an_infinite_class_weight_stays_with_its_class(dtype: torch.dtype, reduc
         op(logits, torch.arange(1, 7), weight=weight, reduction=reduction).sum().backward()
         gradients.append(logits.grad)
     torch.testing.assert_close(*gradients, rtol=0.02, atol=4e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.2}, {"reduction": "sum"}, {"reduction": "none"}], ids=str
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_ignored_row_counts_for_nothing(value: float, options: dict, backend: str) -> None:
+    """Its loss and gradient are 0 whatever its logits are, where PyTorch's gradient is NaN; the others' stay right."""
+    logits, targets = normal(5, 7).detach(), classes(7, 5)
+    logits[2], targets[2] = value, -100
+    weight = torch.rand(7) + 0.5
+    for class_weight in (None, weight):
+        leaf = logits.clone().requires_grad_()
+        loss = ops.cross_entropy(leaf, targets, weight=class_weight, backend=backend, **options)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        kept = torch.tensor([0, 1, 3, 4])
+        clean = logits[kept].requires_grad_()
+        expected = F.cross_entropy(clean, targets[kept], weight=class_weight, **options)
+        torch.testing.assert_close(loss[kept] if options.get("reduction") == "none" else loss, expected)
+        torch.testing.assert_close(gradient[kept], torch.autograd.grad(expected.sum(), clean)[0])
+        assert torch.equal(gradient[2], torch.zeros(7))
+        exact_weight = None if class_weight is None else weight.double()
+        oracle = reference.cross_entropy(logits.double(), targets, weight=exact_weight, **options)
+        torch.testing.assert_close(loss, oracle.to(loss.dtype))
+
+
+def test_shapes_as_people_hold_them() -> None:
+    """The error for logits (B, T, V) with targets (B, T), and for targets of another shape, says what to pass."""
+    logits, targets = torch.randn(2, 3, 5), classes(5, 2, 3)
+    with pytest.raises(ValueError, match=r"targets: .*pass logits\.flatten\(0, -2\) and targets\.flatten\(\)") as error:
+        ops.cross_entropy(logits, targets)
+    assert ops.cross_entropy(logits.flatten(0, -2), targets.flatten()).isfinite(), str(error.value)
+    with pytest.raises(ValueError, match=r"pass targets\.flatten\(\)"):
+        ops.cross_entropy(logits.flatten(0, 1), targets)
+    with pytest.raises(ValueError, match=r"pass targets\.flatten\(\)"):
+        ops.cross_entropy(logits.flatten(0, 1), targets.view(6, 1))
+    x, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
+    assert ops.linear_cross_entropy(x, weight, targets).isfinite(), "(B, T, C) with (B, T) is what it takes"
+    with pytest.raises(ValueError, match=r"pass targets\.view\(2, 3\)"):
+        ops.linear_cross_entropy(x, weight, targets.flatten())
+    with pytest.raises(ValueError, match=r"pass targets\.flatten\(\)"):
+        ops.linear_cross_entropy(x.flatten(0, 1), weight, targets)
+    with pytest.raises(ValueError, match=r"got \(5,\)$"):
+        ops.linear_cross_entropy(x, weight, classes(5, 5))

@@ -114,10 +114,10 @@ TOKENS, TABLE = torch.tensor([[0, 1], [2, 3]]), torch.randn(4, 6)
             r"tokens: positions 3\.\.4 do not fit the 4 rows",
         ),
         ({"position_offset": -1}, ValueError, "position_offset: "),
-        ({"position_offset": 2**63}, ValueError, "position_offset: expected a 64-bit int"),
+        ({"position_offset": 2**63}, ValueError, "position_offset: expected a 64-bit integer"),
         ({"token_table": TABLE.to_sparse()}, TypeError, "token_table: expected a dense tensor"),
-        ({"position_offset": 1.0}, ValueError, "position_offset: "),
-        ({"position_offset": True}, ValueError, "position_offset: "),
+        ({"position_offset": 1.0}, TypeError, "position_offset: "),
+        ({"position_offset": True}, TypeError, "position_offset: "),
     ],
 )
 def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,23 +54,40 @@ def check_bool(name: str, value: bool) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
-def check_number(name: str, value: float) -> None:
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+def as_number(name: str, value: Any) -> Any:
+    """`value`, any real number, as one of Python's; a symbolic one stays as it is."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-def check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:
-    check_number("dropout_p", dropout_p)
+def as_int64(name: str, value: Any, expected: str = "an int") -> int:
+    """`value`, anything with ``__index__`` that is no bool (numpy's integers, say), as an int of 64 bits."""
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}") from None
+    elif isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got {value}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
+    return value
+
+
+def as_dropout(dropout_p: Any, seed: Any) -> tuple[float, int | Tensor | None]:
+    """(dropout_p, seed), checked."""
+    dropout_p = as_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim != 0:
             raise TypeError(f"seed: expected an int or a 0-dim int64 tensor, got {seed.dtype} {tuple(seed.shape)}")
     elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed: expected an int or a 0-dim int64 tensor, got {type(seed).__name__}")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+        seed = as_int64("seed", seed, "an int or a 0-dim int64 tensor")
+    return dropout_p, seed
 
 
 def check_reduction(reduction: str) -> None:
@@ -74,17 +95,19 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
-
-
-def check_label_smoothing(label_smoothing: float) -> None:
-    check_number("label_smoothing", label_smoothing)
+def as_label_smoothing(label_smoothing: Any) -> float:
+    """`label_smoothing`, checked."""
+    label_smoothing = as_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    return label_smoothing
+
+
+def same_number_hint(tensor: Tensor, expected: torch.Size) -> str:
+    """What to do with targets that are as many as expected, in another shape."""
+    if tensor.numel() != expected.numel():
+        return ""
+    return f"; they are as many: pass targets.{'flatten()' if len(expected) == 1 else f'view{tuple(expected)}'}"
 
 
 def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: int | None = None) -> IndexError:

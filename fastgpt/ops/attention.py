@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import autocast_dtype, check_bool, check_dropout, check_float, check_like, check_number
+from .arguments import as_dropout, as_number, autocast_dtype, check_bool, check_float, check_like
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .flops import register_flops
@@ -66,10 +66,10 @@ def attention(
         raise ValueError(f"q: head size {D} is outside 1..{MAX_HEAD_SIZE}")
     check_bool("is_causal", is_causal)
     if scale is not None:
-        check_number("scale", scale)
+        scale = as_number("scale", scale)
         if not math.isfinite(scale):
             raise ValueError(f"scale: expected a finite number or None, got {scale}")
-    check_dropout(dropout_p, seed)
+    dropout_p, seed = as_dropout(dropout_p, seed)
     return dispatch("attention", backend, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 

@@ -22,14 +22,15 @@ from torch import Tensor, int64, strided
 from . import native
 from .arguments import (
     FLOATS,
+    as_int64,
+    as_label_smoothing,
     autocast_dtype,
     check_float,
-    check_ignore_index,
     check_index,
-    check_label_smoothing,
     check_like,
     check_reduction,
     first_out_of_range,
+    same_number_hint,
 )
 from .backend import dispatch, register
 from .flops import product_flops, register_flops
@@ -59,10 +60,12 @@ def cross_entropy(
     """-log softmax(logits)[target], as `torch.nn.functional.cross_entropy` defines it for class indices.
 
     Args:
-        logits: (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64; never changed.
+        logits: (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64; never changed. The classes
+            are dimension 1, as in PyTorch: of a model's (B, T, V) pass logits.flatten(0, 1) and targets.flatten().
         targets: (), (N,) or (N, d1, ..., dk), int64 or int32, each in [0, C) or `ignore_index`.
         weight: (C,), like logits, without gradient: a factor per class; None is 1.
-        ignore_index: targets of this value count for nothing.
+        ignore_index: targets of this value count for nothing: their rows have the loss 0 and the gradient 0, even where
+            their logits are not finite (PyTorch's gradient is NaN there).
         reduction: "mean" (over the targets' weights), "sum" or "none".
         label_smoothing: in [0, 1].
         backend: "auto", "torch" or "native".
@@ -72,7 +75,7 @@ def cross_entropy(
         (on CUDA the error surfaces as PyTorch's would).
     """
     if not _is_plain(logits, targets, weight, ignore_index, reduction, label_smoothing):
-        _check(logits, targets, weight, ignore_index, reduction, label_smoothing)
+        ignore_index, label_smoothing = _check(logits, targets, weight, ignore_index, reduction, label_smoothing)
     return dispatch("cross_entropy", backend, logits, targets, weight, ignore_index, reduction, label_smoothing)
 
 
@@ -111,13 +114,14 @@ def _is_plain(
 
 def _check(
     logits: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> None:
+) -> tuple[int, float]:
+    """Returns ignore_index and label_smoothing as numbers of Python."""
     check_float("logits", logits)
     check_index("targets", targets)
     check_like("targets", targets, "logits", logits, dtype=False)
     check_reduction(reduction)
-    check_label_smoothing(label_smoothing)
-    check_ignore_index(ignore_index)
+    label_smoothing = as_label_smoothing(label_smoothing)
+    ignore_index = as_int64("ignore_index", ignore_index)
     if logits.ndim == 0:
         raise ValueError("logits: expected (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
     class_dim = 0 if logits.ndim == 1 else 1
@@ -126,8 +130,12 @@ def _check(
         raise ValueError(f"logits: expected at least one class, got shape {tuple(logits.shape)}")
     expected = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
     if targets.shape != expected:
+        hint = same_number_hint(targets, expected)
+        if logits.ndim > 2 and targets.shape == logits.shape[:-1]:
+            hint = "; the classes are dimension 1: pass logits.flatten(0, -2) and targets.flatten()"
         raise ValueError(
-            f"targets: expected shape {tuple(expected)} to fit logits {tuple(logits.shape)}, got {tuple(targets.shape)}"
+            f"targets: expected shape {tuple(expected)} to fit logits {tuple(logits.shape)}, "
+            f"got {tuple(targets.shape)}{hint}"
         )
     if weight is not None:
         check_float("weight", weight, ndim=1)
@@ -136,6 +144,7 @@ def _check(
             raise ValueError(f"weight: expected shape ({C},), one factor per class, got {tuple(weight.shape)}")
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("weight: class weights get no gradient; pass weight.detach()")
+    return ignore_index, label_smoothing
 
 
 def linear_cross_entropy(
@@ -167,8 +176,8 @@ def linear_cross_entropy(
     check_float("weight", weight, ndim=2)
     check_index("targets", targets)
     check_reduction(reduction)
-    check_label_smoothing(label_smoothing)
-    check_ignore_index(ignore_index)
+    label_smoothing = as_label_smoothing(label_smoothing)
+    ignore_index = as_int64("ignore_index", ignore_index)
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
     check_like("targets", targets, "x", x, dtype=False)
     check_like("weight", weight, "x", x, dtype=dtype is None)
@@ -183,6 +192,7 @@ def linear_cross_entropy(
     if targets.shape != x.shape[:-1]:
         raise ValueError(
             f"targets: expected shape {tuple(x.shape[:-1])} to fit x {tuple(x.shape)}, got {tuple(targets.shape)}"
+            f"{same_number_hint(targets, x.shape[:-1])}"
         )
     if bias is not None:
         check_float("bias", bias, ndim=1)
@@ -220,9 +230,11 @@ def _torch(
 ) -> Tensor:
     if reduction == "mean" and logits.dtype == torch.float16 and autocast_dtype(logits) is None:
         return _torch_float16_mean(logits, targets, weight, ignore_index, label_smoothing)
+    # An ignored row of NaN would have a gradient of NaN.
+    ignored = (targets == ignore_index).unsqueeze(0 if logits.ndim == 1 else 1)
     try:
         return F.cross_entropy(
-            logits,
+            logits.masked_fill(ignored, 0.0),
             targets.long(),
             weight=weight,
             ignore_index=ignore_index,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .arguments import check_float, check_index, check_like, first_out_of_range
+from .arguments import as_int64, check_float, check_index, check_like, first_out_of_range
 from .backend import dispatch, register
 from .library import (
     below_autograd,
@@ -51,9 +51,9 @@ def embedding(
     check_like("tokens", tokens, "token_table", token_table, dtype=False)
     if token_table.shape[0] == 0 and tokens.numel() > 0:
         raise IndexError(f"token_table: has no rows for tokens of shape {tuple(tokens.shape)}")
-    is_int = isinstance(position_offset, (int, torch.SymInt)) and not isinstance(position_offset, bool)
-    if not is_int or not 0 <= position_offset < 2**63:
-        raise ValueError(f"position_offset: expected a 64-bit int of at least 0, got {position_offset!r}")
+    position_offset = as_int64("position_offset", position_offset)
+    if position_offset < 0:
+        raise ValueError(f"position_offset: expected an int of at least 0, got {position_offset}")
     if position_table is not None:
         check_float("position_table", position_table, ndim=2)
         check_like("position_table", position_table, "token_table", token_table)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import autocast_dtype, check_dropout, check_float, check_like, check_number
+from .arguments import as_dropout, as_number, autocast_dtype, check_float, check_like
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
@@ -30,7 +30,7 @@ def layer_norm(
     Raises: TypeError, ValueError naming the argument; BackendError where a named backend cannot serve.
     """
     check_float("x", x)
-    _check_affine(x, x.dtype, weight, bias, eps)
+    eps = _check_affine(x, x.dtype, weight, bias, eps)
     return dispatch("layer_norm", backend, x, weight, bias, eps)
 
 
@@ -64,13 +64,13 @@ def add_layer_norm(
     check_like("residual", residual, "x", x, dtype=False)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
-    _check_affine(x, torch.promote_types(x.dtype, residual.dtype), weight, bias, eps)
-    check_dropout(dropout_p, seed)
+    eps = _check_affine(x, torch.promote_types(x.dtype, residual.dtype), weight, bias, eps)
+    dropout_p, seed = as_dropout(dropout_p, seed)
     return dispatch("add_layer_norm", backend, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
 
 
-def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-    """`dtype` is that of what is normalised."""
+def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, eps: float) -> float:
+    """`dtype` is that of what is normalised. Returns eps as a number."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., C) with C at least 1, got {tuple(x.shape)}")
     same_dtype = autocast_dtype(x) is None  # autocast casts, or mixes, as PyTorch's own op does
@@ -87,9 +87,10 @@ def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | 
             raise ValueError(
                 f"{name}: expected shape ({x.shape[-1]},) to fit x {tuple(x.shape)}, got {tuple(tensor.shape)}"
             )
-    check_number("eps", eps)
+    eps = as_number("eps", eps)
     if not eps >= 0.0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    return eps
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:

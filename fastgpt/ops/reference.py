@@ -80,11 +80,12 @@ def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction=
     else:
         was_one_row = False
     C = logits.shape[1]
+    counted = targets != ignore_index
     x = logits.movedim(1, -1)  # (N, C, d1, ..., dk) -> (N, d1, ..., dk, C)
+    x = x.masked_fill(~counted[..., None], 0.0)  # an ignored row counts for nothing, even where it is not finite
     shifted = x - x.detach().amax(-1, keepdim=True)
     log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
     w = torch.ones(C, dtype=x.dtype, device=x.device) if weight is None else weight
-    counted = targets != ignore_index
     t = torch.where(counted, targets, 0).long()
     row_weight = torch.where(counted, w[t], 0.0)
     loss = -row_weight * log_p.gather(-1, t[..., None])[..., 0] * (1.0 - label_smoothing)
