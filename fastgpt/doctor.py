@@ -11,6 +11,7 @@ import torch
 from . import __version__, ops
 from .ops import native
 from .ops.backend import BACKENDS, OPS, requested, unavailable
+from .ops.linear import linear_choice
 from .train import Precision, resolve_device
 
 
@@ -70,4 +71,22 @@ def report() -> str:
             reason = unavailable(backend, device)
             how = f" ({native.describe(device)})" if backend == "native" and reason is None else ""
             lines.append(f"  backend {backend}: {'ran' if reason is None else reason}{how}")
+        if device == "cpu":
+            lines += _products()
     return "\n".join(lines)
+
+
+def _products() -> list[str]:
+    """Which matrix products of a CPU are the extension's, and why the others are left to PyTorch's library."""
+    if unavailable("native", "cpu") is not None:
+        return ["  matrix products: PyTorch's library"]
+    reason = native.reason_for_library("matmul")
+    faster = "its own kernel was measured to be faster than the matrix library on processors like this one"
+    choices = {
+        "linear_cross_entropy": (reason is None, reason or faster),
+        "a few rows, in generation": linear_choice(),
+    }
+    lines = [f"  processor's maker: {native.cpu_maker()}"]
+    for what, (own, why) in choices.items():
+        lines.append(f"  products of {what}: {'the extension' if own else 'the library'} ({why})")
+    return lines

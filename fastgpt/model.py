@@ -7,9 +7,11 @@ before its last branch was added and that `branch`, and the next norm adds them.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +173,25 @@ class LanguageModel(nn.Module):
         if cache is None and why_called(self, LanguageModel.forward):
             return self(idx)[0][:, -1]
         return linear(self.lm_head, self.hidden(idx, cache)[:, -1])
+
+    @contextlib.contextmanager
+    def _kept_tied(self) -> Iterator[None]:
+        """A head that shares its weight with the token embedding still does so after parameters have been replaced."""
+        weight = getattr(self.lm_head, "weight", None)
+        tied = weight is not None and weight is getattr(getattr(self, "token_embedding", None), "weight", None)
+        yield
+        if tied:
+            cast(Any, self).token_embedding.weight = self.lm_head.weight
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As of torch.nn.Module; with assign=True, too, tied weights stay one parameter."""
+        with self._kept_tied():
+            return super().load_state_dict(*args, **options)
+
+    def to_empty(self, **options: Any) -> Any:
+        """As of torch.nn.Module; tied weights stay one parameter."""
+        with self._kept_tied():
+            return super().to_empty(**options)
 
     def num_parameters(self) -> int:
         """Number of parameters, shared ones once."""

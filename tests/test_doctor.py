@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastgpt import doctor
+from fastgpt.ops import native
 
 
 @pytest.fixture
@@ -60,3 +61,19 @@ def test_a_machine_without_a_gpu(elsewhere):
     text = doctor.report()
     assert "GPU: none that this PyTorch can use\ndevice auto: cpu, where dtype auto trains in float32" in text
     assert "\nOn cpu:\n" in text and "\nOn cuda:\n" not in text and "\nOn mps:\n" not in text
+
+
+@pytest.mark.parametrize("maker", ["amd", "intel", "other"])
+def test_whose_matrix_products_run(maker, monkeypatch):
+    """On processors where ours were not measured to be faster, the library is taken, and the report says so."""
+    monkeypatch.setattr(native, "cpu_maker", lambda: maker)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    if native.load("cpu").instruction_set() == "generic":
+        pytest.skip("no kernel of ours was measured with these instructions")
+    lines = doctor.report().splitlines()
+    assert f"  processor's maker: {maker}" in lines
+    products = [line for line in lines if line.startswith("  products of")]
+    assert len(products) == 2
+    for line in products:
+        assert ("the extension" in line) == (maker == "amd")
+        assert (f"this one's maker: {maker}" in line) == (maker != "amd")

@@ -1082,7 +1082,6 @@ def test_checkpoint_copies_of_a_model_stay_tied():
         assert torch.equal(other(idx)[0], model(idx)[0])
 
 
-@pytest.mark.xfail(strict=True, reason="assigned or materialised parameters are not tied again")
 @pytest.mark.parametrize("way", ["assign", "meta"])
 def test_checkpoint_loaded_by_assignment_stays_tied(way):
     """pytorch/pytorch#188346, Modalities/modalities#357: assign=True, or a model made on "meta", untied the head."""
