@@ -37,7 +37,7 @@ def measured() -> dict[tuple[int, str], dict]:
 @pytest.mark.parametrize(("arch", "name"), CASES, ids=lambda value: str(value))
 def test_budget(measured, arch, name):
     row, budget = measured[arch, name], BUDGETS[f"sm_{arch}"][name]
-    assert row["spilled_bytes"] == 0
+    assert row["spilled_bytes"] <= budget.get("spilled_bytes", 0)
     assert row["registers"] <= budget["registers"]
     assert row["shared_bytes"] <= min(budget["shared_bytes"], SHARED_LIMIT[arch])
     assert row["hgmma"] >= budget.get("hgmma", 0)

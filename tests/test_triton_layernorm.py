@@ -4,6 +4,8 @@ Without a GPU the kernels run on Triton's interpreter (see conftest.py). The mea
 at most twice the error of PyTorch's own op in the same dtype, plus a stated absolute tolerance.
 """
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -169,7 +171,70 @@ def test_opcheck(dropout_p):
         torch.library.opcheck(torch.ops.fastgpt.layer_norm_triton.default, (*arguments, torch.float32))
     x, weight = x.detach(), weight.detach()
     arguments = (x, x, x, weight, normal(2, 5), dropout_p, seed, torch.float32, torch.float32)
-    torch.library.opcheck(torch.ops.fastgpt.layer_norm_triton_backward.default, arguments)
+    for mask in ([True] * 4, [True, False, False, True], [False, True, True, False], [False, False, True, True]):
+        torch.library.opcheck(torch.ops.fastgpt.layer_norm_triton_backward.default, (*arguments, mask))
+
+
+class Spy:
+    """A kernel that notes what it is asked to write."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.launches.append({name for name, value in options.items() if name.startswith("WRITE") and value})
+            return self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("width", [24, 4100])
+@pytest.mark.parametrize("needs", list(product((True, False), repeat=4))[:-1], ids=str)
+def test_only_the_gradients_asked_for_are_computed(needs, width, dropout_p, monkeypatch):
+    """Of x, residual, weight and bias: what is computed is what all four together give, bit by bit."""
+    from fastgpt.triton_kernels import layernorm as kernels
+
+    torch.manual_seed(0)
+    inputs, grads = [normal(9, width), normal(9, width), normal(width), normal(width)], [normal(9, width)] * 2
+    options = {"dropout_p": dropout_p, "seed": 3, "backend": "triton"}
+    every = [x.clone().requires_grad_() for x in inputs]
+    wanted = torch.autograd.grad(ops.add_layer_norm(*every, **options), every, grads)
+    launches, made = [], []
+    for name in ("backward_kernel", "wide_backward_kernel", "affine_grad_kernel"):
+        monkeypatch.setattr(kernels, name, Spy(getattr(kernels, name), launches))
+    backward = kernels.backward
+    monkeypatch.setattr(kernels, "backward", lambda *args: made.append(backward(*args)) or made[-1])
+    for x, need in zip(inputs, needs, strict=True):
+        x.requires_grad_(need)
+    torch.autograd.backward(ops.add_layer_norm(*inputs, **options), grads)
+    for x, need, grad in zip(inputs, needs, wanted, strict=True):
+        assert torch.equal(x.grad, grad) if need else x.grad is None
+
+    needs_x, needs_residual, needs_weight, needs_bias = needs
+    shared = dropout_p == 0.0  # x and residual have one gradient then
+    written = {
+        "WRITE_GRAD_RESIDUAL": needs_residual or (shared and needs_x),
+        "WRITE_GRAD_X": needs_x and not shared,
+        "WRITE_GRAD_WEIGHT": needs_weight,
+        "WRITE_GRAD_BIAS": needs_bias,
+    }
+    assert set().union(*launches) == {name for name, value in written.items() if value}
+    assert len(launches) == (1 if width == 24 else (needs_x or needs_residual) + (needs_weight or needs_bias))
+    grad_residual, grad_x, grad_affine = made[0]
+    assert bool(grad_residual.numel()) == written["WRITE_GRAD_RESIDUAL"]
+    assert bool(grad_x.numel()) == written["WRITE_GRAD_X"] and grad_affine.shape == (needs_weight + needs_bias, width)
+
+
+def test_only_the_gradients_asked_for_under_compile():
+    loss = lambda *inputs: ops.layer_norm(*inputs, backend="triton").square().sum()  # noqa: E731
+    for needs in ((True, False, False), (False, True, False), (False, False, True)):
+        inputs = [x.requires_grad_(need) for x, need in zip((normal(5, 8), normal(8), normal(8)), needs, strict=True)]
+        asked = [x for x in inputs if x.requires_grad]
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        ours, expected = (torch.autograd.grad(f(*inputs), asked) for f in (compiled, loss))
+        torch.testing.assert_close(ours, expected)
 
 
 def test_double_backward_says_no():

@@ -15,7 +15,9 @@ logsumexp of each row is kept for backward.
     backward   two passes, so that every sum has one owner and no atomics are needed:
                dQ    a program owns queries, walks over keys; also makes delta = rowsum(dO * O) for the other pass
                dK dV a program owns keys, walks over queries, and over the query heads that share its key head
-               A head whose queries and keys fit one tile takes a single pass that makes all three.
+                          A head whose queries and keys fit one tile takes a single pass that makes all three.
+               Gradients that nobody asks for are not made: dQ alone takes one pass, dV alone the other.
+
     decoding   up to 8 queries against a long cache: the keys are split among programs, and a second kernel joins the
                parts by their logsumexps. The query heads that share a key head are rows of one tile: one read of k, v.
 
@@ -25,6 +27,7 @@ The long forward starts only as many programs as the chip holds, where equal pai
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -339,12 +342,14 @@ def one_tile_forward_kernel(
 @triton.jit
 def _add_to_grad_kv(
     grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
+    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, GRAD_SCORES: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(grad_k, grad_v, dS^T): one tile of queries added to the sums of one tile of keys.
 
     Scores are made transposed, (BLOCK_N, BLOCK_M), the layout in which the products with dO and q read them. dV is
-    finished before dP is begun, so that fewer tiles are alive at a time.
+    finished before dP is begun, so that fewer tiles are alive at a time. dS^T is None where neither GRAD_K nor
+    GRAD_SCORES asks for it.
     """
     weights = tl.exp2(_dot(k, tl.trans(q), PRECISION) * score_scale - lse[None, :])
     if MASKED:
@@ -354,12 +359,16 @@ def _add_to_grad_kv(
         dropped = tl.where(keep, weights * keep_scale, 0.0)
     else:
         dropped = weights
-    grad_v = _dot_add(round_to(dropped, q.dtype), grad_out, grad_v, PRECISION)
-    grad_weights = _dot(v, tl.trans(grad_out), PRECISION)
-    if DROPOUT:
-        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-    grad_scores = round_to(weights * (grad_weights - delta[None, :]), q.dtype)
-    grad_k = _dot_add(grad_scores, q, grad_k, PRECISION)
+    if GRAD_V:
+        grad_v = _dot_add(round_to(dropped, q.dtype), grad_out, grad_v, PRECISION)
+    grad_scores = None
+    if GRAD_K or GRAD_SCORES:
+        grad_weights = _dot(v, tl.trans(grad_out), PRECISION)
+        if DROPOUT:
+            grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+        grad_scores = round_to(weights * (grad_weights - delta[None, :]), q.dtype)
+    if GRAD_K:
+        grad_k = _dot_add(grad_scores, q, grad_k, PRECISION)
     return grad_k, grad_v, grad_scores
 
 
@@ -374,6 +383,8 @@ def _grad_q_tiles(
     for first_key in range(start, stop, BLOCK_N):
         k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
         v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+        if q.dtype == tl.float32:  # or the compiler reads all of q into registers and waits for k, v with them there
+            tl.debug_barrier()
         weights = tl.exp2(_dot(q, tl.trans(k), PRECISION) * score_scale - lse[:, None])
         if MASKED:
             seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
@@ -395,10 +406,14 @@ def grad_q_kernel(
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
     batch_size, n_heads, group, n_queries, n_keys, section, score_scale, scale, last_dropped, keep_scale,
+    GRAD_Q: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """GradQ and Out are (B, Tq, H, D) contiguous; Delta (B, H, Tq) float32 is written for `grad_kv_kernel`."""
+    """GradQ and Out are (B, Tq, H, D) contiguous; Delta (B, H, Tq) float32 is written for `grad_kv_kernel`.
+
+    Without GRAD_Q that is all it does.
+    """
     batch, head, tile = _locate(tl.program_id(0), batch_size, n_heads, tl.cdiv(n_queries, BLOCK_M), section, CAUSAL)
     first_query = tile * BLOCK_M
     q_source = (Q, q_batch_stride, q_head_stride, q_stride)
@@ -407,7 +422,6 @@ def grad_q_kernel(
     v_source = (V, v_batch_stride, v_head_stride, v_stride)
     out_stride = n_heads * HEAD_SIZE
     out_source = (Out, n_queries * tl.cast(out_stride, tl.int64), HEAD_SIZE, out_stride)
-    q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
     grad_out = _load_tile(
         grad_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D
     )
@@ -417,20 +431,22 @@ def grad_q_kernel(
     lse = tl.load(Lse + mask_row + tl.arange(0, BLOCK_M), mask=in_rows, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
     tl.store(Delta + mask_row + tl.arange(0, BLOCK_M), delta, mask=in_rows)
-    seed = tl.load(Seed) if DROPOUT else 0
-    unmasked_end, end = _key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
-    grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    grad_q = _grad_q_tiles(
-        grad_q, q, grad_out, lse, delta, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
-        n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-        HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    grad_q = _grad_q_tiles(
-        grad_q, q, grad_out, lse, delta, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
-        n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-        HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    _store_tile(GradQ, grad_q * scale, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+    if GRAD_Q:
+        q = _load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
+        seed = tl.load(Seed) if DROPOUT else 0
+        unmasked_end, end = _key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+        grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        grad_q = _grad_q_tiles(
+            grad_q, q, grad_out, lse, delta, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
+            HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        grad_q = _grad_q_tiles(
+            grad_q, q, grad_out, lse, delta, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
+            n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
+            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        _store_tile(GradQ, grad_q * scale, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
@@ -441,6 +457,7 @@ def grad_kv_kernel(
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
     batch_size, n_heads, group, n_queries, n_keys, section, score_scale, scale, last_dropped, keep_scale,
+    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -457,7 +474,9 @@ def grad_kv_kernel(
     k_source = (K, k_batch_stride, k_head_stride, k_stride)
     v_source = (V, v_batch_stride, v_head_stride, v_stride)
     k = _load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
-    v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
+    v = None
+    if GRAD_K:  # the gradient of v itself needs neither v nor delta
+        v = _load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
     seed = tl.load(Seed) if DROPOUT else 0
     start = tl.maximum(0, first_key - (n_keys - n_queries)) // BLOCK_M * BLOCK_M if CAUSAL else 0
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -474,17 +493,21 @@ def grad_kv_kernel(
             queries = first_query + tl.arange(0, BLOCK_M)
             # Rows that do not exist, and those that see no key, have a logsumexp of +inf: their weights are exactly 0.
             lse = tl.load(Lse + mask_row + queries, mask=queries < n_queries, other=float("inf"))
-            delta = tl.load(Delta + mask_row + queries, mask=queries < n_queries, other=0.0)
+            delta = None
+            if GRAD_K:
+                delta = tl.load(Delta + mask_row + queries, mask=queries < n_queries, other=0.0)
             seen = _seen(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
             keep = None
             if DROPOUT:
                 keep = keep_tile(seed, mask_row + first_query, first_key, last_dropped, BLOCK_M, BLOCK_N)
             grad_k, grad_v, _ = _add_to_grad_kv(
                 grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
-                CAUSAL, DROPOUT, PRECISION,
+                GRAD_K, GRAD_V, False, CAUSAL, DROPOUT, PRECISION,
             )  # fmt: skip
-    _store_tile(GradK, grad_k * scale, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
-    _store_tile(GradV, grad_v, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+    if GRAD_K:
+        _store_tile(GradK, grad_k * scale, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+    if GRAD_V:
+        _store_tile(GradV, grad_v, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "last_dropped"])
@@ -495,10 +518,11 @@ def one_tile_backward_kernel(
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
     n_heads, group, n_queries, n_keys, score_scale, scale, last_dropped, keep_scale,
+    GRAD_Q: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """All three gradients of the query heads of one key head, Tq <= BLOCK_M and Tk <= BLOCK_N.
+    """The gradients asked for of the query heads of one key head, Tq <= BLOCK_M and Tk <= BLOCK_N.
 
     One launch instead of two, and q, k, v, dO and the scores once instead of twice: what short sequences consist of.
     """
@@ -530,12 +554,15 @@ def one_tile_backward_kernel(
             keep = keep_tile(seed, mask_row, 0, last_dropped, BLOCK_M, BLOCK_N)
         grad_k, grad_v, grad_scores = _add_to_grad_kv(
             grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
-            True, DROPOUT, PRECISION,
+            GRAD_K, GRAD_V, GRAD_Q, True, DROPOUT, PRECISION,
         )  # fmt: skip
-        grad_q = _dot(tl.trans(grad_scores), k, PRECISION) * scale
-        _store_tile(GradQ, grad_q, batch, head, 0, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
-    _store_tile(GradK, grad_k * scale, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
-    _store_tile(GradV, grad_v, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+        if GRAD_Q:
+            grad_q = _dot(tl.trans(grad_scores), k, PRECISION) * scale
+            _store_tile(GradQ, grad_q, batch, head, 0, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+    if GRAD_K:
+        _store_tile(GradK, grad_k * scale, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+    if GRAD_V:
+        _store_tile(GradV, grad_v, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -625,8 +652,9 @@ def join_splits_kernel(
 
 # --- launch configurations --------------------------------------------------------------------------------------------
 #
-# Chosen by hand and held to tests/kernel_budgets.toml: no spills, and small enough that two programs share a
-# multiprocessor where the head size lets them, so that one's softmax runs beside the other's products.
+# Chosen by hand and held to tests/kernel_budgets.toml: no spills, but for a few bytes in float32, and small enough that
+# two programs share a multiprocessor where the head size lets them, so that one's softmax runs beside the other's
+# products.
 
 
 def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, block_d: int) -> dict[str, int]:
@@ -640,9 +668,9 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, block_d
     }
 
 
-def _float32_config(block_d: int) -> dict[str, int]:
+def _float32_config(block_d: int, num_warps: int) -> dict[str, int]:
     """Products of float32 take no tensor core: each lane holds whole rows of its operands, so tiles are small."""
-    return _config(16, 16, 4 if block_d <= 64 else 8, 1, block_d)
+    return _config(16, 16, num_warps, 1, block_d)
 
 
 def _block_d(head_size: int) -> int:
@@ -654,7 +682,7 @@ def forward_config(head_size: int, element_size: int, longest: int, descriptors:
     """`longest` is max(Tq, Tk). Masks of dropout take registers: there the same tile is spread over more warps."""
     d = _block_d(head_size)
     if element_size == 4:
-        return _float32_config(d)
+        return _float32_config(d, {128: 8, 256: 16}.get(d, 4))
     if descriptors:
         return _config(128, 64, 8 if dropout or d > 64 else 4, 3, d)
     if longest <= 32:  # of 16-bit elements, only heads above 128: the others fit one tile
@@ -680,7 +708,7 @@ def one_tile_forward_config(
 def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout: bool) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
-        return _float32_config(d)
+        return _float32_config(d, 4 if d <= 64 else 8)
     if descriptors:
         return _config(128, 32 if dropout and d > 64 else 64, 8, 3 if d <= 64 else 2, d)
     if d <= 128:
@@ -694,7 +722,7 @@ def grad_kv_config(
 ) -> dict[str, int]:
     d = _block_d(head_size)
     if element_size == 4:
-        return _float32_config(d)
+        return _float32_config(d, 4 if d <= 64 else 8)
     if descriptors:
         return _config(64 if d <= 64 or (group == 1 and not dropout) else 32, 128, 8, 2, d)
     if d <= 64:  # from sm_90 on, operands may stay in shared memory
@@ -715,11 +743,21 @@ def one_tile_config(head_size: int, element_size: int, longest: int, dropout: bo
 
 @lru_cache
 def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, int]:
-    """`n_rows`: query heads that share a key head, times queries."""
+    """`n_rows`: query heads that share a key head, times queries. See `decodes` for how many there may be."""
     d = _block_d(head_size)
-    config = _config(0, 32 if element_size == 4 or d > 128 else 64, 4, 1 if element_size == 4 else 2, d)
+    if element_size == 4:
+        config = _config(0, 16, 8 if d <= 128 else 4, 1, d)
+    else:
+        config = _config(0, 32 if d > 128 else 64, 4, 2, d)
     del config["BLOCK_M"]
     return config | {"ROWS": max(16, next_power_of_2(n_rows))}
+
+
+def decodes(head_size: int, element_size: int, n_queries: int, group: int) -> bool:
+    """Whether the queries of a key head are few enough to be rows of one tile that fits the registers."""
+    n_rows, d = group * n_queries, _block_d(head_size)
+    fits = n_rows <= 32 and n_rows * d <= 32 * 128 if element_size == 4 else n_rows * d <= 64 * 128
+    return n_queries <= MAX_DECODED_QUERIES and fits
 
 
 def persistent_programs(n_heads: int, n_tiles: int, num_warps: int, n_multiprocessors: int) -> int | None:
@@ -759,10 +797,17 @@ def _dense_heads(x: Tensor) -> Tensor:
     return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**24 else x.contiguous()
 
 
-def _describe(tensors: tuple[Tensor, ...], n_rows: int, config: dict[str, int]) -> tuple:
-    """Descriptors of tiles of `n_rows` rows of one head."""
-    block = [1, 1, n_rows, config["BLOCK_D"]]
-    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in tensors)
+def _sources(
+    of_queries: tuple[Tensor, ...], of_keys: tuple[Tensor, ...], descriptors: bool, config: dict[str, int]
+) -> tuple:
+    """The tensors as a kernel takes them: themselves, or descriptors of their tiles of one head."""
+    if not descriptors:
+        return of_queries + of_keys
+    return tuple(
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, config[n_rows], config["BLOCK_D"]])
+        for tensors, n_rows in ((of_queries, "BLOCK_M"), (of_keys, "BLOCK_N"))
+        for x in tensors
+    )
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -820,8 +865,7 @@ def forward(
     group = H // Hkv
     score_scale = scale * math.log2(math.e)
     constants = {"HEAD_SIZE": D, "CAUSAL": is_causal, "PRECISION": _precision(q.dtype)}
-    decodes = Tq <= MAX_DECODED_QUERIES and group * Tq * _block_d(D) <= 64 * 128  # rows that fit the registers
-    if decodes and dropout_p == 0.0:
+    if decodes(D, q.element_size(), Tq, group) and dropout_p == 0.0:
         config = decode_config(D, q.element_size(), group * Tq)
         n_splits, split_size = n_decode_splits(B * Hkv, Tk, config["BLOCK_N"], multiprocessors(q))
         if n_splits > 1:
@@ -839,16 +883,14 @@ def forward(
         return out, lse
     descriptors = _takes_descriptors(max(Tq, Tk), q, k, v)
     config = forward_config(D, q.element_size(), max(Tq, Tk), descriptors, dropout_p > 0.0)
-    sources = (q, k, v)
-    if descriptors:
-        sources = _describe((q,), config["BLOCK_M"], config) + _describe((k, v), config["BLOCK_N"], config)
     n_tiles, n_programs = cdiv(Tq, config["BLOCK_M"]), None
     if descriptors:
         n_programs = persistent_programs(B * H, n_tiles, config["num_warps"], multiprocessors(q))
     with device_of(q):
         forward_kernel[(n_programs or B * H * n_tiles,)](
-            *sources, out, lse, key, *_strides(q, k, v), B, H, group, Tq, Tk, _section(Tk, D, q.element_size()),
-            *factors, DESCRIPTORS=descriptors, PERSISTENT=n_programs is not None, **constants, **config,
+            *_sources((q,), (k, v), descriptors, config), out, lse, key, *_strides(q, k, v),
+            B, H, group, Tq, Tk, _section(Tk, D, q.element_size()), *factors,
+            DESCRIPTORS=descriptors, PERSISTENT=n_programs is not None, **constants, **config,
         )  # fmt: skip
     return out, lse
 
@@ -880,12 +922,19 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, laid out as (B, T, H, D) like `out`."""
+    """The gradients of q, k and v, laid out as (B, T, H, D) like `out`; empty where `output_mask` does not ask for one.
+
+    dQ alone takes one pass and dV alone the other; dK takes delta too, which the pass of dQ makes.
+    """
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1:3]
-    grad_q, grad_k, grad_v = empty_heads(q, H, Tq), empty_heads(k, Hkv, Tk), empty_heads(v, Hkv, Tk)
-    if grad_q.numel() == 0 or grad_k.numel() == 0:
+    needs_q, needs_k, needs_v = output_mask
+    grad_q = empty_heads(q, H, Tq) if needs_q else q.new_empty(0)
+    grad_k = empty_heads(k, Hkv, Tk) if needs_k else k.new_empty(0)
+    grad_v = empty_heads(v, Hkv, Tk) if needs_v else v.new_empty(0)
+    if q.numel() == 0 or k.numel() == 0 or not any(output_mask):
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     q, k, v, grad_out = _dense_heads(q), _dense_heads(k), _dense_heads(v), _dense_heads(grad_out)
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()  # as `forward` lays them out: no copy
@@ -901,28 +950,22 @@ def backward(
         if config is not None:
             one_tile_backward_kernel[(B * Hkv,)](
                 grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, key, *strides, H, group, Tq, Tk, *factors,
-                **constants, **config,
+                GRAD_Q=needs_q, GRAD_K=needs_k, GRAD_V=needs_v, **constants, **config,
             )  # fmt: skip
             return grad_q, grad_k, grad_v
         descriptors = _takes_descriptors(longest, q, k, v, grad_out)
         constants["DESCRIPTORS"] = descriptors
-        delta = torch.empty_like(lse)
-        config = grad_q_config(D, size, descriptors, dropout_p > 0.0)
-        sources = (grad_out, q, k, v)
-        if descriptors:
-            queries, keys = config["BLOCK_M"], config["BLOCK_N"]
-            sources = _describe((grad_out, q), queries, config) + _describe((k, v), keys, config)
-        grad_q_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
-            *sources, out, lse, delta, grad_q, key, *strides, B, H, group, Tq, Tk, section, *factors,
-            **constants, **config,
-        )  # fmt: skip
-        config = grad_kv_config(D, size, descriptors, dropout_p > 0.0, group, architecture(q))
-        sources = (grad_out, q, k, v)
-        if descriptors:
-            queries, keys = config["BLOCK_M"], config["BLOCK_N"]
-            sources = _describe((grad_out, q), queries, config) + _describe((k, v), keys, config)
-        grad_kv_kernel[(B * Hkv * cdiv(Tk, config["BLOCK_N"]),)](
-            *sources, lse, delta, grad_k, grad_v, key, *strides, B, H, group, Tq, Tk, section, *factors,
-            **constants, **config,
-        )  # fmt: skip
+        delta = torch.empty_like(lse) if needs_q or needs_k else lse.new_empty(0)
+        if needs_q or needs_k:
+            config = grad_q_config(D, size, descriptors, dropout_p > 0.0)
+            grad_q_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
+                *_sources((grad_out, q), (k, v), descriptors, config), out, lse, delta, grad_q, key, *strides,
+                B, H, group, Tq, Tk, section, *factors, GRAD_Q=needs_q, **constants, **config,
+            )  # fmt: skip
+        if needs_k or needs_v:
+            config = grad_kv_config(D, size, descriptors, dropout_p > 0.0, group, architecture(q))
+            grad_kv_kernel[(B * Hkv * cdiv(Tk, config["BLOCK_N"]),)](
+                *_sources((grad_out, q), (k, v), descriptors, config), lse, delta, grad_k, grad_v, key, *strides,
+                B, H, group, Tq, Tk, section, *factors, GRAD_K=needs_k, GRAD_V=needs_v, **constants, **config,
+            )  # fmt: skip
     return grad_q, grad_k, grad_v

@@ -13,10 +13,12 @@ Backward: with g = dy * weight, x_hat = (x - mean) * rstd and C columns (Ba et a
 
 The grid is persistent: each program walks over many rows and keeps its own sums of dweight and dbias in registers,
 writes them once as one float32 row, and a reduction over these few rows ends it. No atomics: same bits every time.
+Gradients that nobody asks for (of a frozen weight, of an input that needs none) are neither made nor written.
 Above `MAX_FUSED_WIDTH` columns the sums do not fit beside the row, nor does the row beside its gradient: one kernel
 goes through the row in blocks, twice, and a second one, tiled over columns, makes the sums.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -103,12 +105,15 @@ def backward_kernel(
     last_dropped,
     keep_scale,
     HAS_GRAD_SUM: tl.constexpr,
+    WRITE_GRAD_RESIDUAL: tl.constexpr,
     WRITE_GRAD_X: tl.constexpr,
+    WRITE_GRAD_WEIGHT: tl.constexpr,
+    WRITE_GRAD_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial is (2, programs, width) float32: the program's sums of dweight and of dbias."""
+    """Partial is (1 or 2, programs, width) float32: the program's sums of dweight and dbias, of those asked for."""
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < width
     weight = tl.load(Weight + columns, mask=in_row, other=0.0).to(tl.float32)
@@ -123,25 +128,31 @@ def backward_kernel(
         mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
         x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
-        grad_weight += grad_y * x_hat
-        grad_bias += grad_y
-        grad = grad_y * weight
-        along_mean = tl.sum(grad, axis=1) / width
-        along_x = tl.sum(grad * x_hat, axis=1) / width
-        grad = (grad - along_mean[:, None] - x_hat * along_x[:, None]) * rstd
-        if HAS_GRAD_SUM:
-            grad += tl.load(GradSum + rows * grad_sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        out = rows * width + columns
-        tl.store(GradResidual + out, round_to(grad, GradResidual.dtype.element_ty), mask=mask)
-        if WRITE_GRAD_X:
-            if DROPOUT:
-                keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
-                grad = tl.where(keep, grad * keep_scale, 0.0)
-            tl.store(GradX + out, round_to(grad, GradX.dtype.element_ty), mask=mask)
+        if WRITE_GRAD_WEIGHT:
+            grad_weight += grad_y * x_hat
+        if WRITE_GRAD_BIAS:
+            grad_bias += grad_y
+        if WRITE_GRAD_RESIDUAL or WRITE_GRAD_X:
+            grad = grad_y * weight
+            along_mean = tl.sum(grad, axis=1) / width
+            along_x = tl.sum(grad * x_hat, axis=1) / width
+            grad = (grad - along_mean[:, None] - x_hat * along_x[:, None]) * rstd
+            if HAS_GRAD_SUM:
+                grad += tl.load(GradSum + rows * grad_sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
+            out = rows * width + columns
+            if WRITE_GRAD_RESIDUAL:
+                tl.store(GradResidual + out, round_to(grad, GradResidual.dtype.element_ty), mask=mask)
+            if WRITE_GRAD_X:
+                if DROPOUT:
+                    keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
+                    grad = tl.where(keep, grad * keep_scale, 0.0)
+                tl.store(GradX + out, round_to(grad, GradX.dtype.element_ty), mask=mask)
     out = tl.program_id(0).to(tl.int64) * width + columns
-    tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
-    out += tl.num_programs(0).to(tl.int64) * width
-    tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
+    if WRITE_GRAD_WEIGHT:
+        tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
+        out += tl.num_programs(0).to(tl.int64) * width
+    if WRITE_GRAD_BIAS:
+        tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
 
 
 @triton.jit
@@ -162,6 +173,7 @@ def wide_backward_kernel(
     last_dropped,
     keep_scale,
     HAS_GRAD_SUM: tl.constexpr,
+    WRITE_GRAD_RESIDUAL: tl.constexpr,
     WRITE_GRAD_X: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -195,7 +207,8 @@ def wide_backward_kernel(
         if HAS_GRAD_SUM:
             grad += tl.load(GradSum + row * grad_sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
         out = row * width + columns
-        tl.store(GradResidual + out, round_to(grad, GradResidual.dtype.element_ty), mask=mask)
+        if WRITE_GRAD_RESIDUAL:
+            tl.store(GradResidual + out, round_to(grad, GradResidual.dtype.element_ty), mask=mask)
         if WRITE_GRAD_X:
             if DROPOUT:
                 keep = keep_tile(tl.load(Seed), row, start, last_dropped, 1, BLOCK)
@@ -213,6 +226,8 @@ def affine_grad_kernel(
     width,
     grad_y_stride,
     x_stride,
+    WRITE_GRAD_WEIGHT: tl.constexpr,
+    WRITE_GRAD_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -225,15 +240,19 @@ def affine_grad_kernel(
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         mask = (rows < n_rows) & in_row
         grad_y = tl.load(GradY + rows * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
-        rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
-        grad_weight += grad_y * tl.where(mask, (x - mean) * rstd, 0.0)
-        grad_bias += grad_y
+        if WRITE_GRAD_WEIGHT:
+            x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
+            rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
+            grad_weight += grad_y * tl.where(mask, (x - mean) * rstd, 0.0)
+        if WRITE_GRAD_BIAS:
+            grad_bias += grad_y
     out = tl.program_id(0).to(tl.int64) * width + columns
-    tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
-    out += tl.num_programs(0).to(tl.int64) * width
-    tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
+    if WRITE_GRAD_WEIGHT:
+        tl.store(Partial + out, tl.sum(grad_weight, axis=0)[None, :], mask=in_row)
+        out += tl.num_programs(0).to(tl.int64) * width
+    if WRITE_GRAD_BIAS:
+        tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
 
 
 def _block(width: int) -> int:
@@ -321,21 +340,27 @@ def backward(
     seed: Tensor | None,
     residual_dtype: torch.dtype,
     x_dtype: torch.dtype,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_residual, grad_x, grad_affine) of `forward`, whose normed tensor (x, or the sum h) is `x`.
 
-    grad_sum is the gradient of h, None where there is none. grad_x is empty where it would equal grad_residual:
-    without dropout and in the same dtype. grad_affine is (2, C): the gradients of weight and of bias.
+    grad_sum is the gradient of h, None where there is none. `output_mask` says which gradients are asked for: of x,
+    residual, weight and bias. grad_x is empty where it would equal grad_residual, without dropout and in the same
+    dtype: then grad_residual serves both. grad_affine is (asked for, C): the gradients of weight and of bias.
     """
     C = x.shape[-1]
     n_rows = x.numel() // C
-    write_grad_x = dropout_p > 0.0 or x_dtype != residual_dtype
-    grad_residual = torch.empty(x.shape, dtype=residual_dtype, device=x.device)
-    grad_x = torch.empty(x.shape if write_grad_x else (0,), dtype=x_dtype, device=x.device)
-    if n_rows == 0:
-        return grad_residual, grad_x, weight.new_zeros((2, C))
+    needs_x, needs_residual, needs_weight, needs_bias = output_mask
+    x_is_residual = dropout_p == 0.0 and x_dtype == residual_dtype
+    write_x, write_residual = needs_x and not x_is_residual, needs_residual or (needs_x and x_is_residual)
+    grad_residual = torch.empty(x.shape if write_residual else (0,), dtype=residual_dtype, device=x.device)
+    grad_x = torch.empty(x.shape if write_x else (0,), dtype=x_dtype, device=x.device)
+    n_affine = int(needs_weight) + int(needs_bias)
+    if n_rows == 0 or not any(output_mask):
+        return grad_residual, grad_x, weight.new_zeros((n_affine, C))
     rows, grad_rows = _rows(x), _rows(grad_y)
     grad_sum_rows = grad_rows if grad_sum is None else _rows(grad_sum)
+    sources = (grad_rows, grad_sum_rows, rows, weight.contiguous(), stats, stats if seed is None else seed)
     shared = (
         n_rows,
         C,
@@ -345,28 +370,34 @@ def backward(
         last_dropped(dropout_p),
         1.0 / (1.0 - dropout_p),
     )
-    flags = {"HAS_GRAD_SUM": grad_sum is not None, "WRITE_GRAD_X": write_grad_x, "DROPOUT": dropout_p > 0.0}
-    key = stats if seed is None else seed
-    weight = weight.contiguous()
-    n_programs = multiprocessors(x) * _PROGRAMS_PER_MULTIPROCESSOR
+    flags = {
+        "HAS_GRAD_SUM": grad_sum is not None,
+        "WRITE_GRAD_RESIDUAL": write_residual,
+        "WRITE_GRAD_X": write_x,
+        "DROPOUT": dropout_p > 0.0,
+    }
+    affine = {"WRITE_GRAD_WEIGHT": needs_weight, "WRITE_GRAD_BIAS": needs_bias}
+    n_parts, column_blocks = _affine_grid(n_rows, C, multiprocessors(x))
+    partial = torch.empty((n_affine, n_parts, C), dtype=torch.float32, device=x.device)
     with device_of(x):
         if C <= MAX_FUSED_WIDTH:
             config = backward_config(C)
-            n_parts = min(n_programs, cdiv(n_rows, config["ROWS"]))
-            partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
-            backward_kernel[(n_parts,)](
-                grad_rows, grad_sum_rows, rows, weight, stats, key, grad_residual, grad_x, partial, *shared,
-                **flags, **config,
-            )  # fmt: skip
+            backward_kernel[(n_parts,)](*sources, grad_residual, grad_x, partial, *shared, **flags, **affine, **config)
         else:
-            wide_backward_kernel[(n_rows,)](
-                grad_rows, grad_sum_rows, rows, weight, stats, key, grad_residual, grad_x, *shared,
-                **flags, **WIDE_CONFIG,
-            )  # fmt: skip
-            column_blocks = cdiv(C, AFFINE_GRAD_CONFIG["BLOCK"])
-            n_parts = min(cdiv(n_programs, column_blocks), cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"]))
-            partial = torch.empty((2, n_parts, C), dtype=torch.float32, device=x.device)
-            affine_grad_kernel[(n_parts, column_blocks)](
-                grad_rows, rows, stats, partial, n_rows, C, grad_rows.stride(0), rows.stride(0), **AFFINE_GRAD_CONFIG
-            )
+            if write_residual or write_x:
+                wide_backward_kernel[(n_rows,)](*sources, grad_residual, grad_x, *shared, **flags, **WIDE_CONFIG)
+            if n_affine:
+                affine_grad_kernel[(n_parts, column_blocks)](
+                    grad_rows, rows, stats, partial, n_rows, C, grad_rows.stride(0), rows.stride(0),
+                    **affine, **AFFINE_GRAD_CONFIG,
+                )  # fmt: skip
     return grad_residual, grad_x, partial.sum(dim=1).to(weight.dtype)
+
+
+def _affine_grid(n_rows: int, width: int, n_multiprocessors: int) -> tuple[int, int]:
+    """(parts of the rows, blocks of columns): the programs that make the sums of dweight and dbias."""
+    n_programs = n_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
+    if width <= MAX_FUSED_WIDTH:
+        return min(n_programs, cdiv(n_rows, backward_config(width)["ROWS"])), 1
+    column_blocks = cdiv(width, AFFINE_GRAD_CONFIG["BLOCK"])
+    return min(cdiv(n_programs, column_blocks), cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"])), column_blocks

@@ -54,6 +54,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         wanted = (
             {"HEAD_SIZE": head_size, "CAUSAL": True, "PRECISION": "ieee"}
             | dict.fromkeys(("DESCRIPTORS", "PERSISTENT"), False)
+            | dict.fromkeys(("GRAD_Q", "GRAD_K", "GRAD_V"), True)
             | constants
         )
         wanted = {key: value for key, value in wanted.items() if key in kernel.arg_names}
@@ -93,6 +94,13 @@ def _attention_cases(arch: int) -> Iterator[Case]:
     if arch != 100:
         for head_size in (64, 128):
             yield from three("float32", "fp32", head_size, 4096, False, False)
+    for dropout in (False, True) if arch == 90 else (True,):
+        yield from three("float32", "fp32", 256, 4096, False, dropout)
+    if arch == 90:
+        yield from three("tf32", "fp32", 256, 4096, False, True, PRECISION="tf32")
+    for head_size, rows in ((128, 32), (256, 16)):
+        config = attention.decode_config(head_size, 4, rows)
+        yield case(f"decode.float32.rows{config['ROWS']}", attention.decode_kernel, "fp32", head_size, config)
     config = attention.forward_config(256, 2, 32, False, True)
     yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", 256, config, DROPOUT=True)
     one_tile = ((16, 128, True), (32, 128, True), (64, 64, False), (64, 64, True), (64, 32, True))
@@ -115,6 +123,8 @@ def _attention_cases(arch: int) -> Iterator[Case]:
 
 
 def _layernorm_cases(arch: int) -> Iterator[Case]:
+    grads = dict.fromkeys(("HAS_GRAD_SUM", "WRITE_GRAD_RESIDUAL", "WRITE_GRAD_X", "DROPOUT"), True)
+    affine = dict.fromkeys(("WRITE_GRAD_WEIGHT", "WRITE_GRAD_BIAS"), True)
     widths = [2**n for n in range(4, 15)] if arch == 90 else [16, 1024, 4096, 16384]
     for width in widths:
         config = layernorm.forward_config(width)
@@ -127,13 +137,13 @@ def _layernorm_cases(arch: int) -> Iterator[Case]:
             continue
         config = layernorm.backward_config(width)
         for dtype in ("bf16", "fp32") if width == layernorm.MAX_FUSED_WIDTH else ("bf16",):
-            flags = {"HAS_GRAD_SUM": True, "WRITE_GRAD_X": True, "DROPOUT": True}
+            flags = grads | affine
             name = f"add_layer_norm.backward.{dtype}.w{width}"
             yield Case(name, layernorm.backward_kernel, dtype, flags | config)
-    flags = {"HAS_GRAD_SUM": True, "WRITE_GRAD_X": True, "DROPOUT": True}
     name = "add_layer_norm.wide_backward"
-    yield Case(name, layernorm.wide_backward_kernel, "bf16", flags | layernorm.WIDE_CONFIG)
-    yield Case("layer_norm.affine_grad", layernorm.affine_grad_kernel, "bf16", dict(layernorm.AFFINE_GRAD_CONFIG))
+    yield Case(name, layernorm.wide_backward_kernel, "bf16", grads | layernorm.WIDE_CONFIG)
+    config = affine | layernorm.AFFINE_GRAD_CONFIG
+    yield Case("layer_norm.affine_grad", layernorm.affine_grad_kernel, "bf16", config)
 
 
 def cases(arch: int) -> list[Case]:

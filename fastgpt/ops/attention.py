@@ -145,15 +145,13 @@ register("attention", "torch", _torch)
 
 # --- the triton backend: triton_kernels/attention.py ------------------------------------------------------------------
 
-_MAX_FLOAT32_HEAD_SIZE = 128
-
 library.define(
     "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p) "
     "-> (Tensor, Tensor)"
 )
 library.define(
     "attention_triton_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, "
-    "bool is_causal, float scale, float dropout_p) -> (Tensor, Tensor, Tensor)"
+    "bool is_causal, float scale, float dropout_p, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -163,10 +161,10 @@ def _triton_forward(q, k, v, seed, is_causal, scale, dropout_p):
     return attention.forward(q, k, v, is_causal, scale, dropout_p, seed)
 
 
-def _triton_backward(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p):
+def _triton_backward(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, output_mask):
     from ..triton_kernels import attention
 
-    return attention.backward(grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed)
+    return attention.backward(grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, output_mask)
 
 
 def _flops(q: Any, k: Any, *rest: Any, **options: Any) -> Any:
@@ -175,9 +173,9 @@ def _flops(q: Any, k: Any, *rest: Any, **options: Any) -> Any:
 
 
 def _backward_flops(grad_out: Any, q: Any, k: Any, *rest: Any, **options: Any) -> Any:
-    """Five products: the scores once more, and the gradients of the weights, q, k and v."""
-    B, H, Tq, D = q
-    return 10 * B * H * Tq * k[2] * D
+    """Up to five products: the scores once more, and the gradients of the weights, q, k and v as they are asked for."""
+    needs_q, needs_k, needs_v = rest[-1]
+    return (1 + needs_v + (needs_q or needs_k) + needs_q + needs_k) * (_flops(q, k) // 2)
 
 
 register_flops("attention_triton", _flops)
@@ -197,8 +195,8 @@ def _triton_forward_fake(q, k, v, seed, is_causal, scale, dropout_p):
 
 
 @torch.library.register_fake("fastgpt::attention_triton_backward", lib=library)
-def _triton_backward_fake(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p):
-    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+def _triton_backward_fake(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, output_mask):
+    return tuple(_empty_heads(x) if asked else x.new_empty(0) for x, asked in zip((q, k, v), output_mask, strict=True))
 
 
 def _triton_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -213,8 +211,9 @@ def _triton_autograd(ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) 
     if grad_out is None:
         return (None,) * 7
     q, k, v, out, lse, seed = ctx.saved_tensors
-    backward = torch.ops.fastgpt.attention_triton_backward.default
-    return *backward(grad_out, q, k, v, out, lse, seed, *ctx.options), None, None, None, None
+    asked = ctx.needs_input_grad[:3]
+    grads = torch.ops.fastgpt.attention_triton_backward(grad_out, q, k, v, out, lse, seed, *ctx.options, asked)
+    return *(grad if needed else None for grad, needed in zip(grads, asked, strict=True)), None, None, None, None
 
 
 _attention_triton = register_autograd("attention_triton", _triton_autograd, _triton_setup_context)
@@ -240,8 +239,6 @@ def _triton(
 def _triton_supports(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> str | None:
     if q.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
-    if q.dtype == torch.float32 and q.shape[3] > _MAX_FLOAT32_HEAD_SIZE:
-        return f"float32 heads above {_MAX_FLOAT32_HEAD_SIZE} do not fit the registers; use float16 or bfloat16"
     if scale is not None and scale <= 0.0:
         return "scale must be positive: it is folded into the exponential, whose largest score is found before"
     return inside_transform()

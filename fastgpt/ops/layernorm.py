@@ -133,7 +133,7 @@ library.define(
 )
 library.define(
     "layer_norm_triton_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor stats, "
-    "float dropout_p, Tensor? seed, ScalarType residual_dtype, ScalarType x_dtype) "
+    "float dropout_p, Tensor? seed, ScalarType residual_dtype, ScalarType x_dtype, bool[4] output_mask) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -144,10 +144,11 @@ def _triton_forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
     return layernorm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype)
 
 
-def _triton_backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype):
+def _triton_backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
     from ..triton_kernels import layernorm
 
-    return layernorm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype)
+    dtypes = (residual_dtype, x_dtype)
+    return layernorm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask)
 
 
 library.impl("layer_norm_triton", _triton_forward, "CompositeExplicitAutograd")
@@ -164,20 +165,22 @@ def _triton_forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dt
 
 
 @torch.library.register_fake("fastgpt::layer_norm_triton_backward", lib=library)
-def _triton_backward_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype):
-    grad_x_shape = x.shape if dropout_p > 0.0 or x_dtype != residual_dtype else (0,)
-    grad_residual = x.new_empty(x.shape, dtype=residual_dtype)
-    return grad_residual, x.new_empty(grad_x_shape, dtype=x_dtype), weight.new_empty((2, *weight.shape))
+def _triton_backward_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
+    needs_x, needs_residual, needs_weight, needs_bias = output_mask
+    x_is_residual = dropout_p == 0.0 and x_dtype == residual_dtype
+    grad_residual = x.new_empty(x.shape if needs_residual or (needs_x and x_is_residual) else 0, dtype=residual_dtype)
+    grad_x = x.new_empty(x.shape if needs_x and not x_is_residual else 0, dtype=x_dtype)
+    return grad_residual, grad_x, weight.new_empty((int(needs_weight) + int(needs_bias), *weight.shape))
 
 
 def _triton_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, residual, weight, bias, _, ctx.dropout_p, seed, ctx.out_dtype = inputs
+    x, residual, weight, _, _, dropout_p, seed, ctx.out_dtype = inputs
     _, h, stats = output
     ctx.mark_non_differentiable(*((h, stats) if residual is None else (stats,)))
     ctx.set_materialize_grads(False)  # where only one of y and h is used, the other's gradient is not read as zeros
+    ctx.dropout_p = 0.0 if residual is None else dropout_p  # there is nothing to drop where nothing is added
     ctx.x_dtype = x.dtype
     ctx.residual_dtype = x.dtype if residual is None else residual.dtype
-    ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
     ctx.save_for_backward(x if residual is None else h, weight, stats, seed)
 
 
@@ -187,15 +190,20 @@ def _triton_autograd(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *un
         return (None,) * 8
     if grad_y is None:
         grad_y = torch.zeros(x.shape, dtype=ctx.out_dtype, device=x.device)
+    asked = ctx.needs_input_grad[:4]
     grad_residual, grad_x, grad_affine = torch.ops.fastgpt.layer_norm_triton_backward(
-        grad_y, grad_h, x, weight, stats, ctx.dropout_p, seed, ctx.residual_dtype, ctx.x_dtype
+        grad_y, grad_h, x, weight, stats, ctx.dropout_p, seed, ctx.residual_dtype, ctx.x_dtype, asked
     )
-    if grad_x.shape != x.shape or not ctx.has_residual:
+    needs_x, needs_residual, needs_weight, needs_bias = asked
+    if ctx.dropout_p == 0.0 and ctx.x_dtype == ctx.residual_dtype:
         grad_x = grad_residual
-    grad_weight, grad_bias = grad_affine.unbind()
-    if not ctx.has_bias:
-        grad_bias = None
-    return grad_x, grad_residual if ctx.has_residual else None, grad_weight, grad_bias, None, None, None, None
+    return (
+        grad_x if needs_x else None,
+        grad_residual if needs_residual else None,
+        grad_affine[0] if needs_weight else None,
+        grad_affine[-1] if needs_bias else None,
+        *(None,) * 4,
+    )
 
 
 _layer_norm_triton = register_autograd("layer_norm_triton", _triton_autograd, _triton_setup_context)
