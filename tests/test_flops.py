@@ -67,6 +67,10 @@ def test_attention_on_the_triton_backend() -> None:
         pytest.skip(str(error))
     assert flops(lambda: ops.attention(q, k, v, backend="triton")) == 2 * product
     assert flops(lambda: out.sum().backward()) == 5 * product
+    for asked, products in ((q, 3), (k, 3), (v, 2)):  # the scores, the gradient of the weights but for v, its own
+        inputs = [x if x is asked else x.detach() for x in (q, k, v)]
+        out = ops.attention(*inputs, backend="triton")
+        assert flops(lambda out=out: out.sum().backward()) == products * product
 
 
 @pytest.mark.parametrize("order", ["fastgpt, torch.utils.flop_counter", "torch.utils.flop_counter, fastgpt"])
