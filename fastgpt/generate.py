@@ -173,7 +173,8 @@ def _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, us
     unread: list[tuple[Tensor, str]] = []
     try:
         for position in range(idx.shape[1], idx.shape[1] + max_new_tokens):
-            model.eval()  # here, not once: the caller may train between two tokens of a generator
+            if model.training:  # asked here, not once: the caller may train between two tokens of a generator
+                model.eval()
             with torch.no_grad():
                 if use_cache and cache is None and (limit is None or context.shape[1] < limit):
                     cache = model.new_cache(idx.shape[0])
@@ -187,9 +188,11 @@ def _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, us
                 _check_finite(*unread.pop(0))
             context = torch.cat([context, token.to(context.dtype)], dim=1)
             context = context if limit is None else context[:, -limit:]
-            model.train(was_training)
+            if was_training:
+                model.train()
             yield token.to(idx.dtype)
         for check in unread:
             _check_finite(*check)
     finally:
-        model.train(was_training)
+        if model.training != was_training:
+            model.train(was_training)
