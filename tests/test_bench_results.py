@@ -88,7 +88,7 @@ def command(*arguments: object) -> int:
 )
 def test_a_malformed_line_is_named_with_its_file(line, message, tmp_path):
     path = write(tmp_path / "some.jsonl", row(), row("torch"))
-    path.write_text(path.read_text() + "\n" + line + "\n")  # blank lines count, and are no rows
+    path.write_text(path.read_text(encoding="utf-8") + "\n" + line + "\n")  # blank lines count, and are no rows
     with pytest.raises(reader.ResultsError, match=rf"some\.jsonl, line 4: {message}"):
         reader.read([path])
 
@@ -185,7 +185,7 @@ def test_exit_codes_and_the_table(tmp_path, capsys):
     assert command(base, base) == 0
     assert command(base.parent, slow.parent, "--out", tmp_path / "table.md") == 1
     text = capsys.readouterr().out
-    assert text.endswith((tmp_path / "table.md").read_text())
+    assert text.endswith((tmp_path / "table.md").read_text(encoding="utf-8"))
     table = [line for line in text.splitlines() if line.startswith("|")][-4:]
     assert len(set(map(len, table))) == 1, "straight columns"
     work = ["embedding", "B4 T64", "float32", "forward"]
@@ -312,10 +312,10 @@ def test_the_markdown_says_what_the_rows_say(tmp_path):
 
 def test_the_page_and_its_pictures(tmp_path):
     found = some_results(tmp_path)
-    html = report.write(found, tmp_path / "out").read_text()
+    html = report.write(found, tmp_path / "out").read_text(encoding="utf-8")
     pictures = {path.name for path in (tmp_path / "out" / "results").glob("*.png")}
     assert pictures == {f"a-cpu-avx2-2-threads-{name}.png" for name in ("embedding", "roofline")}
-    linked = re.findall(r"\]\((results/.*?)\)", (tmp_path / "out" / "results.md").read_text())
+    linked = re.findall(r"\]\((results/.*?)\)", (tmp_path / "out" / "results.md").read_text(encoding="utf-8"))
     assert {f"results/{name}" for name in pictures} == set(linked)
     assert not re.search(r'(src|href)="(?!data:)', html) and "<script" not in html
     for embedded in re.findall(r'src="data:image/png;base64,([^"]+)"', html):
@@ -398,7 +398,9 @@ def test_what_documents_quote(tmp_path):
     document.write_text(text)
     assert quotes.main([str(document), "--results", str(tmp_path)]) == 0
     assert (
-        document.read_text() == quotes.with_quotes(text, tmp_path) == quotes.with_quotes(document.read_text(), tmp_path)
+        document.read_text(encoding="utf-8")
+        == quotes.with_quotes(text, tmp_path)
+        == quotes.with_quotes(document.read_text(encoding="utf-8"), tmp_path)
     )
 
 
@@ -412,4 +414,4 @@ def test_a_quote_that_cannot_be_had_is_an_error(tmp_path, capsys):
     ):
         (tmp_path / "doc.md").write_text(text)
         assert quotes.main([str(tmp_path / "doc.md"), "--results", str(tmp_path)]) == 2
-        assert message in capsys.readouterr().err and (tmp_path / "doc.md").read_text() == text
+        assert message in capsys.readouterr().err and (tmp_path / "doc.md").read_text(encoding="utf-8") == text

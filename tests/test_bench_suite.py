@@ -396,7 +396,7 @@ def test_a_session_writes_rows_and_hands_its_times_to_pytest_benchmark(tmp_path)
     assert [(r["shape"], r["implementation"]) for r in written] == [
         ("B4", "fastgpt"), ("B4", "torch"), ("B5", "fastgpt"), ("B5", "torch"),
     ]  # fmt: skip
-    raw = json.loads((tmp_path / "raw.json").read_text())["benchmarks"]
+    raw = json.loads((tmp_path / "raw.json").read_text(encoding="utf-8"))["benchmarks"]
     assert [b["name"] for b in raw] == ["fastgpt", "torch"] * 2 and len({b["fullname"] for b in raw}) == 4
     for row, entry in zip(written, raw, strict=True):
         assert len(entry["stats"]["data"]) == row["rounds"]

@@ -181,6 +181,8 @@ def test_a_build_that_cannot_succeed_leaves_the_python_package(source: Path, tmp
         environment |= {"PATH": str(tmp_path), "CXX": "no-such-compiler"}
         reason = r"fastgpt\._C: .*no-such-compiler"
     else:
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            pytest.skip("no C++ compiler here")
         environment |= {"LC_ALL": "de_DE.UTF-8", "LANGUAGE": "de"}  # where the compiler's translations are installed
         for file in ("tensor.h", "build_info.cpp"):
             (source / "csrc" / file).write_text("#error the header is broken\n")
@@ -193,7 +195,7 @@ def test_a_build_that_cannot_succeed_leaves_the_python_package(source: Path, tmp
 
 @in_source_tree
 def test_a_build_that_is_required_fails(source: Path) -> None:
-    with pytest.raises(AssertionError, match="Error compiling objects"):
+    with pytest.raises(AssertionError, match="no-such-compiler"):
         make(source, "wheel", FASTGPT_NATIVE="require", FASTGPT_CUDA="0", CXX="no-such-compiler")
 
 
@@ -226,7 +228,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("name", ["cross_entropy", "embedding"])
 def test_cuda_kernels_compile_within_their_budgets(name: str, compiled) -> None:
     log, _ = compiled(name)
-    budgets = tomllib.loads((ROOT / "tests" / "kernel_budgets_cuda.toml").read_text())[name]
+    budgets = tomllib.loads((ROOT / "tests" / "kernel_budgets_cuda.toml").read_text(encoding="utf-8"))[name]
 
     seen = set()
     for entry in re.split(r"Compiling entry function ", log)[1:]:

@@ -10,12 +10,15 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKFLOWS = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+WORKFLOWS = {
+    path.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml")
+}
 JOBS = [(file, name) for file, workflow in WORKFLOWS.items() for name in workflow["jobs"]]
 
 
 def make_targets() -> set[str]:
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     return set(re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)[1].split())
 
 
