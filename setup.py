@@ -25,9 +25,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # they refuse pyproject.toml's licence, and name no remedy
+    sys.exit(
+        f"FastGPT is built by setuptools 77 or newer, and this is {setuptools.__version__}; "
+        "pip install --upgrade setuptools brings a newer one"
+    )
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("FASTGPT_NATIVE", "auto")
@@ -191,8 +198,8 @@ def modules() -> tuple[list, type]:
         import torch
     except ModuleNotFoundError:
         raise RuntimeError(
-            "torch was not there when FastGPT was built; with torch installed, "
-            "pip install --no-build-isolation . builds the extension"
+            "torch was not there when FastGPT was built, or hidden by pip; "
+            "pip install --no-build-isolation . builds the extension for the torch that is installed"
         ) from None
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
         raise RuntimeError(f"torch {torch.__version__} is older than 2.11, the first with a complete stable ABI")

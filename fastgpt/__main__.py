@@ -3,7 +3,10 @@
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
+
+_format_with_place = warnings.formatwarning
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -21,7 +24,17 @@ def stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A UserWarning is written for whoever runs the program, as one line. Others keep their place in the source."""
+    if category is UserWarning:
+        return f"fastgpt: warning: {str(message).removeprefix('fastgpt: ')}\n"
+    return _format_with_place(message, category, filename, lineno, line)
+
+
 def main() -> int:
+    warnings.formatwarning = format_warning
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, stop)
     from .cli import main as run

@@ -139,6 +139,10 @@ def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
         raise CheckpointError(f"{folder}: no such folder; only folders on this machine are read, nothing is downloaded")
     if not config_path.exists() and (folder / "checkpoint").is_dir():
         return _from_run(find_checkpoint(folder), changes)
+    if not config_path.exists():
+        raise CheckpointError(
+            f"{folder}: holds neither a model's config.json nor a run's checkpoint/; name the folder of one model"
+        )
     config = _read_json(config_path)
     kind = _kind_of(config, config_path)
     try:

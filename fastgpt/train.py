@@ -89,7 +89,7 @@ def training_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dty
             emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "auto":
         if device.type != "cuda":
-            return torch.float32, "half precision is taken on CUDA alone"
+            return torch.float32, "half precision is the default on CUDA alone"
         return (torch.float16, "this GPU emulates bfloat16") if emulated else (torch.bfloat16, "this GPU has it")
     if asked == "bfloat16" and emulated:
         return torch.bfloat16, "asked for, but this GPU emulates it: float16 is faster"

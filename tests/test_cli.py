@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt import __version__, cli, config, learn, studies
+from fastgpt.__main__ import format_warning
 from fastgpt.cli import COMMANDS, main
 from fastgpt.ops.backend import BACKENDS, OPS
 from fastgpt.train import read_metrics
@@ -469,6 +470,22 @@ def test_training_whose_reader_has_gone_has_not_done_its_work(text_file, tmp_pat
     assert done.stderr == "fastgpt train: stopped: whatever read its output has gone\n"
     assert fastgpt(f"{arguments('second')} >&-").returncode == 0, "one that is closed takes everything"
     assert len(read_metrics(tmp_path / "second" / "metrics.jsonl")) == 5
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_source(text_file, tmp_path):
+    arguments = f"train --data {text_file} --out {tmp_path / 'run'} {' '.join(SMALL)}"
+    done = fastgpt(arguments, text=True, env={**os.environ, "FASTGPT_CACHE": str(text_file / "no folder")})
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    (about_the_cache,) = [line for line in lines if "FASTGPT_CACHE" in line]
+    assert about_the_cache.startswith("fastgpt: warning: cache ")
+    assert not [line for line in lines if ".py:" in line]
+
+
+def test_a_warning_that_is_not_for_the_user_keeps_its_place_in_the_source():
+    shown = format_warning("old", DeprecationWarning, "elsewhere.py", 3, "call()")
+    assert shown == "elsewhere.py:3: DeprecationWarning: old\n  call()\n"
+    assert format_warning("fastgpt: new", UserWarning, "elsewhere.py", 3) == "fastgpt: warning: new\n"
 
 
 # --- Ctrl-C ---

@@ -49,7 +49,7 @@ def test_a_gpu_with_bfloat16(elsewhere):
 def test_a_mac(elsewhere):
     elsewhere(mps=True)
     text = doctor.report()
-    assert "device auto: mps, where dtype auto trains in float32 (half precision is taken on CUDA alone)" in text
+    assert "device auto: mps, where dtype auto trains in float32 (half precision is the default on CUDA alone)" in text
     on_mps = text.partition("\nOn mps:\n")[2]
     for op in doctor.OPS:
         assert f"  {op}: runs on torch\n" in on_mps

@@ -153,7 +153,10 @@ def test_a_missing_module_says_why(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ImportError, match="this installation was made without it"):
         native.load("cpu")
     (tmp_path / "_build_error.txt").write_text("fastgpt._not_there: tensor.h:1: error: no\n")
-    with pytest.raises(ImportError, match=r"not built: fastgpt\._not_there: tensor\.h:1: error: no"):
+    with pytest.raises(ImportError, match=r"fastgpt\._not_there is not built: tensor\.h:1: error: no"):
+        native.load("cpu")
+    (tmp_path / "_build_error.txt").write_text("the extension: there was no torch\n")
+    with pytest.raises(ImportError, match=r"fastgpt\._not_there is not built: there was no torch"):
         native.load("cpu")
     with pytest.raises(ImportError, match="no kernels for mps"):
         native.load("mps")
@@ -191,6 +194,14 @@ def test_a_build_that_cannot_succeed_leaves_the_python_package(source: Path, tmp
     assert not any(name.endswith(".so") for name in wheel.namelist())
     text = wheel.read("fastgpt/_build_error.txt").decode()
     assert re.search(reason, text), text
+
+
+@in_source_tree
+def test_a_setuptools_that_is_too_old_is_named_with_the_remedy(source: Path) -> None:
+    code = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "setuptools 77 or newer" in done.stderr and "pip install --upgrade setuptools" in done.stderr
 
 
 @in_source_tree

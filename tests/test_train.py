@@ -343,8 +343,8 @@ def test_mean_loss_is_over_targets_in_batches_of_any_size(names):
         ("cuda", True, "bfloat16", torch.bfloat16, "asked for"),
         ("cuda", True, "float16", torch.float16, "asked for"),
         ("cuda", True, "float32", torch.float32, "asked for"),
-        ("cpu", True, "auto", torch.float32, "half precision is taken on CUDA alone"),
-        ("mps", True, "auto", torch.float32, "half precision is taken on CUDA alone"),
+        ("cpu", True, "auto", torch.float32, "half precision is the default on CUDA alone"),
+        ("mps", True, "auto", torch.float32, "half precision is the default on CUDA alone"),
         ("mps", False, "float16", torch.float16, "asked for"),
     ],
 )

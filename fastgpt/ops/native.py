@@ -25,7 +25,7 @@ def build_error(module: str) -> str | None:
     except OSError:
         return None
     about = [line for line in lines if line.startswith(f"fastgpt.{module}:")] or lines
-    return about[0] if about else None
+    return about[0].removeprefix("the extension: ").removeprefix(f"fastgpt.{module}: ") if about else None
 
 
 def load(device_type: str) -> ModuleType:
