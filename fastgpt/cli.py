@@ -232,6 +232,8 @@ def train(args: Sequence[str]) -> None:
     from_dict(GPTConfig, model_values)  # refuse a bad model before the data is read
     if settings.tokenizer == "char" and settings.vocab_size is not None:
         raise UsageError("--vocab-size: the characters of the data are the vocabulary; it goes with --tokenizer bpe")
+    if settings.tokenizer == "bpe" and settings.vocab_size is None:
+        raise UsageError("--vocab-size: --tokenizer bpe needs it, 512 for example")
     _check_backend(settings.backend)
 
     from .baselines import model_class

@@ -472,6 +472,17 @@ def test_training_whose_reader_has_gone_has_not_done_its_work(text_file, tmp_pat
     assert len(read_metrics(tmp_path / "second" / "metrics.jsonl")) == 5
 
 
+def test_a_bpe_tokenizer_without_its_size_is_bad_usage(text_file, tmp_path, capsys):
+    assert main(["train", "--data", str(text_file), "--out", str(tmp_path / "run"), "--tokenizer", "bpe", *SMALL]) == 2
+    assert capsys.readouterr().err == "fastgpt train: --vocab-size: --tokenizer bpe needs it, 512 for example\n"
+
+
+def test_a_prompt_that_a_study_cannot_encode_is_named(text_file, tmp_path, capsys):
+    arguments = ["--quick", "--prompt", "#", "--data", str(text_file), "--out", str(tmp_path / "study")]
+    assert main(["study", "attention", *arguments]) == 1
+    assert capsys.readouterr().err.startswith("fastgpt study: --prompt: character '#'")
+
+
 def test_a_warning_is_one_line_without_a_place_in_the_source(text_file, tmp_path):
     arguments = f"train --data {text_file} --out {tmp_path / 'run'} {' '.join(SMALL)}"
     done = fastgpt(arguments, text=True, env={**os.environ, "FASTGPT_CACHE": str(text_file / "no folder")})

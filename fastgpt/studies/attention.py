@@ -98,7 +98,10 @@ def _chosen(settings: Settings, name: str, n: int) -> list[int]:
 
 def encode(model: GPT, tokenizer: Tokenizer, prompt: str) -> Tensor:
     """The prompt's tokens (1, T), which must fit the model's context."""
-    ids = tokenizer.encode(prompt.replace("\r\n", "\n"))
+    try:
+        ids = tokenizer.encode(prompt.replace("\r\n", "\n"))
+    except ValueError as error:
+        raise StudyError(f"--prompt: {error}") from None
     if len(ids) > model.cfg.block_size:
         raise StudyError(
             f"--prompt: {len(ids)} tokens do not fit the model's context of {model.cfg.block_size}; shorten it"
