@@ -145,6 +145,7 @@ class GPTConfig:
         check_types(self)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+            _expect(getattr(self, name) < 2**31, name, getattr(self, name), "an integer below 2**31")
         _expect(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head={self.n_head}")
         _expect(
             self.n_embd // self.n_head <= 256, "n_embd", self.n_embd, f"at most 256 per head (n_head={self.n_head})"

@@ -21,8 +21,10 @@ from .checkpoint import (
     Checkpoint,
     CheckpointError,
     atomic_path,
+    check_same,
     find_checkpoint,
     load_parameters,
+    model_tensors,
     read_tensors,
     write_tensors,
 )
@@ -157,8 +159,13 @@ def from_pretrained(directory: str | Path, **changes: Any) -> GPT:
             cfg = dataclasses.replace(
                 cfg, tie_weights=_is_tied(config.get("tie_word_embeddings", True), tensors, source)
             )
+    with torch.device("meta"):  # what config.json is wrong about is said before memory is asked for
+        plain = GPT(cfg)
+    if kind == "gpt2":
+        tensors = _from_hf(plain, tensors, source)
+    check_same(source, "model", tensors, model_tensors(plain))
     model = GPT(cfg)
-    load_parameters(model, tensors if kind == "fastgpt" else _from_hf(model, tensors, source), source)
+    load_parameters(model, tensors, source)
     return model.eval()
 
 
@@ -167,7 +174,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # without the byte order mark that some editors write
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
 
 

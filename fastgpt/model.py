@@ -176,12 +176,17 @@ class LanguageModel(nn.Module):
 
     @contextlib.contextmanager
     def _kept_tied(self) -> Iterator[None]:
-        """A head that shares its weight with the token embedding still does so after parameters have been replaced."""
-        weight = getattr(self.lm_head, "weight", None)
-        tied = weight is not None and weight is getattr(getattr(self, "token_embedding", None), "weight", None)
+        """A head that shares its weight with the token embedding still does so after parameters have been replaced.
+
+        One of the two may have been left as it was, for a file holds a shared tensor once: then the other one is new.
+        """
+        head, embedding = self.lm_head, getattr(self, "token_embedding", None)
+        weight = getattr(head, "weight", None)
+        tied = weight is not None and weight is getattr(embedding, "weight", None)
         yield
         if tied:
-            cast(Any, self).token_embedding.weight = self.lm_head.weight
+            new, old = (embedding, head) if head.weight is weight else (head, embedding)
+            cast(Any, old).weight = cast(Any, new).weight
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """As of torch.nn.Module; with assign=True, too, tied weights stay one parameter."""

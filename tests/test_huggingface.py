@@ -412,3 +412,21 @@ def test_missing_and_broken_files(tmp_path):
     set_config(tmp_path, n_heads=3)
     with pytest.raises(CheckpointError, match="n_heads"):
         GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "n_positions"])
+@pytest.mark.parametrize("number", [10**30, 2**31, 2**31 - 1])
+def test_numbers_that_no_memory_holds_are_refused_before_it_is_asked_for(tmp_path, field, number):
+    random_model(activation="gelu_tanh").save_pretrained(tmp_path, format="huggingface")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: number}))
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}.*({field}|block_size|embedding)") as raised:
+        GPT.from_pretrained(tmp_path)
+    assert str(number) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_config_of_brackets_alone(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
+        GPT.from_pretrained(tmp_path)

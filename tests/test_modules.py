@@ -156,12 +156,19 @@ def forward_of_its_own(module: nn.Module) -> None:
     module.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
 
 
+def call_of_its_own(module: nn.Module) -> None:
+    cls = type(module)
+    own = {"__call__": lambda self, *args, **kwargs: 1.5 * cls.__call__(self, *args, **kwargs)}
+    module.__class__ = type("CallOfItsOwn", (cls,), own)
+
+
 # Alterations of any module with a weight, in its place.
 IN_PLACE = {
     "forward hook": lambda m: m.register_forward_hook(lambda m, args, out: 1.5 * out),
     "forward hook, always called": lambda m: m.register_forward_hook(lambda m, args, out: 1.5 * out, always_call=True),
     "backward pre-hook": lambda m: m.register_full_backward_pre_hook(lambda m, grads: (3.0 * grads[0],)),
     "own forward": forward_of_its_own,
+    "own call": call_of_its_own,
     "parametrisation": lambda m: parametrize.register_parametrization(m, "weight", Scaled()),
     "pruning": lambda m: prune.random_unstructured(m, "weight", 0.5),
     "tensor subclass": doubling,
@@ -313,6 +320,13 @@ class SoftCapped(GPT):
         return logits, loss
 
 
+class Reversed(GPT):
+    """What a call gives is changed by the call itself."""
+
+    def __call__(self, *args, **kwargs):
+        return reversed_logits(self, args, super().__call__(*args, **kwargs))
+
+
 class Backwards(GPT):
     """A `hidden` of its own: the model reads the block from right to left."""
 
@@ -334,6 +348,7 @@ def reversed_logits(module, args, result):
 OF_THE_MODEL = {
     "another forward": to_class(SoftCapped),
     "another hidden": to_class(Backwards),
+    "another call": to_class(Reversed),
     "forward hook": lambda m: m.register_forward_hook(reversed_logits) and None,
     "own forward": lambda m, f=reversed_logits: setattr(
         m, "forward", lambda *args: f(m, args, type(m).forward(m, *args))
