@@ -299,7 +299,11 @@ def _check_same_model(saved: Any, model: str, layout: str, config: GPTConfig) ->
     now = {"model": model, "layout": layout, **dataclasses.asdict(config)}
     for name, value in now.items():
         if was[name] != value:
-            raise CheckpointError(f"{saved.path}: field {name!r} is {was[name]!r}, not {value!r}")
+            option = f"--{name.replace('_', '-')}"
+            raise CheckpointError(
+                f"{saved.path}: field {name!r} is {was[name]!r}, not {value!r}: a resumed run keeps it; "
+                f"leave {option} out, or start another run"
+            )
 
 
 def _check_backend(name: str) -> None:

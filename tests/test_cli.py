@@ -101,6 +101,8 @@ def test_resume_goes_on_and_keeps_the_new_settings(text_file, tmp_path, capsys):
     assert main(["train", "--out", str(out), "--resume"]) == 0, "a finished run is simply done"
     assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 9
     capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--n-layer", "2"]) == 1
+    assert "field 'n_layer' is 1, not 2: a resumed run keeps it; leave --n-layer out" in capsys.readouterr().err
     same = text_file.with_name("same.txt")
     same.write_text(text_file.read_text())
     changes = ["--max-steps", "5", "--data", str(same), "--backend", "torch"]
