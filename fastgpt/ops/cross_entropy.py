@@ -168,8 +168,10 @@ def linear_cross_entropy(
         backend: "auto", "torch" or "native".
 
     Returns: the loss in nats, a scalar, or the shape of targets for "none"; float32 under autocast, else x's dtype.
-    Memory: beyond inputs and gradients an eighth of the logits, or what 256 rows of them take, or 4 MB, whichever is
-        the most; in 16 bits also dW in float32, in which it is summed. A gradient nobody asks for is not made.
+    Memory: beyond inputs and gradients an eighth of the logits, or what 256 rows of them take, or 2**20 of them,
+        whichever is the most; in 16 bits also dW in float32, in which it is summed, and where the torch backend takes
+        the 256 rows or the 2**20 logits, a copy of them in float32. A gradient nobody asks for is not made.
+    An ignored row of x that is not finite has the loss and the dx 0, but makes dW NaN, as the two ops one by one do.
     Raises: as `cross_entropy`. Double backward raises RuntimeError.
     """
     check_float("x", x)
