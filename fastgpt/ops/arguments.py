@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .library import assume_constant_result
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -121,9 +123,14 @@ def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: 
     return IndexError(f"{name}: value {value} at position {position} is outside [{low}, {high})")
 
 
+@assume_constant_result  # torch 2.11 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype autocast asks for on the device of `tensor`; None where it is off, or the device (meta) has none."""
     device_type = "cpu" if tensor.is_cpu else tensor.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
