@@ -517,16 +517,17 @@ def test_resuming_draws_the_same_batches() -> None:
 
 def test_it_runs_no_further_ahead_than_depth(monkeypatch) -> None:
     steps: list[int] = []
+    batch = Blocks.batch
 
-    def counted(tokens, block_size, batch_size, seed, step):
+    def counted(self, batch_size, seed, step):
         steps.append(step)
-        return random_batch(tokens, block_size, batch_size, seed, step)
+        return batch(self, batch_size, seed, step)
 
-    monkeypatch.setattr(data, "random_batch", counted)
+    monkeypatch.setattr(Blocks, "batch", counted)
     with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, depth=2) as batches:
         next(batches)
         time.sleep(0.1)
-        assert len(steps) <= 4  # one taken, two ready, one in hand
+        assert 1 <= len(steps) <= 4  # one taken, two ready, one in hand
 
 
 def test_close_ends_the_thread() -> None:
