@@ -1,10 +1,12 @@
 """FastGPT: the GPT you just understood, at the speed of the hardware you have.
 
 Importing this package imports nothing else. A public name is found in its module when it is first asked for (PEP 562),
-and PyTorch is imported then: `fastgpt --help` needs no PyTorch, and a script pays for what it uses.
+and PyTorch is imported then: `fastgpt --help` needs no PyTorch, and a script pays for what it uses. Where PyTorch is
+there already, the ops are registered with it at once, so that an exported program finds them; else by `fastgpt.ops`.
 """
 
 import os as _os
+import sys as _sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -45,3 +47,7 @@ else:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "torch" in _sys.modules:
+    from . import ops as ops

@@ -23,7 +23,6 @@ from .ops.linear import linear as few_rows
 
 # As PyTorch defines them: some tools replace the forward of a class.
 _LINEAR, _EMBEDDING, _LAYER_NORM = nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward
-_CALL = nn.Module.__call__
 
 _said: set[str] = set()
 
@@ -35,7 +34,7 @@ def why_called(module: nn.Module, forward: Callable[..., Any], *tensors: str) ->
     """
     if type(module).forward is not forward or "forward" in module.__dict__:
         return f"its forward is {_name(module.forward)}"
-    if type(module).__call__ is not _CALL:
+    if type(module).__call__ is not nn.Module.__call__:  # read here: torch.export replaces it while it traces
         return f"its __call__ is {_name(type(module).__call__)}"
     reason = hooks_of(module)
     for name in tensors:

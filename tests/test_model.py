@@ -283,3 +283,16 @@ def test_autocast_keeps_the_loss_in_float32():
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("held", ["token_embedding.weight", "lm_head.weight"])
+def test_tied_weight_that_is_loaded_under_one_of_its_names(held: str) -> None:
+    """Files of safetensors hold a shared tensor once: whichever name they have it by, it is the weight of both."""
+    saved = tiny().state_dict()
+    (other,) = {"token_embedding.weight", "lm_head.weight"} - {held}
+    expected = saved.pop(other)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**TINY))
+    assert model.load_state_dict(saved, strict=False, assign=True).missing_keys == [other]
+    assert model.lm_head.weight is model.token_embedding.weight
+    assert torch.equal(model.lm_head.weight, expected)

@@ -206,7 +206,8 @@ def test_a_setuptools_that_is_too_old_is_named_with_the_remedy(source: Path) -> 
 
 @in_source_tree
 def test_a_build_that_is_required_fails(source: Path) -> None:
-    with pytest.raises(AssertionError, match="no-such-compiler"):
+    # With ninja the compiler's own words come first, and only the end of the output is kept.
+    with pytest.raises(AssertionError, match=r"no-such-compiler|Error compiling objects"):
         make(source, "wheel", FASTGPT_NATIVE="require", FASTGPT_CUDA="0", CXX="no-such-compiler")
 
 

@@ -131,6 +131,11 @@ def test_its_names_add_only_their_own_modules_and_the_standard_librarys_to_torch
     assert "fastgpt.ops" in added and not [name for name in added if name.split(".")[1:2] in [[c] for c in commands]]
 
 
+def test_the_ops_are_registered_where_torch_is_there_already():
+    assert "fastgpt.ops" in imported("import fastgpt; torch.ops.fastgpt.embedding_native", before="import torch")
+    assert "fastgpt.ops" not in imported("import fastgpt")
+
+
 COMMANDS_WITHOUT_TORCH = [
     (["--help"], 0),
     (["--version"], 0),

@@ -1097,19 +1097,6 @@ def test_checkpoint_loaded_by_assignment_stays_tied(way):
     assert model.num_parameters() == tiny().num_parameters()
 
 
-@pytest.mark.parametrize("held", ["token_embedding.weight", "lm_head.weight"])
-def test_tied_weight_that_is_loaded_under_one_of_its_names(held):
-    """Files of safetensors hold a shared tensor once: whichever name they have it by, it is the weight of both."""
-    saved = tiny().state_dict()
-    (other,) = {"token_embedding.weight", "lm_head.weight"} - {held}
-    expected = saved.pop(other)
-    with torch.device("meta"):
-        model = GPT(TINY)
-    assert model.load_state_dict(saved, strict=False, assign=True).missing_keys == [other]
-    assert model.lm_head.weight is model.token_embedding.weight
-    assert torch.equal(model.lm_head.weight, expected)
-
-
 def test_checkpoint_in_half_precision(tmp_path):
     """huggingface/transformers#12062, huggingface/peft#2421: which dtype a loaded model has is one, and documented."""
     model = tiny().bfloat16()
