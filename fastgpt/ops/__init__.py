@@ -1,5 +1,6 @@
 """The ops FastGPT is made of. Each has one file, one formula in `reference.py`, and one or more backends."""
 
+from . import linear as _linear  # noqa: F401  -- registered, so that exported programs find it
 from . import native as _native  # noqa: F401  -- how that backend is tried
 from .attention import attention
 from .backend import explain
