@@ -90,12 +90,21 @@ def device_name(device: torch.device) -> str:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         cpuinfo = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, flags=re.MULTILINE)
-    return model[1].strip() if model else platform.processor() or platform.machine()
+    return cpu_name(cpuinfo) or platform.processor() or platform.machine()
+
+
+def cpu_name(cpuinfo: str) -> str | None:
+    """The processor by its name, family and model: virtual machines call several generations "AMD EPYC" alike."""
+    found = {
+        key: re.search(rf"^{key}\s*:\s*(.+)$", cpuinfo, flags=re.MULTILINE)
+        for key in ("model name", "cpu family", "model")
+    }
+    name, family, model = (match and match[1].strip() for match in found.values())
+    return f"{name} (family {family}, model {model})" if name and family and model else name
 
 
 def slug(device: torch.device) -> str:
-    """The device as a file name: nvidia-h100-80gb-hbm3, amd-epyc-2-cores."""
+    """The device as a file name: nvidia-h100-80gb-hbm3, amd-epyc-family-26-model-2-2-cores."""
     name = device_name(device)
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

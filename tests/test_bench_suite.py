@@ -213,6 +213,15 @@ def test_facts_and_slug():
     assert rows.slug(CPU) == rows.slug(CPU).lower() and " " not in rows.slug(CPU) and rows.slug(CPU).endswith("-cores")
 
 
+def test_generations_of_one_name_are_two_devices():
+    """A virtual machine may call every generation of a maker's processors by one name; on Arm there is no name."""
+    lines = "vendor_id : M\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n"
+    names = {rows.cpu_name(lines.format(family, model)) for family, model in ((25, 17), (26, 2))}
+    assert names == {"AMD EPYC (family 25, model 17)", "AMD EPYC (family 26, model 2)"}
+    assert rows.cpu_name("model name : Intel(R) Xeon(R)\n") == "Intel(R) Xeon(R)"
+    assert rows.cpu_name("CPU architecture: 8\n") is None and rows.cpu_name("") is None
+
+
 # --- who is left out, and why ----------------------------------------------------------------------------------------
 
 
