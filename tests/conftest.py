@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import locale
 import os
+import signal
 from pathlib import Path
 
 # Tensors are small, and cores may be shared.
@@ -24,6 +25,11 @@ import torch
 # Where the Triton kernels run: on the GPU if there is one, else on Triton's interpreter, which is chosen when a kernel
 # is decorated.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+# What runs in the background of a shell without job control, or under nohup, ignores Ctrl-C, and so would the processes
+# that the tests start, some of which are to be stopped by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A backend that a user prefers, and what an outer `make` hands to the `make` that a test starts.
 for name in [name for name in os.environ if name.startswith(("FASTGPT_", "MAKE", "MFLAGS"))]:
