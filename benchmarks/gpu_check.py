@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 470
 BENCHMARKS = (
     "attention",
-    "layernorm",
+    "layer_norm",
     "cross_entropy",
     "embedding",
     "train_step",

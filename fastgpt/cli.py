@@ -490,7 +490,7 @@ class Bench:
     """Measure FastGPT and the things one would use instead, here, or report on what was measured.
 
     Args:
-        only: some of the benchmarks instead of all: attention, layernorm, ...
+        only: some of the benchmarks instead of all: attention, layer_norm, ...
         device: auto (a GPU if there is one), cpu or cuda.
         out: where the rows go, a *.jsonl file or a folder (default: runs/bench); with --report the folder of the report
             (default: runs/bench-report).

@@ -18,7 +18,7 @@ from fastgpt.benchmarks import (
     bench_embedding,
     bench_generate,
     bench_import,
-    bench_layernorm,
+    bench_layer_norm,
     bench_time_to_loss,
     bench_train_step,
     measure,
@@ -305,8 +305,8 @@ def test_op_benchmarks(run, setting, direction):
     dropout = bench_attention.Case(1, 2, 16, 8, Hkv=1, dropout=0.2)
     bench_attention.bench_attention(run.measure, setting, dropout, direction)
     bench_embedding.bench_embedding(run.measure, setting, bench_embedding.Case(2, 8, 30, 16, zipf=True), direction)
-    bench_layernorm.bench_layer_norm(run.measure, setting, bench_layernorm.Case(8, 16), direction)
-    bench_layernorm.bench_add_layer_norm(run.measure, setting, bench_layernorm.Case(8, 16, 0.1), direction)
+    bench_layer_norm.bench_layer_norm(run.measure, setting, bench_layer_norm.Case(8, 16), direction)
+    bench_layer_norm.bench_add_layer_norm(run.measure, setting, bench_layer_norm.Case(8, 16, 0.1), direction)
     bench_cross_entropy.bench_cross_entropy(run.measure, setting, bench_cross_entropy.Case(8, 33), direction)
     bench_cross_entropy.bench_linear_cross_entropy(
         run.measure, setting, bench_cross_entropy.Linear(8, 16, 33), direction

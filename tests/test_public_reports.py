@@ -1427,7 +1427,7 @@ def test_installation_without_gpu_and_compiler():
         pytest.skip("no triton")
     code = """
 import torch, fastgpt
-import fastgpt.triton_kernels.attention, fastgpt.triton_kernels.layernorm
+import fastgpt.triton_kernels.attention, fastgpt.triton_kernels.layer_norm
 from fastgpt import ops
 q = torch.randn(1, 1, 3, 4)
 assert ops.attention(q, q, q).shape == q.shape

@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from . import attention, layernorm
+from . import attention, layer_norm
 from .target import INTERPRETING, ASTSource, GPUTarget
 
 ARCHITECTURES = (80, 90, 100)
@@ -122,33 +122,33 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         yield case(f"join_splits.s{splits}", attention.join_splits_kernel, "bf16", 128, config)
 
 
-def _layernorm_cases(arch: int) -> Iterator[Case]:
+def _layer_norm_cases(arch: int) -> Iterator[Case]:
     grads = dict.fromkeys(("HAS_GRAD_SUM", "WRITE_GRAD_RESIDUAL", "WRITE_GRAD_X", "DROPOUT"), True)
     affine = dict.fromkeys(("WRITE_GRAD_WEIGHT", "WRITE_GRAD_BIAS"), True)
     widths = [2**n for n in range(4, 15)] if arch == 90 else [16, 1024, 4096, 16384]
     for width in widths:
-        config = layernorm.forward_config(width)
+        config = layer_norm.forward_config(width)
         flags = {"ADD": True, "DROPOUT": True, "HAS_BIAS": True}
-        yield Case(f"add_layer_norm.forward.w{width}", layernorm.forward_kernel, "bf16", flags | config)
+        yield Case(f"add_layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
         flags = {"ADD": False, "DROPOUT": False, "HAS_BIAS": True}
         if arch == 90:
-            yield Case(f"layer_norm.forward.w{width}", layernorm.forward_kernel, "bf16", flags | config)
-        if width > layernorm.MAX_FUSED_WIDTH:
+            yield Case(f"layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
+        if width > layer_norm.MAX_FUSED_WIDTH:
             continue
-        config = layernorm.backward_config(width)
-        for dtype in ("bf16", "fp32") if width == layernorm.MAX_FUSED_WIDTH else ("bf16",):
+        config = layer_norm.backward_config(width)
+        for dtype in ("bf16", "fp32") if width == layer_norm.MAX_FUSED_WIDTH else ("bf16",):
             flags = grads | affine
             name = f"add_layer_norm.backward.{dtype}.w{width}"
-            yield Case(name, layernorm.backward_kernel, dtype, flags | config)
+            yield Case(name, layer_norm.backward_kernel, dtype, flags | config)
     name = "add_layer_norm.wide_backward"
-    yield Case(name, layernorm.wide_backward_kernel, "bf16", grads | layernorm.WIDE_CONFIG)
-    config = affine | layernorm.AFFINE_GRAD_CONFIG
-    yield Case("layer_norm.affine_grad", layernorm.affine_grad_kernel, "bf16", config)
+    yield Case(name, layer_norm.wide_backward_kernel, "bf16", grads | layer_norm.WIDE_CONFIG)
+    config = affine | layer_norm.AFFINE_GRAD_CONFIG
+    yield Case("layer_norm.affine_grad", layer_norm.affine_grad_kernel, "bf16", config)
 
 
 def cases(arch: int) -> list[Case]:
     """Every case for sm_`arch`, in a fixed order."""
-    return [*_attention_cases(arch), *_layernorm_cases(arch)]
+    return [*_attention_cases(arch), *_layer_norm_cases(arch)]
 
 
 def _signature(case: Case) -> dict[str, str]:

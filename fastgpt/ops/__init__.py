@@ -6,6 +6,6 @@ from .attention import attention
 from .backend import explain
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .embedding import embedding
-from .layernorm import add_layer_norm, layer_norm
+from .layer_norm import add_layer_norm, layer_norm
 
 __all__ = ["add_layer_norm", "attention", "cross_entropy", "embedding", "explain", "layer_norm", "linear_cross_entropy"]

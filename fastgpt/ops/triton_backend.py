@@ -14,7 +14,7 @@ from .backend import register_smoke_test
 def _smoke_test(device_type: str) -> None:
     """One launch of the smallest kernel, or an error that says what is missing."""
     try:
-        from ..triton_kernels import layernorm
+        from ..triton_kernels import layer_norm
         from ..triton_kernels.target import INTERPRETING
     except ImportError as error:
         raise RuntimeError(f"Triton cannot be imported: {error}") from error
@@ -26,7 +26,7 @@ def _smoke_test(device_type: str) -> None:
         major, minor = torch.cuda.get_device_capability()
         raise RuntimeError(f"the Triton kernels need compute capability 8.0 or newer; this GPU has {major}.{minor}")
     x = torch.tensor([[-1.0, 1.0]], dtype=torch.float32, device=device_type)
-    y = layernorm.forward(x, None, torch.ones_like(x[0]), None, 1e-5, 0.0, None, torch.float32)[0]
+    y = layer_norm.forward(x, None, torch.ones_like(x[0]), None, 1e-5, 0.0, None, torch.float32)[0]
     if not torch.allclose(y, x, atol=1e-4):
         raise RuntimeError("the smallest Triton kernel gave a wrong result")
 

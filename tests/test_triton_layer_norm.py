@@ -141,7 +141,7 @@ def test_same_bits_every_time():
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)], ids=str)
 def test_empty_inputs_launch_nothing(shape, monkeypatch):
-    from fastgpt.triton_kernels import layernorm as kernels
+    from fastgpt.triton_kernels import layer_norm as kernels
 
     for name in ("forward_kernel", "backward_kernel"):
         monkeypatch.setattr(kernels, name, None)
@@ -194,7 +194,7 @@ class Spy:
 @pytest.mark.parametrize("needs", list(product((True, False), repeat=4))[:-1], ids=str)
 def test_only_the_gradients_asked_for_are_computed(needs, width, dropout_p, monkeypatch):
     """Of x, residual, weight and bias: what is computed is what all four together give, bit by bit."""
-    from fastgpt.triton_kernels import layernorm as kernels
+    from fastgpt.triton_kernels import layer_norm as kernels
 
     torch.manual_seed(0)
     inputs, grads = [normal(9, width), normal(9, width), normal(width), normal(width)], [normal(9, width)] * 2

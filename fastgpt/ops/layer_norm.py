@@ -121,7 +121,7 @@ register("layer_norm", "torch", _torch)
 register("add_layer_norm", "torch", _torch_add)
 
 
-# --- the triton backend: triton_kernels/layernorm.py ------------------------------------------------------------------
+# --- the triton backend: triton_kernels/layer_norm.py ------------------------------------------------------------------
 #
 # One op serves both: without `residual` it is layer_norm, and its second output is empty.
 
@@ -139,16 +139,16 @@ library.define(
 
 
 def _triton_forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
-    from ..triton_kernels import layernorm
+    from ..triton_kernels import layer_norm
 
-    return layernorm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype)
+    return layer_norm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype)
 
 
 def _triton_backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
-    from ..triton_kernels import layernorm
+    from ..triton_kernels import layer_norm
 
     dtypes = (residual_dtype, x_dtype)
-    return layernorm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask)
+    return layer_norm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask)
 
 
 library.impl("layer_norm_triton", _triton_forward, "CompositeExplicitAutograd")
