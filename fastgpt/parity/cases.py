@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .config import ConfigError
-from .ops import reference
-from .ops.backend import BACKENDS, OPS, BackendError, implements
-from .ops.dropout import philox_keep_mask
+from .. import ops
+from ..config import ConfigError
+from ..ops import reference
+from ..ops.backend import BACKENDS, OPS, BackendError, implements
+from ..ops.dropout import philox_keep_mask
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -584,7 +584,7 @@ class Report:
         return [row for row in self.rows if not row.passed]
 
     def as_dict(self) -> dict[str, Any]:
-        from . import __version__
+        from .. import __version__
 
         versions = {"fastgpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
         try:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .config import LAYOUTS, ConfigError
-from .data import (
+from ..config import LAYOUTS, ConfigError
+from ..data import (
     Blocks,
     DataError,
     Examples,
@@ -28,7 +28,7 @@ from .data import (
     name_lengths,
     names_of,
 )
-from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
 TEXT = """To be, or not to be, that is the question:
 Whether 'tis nobler in the mind to suffer

@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ConfigError, as_int, expand_path
-from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size, tokenizer_from_json
+from ..config import ConfigError, as_int, expand_path
+from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size, tokenizer_from_json
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_BYTES = 1_115_394

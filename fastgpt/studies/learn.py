@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import baselines, model, modules
-from .checkpoint import atomic_path
-from .config import ConfigError, GPTConfig, TrainConfig
-from .data import Corpus
-from .ops import reference
-from .report import Report, markdown_table, pyplot
-from .studies.experiment import facts, recorded
-from .train import RunFolder, Trainer, TrainingError, build_model, read_metrics
+from .. import baselines, model, modules
+from ..checkpoint import atomic_path
+from ..config import ConfigError, GPTConfig, TrainConfig
+from ..data import Corpus
+from ..ops import reference
+from ..report import Report, markdown_table, pyplot
+from .experiment import facts, recorded
+from ..train import RunFolder, Trainer, TrainingError, build_model, read_metrics
 
 TOKENS_PER_STEP = 1024
 SMALL_BLOCK = 8  # of all stages but the last, as in the lecture
@@ -494,7 +494,7 @@ def run(settings: Settings) -> Path:
 
 def refreshed(text: str, results: dict[str, Any], root: Path) -> str:
     """docs/from-bigram-to-gpt.md with its numbers from `results` and its links to the lines of today's source."""
-    from .show import show_layouts
+    from ..show import show_layouts
 
     shown = show_layouts(None, None, None, "char", results["settings"]["seed"]).rpartition("\n\n")[0]
     text = _between(text, "data show", f"```text\n{shown}\n```")

@@ -22,8 +22,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .baselines import model_class
-from .checkpoint import (
+from ..baselines import model_class
+from ..checkpoint import (
     Checkpoint,
     CheckpointError,
     atomic_path,
@@ -32,9 +32,9 @@ from .checkpoint import (
     load_parameters,
     model_tensors,
 )
-from .config import GPTConfig, TrainConfig, readable
-from .data import IGNORED, Corpus, Prefetcher
-from .model import GPT, LanguageModel
+from ..config import GPTConfig, TrainConfig, readable
+from ..data import IGNORED, Corpus, Prefetcher
+from ..model import GPT, LanguageModel
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # x (B, T), y (B, T) -> the mean in nats per counted target, 0-dim
 Batch = tuple[Tensor, Tensor]

@@ -1,0 +1,1 @@
+"""How the suite measures: clocks, rounds, the contenders, and what a comparison says."""

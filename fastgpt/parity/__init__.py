@@ -1,0 +1,1 @@
+"""Proof that the ops are right: cases, yardsticks, the measurement, the report."""
