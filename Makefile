@@ -58,12 +58,12 @@ report:
 
 # Is FastGPT slower in OUT than in BASE? Fails if so; rows of devices that BASE does not have are left alone.
 compare:
-	$(HERE) -m fastgpt.benchmarks.compare $(BASE) $(OUT) --if-comparable --out $(OUT)/compare.md
+	$(HERE) -m fastgpt.benchmarks.publish.compare $(BASE) $(OUT) --if-comparable --out $(OUT)/compare.md
 
 # docs/results.md, its pictures, and the figures that the README quotes, from benchmarks/results.
 results: install
 	$(BIN)/fastgpt bench --report --results benchmarks/results --out docs > /dev/null
-	$(BIN)/python -m fastgpt.benchmarks.quotes README.md docs/kernels-native.md
+	$(BIN)/python -m fastgpt.benchmarks.publish.quotes README.md docs/kernels-native.md
 
 # The CPU row kernels of every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import setuptools
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -267,10 +267,12 @@ except Exception as error:  # whatever it is, the Python package installs
 for reason in not_tried:
     print(f"fastgpt: not built: {reason}", file=sys.stderr)
 
-# triton_kernels/ is installed inside fastgpt: a top-level package of that name belongs to the Triton project.
+# These folders are installed inside fastgpt: a top-level package triton_kernels belongs to the Triton project.
+folders = find_packages(include=["triton_kernels*", "benchmarks*"])
+inside_fastgpt = {f"fastgpt.{package}": package.replace(".", "/") for package in folders}
 setup(
-    packages=["fastgpt", "fastgpt.ops", "fastgpt.studies", "fastgpt.triton_kernels", "fastgpt.benchmarks"],
-    package_dir={"fastgpt": "fastgpt", "fastgpt.triton_kernels": "triton_kernels", "fastgpt.benchmarks": "benchmarks"},
+    packages=[*find_packages(include=["fastgpt*"]), *inside_fastgpt],
+    package_dir={"fastgpt": "fastgpt", **inside_fastgpt},
     ext_modules=extensions,
     cmdclass={"build_ext": command, "build_py": BuildPython},
 )

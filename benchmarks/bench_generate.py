@@ -13,8 +13,8 @@ import torch
 
 import fastgpt
 from fastgpt import parity
-from fastgpt.benchmarks import peers
-from fastgpt.benchmarks.suite import OURS, Work, error_ratio
+from fastgpt.benchmarks.harness import peers
+from fastgpt.benchmarks.harness.suite import OURS, Work, error_ratio
 
 PROMPT = 16
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from fastgpt.benchmarks.measure import ReportedClock
-from fastgpt.benchmarks.suite import OURS, Work
+from fastgpt.benchmarks.harness.measure import ReportedClock
+from fastgpt.benchmarks.harness.suite import OURS, Work
 
 # What a user writes to get at the model, or at the kernels.
 STATEMENTS = {

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 
-from fastgpt.benchmarks import peers
-from fastgpt.benchmarks.suite import op_work
+from fastgpt.benchmarks.harness import peers
+from fastgpt.benchmarks.harness.suite import op_work
 
 
 class Case(NamedTuple):

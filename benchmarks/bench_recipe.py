@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from fastgpt.benchmarks import peers
-from fastgpt.benchmarks.measure import ReportedClock
-from fastgpt.benchmarks.suite import OURS, Work, model_error_ratio
+from fastgpt.benchmarks.harness import peers
+from fastgpt.benchmarks.harness.measure import ReportedClock
+from fastgpt.benchmarks.harness.suite import OURS, Work, model_error_ratio
 from fastgpt.config import preset
-from fastgpt.train import read_metrics
+from fastgpt.training.run_folder import read_metrics
 
 PRESETS = {"cpu": "shakespeare-char-cpu", "cuda": "shakespeare-char"}
 

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.benchmarks import peers
-from fastgpt.benchmarks.measure import ReportedClock
-from fastgpt.benchmarks.suite import OURS, Work, model_error_ratio
+from fastgpt.benchmarks.harness import peers
+from fastgpt.benchmarks.harness.measure import ReportedClock
+from fastgpt.benchmarks.harness.suite import OURS, Work, model_error_ratio
 from fastgpt.config import TrainConfig, preset
-from fastgpt.data import Corpus, DataError, evaluation_blocks, random_batch
-from fastgpt.train import learning_rate, make_optimizer, mean_loss, training_step
+from fastgpt.data.corpus import Corpus
+from fastgpt.data.layouts import evaluation_blocks, random_batch
+from fastgpt.data.sources import DataError
+from fastgpt.training.step import learning_rate, make_optimizer, mean_loss, training_step
 
 EVAL_INTERVAL = 25
 EVAL_BATCHES = 10

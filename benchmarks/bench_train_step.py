@@ -11,8 +11,8 @@ import itertools
 
 import torch
 
-from fastgpt.benchmarks import peers
-from fastgpt.benchmarks.suite import OURS, Work, model_error_ratio
+from fastgpt.benchmarks.harness import peers
+from fastgpt.benchmarks.harness.suite import OURS, Work, model_error_ratio
 
 
 @dataclasses.dataclass(frozen=True)

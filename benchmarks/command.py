@@ -63,7 +63,7 @@ def _rows_file(out: Path, device: str) -> Path:
         return out
     import torch
 
-    from .rows import slug
+    from .publish.rows import slug
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
     return out / f"{slug(torch.device('cuda' if on_gpu else 'cpu'))}.jsonl"
@@ -74,8 +74,8 @@ def report(results: Sequence[str], out: str | None) -> None:
 
     The tables are printed too.
     """
-    from .reader import read
-    from .report import markdown, write
+    from .publish.reader import read
+    from .publish.report import markdown, write
 
     folder = Path(out) if out else DEFAULT_REPORT
     if not results and not DEFAULT_ROWS.is_dir():

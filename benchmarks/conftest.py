@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.benchmarks import rows
-from fastgpt.benchmarks.suite import OURS, Setting, Suite, Work
+from fastgpt.benchmarks.harness.suite import OURS, Setting, Suite, Work
+from fastgpt.benchmarks.publish import rows
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.benchmarks import rows
+from fastgpt.benchmarks.publish import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 470

@@ -236,12 +236,15 @@ def train(args: Sequence[str]) -> None:
         raise UsageError("--vocab-size: --tokenizer bpe needs it, 512 for example")
     _check_backend(settings.backend)
 
-    from .baselines import model_class
+    from .baselines import build_model, model_class
     from .checkpoint import Checkpoint, CheckpointError
-    from .data import Corpus
+    from .data.corpus import Corpus
+    from .machine import resolve_device
     from .ops.backend import use_backend
     from .tokenizer import BPETokenizer, tokenizer_from_json
-    from .train import Precision, RunFolder, Trainer, build_model, resolve_device
+    from .training.loop import Trainer
+    from .training.run_folder import RunFolder
+    from .training.step import Precision
 
     model_class(settings.model)
     Precision(resolve_device(train_config.device), train_config.dtype)  # refused before anything is written
@@ -359,11 +362,11 @@ def sample(args: Sequence[str]) -> None:
 
     from .baselines import model_class
     from .checkpoint import Checkpoint, find_checkpoint, load_parameters
-    from .data import NAME_BOUNDARY, boundary_token
+    from .data.layouts import NAME_BOUNDARY, boundary_token
     from .generate import stream, stream_names
+    from .machine import resolve_device
     from .ops.backend import use_backend
     from .tokenizer import StreamDecoder, tokenizer_from_json
-    from .train import resolve_device
 
     path = find_checkpoint(Path(settings.checkpoint))
     saved = Checkpoint.load(path)
@@ -426,7 +429,7 @@ def data(args: Sequence[str]) -> None:
             _parse(DataShow, ["--help"], "data show")
         raise UsageError(f"expected 'show', got {args[0]!r}" if args else "expected: fastgpt data show [options]")
     settings = _parse(DataShow, args[1:], "data show")
-    from .show import show_layouts
+    from .data.show import show_layouts
 
     print(show_layouts(settings.data, settings.layout, settings.block_size, settings.tokenizer, settings.seed))
 
@@ -460,7 +463,7 @@ class Parity:
 
 def parity(args: Sequence[str]) -> int:
     settings = _parse(Parity, args, "parity")
-    from .parity import main as run
+    from .parity.report import main as run
 
     return run(settings.device, settings.out)
 
@@ -480,7 +483,7 @@ def study(args: Sequence[str]) -> None:
 
 
 def learn(args: Sequence[str]) -> None:
-    from . import learn as stages
+    from .studies import learn as stages
 
     stages.run(_parse(stages.Settings, args, "learn", stages.QUICK))
 

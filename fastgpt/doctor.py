@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from . import __version__, ops
+from .machine import resolve_device
 from .ops import native
 from .ops.backend import BACKENDS, OPS, requested, unavailable
 from .ops.linear import linear_choice
-from .train import Precision, resolve_device
+from .training.step import Precision
 
 
 def _version(package: str) -> str:

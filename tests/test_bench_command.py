@@ -111,9 +111,10 @@ def test_the_recipe_is_the_train_command_and_its_last_metrics(tmp_path, monkeypa
     """`fastgpt train` itself is replaced, since the recipe takes minutes."""
     import torch
 
-    from fastgpt.benchmarks import bench_recipe, reader
-    from fastgpt.benchmarks.measure import Ceilings
-    from fastgpt.benchmarks.suite import Setting, Suite
+    from fastgpt.benchmarks import bench_recipe
+    from fastgpt.benchmarks.harness.measure import Ceilings
+    from fastgpt.benchmarks.harness.suite import Setting, Suite
+    from fastgpt.benchmarks.publish import reader
 
     asked = []
 

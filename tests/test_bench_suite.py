@@ -21,12 +21,10 @@ from fastgpt.benchmarks import (
     bench_layer_norm,
     bench_time_to_loss,
     bench_train_step,
-    measure,
-    peers,
-    rows,
-    suite,
 )
-from fastgpt.data import Corpus
+from fastgpt.benchmarks.harness import measure, peers, suite
+from fastgpt.benchmarks.publish import rows
+from fastgpt.data.corpus import Corpus
 
 CPU = torch.device("cpu")
 CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
@@ -364,8 +362,8 @@ def test_import_benchmark(run, monkeypatch):
 
 SMALL = """
 import pytest
-from fastgpt.benchmarks import peers
-from fastgpt.benchmarks.suite import op_work
+from fastgpt.benchmarks.harness import peers
+from fastgpt.benchmarks.harness.suite import op_work
 CASES = {"cpu": [(4, 8), (5, 8)], "cuda": []}
 def bench_small(bench, setting, case):
     make = lambda draw: {"tokens": draw.index(11, *case), "token_table": draw.normal(11, 16)}
@@ -374,7 +372,7 @@ def bench_small(bench, setting, case):
                   peers={"torch": lambda: torchs}))
 """
 GIVEN_CEILINGS = """
-from fastgpt.benchmarks import measure, suite
+from fastgpt.benchmarks.harness import measure, suite
 suite.measure_ceilings = lambda device: measure.Ceilings(1e10, 1e11, "float32")
 """
 WRONG = """

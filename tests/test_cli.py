@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import __version__, cli, config, learn, studies
+from fastgpt import __version__, cli, config, studies
 from fastgpt.__main__ import format_warning
 from fastgpt.cli import COMMANDS, main
 from fastgpt.ops.backend import BACKENDS, OPS
-from fastgpt.train import read_metrics
+from fastgpt.studies import learn
+from fastgpt.training.run_folder import read_metrics
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
 SMALL = "--block-size 16 --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --max-steps 6 --eval-interval 3".split()
@@ -135,7 +136,7 @@ def test_backend_option(text_file, tmp_path, capsys):
 def test_a_start_that_failed_does_not_block_the_next(text_file, tmp_path, monkeypatch):
     arguments = ["train", "--data", str(text_file), "--out", str(tmp_path / "out"), *SMALL]
     with monkeypatch.context() as patch:
-        patch.setattr("fastgpt.train.Trainer.run", lambda self: (_ for _ in ()).throw(RuntimeError("no luck")))
+        patch.setattr("fastgpt.training.loop.Trainer.run", lambda self: (_ for _ in ()).throw(RuntimeError("no luck")))
         assert main(arguments) == 1
     assert main(arguments) == 0
 

@@ -49,8 +49,8 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path) -> None:
         from pathlib import Path
         from fastgpt import GPT, GPTConfig
         from fastgpt.config import expand_path, readable
-        from fastgpt.data import Corpus
-        from fastgpt.train import RunFolder, plot_loss
+        from fastgpt.data.corpus import Corpus
+        from fastgpt.training.run_folder import RunFolder, plot_loss
 
         folder = readable(sys.argv[1])
         assert folder == sys.argv[2].encode().decode("unicode-escape")

@@ -16,8 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt import data
-from fastgpt.data import Blocks, Corpus, DataError, Prefetcher, evaluation_blocks, load_text, random_batch
+from fastgpt.data import sources
+from fastgpt.data.cache import cache_dir
+from fastgpt.data.corpus import Corpus
+from fastgpt.data.layouts import Blocks, evaluation_blocks, random_batch
+from fastgpt.data.prefetch import Prefetcher
+from fastgpt.data.sources import DataError, load_text
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 50
@@ -146,7 +150,7 @@ def test_shakespeare(site) -> None:
     ],
 )
 def test_gutenberg_notices(text: str, play: str) -> None:
-    assert data._without_gutenberg_notices(text) == play
+    assert sources._without_gutenberg_notices(text) == play
 
 
 def test_names(site) -> None:
@@ -179,8 +183,8 @@ def server(monkeypatch):
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     server.body, server.requests = b"First Citizen:\n", 0
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(data, "TINY_SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
-    monkeypatch.setattr(data, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(server.body).hexdigest())
+    monkeypatch.setattr(sources, "TINY_SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+    monkeypatch.setattr(sources, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(server.body).hexdigest())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -220,19 +224,19 @@ def test_tinyshakespeare_offline(monkeypatch) -> None:
 
 
 def test_cache_folder(monkeypatch, tmp_path) -> None:
-    assert data.cache_dir() == tmp_path / "cache"
+    assert cache_dir() == tmp_path / "cache"
     monkeypatch.delenv("FASTGPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data.cache_dir() == tmp_path / "fastgpt"
+    assert cache_dir() == tmp_path / "fastgpt"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.cache_dir() == tmp_path / ".cache" / "fastgpt"
+    assert cache_dir() == tmp_path / ".cache" / "fastgpt"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # its specification: ignored
-    assert data.cache_dir() == tmp_path / ".cache" / "fastgpt"
+    assert cache_dir() == tmp_path / ".cache" / "fastgpt"
     monkeypatch.setenv("XDG_CACHE_HOME", "~/xdg")
-    assert data.cache_dir() == tmp_path / "xdg" / "fastgpt"
+    assert cache_dir() == tmp_path / "xdg" / "fastgpt"
     monkeypatch.setenv("FASTGPT_CACHE", "~/own")
-    assert data.cache_dir() == tmp_path / "own"
+    assert cache_dir() == tmp_path / "own"
 
 
 # ---- corpus ----

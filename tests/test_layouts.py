@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from fastgpt.cli import main
 from fastgpt.config import LAYOUTS, ConfigError, TrainConfig
-from fastgpt.data import Blocks, Corpus, DataError, Examples, Names, Prefetcher, Windows, boundary_token
+from fastgpt.data.corpus import Corpus
+from fastgpt.data.layouts import Blocks, Examples, Names, Windows, boundary_token
+from fastgpt.data.prefetch import Prefetcher
+from fastgpt.data.sources import DataError
 from fastgpt.tokenizer import CharTokenizer
 
 NAME = st.text("abc", min_size=1, max_size=6)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import learn
 from fastgpt.cli import main
 from fastgpt.config import GPTConfig
-from fastgpt.learn import LADDER, STAGES, code_of, config_of, findings, refreshed, rows, stage
+from fastgpt.studies import learn
+from fastgpt.studies.learn import LADDER, STAGES, code_of, config_of, findings, refreshed, rows, stage
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "from-bigram-to-gpt.md"
@@ -168,7 +168,7 @@ def test_on_tinyshakespeare_the_ladder_falls_to_the_gpt():
 
 
 def test_the_page_is_made_from_the_results_and_the_source():
-    """After a change of either: python -m fastgpt.learn docs"""
+    """After a change of either: python -m fastgpt.studies.learn docs"""
     text = PAGE.read_text(encoding="utf-8")
     assert refreshed(text, RESULTS, ROOT) == text
     number = re.search(r"baselines\.py#L(\d+)", text).group(1)

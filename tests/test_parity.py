@@ -11,7 +11,7 @@ import torch
 from fastgpt import cli, ops, parity
 from fastgpt.ops import backend
 from fastgpt.ops.backend import OPS
-from fastgpt.parity import DTYPES, cases, max_error, measure, run
+from fastgpt.parity import DTYPES, cases, max_error, measure_case, run
 
 
 def test_cases_cover_every_op_and_have_names_of_their_own() -> None:
@@ -133,7 +133,7 @@ def test_an_unavailable_backend_is_skipped_with_its_reason(monkeypatch) -> None:
     assert not report.rows and len(report.skips) == len(cases("layer_norm"))
     assert {skip.reason for skip in report.skips} == {"no driver"}
     with pytest.raises(backend.BackendError, match="no driver"):
-        measure(cases("layer_norm")[0], "native", torch.float32)
+        measure_case(cases("layer_norm")[0], "native", torch.float32)
 
 
 @pytest.mark.parametrize(

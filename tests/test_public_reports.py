@@ -28,15 +28,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import GPT, GPTConfig, ops
-from fastgpt.baselines import Bigram
+from fastgpt.baselines import Bigram, build_model
 from fastgpt.checkpoint import Checkpoint, CheckpointError, atomic_path
 from fastgpt.cli import main
 from fastgpt.config import ConfigError, TrainConfig
-from fastgpt.data import Blocks, Corpus, DataError, Prefetcher, load_text
+from fastgpt.data.corpus import Corpus
+from fastgpt.data.layouts import Blocks
+from fastgpt.data.prefetch import Prefetcher
+from fastgpt.data.sources import DataError, load_text
 from fastgpt.generate import stream
 from fastgpt.ops import backend, reference
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer, StreamDecoder
-from fastgpt.train import RunFolder, Trainer, build_model, learning_rate, make_optimizer, read_metrics
+from fastgpt.training.loop import Trainer
+from fastgpt.training.run_folder import RunFolder, read_metrics
+from fastgpt.training.step import learning_rate, make_optimizer
 
 NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(backend.unavailable("native", "cpu") is not None, reason="no compiled extension")
@@ -936,8 +941,10 @@ import dataclasses, warnings
 from pathlib import Path
 from fastgpt import GPTConfig
 from fastgpt.config import TrainConfig
-from fastgpt.data import Corpus
-from fastgpt.train import RunFolder, Trainer, build_model, read_metrics
+from fastgpt.data.corpus import Corpus
+from fastgpt.baselines import build_model
+from fastgpt.training.loop import Trainer
+from fastgpt.training.run_folder import RunFolder, read_metrics
 warnings.filterwarnings("error", category=EncodingWarning, module="fastgpt")
 corpus = Corpus.load({str(file)!r}, block_size=4)
 cfg = TrainConfig(max_steps=1, batch_size=2, eval_batches=1, warmup_steps=0, device="cpu")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.benchmarks import quotes, report
-from fastgpt.benchmarks.reader import read
+from fastgpt.benchmarks.publish import quotes, report
+from fastgpt.benchmarks.publish.reader import read
 from fastgpt.ops.backend import OPS
 
 ROOT = Path(__file__).resolve().parent.parent

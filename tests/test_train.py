@@ -18,25 +18,17 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig
+from fastgpt.baselines import build_model
 from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.config import TrainConfig
-from fastgpt.data import IGNORED, Corpus, Prefetcher
-from fastgpt.train import (
-    Interrupted,
-    Precision,
-    RunFolder,
-    Trainer,
-    TrainingError,
-    build_model,
-    learning_rate,
-    make_optimizer,
-    mean_loss,
-    plot_loss,
-    read_metrics,
-    resolve_device,
-    training_dtype,
-    training_step,
-)
+from fastgpt.data.corpus import Corpus
+from fastgpt.data.layouts import IGNORED
+from fastgpt.data.prefetch import Prefetcher
+from fastgpt.machine import resolve_device
+from fastgpt.training import TrainingError
+from fastgpt.training.loop import Interrupted, Trainer
+from fastgpt.training.run_folder import RunFolder, plot_loss, read_metrics
+from fastgpt.training.step import Precision, learning_rate, make_optimizer, mean_loss, training_dtype, training_step
 
 TEXT = "to be, or not to be, that is the question:\nwhether 'tis nobler in the mind to suffer\n" * 60
 MODEL = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1}
@@ -149,7 +141,7 @@ def cli(*args: str) -> tuple[int, str]:
 SIGNALLED = """
 import os, signal, sys
 from fastgpt.cli import main
-from fastgpt.train import RunFolder
+from fastgpt.training.run_folder import RunFolder
 
 append = RunFolder.append
 
@@ -730,7 +722,7 @@ def test_a_short_text_is_evaluated_once(tmp_path):
 
 
 def test_a_clock_that_stands_still(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastgpt.train.time.perf_counter", lambda: 5.0)
+    monkeypatch.setattr("fastgpt.training.loop.time.perf_counter", lambda: 5.0)
     state = trainer(corpus, tmp_path).run()
     assert state["elapsed_s"] == 0.0
     assert {r["tokens_per_s"] for r in read_metrics(tmp_path / "metrics.jsonl")} == {0.0}
@@ -750,7 +742,7 @@ def test_a_full_disk_while_a_row_is_written_names_the_file(corpus, tmp_path, mon
 
     def rows_then_full(row):
         if len(written) == 5:
-            monkeypatch.setattr("fastgpt.train.open", lambda *args, **kwargs: Full(), raising=False)
+            monkeypatch.setattr("fastgpt.training.run_folder.open", lambda *args, **kwargs: Full(), raising=False)
         append(row)
         written.append(row)
 

@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.config import TrainConfig
-from fastgpt.train import Precision, make_optimizer
-from fastgpt.train import training_step as one_step
+from fastgpt.training.step import Precision, make_optimizer
+from fastgpt.training.step import training_step as one_step
 
 
 class Absent(Exception):

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import ops, parity
+from fastgpt.benchmarks.publish import rows as results
 from fastgpt.ops import reference
 from fastgpt.ops.backend import PREFERENCE, Explanation
 
-from . import rows as results
 from .measure import Call, Ceilings, Clock, clock_of, interleave, measure_ceilings, peak_bytes, ratio, spread, verdict
 from .peers import Absent, Peer
 
@@ -272,7 +272,7 @@ def _fallback(device_type: str, taken: Explanation) -> str | None:
 
 def our_error_ratio(case: parity.Case, backend: str, setting: Setting) -> float:
     """The largest, over outputs and gradients, of error / (PyTorch's error + tolerance / 2). Up to 2 passes."""
-    checked = parity.measure(case, backend, setting.dtype, setting.device.type)
+    checked = parity.measure_case(case, backend, setting.dtype, setting.device.type)
     for row in checked:
         if row.reason:
             raise ParityError(f"{case.op} {case.name}, {row.value}: {row.reason}; no time is kept")

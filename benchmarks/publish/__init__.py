@@ -1,1 +1,1 @@
-"""What becomes of the rows: the schema, the report with its pictures, the comparison of two runs, the quotes in documents."""
+"""What becomes of the rows: the schema, report and pictures, comparison of two runs, quotes."""

@@ -1,6 +1,6 @@
 """Did FastGPT become slower? Two files (or folders) of results, BASE and HEAD, case by case.
 
-    python -m fastgpt.benchmarks.compare BASE HEAD [--threshold 0.1] [--if-comparable] [--out TABLE.md]
+    python -m fastgpt.benchmarks.publish.compare BASE HEAD [--threshold 0.1] [--if-comparable] [--out TABLE.md]
 
 A machine is not equally fast on two days, but FastGPT and its peers took turns on it: where both runs measured the same
 peers with the same PyTorch, Triton and CUDA, what is compared is FastGPT's time in multiples of each peer's, and more
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.benchmarks import cells
-from fastgpt.benchmarks.measure import Spread
-from fastgpt.benchmarks.reader import OURS, Results, ResultsError, Row, case_of, device_of, read
+from fastgpt.benchmarks.harness.measure import Spread
+from fastgpt.benchmarks.publish import cells
+from fastgpt.benchmarks.publish.reader import OURS, Results, ResultsError, Row, case_of, device_of, read
 from fastgpt.report import markdown_table
 
 THRESHOLD = 0.1  # between two runs of one commit on a quiet machine the ratio of a row moves by some percent

@@ -1,6 +1,6 @@
 """The figures that documents quote, read from the files of rows: nothing is copied by hand.
 
-    python -m fastgpt.benchmarks.quotes README.md      rewrite what stands between the marks (make results)
+    python -m fastgpt.benchmarks.publish.quotes README.md      rewrite what stands between the marks (make results)
 
 In a document,
 

@@ -45,11 +45,11 @@ from typing import Any
 import torch
 
 import fastgpt
+from fastgpt.benchmarks.harness.measure import Ceilings
 from fastgpt.checkpoint import atomic_path
 
-from .measure import Ceilings
-
-SOURCE_TREE = Path(__file__).resolve().parent.parent  # where this is an installed package: of no use, and not a tree
+# Where this is an installed package it is no source tree, and of no use.
+SOURCE_TREE = Path(__file__).resolve().parent.parent.parent
 
 MEASURED = (
     "op", "shape", "dtype", "direction", "implementation", "backend", "median_ms", "p20_ms", "p80_ms", "rounds",

@@ -13,9 +13,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import LAYOUTS, ConfigError
-from ..data import (
+from ..data.layouts import (
     Blocks,
-    DataError,
     Examples,
     Names,
     Windows,
@@ -24,10 +23,10 @@ from ..data import (
     check_names_fit,
     check_varied,
     join_names,
-    load_text,
     name_lengths,
     names_of,
 )
+from ..data.sources import DataError, load_text
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
 TEXT = """To be, or not to be, that is the question:

@@ -121,7 +121,7 @@ register("layer_norm", "torch", _torch)
 register("add_layer_norm", "torch", _torch_add)
 
 
-# --- the triton backend: triton_kernels/layer_norm.py ------------------------------------------------------------------
+# --- the triton backend: triton_kernels/layer_norm.py -----------------------------------------------------------------
 #
 # One op serves both: without `residual` it is layer_norm, and its second output is empty.
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from .. import ops
 from ..config import GPTConfig
+from ..machine import resolve_device
 from ..model import GPT, CausalSelfAttention
 from ..ops.reference import causal_mask
 from ..report import pyplot
 from ..tokenizer import Tokenizer
-from ..train import resolve_device
 from .experiment import Common, StudyError, at_least, label, load_run, trained_model
 
 SMALL = GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)  # shakespeare-char-cpu

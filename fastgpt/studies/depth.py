@@ -20,10 +20,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import GPTConfig, TrainConfig
-from ..data import Corpus, random_batch
+from ..data.corpus import Corpus
+from ..data.layouts import random_batch
+from ..machine import resolve_device
 from ..model import GPT
 from ..report import pyplot
-from ..train import resolve_device
 from .experiment import (
     LEARNED,
     Common,

@@ -21,10 +21,12 @@ from .. import __version__
 from ..baselines import model_class
 from ..checkpoint import Checkpoint, find_checkpoint, load_parameters
 from ..config import ConfigError, GPTConfig, TrainConfig, from_dict
-from ..data import Corpus, evaluation_blocks, random_batch
+from ..data.corpus import Corpus
+from ..data.layouts import evaluation_blocks, random_batch
+from ..machine import resolve_device
 from ..model import GPT, LanguageModel
 from ..tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
-from ..train import Precision, learning_rate, make_optimizer, mean_loss, resolve_device
+from ..training.step import Precision, learning_rate, make_optimizer, mean_loss
 
 Number = TypeVar("Number", int, float)
 LEARNED = 0.05  # nats below the loss of knowing each token's frequency: something of the context was learned

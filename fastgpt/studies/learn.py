@@ -27,13 +27,16 @@ import numpy as np
 import torch
 
 from .. import baselines, model, modules
+from ..baselines import build_model
 from ..checkpoint import atomic_path
 from ..config import ConfigError, GPTConfig, TrainConfig
-from ..data import Corpus
+from ..data.corpus import Corpus
 from ..ops import reference
 from ..report import Report, markdown_table, pyplot
+from ..training import TrainingError
+from ..training.loop import Trainer
+from ..training.run_folder import RunFolder, read_metrics
 from .experiment import facts, recorded
-from ..train import RunFolder, Trainer, TrainingError, build_model, read_metrics
 
 TOKENS_PER_STEP = 1024
 SMALL_BLOCK = 8  # of all stages but the last, as in the lecture
@@ -321,7 +324,7 @@ def code_of(s: Stage) -> list[tuple[str, int, str]]:
         if len(hits) != 1:
             raise LookupError(f"{part!r}: {len(hits)} lines of {thing.__qualname__}, expected one")
         source = Path(inspect.getsourcefile(thing) or "").resolve()
-        found.append((source.relative_to(Path(__file__).resolve().parent).as_posix(), *hits[0]))
+        found.append((source.relative_to(Path(__file__).resolve().parent.parent).as_posix(), *hits[0]))
     return found
 
 
@@ -494,7 +497,7 @@ def run(settings: Settings) -> Path:
 
 def refreshed(text: str, results: dict[str, Any], root: Path) -> str:
     """docs/from-bigram-to-gpt.md with its numbers from `results` and its links to the lines of today's source."""
-    from ..show import show_layouts
+    from ..data.show import show_layouts
 
     shown = show_layouts(None, None, None, "char", results["settings"]["seed"]).rpartition("\n\n")[0]
     text = _between(text, "data show", f"```text\n{shown}\n```")
@@ -530,7 +533,7 @@ def _results_in_markdown(results: dict[str, Any]) -> str:
 
 
 def main(docs: Path) -> None:
-    """Make the page and its pictures again from docs/from-bigram-to-gpt.json: python -m fastgpt.learn docs"""
+    """Make the page and its pictures again from docs/from-bigram-to-gpt.json: python -m fastgpt.studies.learn docs"""
     page = docs / "from-bigram-to-gpt.md"
     results = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     text = refreshed(page.read_text(encoding="utf-8"), results, docs.resolve().parent)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import GPTConfig, TrainConfig
-from ..data import Corpus
+from ..data.corpus import Corpus
+from ..machine import resolve_device
 from ..report import pyplot
-from ..train import resolve_device
 from .experiment import (
     LEARNED,
     Common,

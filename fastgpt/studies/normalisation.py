@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ConfigError, GPTConfig, TrainConfig
-from ..data import Corpus
+from ..data.corpus import Corpus
+from ..machine import resolve_device
 from ..model import GPT
 from ..report import pyplot
-from ..train import Precision, make_optimizer, mean_loss, resolve_device, training_step
+from ..training.step import Precision, make_optimizer, mean_loss, training_step
 from .experiment import Common, at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_blocks
 
 

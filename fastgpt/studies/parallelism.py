@@ -26,10 +26,10 @@ from torch import Tensor
 
 from ..baselines import matched
 from ..config import GPTConfig, TrainConfig
-from ..data import Corpus
+from ..data.corpus import Corpus
+from ..machine import resolve_device
 from ..model import GPT
 from ..report import pyplot
-from ..train import resolve_device
 from .experiment import (
     LEARNED,
     Common,

@@ -1,294 +1,45 @@
-"""The training loop: AdamW, warm-up and cosine, evaluation, checkpoints, and a run's folder.
+"""The training loop: steps, evaluation, checkpoints, and a stop that loses nothing.
 
 A run can be stopped anywhere and resumed to the same bits: the batch of step s follows from (seed, s) alone, and
 weights, moments, counters, the gradient scaler and the random state of dropout are in every checkpoint.
-
-`training_step` and `mean_loss` are for every caller that trains: the trainer, the studies and the benchmarks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, overload
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..baselines import model_class
 from ..checkpoint import (
     Checkpoint,
     CheckpointError,
-    atomic_path,
     check_same,
     link_or_copy,
     load_parameters,
     model_tensors,
 )
-from ..config import GPTConfig, TrainConfig, readable
-from ..data import IGNORED, Corpus, Prefetcher
-from ..model import GPT, LanguageModel
+from ..config import TrainConfig
+from ..data.corpus import Corpus
+from ..data.prefetch import Prefetcher
+from ..machine import resolve_device
+from ..model import LanguageModel
+from . import TrainingError
+from .run_folder import RunFolder, plot_loss
+from .step import Batch, Precision, count_targets, learning_rate, make_optimizer, mean_loss, training_step
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # x (B, T), y (B, T) -> the mean in nats per counted target, 0-dim
-Batch = tuple[Tensor, Tensor]
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, by AdamW's own names
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, and what the last good checkpoint is."""
 
 
 class Interrupted(TrainingError):
     """A signal stopped the run, after it was saved."""
-
-
-def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Linear warm-up over warmup_steps, then half a cosine from lr down to min_lr at max_steps."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
-    if step >= cfg.max_steps:
-        return cfg.min_lr
-    progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (cfg.lr - cfg.min_lr)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`, once it has held a number; "auto" is a CUDA or ROCm GPU, else Apple's, else the CPU."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it knows shapes, and computes nothing")
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        # A name that PyTorch knows, and this build has no code for, ends in an account of its dispatcher.
-        unknown = isinstance(error, (NotImplementedError, ImportError)) or "INTERNAL ASSERT" in str(error)
-        reason = "this PyTorch was built without it" if unknown else str(error).splitlines()[0]
-        raise TrainingError(f"device: {name!r} cannot be used here: {reason}") from None
-    return device
-
-
-def training_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dtype, str]:
-    """The dtype of the matrix products of training on `device`, and why.
-
-    "auto" takes half precision on CUDA and ROCm alone: bfloat16 where the hardware has it, else float16. Elsewhere it
-    takes float32, because nobody has measured half precision to be faster there.
-    """
-    emulated = False
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "auto":
-        if device.type != "cuda":
-            return torch.float32, "half precision is the default on CUDA alone"
-        return (torch.float16, "this GPU emulates bfloat16") if emulated else (torch.bfloat16, "this GPU has it")
-    if asked == "bfloat16" and emulated:
-        return torch.bfloat16, "asked for, but this GPU emulates it: float16 is faster"
-    return getattr(torch, asked), "asked for"
-
-
-class Precision:
-    """What a training step computes in: the dtype of autocast and, where that is float16, a scaler of the gradients.
-
-    float16 has no numbers below 6e-8, where many gradients lie. So the loss is multiplied by a scale before backward,
-    and the gradients are divided by it before they are used; a step whose gradients overflow is left out, and the
-    scale halved. In any other dtype the scaler does nothing.
-    """
-
-    def __init__(self, device: torch.device, asked: str = "auto") -> None:
-        self.device = device
-        self.dtype, self.why = training_dtype(device, asked)
-        if self.dtype != torch.float32 and not torch.amp.is_autocast_available(device.type):
-            raise TrainingError(f"dtype: {self.name} needs autocast, which PyTorch does not have on {device.type!r}")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-
-    @property
-    def name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.why})"
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-
-def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW of what is not frozen, with weight decay on matrices only: embeddings and linears, not biases and norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise TrainingError("model: every parameter is frozen (requires_grad is False): there is nothing to train")
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
-
-
-def count_targets(y: Tensor) -> Tensor:
-    """How many targets count, 0-dim: on a GPU nothing waits for it."""
-    return (y != IGNORED).sum()
-
-
-def target_shares(micro_batches: Sequence[Batch]) -> list[Tensor]:
-    """Of all the counted targets of a step, the share of each of its micro-batches, 0-dim and on the device.
-
-    Their losses, each a mean over its own targets, add up with these weights to the mean over all. Processes that
-    train together would add up `total` over all of them here, and their gradients after the step's last backward.
-    """
-    counts = torch.stack([count_targets(y) for _, y in micro_batches])
-    total = counts.sum()
-    return list((counts / total.clamp_min(1)).unbind())
-
-
-def training_step(
-    model: torch.nn.Module,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
-    precision: Precision,
-    grad_clip: float,
-) -> Tensor:
-    """One optimizer step on the mean loss over the targets of all micro-batches; returns that loss, on the device.
-
-    The gradients are those of one batch of all the rows, however the counted targets are spread. Nothing here waits
-    for a GPU. The model is in training mode already.
-    """
-    shares = target_shares(micro_batches) if len(micro_batches) > 1 else [None]
-    total = torch.zeros((), device=precision.device)
-    for (x, y), share in zip(micro_batches, shares, strict=True):
-        with precision.autocast():
-            value = loss(x, y)
-        if share is not None:
-            value = torch.where(share > 0, value * share, 0.0)  # the mean over no target is NaN
-        precision.scaler.scale(value).backward()
-        total += value.detach()
-    if grad_clip > 0.0:
-        precision.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    precision.scaler.step(optimizer)
-    precision.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total
-
-
-@torch.no_grad()
-def mean_loss(loss: Loss, x: Tensor, y: Tensor, batch_size: int, precision: Precision) -> float:
-    """The mean loss in nats over the counted targets of x, y (N, T), taken `batch_size` rows at a time."""
-    total, n_targets = 0.0, 0
-    for bx, by in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        n = int(count_targets(by))
-        if n > 0:  # the mean over no target is NaN
-            with precision.autocast():
-                total += float(loss(bx.to(precision.device), by.to(precision.device))) * n
-            n_targets += n
-    return total / n_targets if n_targets else math.nan
-
-
-class RunFolder:
-    """config.toml, metrics.jsonl, loss.png and checkpoint/ of one run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metrics_path = path / "metrics.jsonl"
-        self.latest = path / "checkpoint" / "latest.safetensors"
-        self.best = path / "checkpoint" / "best.safetensors"
-
-    def create(self, settings: dict[str, Any]) -> None:
-        """Start a new run. A folder that already holds one is refused: resuming it, or another folder, is the way."""
-        if self.latest.exists() or (self.metrics_path.exists() and self.metrics_path.stat().st_size > 0):
-            raise TrainingError(f"{self.path}: already holds a run; add --resume to go on, or give another --out")
-        try:
-            self.latest.parent.mkdir(parents=True, exist_ok=True)
-            self.metrics_path.touch()
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path}: the output folder cannot be written: {error.strerror or error}"
-            ) from error
-        self.write_settings(settings)
-
-    def write_settings(self, settings: dict[str, Any]) -> None:
-        import tomli_w
-
-        with atomic_path(self.path / "config.toml") as temporary:
-            text = tomli_w.dumps({k: v for k, v in settings.items() if v is not None})
-            temporary.write_text(readable(text), encoding="utf-8")
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row to metrics.jsonl. The file is opened for each, so that a full disk is met here and nowhere else."""
-        try:
-            with open(self.metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{self.metrics_path}: cannot be written: {error.strerror or error}; "
-                f"last good checkpoint: {self.last_good()}"
-            ) from error
-
-    def last_good(self) -> str:
-        return str(self.latest) if self.latest.exists() else "none"
-
-    def rewind(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: the resumed run writes them again."""
-        if not self.metrics_path.exists():
-            return
-        kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= step]
-        with atomic_path(self.metrics_path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A last line cut off by a crash is left out; any other bad line is an error."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise TrainingError(f"{path}: line {number} is not JSON") from None
-    return rows
-
-
-def plot_loss(metrics_path: Path, out: Path) -> str | None:
-    """Draw the loss curve. Returns why not, where matplotlib is not installed or the picture cannot be written."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no loss.png: matplotlib is not installed (pip install 'fastgpt-kernels[plot]')"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = read_metrics(metrics_path)
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    for split, style in (("train", {"lw": 0.8, "alpha": 0.6}), ("val", {"lw": 1.8, "marker": "o", "ms": 3})):
-        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=split, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(readable(out.parent.name), parse_math=False)  # a dollar sign in a folder's name is no formula
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        with atomic_path(out) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    except CheckpointError as error:
-        return f"no loss.png: {error}"
-    finally:
-        plt.close(figure)
-    return None
 
 
 class Trainer:
@@ -567,13 +318,3 @@ class Trainer:
 def _rate(tokens: int, seconds: float) -> float:
     """Tokens a second; 0 where the clock is too coarse to have moved."""
     return tokens / seconds if seconds > 0.0 else 0.0
-
-
-@overload
-def build_model(model_config: GPTConfig, seed: int) -> GPT: ...
-@overload
-def build_model(model_config: GPTConfig, seed: int, kind: str) -> LanguageModel: ...
-def build_model(model_config: GPTConfig, seed: int, kind: str = "gpt") -> LanguageModel:
-    """A freshly initialised model, one of `baselines.MODELS`, whose weights follow from `seed`."""
-    torch.manual_seed(seed)
-    return model_class(kind)(model_config)

@@ -1,0 +1,151 @@
+"""What is kept on disk between runs: tokens, trained tokenizers and downloads, each file whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import secrets
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..config import ConfigError, expand_path
+from ..tokenizer import BPETokenizer, Tokenizer, bpe_size, tokenizer_from_json
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+Kept = TypeVar("Kept")
+
+
+# ---- cache ----
+
+
+def cache_dir() -> Path:
+    """FASTGPT_CACHE, else XDG_CACHE_HOME/fastgpt, else ~/.cache/fastgpt; it need not exist yet.
+
+    A relative XDG_CACHE_HOME is left aside, as the XDG Base Directory Specification asks.
+    """
+    if own := os.environ.get("FASTGPT_CACHE"):
+        return expand_path(own)
+    shared = expand_path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else expand_path("~/.cache")) / "fastgpt"
+
+
+def cached(
+    name: str,
+    *,
+    read: Callable[[Path], Kept | None],
+    make: Callable[[], Kept],
+    parts: Callable[[Kept], list[Any]],
+    consequence: str,
+) -> Kept:
+    """What `read` finds in the cache's file `name`. Where it finds nothing whole, what is made, kept there as `parts`.
+
+    A cache that cannot be written is no error: it is said, with its consequence, and what was made is returned.
+    """
+    try:
+        path = cache_dir() / name
+    except ConfigError as error:  # no home folder is known
+        _warn_uncached(str(error), consequence)
+        return make()
+    kept = read(path)
+    if kept is not None:
+        return kept
+    fresh = make()
+    try:
+        _write_atomically(path, parts(fresh))
+    except OSError as error:
+        _warn_uncached(f"cache {str(path.parent)!r} cannot be written ({error.strerror})", consequence)
+        return fresh
+    kept = read(path)  # tokens are then mapped, and leave the memory
+    return fresh if kept is None else kept
+
+
+def _warn_uncached(reason: str, consequence: str) -> None:
+    warnings.warn(f"{reason}: {consequence}; set FASTGPT_CACHE to a writable folder", stacklevel=2)
+
+
+def _write_atomically(path: Path, parts: list[Any]) -> None:
+    """A reader, or a second process that writes the same file, sees the old file or the new one and never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:  # with the umask's mode, so that a group can share the cache
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def cached_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of `text`, memory-mapped where they are in the cache."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+    def encode() -> np.ndarray:
+        tokens = tokenizer.encode_array(text).astype(dtype)
+        tokens.flags.writeable = False
+        return tokens
+
+    return cached(
+        f"tokens-{_sha256(f'{_sha256(text)} {tokenizer.fingerprint()}')}.npy",
+        read=lambda path: _open_tokens(path, dtype),
+        make=encode,
+        parts=_token_parts,
+        consequence="the tokens stay in memory",
+    )
+
+
+def _token_parts(tokens: np.ndarray) -> list[Any]:
+    """A .npy file with its own sha256 behind it: numpy ignores a tail, and one file is atomic where two are not."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
+    data = tokens.data.cast("B") if tokens.size else b""
+    digest = hashlib.sha256(header.getvalue())
+    digest.update(data)
+    return [header.getvalue(), data, digest.digest()]
+
+
+def _open_tokens(path: Path, dtype: np.dtype) -> np.ndarray | None:
+    """The cached tokens, memory-mapped and checked; None where there are none or the file is damaged."""
+    try:
+        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        digest = hashlib.sha256(raw[:-_DIGEST_BYTES].data).digest()
+        if digest != raw[-_DIGEST_BYTES:].tobytes():
+            return None
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return tokens if tokens.dtype == dtype and tokens.ndim == 1 else None
+
+
+def cached_bpe(text: str, vocab_size: int | None) -> BPETokenizer:
+    """The tokenizer that `text` trains: training takes far longer than encoding, and gives the same each time."""
+    size = bpe_size(vocab_size)
+    return cached(
+        f"bpe-{_sha256(f'{_sha256(text)} {size} {BPETokenizer.training_version}')}.json",
+        read=_open_bpe,
+        make=lambda: BPETokenizer.train(text, size),
+        parts=lambda tokenizer: [f"{tokenizer.fingerprint()}\n{tokenizer.to_json()}".encode()],
+        consequence="the tokenizer is trained again next time",
+    )
+
+
+def _open_bpe(path: Path) -> BPETokenizer | None:
+    """The kept tokenizer, which has to have the fingerprint before it; None where there is none or it is damaged."""
+    try:
+        fingerprint, _, text = path.read_text(encoding="utf-8").partition("\n")
+        tokenizer = tokenizer_from_json(text) if _sha256(text) == fingerprint else None
+    except (OSError, ValueError):
+        return None
+    return tokenizer if isinstance(tokenizer, BPETokenizer) else None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,213 @@
+"""Layouts: how examples are cut out of tokens, and a batch out of examples.
+
+There are three, each a class below: `Blocks` of a text, of which every prefix is an example; `Windows` over a text,
+each one example; and `Names`, each line of the data a row of its own between a start and an end token.
+
+A batch is a pure function of (seed, step): Philox is keyed by the two, so a resumed run draws the batches that an
+uninterrupted one would have drawn, and a checkpoint holds no state of a random generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import as_int
+from ..tokenizer import Tokenizer
+from .sources import DataError, by_hash
+
+_UINT64 = 2**64 - 1
+
+
+# One token is start and end: it is never a target at the start and never context at the end. As the newline it is in
+# every tokenizer, no line can contain it, and sampled names come one a line.
+NAME_BOUNDARY = "\n"
+
+
+def boundary_token(tokenizer: Tokenizer) -> int:
+    """The id of the token that starts and ends a name."""
+    (token,) = tokenizer.encode(NAME_BOUNDARY)
+    return token
+
+
+def names_of(text: str, shown: str) -> list[str]:
+    """The lines of `text` without blanks around them, in the order of their hashes.
+
+    Lists of names are sorted, by alphabet or by frequency: the last tenth, which is the validation split, would be
+    unlike the rest.
+    """
+    names = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise DataError(f"{shown}: line {number} is a name of length 0: remove the empty line")
+    return by_hash(names)
+
+
+def join_names(names: Iterable[str]) -> str:
+    """The text that the names layout tokenizes: every name between two boundaries, neighbours sharing one."""
+    return NAME_BOUNDARY + "".join(name + NAME_BOUNDARY for name in names)
+
+
+def name_lengths(tokens: np.ndarray, boundary: int) -> np.ndarray:
+    """Tokens of each name, its start token included."""
+    return np.diff(np.nonzero(tokens == boundary)[0])
+
+
+def check_names_fit(names: list[str], tokens: np.ndarray, boundary: int, block_size: int, shown: str) -> None:
+    """Raise DataError that quotes the longest of `names` where it does not fit a block."""
+    lengths = name_lengths(tokens, boundary)
+    longest = int(lengths.argmax())
+    _check_name(f"name {names[longest]!r} of {shown}", int(lengths[longest]), block_size)
+
+
+def _integer(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int; ValueError where it is none, or less than `least`, which is 1 if anything."""
+    try:
+        number = as_int(value)
+        if least is None or number >= least:
+            return number
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: expected {'an' if least is None else 'a positive'} integer, got {value!r}")
+
+
+def check_varied(text: str, shown: str) -> None:
+    if len(set(text)) == 1:
+        raise DataError(f"{shown} has one distinct character, {text[0]!r}: give a text with something to predict")
+
+
+def check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
+    block_size = _integer("block_size", block_size, least=1)
+    if len(tokens) <= block_size:
+        raise DataError(
+            f"{name} has {len(tokens)} tokens, and a block of {block_size} needs {block_size + 1} "
+            f"(each token's target is the next one): give a longer text or a smaller block_size"
+        )
+
+
+def _check_name(name: str, n_tokens: int, block_size: int) -> None:
+    if n_tokens > block_size:
+        raise DataError(
+            f"{name} is longer than the block: with its start token it has {n_tokens} tokens, and block_size is "
+            f"{block_size}; set block_size to {n_tokens} or more, or remove the name"
+        )
+
+
+# ---- layouts ----
+
+
+class Examples:
+    """Numbered examples of T = block_size tokens: x (T,), and in y (T,) the token after each, or -100 to leave it out.
+
+    A subclass says how many there are and cuts them.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+        self.tokens, self.block_size = tokens, _integer("block_size", block_size, least=1)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The examples numbered `which` (B,): x (B, T) and y (B, T), int64."""
+        raise NotImplementedError
+
+    def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Examples at random. Depends on its arguments only, so step 1000 needs none of the steps before it."""
+        batch_size = _integer("batch_size", batch_size, least=1)
+        key = np.array([_integer("seed", seed) & _UINT64, _integer("step", step) & _UINT64], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
+        return self.cut(generator.integers(0, len(self), size=batch_size))
+
+    def evenly_spaced(self, n: int) -> tuple[Tensor, Tensor]:
+        """The same n examples every time, first and last included.
+
+        A loss over these changes with the model only, so two runs, or two steps, can be compared.
+        """
+        n = _integer("n_blocks", n, least=1)
+        return self.cut(np.arange(n) * (len(self) - 1) // max(n - 1, 1))
+
+
+class Blocks(Examples):
+    """Blocks of a text at any place. Each prefix is an example: T contexts, of 1 to T tokens, in a block."""
+
+    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+        check_block("tokens", tokens, block_size)
+        super().__init__(tokens, block_size)
+
+    def __len__(self) -> int:
+        return len(self.tokens) - self.block_size
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        rows = self.tokens[which[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (B, T + 1)
+        return _tensors(rows[:, :-1], rows[:, 1:])
+
+
+class Windows(Blocks):
+    """A window of T tokens slid over the text, one place at a time: one example each, the whole window its context."""
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        x, after = super().cut(which)
+        y = torch.full_like(after, IGNORED)
+        y[:, -1] = after[:, -1]
+        return x, y
+
+
+class Names(Examples):
+    """One name a row: start token, name, and whatever up to T; the targets are the name, the end token, and -100.
+
+    Contexts grow inside the name, from the start token alone to the whole name, and never reach another one. `tokens`
+    are names between boundary tokens, one of them at either end.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, boundary: int) -> None:
+        super().__init__(tokens, block_size)
+        (ends,) = np.nonzero(tokens == boundary)
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] != len(tokens) - 1:
+            raise DataError("tokens: expected names between boundary tokens, one of them at either end")
+        self.boundary, self.starts, self.lengths = boundary, ends[:-1], np.diff(ends)  # of start token and name
+        if self.lengths.min() < 2:
+            raise DataError(f"tokens: name {int(self.lengths.argmin())} has length 0: remove it")
+        longest = int(self.lengths.argmax())
+        _check_name(f"name {longest}", int(self.lengths[longest]), block_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        at = np.arange(self.block_size + 1)
+        places = np.minimum(self.starts[which, None] + at, len(self.tokens) - 1)
+        rows = self.tokens[places].astype(np.int64)  # (B, T + 1)
+        inside = at[:-1] < self.lengths[which, None]  # (B, T)
+        return _tensors(np.where(inside, rows[:, :-1], self.boundary), np.where(inside, rows[:, 1:], IGNORED))
+
+
+IGNORED = -100  # the cross-entropy's ignore_index
+_LAYOUTS: dict[str, type[Examples]] = {"blocks": Blocks, "windows": Windows, "names": Names}
+
+
+def layout_class(layout: str) -> Any:
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
+    return _LAYOUTS[layout]
+
+
+def _tensors(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
+
+
+# ---- batches ----
+
+
+def random_batch(tokens: np.ndarray, block_size: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Blocks at random places: x (B, T) and y (B, T), int64, where y[b, t] is the token after x[b, t]."""
+    return Blocks(tokens, block_size).batch(batch_size, seed, step)
+
+
+def evaluation_blocks(tokens: np.ndarray, block_size: int, n_blocks: int) -> tuple[Tensor, Tensor]:
+    """The same evenly spaced blocks every time, first and last included: x (n, T) and y (n, T), int64."""
+    return Blocks(tokens, block_size).evenly_spaced(n_blocks)

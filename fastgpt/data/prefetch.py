@@ -1,0 +1,105 @@
+"""Batches cut by a thread of its own, while the step before them runs."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .layouts import Examples, _integer
+
+
+class Prefetcher:
+    """Iterates without end over `examples.batch` from `start_step` on, cut by a thread, `depth` ahead.
+
+        with Prefetcher(corpus.examples("train", 256), 64, seed=1, device="cuda") as batches:
+            for step, (x, y) in zip(range(1000), batches): ...
+
+    Gives (B, T) tensors; with `steps_per_call` above one, the batches of that many steps stacked, (steps, B, T). For a
+    CUDA device the thread fills pinned memory, and the copy is queued by whoever takes the batch: on its own stream, so
+    that the copy is in order with the work that reads it.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        steps_per_call: int = 1,
+        device: str | torch.device = "cpu",
+        depth: int = 2,
+    ) -> None:
+        self._examples, self._seed = examples, _integer("seed", seed)
+        self._batch_size = _integer("batch_size", batch_size, least=1)
+        self._next_step = _integer("start_step", start_step)
+        self._steps_per_call = _integer("steps_per_call", steps_per_call, least=1)
+        self._depth = _integer("depth", depth, least=1)
+        self._device = torch.device(device)
+        self._ready: deque[tuple[Tensor, Tensor]] = deque()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._produce, name="fastgpt-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+            if self._closed:
+                raise StopIteration
+            if not self._ready:
+                assert self._error is not None
+                raise self._error
+            x, y = self._ready.popleft()
+            self._changed.notify_all()
+        pinned = self._device.type == "cuda"  # without: an Apple GPU may read memory that is given back already
+        return x.to(self._device, non_blocking=pinned), y.to(self._device, non_blocking=pinned)
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread, the iteration and the batches that were not taken. Closing twice is fine."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _produce(self) -> None:
+        try:
+            while True:
+                batch = self._make()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                    if self._closed:
+                        return
+                    self._ready.append(batch)
+                    self._changed.notify_all()
+        except BaseException as error:  # whatever it is, it belongs to the consumer, who would otherwise wait for ever
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _make(self) -> tuple[Tensor, Tensor]:
+        steps = range(self._next_step, self._next_step + self._steps_per_call)
+        batches = [self._examples.batch(self._batch_size, self._seed, step) for step in steps]
+        self._next_step = steps.stop
+        x, y = batches[0] if len(batches) == 1 else (torch.stack(part) for part in zip(*batches, strict=True))
+        if self._device.type != "cuda":
+            return x, y
+        with torch.cuda.device(self._device):
+            return x.pin_memory(), y.pin_memory()

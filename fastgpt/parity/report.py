@@ -1,0 +1,140 @@
+"""Measure all cases and say what came out: in a table, in JSON, and by an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ConfigError
+from ..ops.backend import BACKENDS, OPS, BackendError, implements
+from .cases import CASES, DTYPES
+from .measure import Row, Skip, dtype_name, measure_case
+
+
+@dataclass
+class Report:
+    """What was measured, on what, and what was skipped."""
+
+    device: str
+    rows: list[Row] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> list[Row]:
+        return [row for row in self.rows if not row.passed]
+
+    def as_dict(self) -> dict[str, Any]:
+        from .. import __version__
+
+        versions = {"fastgpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        try:
+            import triton
+
+            versions["triton"] = triton.__version__
+        except ImportError:
+            pass
+        on_gpu = self.device == "cuda"
+        return {
+            "device": self.device,
+            "device_name": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
+            "platform": platform.platform(),
+            "versions": versions | ({"cuda": torch.version.cuda} if on_gpu else {}),
+            "rule": "ours <= 2 * torch + atol; all errors are the largest absolute ones against the float64 oracle",
+            "passed": not self.failures,
+            "seconds": round(self.seconds, 2),
+            "rows": [_finite(dataclasses.asdict(row) | {"ratio": row.ratio}) for row in self.rows],
+            "skipped": [dataclasses.asdict(skip) for skip in self.skips],
+        }
+
+    def __str__(self) -> str:
+        """A line per op, backend and dtype, then each failure, then what was skipped."""
+        heading = f"{'op':21}{'backend':9}{'dtype':10}{'cases':>5}{'values':>7}{'error':>10}{'torch':>10}{'ratio':>7}"
+        lines = [heading + "  worst ratio at"]
+        for (op, backend, dtype), rows in _grouped(self.rows, lambda row: (row.op, row.backend, row.dtype)).items():
+            # Under atol a ratio says which rounding was luckier, no more.
+            apart = [row for row in rows if row.ours > row.atol]
+            worst = max(apart, key=lambda row: row.ratio or math.inf, default=None)
+            error, torch_error = max(row.ours for row in rows), max(row.torch for row in rows)
+            n_cases, failed = len({row.case for row in rows}), sum(not row.passed for row in rows)
+            ratio = f"{worst.ratio or math.inf:.2f}" if worst else "-"
+            where = f"{worst.case}: {worst.value}" if worst else "all within atol"
+            lines.append(
+                f"{op:21}{backend:9}{dtype:10}{n_cases:5}{len(rows):7}{error:10.1e}{torch_error:10.1e}{ratio:>7}  "
+                f"{where}{f'  {failed} FAILED' if failed else ''}"
+            )
+        for row in self.failures:
+            what = row.reason or f"error {row.ours:.2e} > 2 * {row.torch:.2e} + {row.atol:.1e}"
+            lines.append(f"FAILED {row.op}, {row.backend}, {row.dtype}, {row.case}, {row.value}: {what}")
+        for (op, backend, reason), skips in _grouped(self.skips, lambda s: (s.op, s.backend, s.reason)).items():
+            dtypes = ", ".join(dict.fromkeys(skip.dtype for skip in skips))
+            lines.append(f"skipped {op}, {backend} ({len(skips)} calls, {dtypes}): {reason}")
+        n_cases = len({(row.op, row.case) for row in self.rows})
+        lines.append(
+            f"{n_cases} cases, {len(self.rows)} values on {self.device}, {len(self.failures)} failed, "
+            f"{len(self.skips)} calls skipped, {self.seconds:.1f} s"
+        )
+        return "\n".join(lines)
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: it is written as text."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def run(
+    device: str = "cpu",
+    *,
+    backends: Sequence[str] = BACKENDS,
+    names: Sequence[str] = OPS,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> Report:
+    """Measure the ops called `names` on `backends` in `dtypes`; what a backend does not serve becomes a `Skip`."""
+    report, start = Report(device), time.perf_counter()
+    for backend in backends:
+        for dtype in dtypes:
+            for case in (case for case in CASES if case.op in names and implements(backend, case.op)):
+                try:
+                    report.rows += measure_case(case, backend, dtype, device)
+                except BackendError as error:
+                    reason = str(error).partition(" here: ")[2] or str(error)  # the table names op and backend itself
+                    report.skips.append(Skip(case.op, backend, dtype_name(dtype), case.name, reason))
+                except Exception as error:  # a kernel that crashes is a result too, and the other cases go on
+                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                    row = Row(case.op, backend, dtype_name(dtype), case.name, "call", math.inf, 0.0, 0.0, False, reason)
+                    report.rows.append(row)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def main(device: str = "cpu", out: str | None = None) -> int:
+    """The `fastgpt parity` command: print the report, write it as JSON to `out`; 0 if all passed, else 1."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: expected cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: this PyTorch finds no CUDA device; `fastgpt doctor` shows what it finds")
+    if out is not None and (Path(out).is_dir() or not Path(out).resolve().parent.is_dir()):  # said before the work
+        raise ConfigError(f"--out {out}: expected a file in a folder that exists")
+    if out is not None:
+        open(out, "ab").close()  # a file that cannot be written is an error now, not after the work
+    report = run(device)
+    print(report)
+    if out is not None:
+        Path(out).write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    return 1 if report.failures else 0

@@ -1,0 +1,132 @@
+"""PyTorch's own op for each of ours, whose error is the yardstick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..ops import reference
+from ..ops.dropout import philox_keep_mask
+from .cases import Case
+
+# --- PyTorch's own op, the yardstick ---------------------------------------------------------------------------------
+
+
+def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
+    """scaled_dot_product_attention; with dropout, whose mask it cannot be given, its steps with float32 scores."""
+    B, H, Tq, D = q.shape
+    Tk = k.shape[2]
+    mask = reference.causal_mask(Tq, Tk, q.device) if is_causal else None
+    blind = max(Tq - Tk, 0) if is_causal else 0  # queries that see no key: PyTorch leaves open what they give
+    if dropout_p == 0.0:
+        seen = None if mask is None else mask[blind:]
+        gqa = k.shape[1] != H
+        out = F.scaled_dot_product_attention(q[:, :, blind:], k, v, attn_mask=seen, scale=scale, enable_gqa=gqa)
+        return F.pad(out, (0, 0, blind, 0))
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.transpose(-2, -1).to(wide) * (D**-0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores[:, :, blind:], dim=-1).to(q.dtype)
+    keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk)
+    weights = weights * keep[:, :, blind:] / (1.0 - dropout_p)
+    return F.pad(weights @ v, (0, 0, blind, 0))
+
+
+class _FlashSteps(torch.autograd.Function):
+    """The steps of PyTorch's flash kernel, with what it rounds to the dtype of q rounded: weights, output, dS. Of the
+    weights it keeps each row's logsumexp, in float32, from which backward makes them again.
+
+    (FlashAttention-2, Dao 2023, algorithms 1 and 2; sums are float32.) It stands for that kernel where the kernel
+    itself cannot be measured: on a CPU, and with a dropout mask that is given.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, keep, mask, scale):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(wide) @ k.transpose(-2, -1).to(wide) * scale).masked_fill(~mask, -math.inf)
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # NaN: sees no key
+        out = ((weights * keep).to(q.dtype).to(wide) @ v.to(wide)).to(q.dtype)
+        logsumexp = torch.logsumexp(scores, dim=-1, keepdim=True)
+        weights = torch.exp(scores - logsumexp).nan_to_num(0.0)
+        ctx.save_for_backward(q, k, v, keep, weights, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, keep, weights, out = ctx.saved_tensors
+        dtype, wide = q.dtype, weights.dtype
+        q, k, v, grad, out = (t.to(wide) for t in (q, k, v, grad, out))
+        grad_v = (weights * keep).to(dtype).to(wide).transpose(-2, -1) @ grad
+        grad_weights = grad @ v.transpose(-2, -1) * keep
+        delta = (grad * out).sum(-1, keepdim=True)
+        grad_scores = (weights * (grad_weights - delta)).to(dtype).to(wide)
+        grad_q, grad_k = grad_scores @ k * ctx.scale, grad_scores.transpose(-2, -1) @ q * ctx.scale
+        return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None, None
+
+
+def _flash(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
+    B, H, Tq, D = q.shape
+    Tk = k.shape[2]
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+    if is_causal:
+        mask = reference.causal_mask(Tq, Tk, q.device)
+    keep = torch.ones((), device=q.device)
+    if dropout_p > 0.0:
+        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk) / (1.0 - dropout_p)
+    return _FlashSteps.apply(q, k, v, keep, mask, D**-0.5 if scale is None else scale)
+
+
+def _layer_norm(x, weight, bias=None, eps=1e-5):
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def _add_layer_norm(x, residual, weight, bias=None, eps=1e-5, *, dropout_p=0.0, seed=None):
+    if dropout_p > 0.0:
+        C = x.shape[-1]
+        x = x * philox_keep_mask(seed, dropout_p, x.numel() // C, C, x.device).view(x.shape) / (1.0 - dropout_p)
+    h = residual + x
+    return F.layer_norm(h, (h.shape[-1],), weight, bias, eps), h
+
+
+def _two_embeddings(tokens, token_table, position_table=None, *, position_offset=0):
+    x = F.embedding(tokens, token_table)
+    if position_table is None:
+        return x
+    positions = torch.arange(position_offset, position_offset + tokens.shape[1], device=tokens.device)
+    return x + F.embedding(positions, position_table)
+
+
+def _torch_cross_entropy(logits, targets, **options):
+    return F.cross_entropy(logits, targets.long(), **options)
+
+
+def _linear_then_cross_entropy(x, weight, targets, *, bias=None, **options):
+    loss = F.cross_entropy(
+        F.linear(x, weight, bias).reshape(-1, weight.shape[0]), targets.reshape(-1).long(), **options
+    )
+    return loss.view(targets.shape) if options.get("reduction") == "none" else loss
+
+
+PEERS: dict[str, Callable[..., Any]] = {
+    "attention": _sdpa,
+    "layer_norm": _layer_norm,
+    "add_layer_norm": _add_layer_norm,
+    "embedding": _two_embeddings,
+    "cross_entropy": _torch_cross_entropy,
+    "linear_cross_entropy": _linear_then_cross_entropy,
+}
+
+
+def _peer(case: Case, backend: str, device: str) -> Callable[..., Any]:
+    """PyTorch's own op for `case`, of the kind that `backend` is to be compared with."""
+    if case.op == "attention" and backend == "triton" and (device == "cpu" or "dropout_p" in case.options):
+        return _flash
+    return PEERS[case.op]

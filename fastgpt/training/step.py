@@ -1,0 +1,147 @@
+"""One step of training and one mean of a loss, for every caller that trains: the loop, the studies, the benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..data.layouts import IGNORED
+from . import TrainingError
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # x (B, T), y (B, T) -> the mean in nats per counted target, 0-dim
+Batch = tuple[Tensor, Tensor]
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Linear warm-up over warmup_steps, then half a cosine from lr down to min_lr at max_steps."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
+    if step >= cfg.max_steps:
+        return cfg.min_lr
+    progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
+    return cfg.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (cfg.lr - cfg.min_lr)
+
+
+def training_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dtype, str]:
+    """The dtype of the matrix products of training on `device`, and why.
+
+    "auto" takes half precision on CUDA and ROCm alone: bfloat16 where the hardware has it, else float16. Elsewhere it
+    takes float32, because nobody has measured half precision to be faster there.
+    """
+    emulated = False
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "auto":
+        if device.type != "cuda":
+            return torch.float32, "half precision is the default on CUDA alone"
+        return (torch.float16, "this GPU emulates bfloat16") if emulated else (torch.bfloat16, "this GPU has it")
+    if asked == "bfloat16" and emulated:
+        return torch.bfloat16, "asked for, but this GPU emulates it: float16 is faster"
+    return getattr(torch, asked), "asked for"
+
+
+class Precision:
+    """What a training step computes in: the dtype of autocast and, where that is float16, a scaler of the gradients.
+
+    float16 has no numbers below 6e-8, where many gradients lie. So the loss is multiplied by a scale before backward,
+    and the gradients are divided by it before they are used; a step whose gradients overflow is left out, and the
+    scale halved. In any other dtype the scaler does nothing.
+    """
+
+    def __init__(self, device: torch.device, asked: str = "auto") -> None:
+        self.device = device
+        self.dtype, self.why = training_dtype(device, asked)
+        if self.dtype != torch.float32 and not torch.amp.is_autocast_available(device.type):
+            raise TrainingError(f"dtype: {self.name} needs autocast, which PyTorch does not have on {device.type!r}")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW of what is not frozen, with weight decay on matrices only: embeddings and linears, not biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise TrainingError("model: every parameter is frozen (requires_grad is False): there is nothing to train")
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+
+
+def count_targets(y: Tensor) -> Tensor:
+    """How many targets count, 0-dim: on a GPU nothing waits for it."""
+    return (y != IGNORED).sum()
+
+
+def target_shares(micro_batches: Sequence[Batch]) -> list[Tensor]:
+    """Of all the counted targets of a step, the share of each of its micro-batches, 0-dim and on the device.
+
+    Their losses, each a mean over its own targets, add up with these weights to the mean over all. Processes that
+    train together would add up `total` over all of them here, and their gradients after the step's last backward.
+    """
+    counts = torch.stack([count_targets(y) for _, y in micro_batches])
+    total = counts.sum()
+    return list((counts / total.clamp_min(1)).unbind())
+
+
+def training_step(
+    model: torch.nn.Module,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    precision: Precision,
+    grad_clip: float,
+) -> Tensor:
+    """One optimizer step on the mean loss over the targets of all micro-batches; returns that loss, on the device.
+
+    The gradients are those of one batch of all the rows, however the counted targets are spread. Nothing here waits
+    for a GPU. The model is in training mode already.
+    """
+    shares = target_shares(micro_batches) if len(micro_batches) > 1 else [None]
+    total = torch.zeros((), device=precision.device)
+    for (x, y), share in zip(micro_batches, shares, strict=True):
+        with precision.autocast():
+            value = loss(x, y)
+        if share is not None:
+            value = torch.where(share > 0, value * share, 0.0)  # the mean over no target is NaN
+        precision.scaler.scale(value).backward()
+        total += value.detach()
+    if grad_clip > 0.0:
+        precision.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+@torch.no_grad()
+def mean_loss(loss: Loss, x: Tensor, y: Tensor, batch_size: int, precision: Precision) -> float:
+    """The mean loss in nats over the counted targets of x, y (N, T), taken `batch_size` rows at a time."""
+    total, n_targets = 0.0, 0
+    for bx, by in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        n = int(count_targets(by))
+        if n > 0:  # the mean over no target is NaN
+            with precision.autocast():
+                total += float(loss(bx.to(precision.device), by.to(precision.device))) * n
+            n_targets += n
+    return total / n_targets if n_targets else math.nan
