@@ -218,7 +218,7 @@ def test_bad_usage_is_2(tmp_path, capsys):
 
 def test_it_runs_as_a_script_and_as_a_module(tmp_path):
     good = str(write(tmp_path / "good.jsonl", row()))
-    for how in ([str(ROOT / "benchmarks" / "compare.py")], ["-m", "fastgpt.benchmarks.publish.compare"]):
+    for how in ([str(ROOT / "benchmarks" / "publish" / "compare.py")], ["-m", "fastgpt.benchmarks.publish.compare"]):
         done = subprocess.run([sys.executable, *how, good, good], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and "1 same" in done.stdout, done.stderr
 

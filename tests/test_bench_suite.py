@@ -385,7 +385,7 @@ for name in ("torch", "native"):
 
 
 def start(folder: Path, *options: str, setup: str = "") -> subprocess.CompletedProcess[str]:
-    settings = Path(measure.__file__).parent / "pytest.ini"
+    settings = Path(measure.__file__).parent.parent / "pytest.ini"
     (folder / "conftest.py").write_text(GIVEN_CEILINGS + setup + "\nfrom fastgpt.benchmarks.conftest import *\n")
     (folder / "bench_small.py").write_text(SMALL)
     command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(folder), "--device", "cpu"]

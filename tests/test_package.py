@@ -62,10 +62,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert bool(COMPILER) == ("fastgpt/_build_error.txt" not in names)
     for path in (*(ROOT / "fastgpt").rglob("*.py"), ROOT / "fastgpt" / "py.typed"):
         assert str(path.relative_to(ROOT)) in names
-    for path in (ROOT / "triton_kernels").glob("*.py"):
-        assert f"fastgpt/triton_kernels/{path.name}" in names
-    suite = {path.name for path in (ROOT / "benchmarks").glob("*.py")} | {"pytest.ini"}
-    assert {Path(name).name for name in names if name.startswith("fastgpt/benchmarks/")} == suite, "and no results"
+    for path in (ROOT / "triton_kernels").rglob("*.py"):
+        assert f"fastgpt/{path.relative_to(ROOT)}" in names
+    suite = {f"fastgpt/{path.relative_to(ROOT)}" for path in (ROOT / "benchmarks").rglob("*.py")}
+    suite.add("fastgpt/benchmarks/pytest.ini")
+    assert {name for name in names if name.startswith("fastgpt/benchmarks/")} == suite, "and no results"
 
 
 def test_the_wheels_metadata(wheel):

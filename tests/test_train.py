@@ -24,7 +24,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.layouts import IGNORED
 from fastgpt.data.prefetch import Prefetcher
-from fastgpt.machine import resolve_device
+from fastgpt.machine import DeviceError, resolve_device
 from fastgpt.training import TrainingError
 from fastgpt.training.loop import Interrupted, Trainer
 from fastgpt.training.run_folder import RunFolder, plot_loss, read_metrics
@@ -500,7 +500,7 @@ def test_a_gpu_that_is_missing_is_refused(name):
     if module.is_available():
         assert resolve_device(name).type == name
         return
-    with pytest.raises(TrainingError, match=f"device: '{name}' cannot be used here: "):
+    with pytest.raises(DeviceError, match=f"device: '{name}' cannot be used here: "):
         resolve_device(name)
 
 
