@@ -488,7 +488,7 @@ def test_auto_takes_the_gpu_that_is_there(monkeypatch, cuda, mps, taken):
 @pytest.mark.parametrize("name", ["nonsense", "", "cuda:999", "meta", "hpu", "vulkan", "mkldnn", "privateuseone"])
 @pytest.mark.filterwarnings("ignore:'mkldnn'")
 def test_a_device_that_is_not_there_is_refused_in_one_line(name):
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(DeviceError) as error:
         resolve_device(name)
     assert str(error.value).startswith(f"device: {name!r} cannot be used here: ")
     assert "\n" not in str(error.value) and "INTERNAL" not in str(error.value) and len(str(error.value)) < 250
