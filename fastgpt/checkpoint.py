@@ -7,13 +7,8 @@ one is there, whole. Tensors are called ``model.<parameter or buffer>``; ``step.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-import shutil
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,57 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import expand_path
+from .files import FileError, atomic_path, expand_path
 
 FORMAT = "fastgpt-checkpoint-1"
 
 
-class CheckpointError(RuntimeError):
-    """A file that cannot be written or read as what it should be; the message names the file and the field."""
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; flush it and rename it onto `path`, or remove it where writing fails."""
-    temporary = _beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = _mode_to_keep(path, temporary)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.chmod(temporary, mode)  # safetensors writes files that only their owner can read
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except Exception as error:  # safetensors reports a full disk with an exception type of its own
-        raise CheckpointError(f"{path}: cannot be written: {error}; what was there before is untouched") from error
-    finally:
-        with contextlib.suppress(OSError):  # missing, or the folder is no folder: nothing was left
-            temporary.unlink()
-
-
-def _beside(path: Path) -> Path:
-    """A name in the same folder that no other writer has, be it a thread or another machine on a shared disk."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def _mode_to_keep(path: Path, probe: Path) -> int:
-    """The mode that open() would leave at `path`: of the file that is there, else what `probe`, a new one, is given."""
-    if not path.exists():
-        probe.touch()
-        path = probe
-    mode = stat.S_IMODE(path.stat().st_mode)
-    probe.unlink(missing_ok=True)
-    return mode
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+CheckpointError = FileError  # a checkpoint's errors are those of any file
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -198,18 +148,3 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / "config.json").exists():
         raise CheckpointError(f"{path}: holds a model without a tokenizer, not a run; GPT.from_pretrained reads it")
     raise CheckpointError(f"{path}: holds no checkpoint; expected the folder of a run, as fastgpt train writes it")
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the file `source` is now, without a second copy where the file system has hard links."""
-    temporary = _beside(target)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

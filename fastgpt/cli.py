@@ -24,10 +24,10 @@ from .config import (
     GPTConfig,
     TrainConfig,
     check_types,
-    expand_path,
     from_dict,
     preset,
 )
+from .files import expand_path
 
 
 class UsageError(ValueError):

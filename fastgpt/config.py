@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import os
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
@@ -26,28 +24,6 @@ class ConfigError(ValueError):
 def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
-
-
-def expand_path(path: str | os.PathLike[str]) -> Path:
-    """`path` with a leading ~ or ~user replaced by that home folder, as a shell does where it sees one.
-
-    Every path that a user can give goes through this: `--out=~/run` and paths in a TOML file never meet a shell.
-    A name that the locale's encoding lacks, as "é" under LC_ALL=C, is taken as UTF-8, which names are on today's disks.
-    """
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        path = os.fsdecode(os.fspath(path).encode("utf-8", "surrogateescape"))
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~") and not os.path.exists(expanded):  # else a folder would be made whose name is "~"
-        home = expanded.split("/")[0]
-        raise ConfigError(f"{os.fspath(path)!r}: the home folder {home!r} is not known here; give the path without it")
-    return Path(expanded)
-
-
-def readable(name: str) -> str:
-    """A path, or an argument of the command line, as text: where the locale is not UTF-8 Python keeps bytes in it."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 _KINDS_IN_WORDS = {

@@ -20,7 +20,6 @@ from torch import Tensor
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
-    atomic_path,
     check_same,
     find_checkpoint,
     load_parameters,
@@ -28,7 +27,8 @@ from .checkpoint import (
     read_tensors,
     write_tensors,
 )
-from .config import ConfigError, GPTConfig, check_types, expand_path, from_dict
+from .config import ConfigError, GPTConfig, check_types, from_dict
+from .files import atomic_path, expand_path
 from .model import GPT
 from .modules import describe
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_path
+from .files import atomic_path
 
 STYLE = """
 :root { color-scheme: light dark; }

@@ -25,7 +25,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .config import as_int, expand_path
+from .config import as_int
+from .files import expand_path
 
 _END_OF_TEXT = "<|endoftext|>"
 _PIECE_CHARS = 1 << 16

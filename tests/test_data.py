@@ -380,7 +380,7 @@ def test_a_tokenizer_that_cannot_be_kept(text_file, cache) -> None:
     cache.write_text("a file where the folder should be", encoding="utf-8")
     with pytest.warns(UserWarning, match="the tok.*FASTGPT_CACHE") as said:
         corpus = Corpus.load(text_file, "bpe", vocab_size=270)
-    consequences = [str(warning.message).split(": ")[1].split(";")[0] for warning in said]
+    consequences = [str(warning.message).split("): ")[1].split(";")[0] for warning in said]
     assert consequences == ["the tokenizer is trained again next time", "the tokens stay in memory"]
     assert corpus.tokenizer.decode(corpus.val) == TEXT[-len(corpus.tokenizer.decode(corpus.val)) :]
 

@@ -29,13 +29,14 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.baselines import Bigram, build_model
-from fastgpt.checkpoint import Checkpoint, CheckpointError, atomic_path
+from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.cli import main
 from fastgpt.config import ConfigError, TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.layouts import Blocks
 from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.sources import DataError, load_text
+from fastgpt.files import atomic_path
 from fastgpt.generate import stream
 from fastgpt.ops import backend, reference
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer, StreamDecoder

@@ -593,7 +593,7 @@ def test_disk_full_while_saving_names_the_file_and_keeps_the_old_checkpoint(corp
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastgpt.checkpoint.os.fsync", full)
+    monkeypatch.setattr("fastgpt.files.os.fsync", full)
     with pytest.raises(CheckpointError, match=r"latest\.safetensors: cannot be written: .*No space left"):
         run._save()
     assert run.folder.latest.read_bytes() == before

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoint import atomic_path
+from fastgpt.files import atomic_path
 from fastgpt.report import Report, markdown_table
 
 from . import cells

@@ -46,7 +46,7 @@ import torch
 
 import fastgpt
 from fastgpt.benchmarks.harness.measure import Ceilings
-from fastgpt.checkpoint import atomic_path
+from fastgpt.files import atomic_path
 
 # Where this is an installed package it is no source tree, and of no use.
 SOURCE_TREE = Path(__file__).resolve().parent.parent.parent

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..config import ConfigError, expand_path
+from ..config import ConfigError
+from ..files import FileError, atomic_path, expand_path
 from ..tokenizer import BPETokenizer, Tokenizer, bpe_size, tokenizer_from_json
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 Kept = TypeVar("Kept")
-
-
-# ---- cache ----
 
 
 def cache_dir() -> Path:
@@ -55,33 +52,19 @@ def cached(
     if kept is not None:
         return kept
     fresh = make()
+    to_write = parts(fresh)
     try:
-        _write_atomically(path, parts(fresh))
-    except OSError as error:
-        _warn_uncached(f"cache {str(path.parent)!r} cannot be written ({error.strerror})", consequence)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            file.writelines(to_write)
+    except FileError as error:
+        _warn_uncached(f"the cache cannot be written ({error})", consequence)
         return fresh
-    kept = read(path)  # tokens are then mapped, and leave the memory
+    kept = read(path)  # the tokens are then mapped from the file, and their memory is given back
     return fresh if kept is None else kept
 
 
 def _warn_uncached(reason: str, consequence: str) -> None:
     warnings.warn(f"{reason}: {consequence}; set FASTGPT_CACHE to a writable folder", stacklevel=2)
-
-
-def _write_atomically(path: Path, parts: list[Any]) -> None:
-    """A reader, or a second process that writes the same file, sees the old file or the new one and never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:  # with the umask's mode, so that a group can share the cache
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def cached_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:

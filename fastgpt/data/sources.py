@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..config import expand_path
+from ..files import expand_path
 from .cache import cached
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

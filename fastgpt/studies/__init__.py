@@ -37,7 +37,7 @@ def load(name: str) -> ModuleType:
 
 def run(name: str, settings: Any) -> Path:
     """Measure; write results.json, report.html and the pictures; print what was found. Returns the report's path."""
-    from ..checkpoint import atomic_path
+    from ..files import atomic_path
     from ..report import pyplot
     from .experiment import facts, recorded
     from .page import Page

@@ -28,9 +28,9 @@ import torch
 
 from .. import baselines, model, modules
 from ..baselines import build_model
-from ..checkpoint import atomic_path
 from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
+from ..files import atomic_path
 from ..ops import reference
 from ..report import Report, markdown_table, pyplot
 from ..training import TrainingError

@@ -22,13 +22,13 @@ from ..checkpoint import (
     Checkpoint,
     CheckpointError,
     check_same,
-    link_or_copy,
     load_parameters,
     model_tensors,
 )
 from ..config import TrainConfig
 from ..data.corpus import Corpus
 from ..data.prefetch import Prefetcher
+from ..files import link_or_copy
 from ..machine import resolve_device
 from ..model import LanguageModel
 from . import TrainingError

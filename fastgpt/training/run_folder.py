@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import (
-    CheckpointError,
-    atomic_path,
-)
-from ..config import readable
+from ..files import FileError, atomic_path, readable
 from . import TrainingError
 
 
@@ -101,7 +97,7 @@ def plot_loss(metrics_path: Path, out: Path) -> str | None:
     try:
         with atomic_path(out) as temporary:
             figure.savefig(temporary, dpi=120, format="png")
-    except CheckpointError as error:
+    except FileError as error:
         return f"no loss.png: {error}"
     finally:
         plt.close(figure)
