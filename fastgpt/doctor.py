@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
 import torch
 
 from . import __version__, ops
-from .machine import resolve_device
+from .machine import package_version, resolve_device
 from .ops import native
 from .ops.backend import BACKENDS, OPS, requested, unavailable
 from .ops.linear import linear_choice
 from .training.step import Precision
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def example_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -44,7 +36,10 @@ def report() -> str:
     """The text of `fastgpt doctor`."""
     lines = [
         f"fastgpt {__version__}, Python {platform.python_version()}, {platform.platform()}",
-        ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "safetensors", "tokenizers")),
+        ", ".join(
+            f"{name} {package_version(name) or 'not installed'}"
+            for name in ("torch", "triton", "numpy", "safetensors", "tokenizers")
+        ),
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     ]
     devices = ["cpu"]

@@ -39,13 +39,13 @@ def run(name: str, settings: Any) -> Path:
     """Measure; write results.json, report.html and the pictures; print what was found. Returns the report's path."""
     from ..files import atomic_path
     from ..report import pyplot
-    from .experiment import facts, recorded
+    from .experiment import recorded, study_facts
     from .page import Page
 
     pyplot()  # what is missing is said now, not after minutes of measuring
     out = Path(settings.out or f"runs/study-{name}")
     _check_folder(out)
-    results = {"study": name, **facts(settings.device), "settings": recorded(settings)}
+    results = {"study": name, **study_facts(settings.device), "settings": recorded(settings)}
     began = time.perf_counter()
     results |= load(name).measure(settings)
     results["seconds"] = round(time.perf_counter() - began, 1)

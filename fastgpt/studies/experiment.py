@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..baselines import model_class
 from ..checkpoint import Checkpoint, find_checkpoint, load_parameters
 from ..config import ConfigError, GPTConfig, TrainConfig, from_dict
 from ..data.corpus import Corpus
 from ..data.layouts import evaluation_blocks, random_batch
-from ..machine import resolve_device
+from ..machine import facts, resolve_device, short_commit
 from ..model import GPT, LanguageModel
 from ..tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
 from ..training.step import Precision, learning_rate, make_optimizer, mean_loss
@@ -203,47 +199,11 @@ def described(corpus: Corpus, settings: Any, block_size: int) -> dict[str, Any]:
 # ---- the machine ----
 
 
-def facts(device: str) -> dict[str, Any]:
+def study_facts(device: str) -> dict[str, Any]:
     """Device, versions, commit and date: a number without them says nothing."""
-    found = resolve_device(device)
-    return {
-        "device": torch.cuda.get_device_name(found) if found.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastgpt": __version__,
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _processor() -> str:
-    lines = _read(Path("/proc/cpuinfo")).splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _commit() -> str | None:
-    """The commit of the sources this runs from, marked "+" where they were changed; None for an installed package."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else some other project's repository is around it
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "..") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    found = facts(resolve_device(device))
+    found["commit"] = short_commit(found["commit"])
+    return {name: found[name] for name in ("device", "threads", "python", "torch", "fastgpt", "commit", "date")}
 
 
 def synchronized_seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -36,7 +36,7 @@ from ..report import Report, markdown_table, pyplot
 from ..training import TrainingError
 from ..training.loop import Trainer
 from ..training.run_folder import RunFolder, read_metrics
-from .experiment import facts, recorded
+from .experiment import recorded, study_facts
 
 TOKENS_PER_STEP = 1024
 SMALL_BLOCK = 8  # of all stages but the last, as in the lecture
@@ -480,7 +480,7 @@ def run(settings: Settings) -> Path:
     if (out / "results.json").exists() or (out / "stages").exists():
         raise TrainingError(f"--out {out}: holds a report or its runs already; give another folder, or remove it")
     began = time.perf_counter()
-    results = {**facts(settings.device), **measure(settings, out)}
+    results = {**study_facts(settings.device), **measure(settings, out)}
     results["seconds"] = round(time.perf_counter() - began, 1)
     with atomic_path(out / "results.json") as temporary:
         temporary.write_text(
