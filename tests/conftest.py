@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")  # so that its assertions, too, show the values they compared
+
 # Where the Triton kernels run: on the GPU if there is one, else on Triton's interpreter, which is chosen when a kernel
 # is decorated.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
