@@ -212,18 +212,6 @@ def _settings_of_run(out: Path, args: Sequence[str], known: set[str]) -> dict[st
     return values
 
 
-def _say_changes(saved: dict[str, Any], now: dict[str, Any], step: int) -> None:
-    """What a run resumed at `step` does differently from the run as it was."""
-    for name, value in now.items():
-        if name in saved and saved[name] != value and name != "out":  # the folder may have moved
-            more = ""
-            if name == "max_steps":
-                more = ", which the learning rate's schedule follows"
-                if value < step:
-                    more = f", but step {step} is reached already: there is nothing to do"
-            print(f"{name}: {saved[name]} -> {value}{more}")
-
-
 def train(args: Sequence[str]) -> None:
     settings = _train_settings(args)
     values = dataclasses.asdict(settings)
@@ -236,25 +224,19 @@ def train(args: Sequence[str]) -> None:
         raise UsageError("--vocab-size: --tokenizer bpe needs it, 512 for example")
     _check_backend(settings.backend)
 
-    from .baselines import build_model, model_class
-    from .checkpoint import Checkpoint, CheckpointError
+    from .baselines import model_class
     from .data.corpus import Corpus
     from .machine import resolve_device
     from .ops.backend import use_backend
     from .tokenizer import BPETokenizer, tokenizer_from_json
-    from .training.loop import Trainer
-    from .training.run_folder import RunFolder
+    from .training import runs
     from .training.step import Precision
 
     model_class(settings.model)
     Precision(resolve_device(train_config.device), train_config.dtype)  # refused before anything is written
-    folder = RunFolder(Path(settings.out))
-    saved = None
+    saved = runs.load_latest(settings.out) if settings.resume else None
     tokenizer: Any = settings.tokenizer
-    if settings.resume:
-        if not folder.latest.exists():
-            raise CheckpointError(f"{folder.latest}: no such checkpoint to resume from; leave --resume out to start")
-        saved = Checkpoint.load(folder.latest)
+    if saved is not None:
         tokenizer = tokenizer_from_json(saved.tokenizer)
     elif tokenizer not in ("char", "bpe"):
         tokenizer = BPETokenizer.from_gpt2_files(tokenizer)
@@ -269,44 +251,24 @@ def train(args: Sequence[str]) -> None:
     if settings.vocab_size is not None and vocab_size < settings.vocab_size:
         print(f"vocab_size: {vocab_size} tokens, not {settings.vocab_size}: no further pair occurs twice in the text")
     model_config = from_dict(GPTConfig, {**model_values, "vocab_size": vocab_size})
-    if saved is not None:
-        _check_same_model(saved, settings.model, settings.layout, model_config)
     stored = {k: v for k, v in values.items() if k not in ("config", "resume", "preset")}
     for name in ("data", "tokenizer"):  # the run may be resumed from another working directory
         stored[name] = _absolute(stored[name])
-    if saved is None:
-        folder.create(stored)
+    made: dict[str, Any] = {
+        "kind": settings.model,
+        "config": model_config,
+        "train_config": train_config,
+        "corpus": corpus,
+        "settings": stored,
+        "resume_command": f"fastgpt train --out {shlex.quote(settings.out)} --resume",
+    }
     with use_backend(settings.backend):
-        command = f"fastgpt train --out {shlex.quote(settings.out)} --resume"
-        model = build_model(model_config, train_config.seed, settings.model)
-        trainer = Trainer(model, corpus, train_config, folder, command)
-        if saved is not None:
-            trainer.restore(saved)
-            before = _read_toml(str(folder.path / "config.toml"), set(values), "{}")
-            _say_changes(before | saved.train_config, stored, trainer.state["step"])
-            folder.rewind(trainer.state["step"])
-            folder.write_settings(stored)
+        trainer = runs.start(settings.out, **made) if saved is None else runs.resume(settings.out, saved, **made)
         n = trainer.model.num_parameters()
         where = f"{trainer.device}, {trainer.precision}"
         print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {where}", flush=True)
         state = trainer.run()
     print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
-
-
-def _check_same_model(saved: Any, model: str, layout: str, config: GPTConfig) -> None:
-    """A resumed run keeps its model and its layout. What an older checkpoint does not say has the default's value."""
-    from .checkpoint import CheckpointError
-
-    was = {"model": saved.model, "layout": saved.train_config.get("layout", "blocks")}
-    was |= dataclasses.asdict(from_dict(GPTConfig, saved.model_config))
-    now = {"model": model, "layout": layout, **dataclasses.asdict(config)}
-    for name, value in now.items():
-        if was[name] != value:
-            option = f"--{name.replace('_', '-')}"
-            raise CheckpointError(
-                f"{saved.path}: field {name!r} is {was[name]!r}, not {value!r}: a resumed run keeps it; "
-                f"leave {option} out, or start another run"
-            )
 
 
 def _check_backend(name: str) -> None:
@@ -360,19 +322,14 @@ def sample(args: Sequence[str]) -> None:
         raise UsageError("--prompt: is empty; give at least one character")
     import torch
 
-    from .baselines import model_class
-    from .checkpoint import Checkpoint, find_checkpoint, load_parameters
     from .data.layouts import NAME_BOUNDARY, boundary_token
     from .generate import stream, stream_names
     from .machine import resolve_device
     from .ops.backend import use_backend
-    from .tokenizer import StreamDecoder, tokenizer_from_json
+    from .tokenizer import StreamDecoder
+    from .training.runs import load_model
 
-    path = find_checkpoint(Path(settings.checkpoint))
-    saved = Checkpoint.load(path)
-    tokenizer = tokenizer_from_json(saved.tokenizer)
-    model = model_class(saved.model)(from_dict(GPTConfig, saved.model_config))
-    load_parameters(model, saved.part("model"), path)
+    model, tokenizer, saved = load_model(settings.checkpoint)
     device = resolve_device(settings.device)
     model.to(device)
     generator = torch.Generator(device)

@@ -235,11 +235,10 @@ class Trainer:
 
     def _step(self, micro_batches: Sequence[Batch]) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""
-        lr = learning_rate(self.state["step"], self.cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.model.train()
-        return training_step(self.model, self.loss, self.optimizer, micro_batches, self.precision, self.cfg.grad_clip)
+        lr = learning_rate(self.state["step"], self.cfg)
+        clip = self.cfg.grad_clip
+        return training_step(self.model, self.loss, self.optimizer, micro_batches, self.precision, clip, lr)
 
     def skipped_steps(self) -> int:
         """Steps whose float16 gradients overflowed: their batches were taken, but the weights stayed as they were."""

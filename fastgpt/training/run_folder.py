@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ class RunFolder:
         with atomic_path(self.path / "config.toml") as temporary:
             text = tomli_w.dumps({k: v for k, v in settings.items() if v is not None})
             temporary.write_text(readable(text), encoding="utf-8")
+
+    def read_settings(self) -> dict[str, Any]:
+        """The settings in config.toml, which leaves out those that are None."""
+        text = (self.path / "config.toml").read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
+        return tomllib.loads(text)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row to metrics.jsonl. The file is opened for each, so that a full disk is met here and nowhere else."""

@@ -110,12 +110,17 @@ def training_step(
     micro_batches: Sequence[Batch],
     precision: Precision,
     grad_clip: float,
+    lr: float | None = None,
 ) -> Tensor:
     """One optimizer step on the mean loss over the targets of all micro-batches; returns that loss, on the device.
 
-    The gradients are those of one batch of all the rows, however the counted targets are spread. Nothing here waits
-    for a GPU. The model is in training mode already.
+    The gradients are those of one batch of all the rows, however the counted targets are spread. `lr` becomes the
+    learning rate of every parameter group; without it the optimizer keeps its own. Nothing here waits for a GPU. The
+    caller has put the model into training mode.
     """
+    if lr is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
     shares = target_shares(micro_batches) if len(micro_batches) > 1 else [None]
     total = torch.zeros((), device=precision.device)
     for (x, y), share in zip(micro_batches, shares, strict=True):

@@ -1,0 +1,126 @@
+"""Starting a run, resuming it, and taking its model: what `fastgpt train`, `learn`, `sample` and the studies share.
+
+trainer = start("runs/first", config=GPTConfig(vocab_size=65), train_config=TrainConfig(), corpus=corpus)
+trainer.run()
+model, tokenizer, checkpoint = load_model("runs/first")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..baselines import build_model, model_class
+from ..checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_parameters
+from ..config import GPTConfig, TrainConfig, from_dict
+from ..data.corpus import Corpus
+from ..model import LanguageModel
+from ..tokenizer import Tokenizer, tokenizer_from_json
+from .loop import Trainer
+from .run_folder import RunFolder
+
+
+def start(
+    out: str | Path,
+    *,
+    config: GPTConfig,
+    train_config: TrainConfig,
+    corpus: Corpus,
+    kind: str = "gpt",
+    settings: dict[str, Any] | None = None,
+    resume_command: str = "",
+) -> Trainer:
+    """Create the folder `out` and a trainer of a new model, ready to `run()`.
+
+    `kind` is a name in `baselines.MODELS`; the weights follow from train_config.seed. `settings` is what config.toml
+    records; without it, the kind and both configurations. `resume_command` is shown where the run is interrupted.
+    Raises TrainingError where the folder already holds a run or cannot be written.
+    """
+    folder = RunFolder(Path(out))
+    folder.create(_recorded(kind, config, train_config) if settings is None else settings)
+    return Trainer(build_model(config, train_config.seed, kind), corpus, train_config, folder, resume_command)
+
+
+def resume(
+    out: str | Path,
+    saved: Checkpoint,
+    *,
+    config: GPTConfig,
+    train_config: TrainConfig,
+    corpus: Corpus,
+    kind: str = "gpt",
+    settings: dict[str, Any] | None = None,
+    resume_command: str = "",
+) -> Trainer:
+    """A trainer that goes on with the run in `out` from `saved`, which `load_latest(out)` gave, ready to `run()`.
+
+    The other arguments are those of `start`. The model, its settings and the layout must be those of the run; what
+    else differs from the run so far is printed and recorded in config.toml. Raises CheckpointError, and changes
+    nothing, where the checkpoint does not fit.
+    """
+    _check_unchanged(saved, kind, config, train_config.layout)
+    folder = RunFolder(Path(out))
+    trainer = Trainer(build_model(config, train_config.seed, kind), corpus, train_config, folder, resume_command)
+    trainer.restore(saved)
+    step = trainer.state["step"]
+    settings = _recorded(kind, config, train_config) if settings is None else settings
+    for line in _changes(folder.read_settings() | saved.train_config, settings, step):
+        print(line)
+    folder.rewind(step)
+    folder.write_settings(settings)
+    return trainer
+
+
+def load_latest(out: str | Path) -> Checkpoint:
+    """The checkpoint from which the run in the folder `out` is resumed."""
+    latest = RunFolder(Path(out)).latest
+    if not latest.exists():
+        raise CheckpointError(f"{latest}: no such checkpoint to resume from; leave --resume out to start")
+    return Checkpoint.load(latest)
+
+
+def load_model(path: str | Path, **changes: Any) -> tuple[LanguageModel, Tokenizer, Checkpoint]:
+    """The model, in eval mode on the CPU, the tokenizer and the checkpoint of a run's folder or of one checkpoint.
+
+    Of a run the best checkpoint is taken. `changes` are made to the model's configuration, such as dropout=0.0.
+    """
+    file = find_checkpoint(path)
+    saved = Checkpoint.load(file)
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    model = model_class(saved.model)(from_dict(GPTConfig, {**saved.model_config, **changes}))
+    load_parameters(model, saved.part("model"), file)
+    return model.eval(), tokenizer, saved
+
+
+def _recorded(kind: str, config: GPTConfig, train_config: TrainConfig) -> dict[str, Any]:
+    return {"model": kind, **dataclasses.asdict(config), **dataclasses.asdict(train_config)}
+
+
+def _check_unchanged(saved: Checkpoint, kind: str, config: GPTConfig, layout: str) -> None:
+    """A resumed run keeps its model and its layout. A setting that an older checkpoint lacks has its default."""
+    was = {"model": saved.model, "layout": saved.train_config.get("layout", "blocks")}
+    was |= dataclasses.asdict(from_dict(GPTConfig, saved.model_config))
+    now = {"model": kind, "layout": layout, **dataclasses.asdict(config)}
+    for name, value in now.items():
+        if was[name] != value:
+            option = f"--{name.replace('_', '-')}"
+            raise CheckpointError(
+                f"{saved.path}: field {name!r} is {was[name]!r}, not {value!r}: a resumed run keeps it; "
+                f"leave {option} out, or start another run"
+            )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:
+    """A line for each setting that a run resumed at `step` has changed."""
+    lines = []
+    for name, value in now.items():
+        if name not in before or before[name] == value or name == "out":  # the folder may have moved
+            continue
+        note = ""
+        if name == "max_steps":
+            note = ", which the learning rate's schedule follows"
+            if value < step:
+                note = f", but step {step} is reached already: there is nothing to do"
+        lines.append(f"{name}: {before[name]} -> {value}{note}")
+    return lines
