@@ -19,7 +19,7 @@ from typing import ClassVar, overload
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, GPTConfig
+from .config import MAX_HEAD_SIZE, ConfigError, GPTConfig
 from .model import GPT, LanguageModel
 from .modules import embed
 from .ops.dropout import dropout
@@ -169,7 +169,7 @@ def matched_config(kind: str, cfg: GPTConfig, n_layer: int | None = None) -> GPT
     depth = cfg.n_layer if n_layer is None else n_layer
 
     def with_width(width: int) -> GPTConfig:
-        n_head = next(n for n in range(math.ceil(width / 256), width + 1) if width % n == 0)
+        n_head = next(n for n in range(math.ceil(width / MAX_HEAD_SIZE), width + 1) if width % n == 0)
         return dataclasses.replace(cfg, n_embd=width, n_head=n_head, n_layer=depth)
 
     low, high = 1, 2  # the count grows with the width: bisection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -14,7 +15,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
 NORMS = ("pre", "post", "none")
 LAYOUTS = ("blocks", "windows", "names")
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
-BACKENDS = ("torch", "triton", "native")  # of ops.backend, which imports PyTorch
+BACKENDS = ("torch", "triton", "native")  # of the ops; here, because ops.backend imports PyTorch
+MAX_HEAD_SIZE = 256  # of ops.attention, on every backend
 
 
 class ConfigError(ValueError):
@@ -64,6 +66,16 @@ def as_int(value: Any) -> int:
     if isinstance(number, bool):
         raise TypeError(f"expected an integer, got {value!r}")
     return operator.index(number)
+
+
+def as_int_argument(name: str, value: Any, least: int | None = None) -> int:
+    """The argument called `name` as Python's int; ValueError where it is no integer, or less than `least`."""
+    with contextlib.suppress(TypeError):
+        number = as_int(value)
+        if least is None or number >= least:
+            return number
+    bound = "" if least is None else f" of at least {least}"
+    raise ValueError(f"{name}: expected an integer{bound}, got {value!r}")
 
 
 def _unboxed(value: Any) -> Any:
@@ -124,7 +136,10 @@ class GPTConfig:
             _expect(getattr(self, name) < 2**31, name, getattr(self, name), "an integer below 2**31")
         _expect(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head={self.n_head}")
         _expect(
-            self.n_embd // self.n_head <= 256, "n_embd", self.n_embd, f"at most 256 per head (n_head={self.n_head})"
+            self.n_embd // self.n_head <= MAX_HEAD_SIZE,
+            "n_embd",
+            self.n_embd,
+            f"at most {MAX_HEAD_SIZE} per head (n_head={self.n_head})",
         )
         _expect(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a number in [0, 1)")
         _expect(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")

@@ -49,7 +49,6 @@ from .target import (
     next_power_of_2,
 )
 
-MAX_HEAD_SIZE = 256
 MAX_DECODED_QUERIES = 8
 SHORT = 256  # the longest sequence of the short regime
 _L2_SECTION_BYTES = 24 * 2**20  # keys and values that are in use at one time: half of the L2 cache of an H100

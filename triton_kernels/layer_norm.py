@@ -30,7 +30,6 @@ from .dropout import keep_tile, last_dropped
 from .rounding import round_to
 from .target import COMPILE_OPTIONS, cdiv, device_of, multiprocessors, next_power_of_2
 
-MAX_WIDTH = 16384
 MAX_FUSED_WIDTH = 4096
 _PROGRAMS_PER_MULTIPROCESSOR = 4  # enough bytes in flight to cover the latency of memory, few enough partial rows
 # Above MAX_FUSED_WIDTH. For the kernel of dweight and dbias: 128 columns are whole 128-byte lines in any dtype.

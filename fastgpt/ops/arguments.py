@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numbers
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import as_int
 from .library import assume_constant_result
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,14 +66,12 @@ def as_number(name: str, value: Any) -> Any:
 
 
 def as_int64(name: str, value: Any, expected: str = "an int") -> int:
-    """`value`, anything with ``__index__`` that is no bool (numpy's integers, say), as an int of 64 bits."""
-    if not isinstance(value, (int, torch.SymInt)):
+    """`value`, an integer of any library, as an int of 64 bits; a symbolic one stays as it is."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
         try:
-            value = operator.index(value)
+            value = as_int(value)
         except TypeError:
             raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}") from None
-    elif isinstance(value, bool):
-        raise TypeError(f"{name}: expected {expected}, got {value}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
     return value

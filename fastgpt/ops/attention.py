@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import MAX_HEAD_SIZE
 from .arguments import as_dropout, as_number, autocast_dtype, check_bool, check_float, check_like
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
@@ -16,8 +17,6 @@ from .flops import register_flops
 from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
 from .reference import causal_mask
 from .triton_backend import seed_tensor
-
-MAX_HEAD_SIZE = 256
 
 
 def attention(

@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
+from ..config import BACKENDS
 from .library import assume_constant_result
-
-BACKENDS = ("torch", "triton", "native")
 
 # Fastest first. A device that is not listed runs on "torch".
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {

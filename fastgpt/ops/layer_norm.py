@@ -14,6 +14,8 @@ from .dropout import dropout, philox_keep_mask
 from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
 from .triton_backend import seed_tensor
 
+MAX_TRITON_WIDTH = 16384  # a row has to fit into the registers of one program
+
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, backend: str = "auto"
@@ -124,8 +126,6 @@ register("add_layer_norm", "torch", _torch_add)
 # --- the triton backend: triton_kernels/layer_norm.py -----------------------------------------------------------------
 #
 # One op serves both: without `residual` it is layer_norm, and its second output is empty.
-
-_MAX_TRITON_WIDTH = 16384
 
 library.define(
     "layer_norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
@@ -241,8 +241,8 @@ def _triton_add(
 def _triton_supports(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> str | None:
     if x.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
-    if x.shape[-1] > _MAX_TRITON_WIDTH:
-        return f"width {x.shape[-1]} is above {_MAX_TRITON_WIDTH}: a row must fit into one program's registers"
+    if x.shape[-1] > MAX_TRITON_WIDTH:
+        return f"width {x.shape[-1]} is above {MAX_TRITON_WIDTH}: a row must fit into one program's registers"
     return inside_transform()
 
 
