@@ -1,21 +1,34 @@
-"""Layer norm over rows, alone and fused with the dropout and the residual add that come before it.
+"""Layer norm over rows in Triton, alone and fused with the dropout and the residual add that come before it.
 
-Forward: a row is read once, lies in registers while mean and variance are taken (in two passes, so that a large mean
-cancels nothing), and is written once. `add_layer_norm` makes h = residual + dropout(x) on the way, so the stream is
-not written by one kernel and read back by the next; the dropout mask is drawn in registers and never stored.
+For a row of C columns (Ba et al. 2016, arXiv:1607.06450), with M the dropout mask, 0 or 1 / (1 - p) for each element:
 
-    bytes per element, 16-bit:   forward 2 + 2      separate dropout, add, norm: (2 + 1 + 2) + (2 + 2 + 2) + (2 + 2)
-                                 add     4 + 4      (with the mask's byte): 15
+    h = residual + M * x        (`add_layer_norm`; for `layer_norm` h is x)
+    mean = sum(h) / C        rstd = 1 / sqrt(sum((h - mean)^2) / C + eps)        x_hat = (h - mean) * rstd
+    y = x_hat * weight + bias
 
-Backward: with g = dy * weight, x_hat = (x - mean) * rstd and C columns (Ba et al. 2016, arXiv:1607.06450)
+With dy and dh the gradients of the outputs y and h, and g = dy * weight:
 
-    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)),   dweight = sum over rows of dy * x_hat,   dbias = of dy
+    dresidual = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dh        dx = M * dresidual
+    dweight = sum over rows of dy * x_hat        dbias = sum over rows of dy
 
-The grid is persistent: each program walks over many rows and keeps its own sums of dweight and dbias in registers,
-writes them once as one float32 row, and a reduction over these few rows ends it. No atomics: same bits every time.
-Gradients that nobody asks for (of a frozen weight, of an input that needs none) are neither made nor written.
-Above `MAX_FUSED_WIDTH` columns the sums do not fit beside the row, nor does the row beside its gradient: one kernel
-goes through the row in blocks, twice, and a second one, tiled over columns, makes the sums.
+What is fused, forward: dropout, add and norm. A row is read once, stays in registers while its mean and then its
+variance are computed, and is written once. Two passes over the registers lose no digits where the mean is large. The
+dropout mask is drawn in registers and not stored.
+
+What is fused, backward: the gradients of h, x and residual, and the sums for weight and bias. Each program goes over
+many rows, keeps its own sums in registers and writes them once, as one float32 row; the rows of all programs are then
+added up. No atomic additions are needed, and the same inputs give the same bits every time. A gradient that nobody
+asks for (of a frozen weight, or of an input that needs none) is neither computed nor written.
+
+Above `MAX_FUSED_WIDTH` columns, a row does not fit the registers beside its gradient and the sums. There one kernel
+computes the gradient of h block by block, going over the row twice, and another one, tiled over columns, the sums.
+
+Memory traffic in bytes for each element, in 16 bits:
+
+                                        here               separate kernels for dropout, add and norm
+    layer_norm, forward                 2 + 2              the same
+    add_layer_norm, forward             4 + 4              (2 + 1 + 2) + (2 + 2 + 2) + (2 + 2) = 15, a byte for the mask
+    add_layer_norm, backward            6 + 4              (4 + 2) + (4 + 2) + (2 + 1 + 2) = 17
 """
 
 from collections.abc import Sequence
@@ -31,35 +44,20 @@ from .rounding import round_to
 from .target import COMPILE_OPTIONS, cdiv, device_of, multiprocessors, next_power_of_2
 
 MAX_FUSED_WIDTH = 4096
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # enough bytes in flight to cover the latency of memory, few enough partial rows
-# Above MAX_FUSED_WIDTH. For the kernel of dweight and dbias: 128 columns are whole 128-byte lines in any dtype.
+# Of the backward pass: enough to keep memory busy, and few enough that adding up their partial sums costs little.
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+# The two kernels of wide rows. 128 columns are whole lines of 128 bytes in every dtype.
 WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **COMPILE_OPTIONS}
 AFFINE_GRAD_CONFIG = {"ROWS": 32, "BLOCK": 128, "num_warps": 8, **COMPILE_OPTIONS}
 
 
 @triton.jit
 def forward_kernel(
-    X,
-    Residual,
-    Weight,
-    Bias,
-    Y,
-    Sum,
-    Stats,
-    Seed,
-    n_rows,
-    width,
-    x_stride,
-    residual_stride,
-    eps,
-    last_dropped,
-    keep_scale,
-    ADD: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    X, Residual, Weight, Bias, Y, Sum, Stats, Seed,
+    n_rows, width, x_stride, residual_stride, eps, last_dropped, keep_scale,
+    ADD: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes ROWS rows. Sum is h, written where ADD; Stats (2, n_rows) float32 is mean and rstd."""
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     rows = first_row + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -72,7 +70,7 @@ def forward_kernel(
         x += tl.load(Residual + rows * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
         stored = round_to(x, Sum.dtype.element_ty)
         tl.store(Sum + rows * width + columns, stored, mask=mask)
-        x = stored.to(tl.float32)  # the norm is of the stream as it is stored: backward reads that one
+        x = stored.to(tl.float32)  # the norm is that of h as it is stored, because backward reads it from there
     mean = tl.sum(x, axis=1) / width
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
@@ -87,32 +85,16 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    GradY,
-    GradSum,
-    X,
-    Weight,
-    Stats,
-    Seed,
-    GradResidual,
-    GradX,
-    Partial,
-    n_rows,
-    width,
-    grad_y_stride,
-    grad_sum_stride,
-    x_stride,
-    last_dropped,
-    keep_scale,
-    HAS_GRAD_SUM: tl.constexpr,
-    WRITE_GRAD_RESIDUAL: tl.constexpr,
-    WRITE_GRAD_X: tl.constexpr,
-    WRITE_GRAD_WEIGHT: tl.constexpr,
-    WRITE_GRAD_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Partial is (1 or 2, programs, width) float32: the program's sums of dweight and dbias, of those asked for."""
+    GradY, GradSum, X, Weight, Stats, Seed, GradResidual, GradX, Partial,
+    n_rows, width, grad_y_stride, grad_sum_stride, x_stride, last_dropped, keep_scale,
+    HAS_GRAD_SUM: tl.constexpr, WRITE_GRAD_RESIDUAL: tl.constexpr, WRITE_GRAD_X: tl.constexpr,
+    WRITE_GRAD_WEIGHT: tl.constexpr, WRITE_GRAD_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes every n-th tile of ROWS rows. X is what was normalised: x, or the sum h.
+
+    Partial is (number of sums asked for, programs, width) float32: each program's sums for dweight, then for dbias.
+    """
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < width
     weight = tl.load(Weight + columns, mask=in_row, other=0.0).to(tl.float32)
@@ -156,30 +138,15 @@ def backward_kernel(
 
 @triton.jit
 def wide_backward_kernel(
-    GradY,
-    GradSum,
-    X,
-    Weight,
-    Stats,
-    Seed,
-    GradResidual,
-    GradX,
-    n_rows,
-    width,
-    grad_y_stride,
-    grad_sum_stride,
-    x_stride,
-    last_dropped,
-    keep_scale,
-    HAS_GRAD_SUM: tl.constexpr,
-    WRITE_GRAD_RESIDUAL: tl.constexpr,
-    WRITE_GRAD_X: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    GradY, GradSum, X, Weight, Stats, Seed, GradResidual, GradX,
+    n_rows, width, grad_y_stride, grad_sum_stride, x_stride, last_dropped, keep_scale,
+    HAS_GRAD_SUM: tl.constexpr, WRITE_GRAD_RESIDUAL: tl.constexpr, WRITE_GRAD_X: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """The gradients of x and residual for rows that do not fit beside their gradients: block by block, twice.
+):  # fmt: skip
+    """The gradients of x and residual for wide rows: a program goes over one row, block by block, twice.
 
-    One row a program. The second reading of x, grad_y and weight comes from the cache: a row is at most 128 KB.
+    First it computes the two means, then the gradient. The second time, x, grad_y and weight come from the cache: one
+    row of the three takes at most 192 KB.
     """
     row = tl.program_id(0).to(tl.int64)
     mean = tl.load(Stats + row)
@@ -217,20 +184,10 @@ def wide_backward_kernel(
 
 @triton.jit
 def affine_grad_kernel(
-    GradY,
-    X,
-    Stats,
-    Partial,
-    n_rows,
-    width,
-    grad_y_stride,
-    x_stride,
-    WRITE_GRAD_WEIGHT: tl.constexpr,
-    WRITE_GRAD_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The sums that `wide_backward_kernel` leaves out: programs (row parts, column blocks)."""
+    GradY, X, Stats, Partial, n_rows, width, grad_y_stride, x_stride,
+    WRITE_GRAD_WEIGHT: tl.constexpr, WRITE_GRAD_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dweight and dbias of wide rows, as partial sums. The grid is (parts of the rows, blocks of columns)."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     in_row = columns < width
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -255,12 +212,12 @@ def affine_grad_kernel(
 
 
 def _block(width: int) -> int:
-    return max(16, next_power_of_2(width))  # the mask is drawn for four columns at a time
+    return max(16, next_power_of_2(width))  # a dropout mask is drawn for four columns at a time
 
 
 @lru_cache
 def forward_config(width: int) -> dict[str, int]:
-    """One warp holds 1024 elements, 32 a lane: up to that width a row needs no exchange between warps."""
+    """A warp holds 1024 elements, 32 in each lane. Rows up to that width belong to one warp: warps exchange nothing."""
     block = _block(width)
     rows = max(1, 1024 // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 1024), **COMPILE_OPTIONS}
@@ -268,14 +225,14 @@ def forward_config(width: int) -> dict[str, int]:
 
 @lru_cache
 def backward_config(width: int) -> dict[str, int]:
-    """Half of that a lane: the gradient, the weight and the two sums lie in registers beside the row."""
+    """Half as many elements in a lane, because the gradient, the weight and two sums take registers beside the row."""
     block = _block(width)
     rows = min(32, max(1, 2048 // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 512), **COMPILE_OPTIONS}
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., C) -> (N, C) with neighbouring columns side by side; a copy only where strides leave no other way."""
+    """(..., C) -> (N, C) whose columns lie side by side. It is copied only where the strides do not allow a view."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
@@ -290,7 +247,7 @@ def forward(
     seed: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h, stats): y (..., C) in `out_dtype`; h is empty without `residual`; stats (2, rows): mean, 1/std."""
+    """(y, h, stats): y (..., C) in `out_dtype`; h is empty without `residual`; stats (2, rows) float32: mean, rstd."""
     C = x.shape[-1]
     n_rows = x.numel() // C
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
@@ -306,26 +263,11 @@ def forward(
     config = forward_config(C)
     with device_of(x):
         forward_kernel[(cdiv(n_rows, config["ROWS"]),)](
-            rows,
-            residual_rows,
-            weight.contiguous(),
-            weight if bias is None else bias.contiguous(),
-            y,
-            h,
-            stats,
-            stats if seed is None else seed,
-            n_rows,
-            C,
-            rows.stride(0),
-            residual_rows.stride(0),
-            eps,
-            last_dropped(dropout_p),
-            1.0 / (1.0 - dropout_p),
-            ADD=residual is not None,
-            DROPOUT=dropout_p > 0.0,
-            HAS_BIAS=bias is not None,
-            **config,
-        )
+            rows, residual_rows, weight.contiguous(), weight if bias is None else bias.contiguous(),
+            y, h, stats, stats if seed is None else seed,
+            n_rows, C, rows.stride(0), residual_rows.stride(0), eps, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
+            ADD=residual is not None, DROPOUT=dropout_p > 0.0, HAS_BIAS=bias is not None, **config,
+        )  # fmt: skip
     return y, h, stats
 
 
@@ -341,11 +283,11 @@ def backward(
     x_dtype: torch.dtype,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_residual, grad_x, grad_affine) of `forward`, whose normed tensor (x, or the sum h) is `x`.
+    """(grad_residual, grad_x, grad_affine) of `forward`. `x` is what was normalised: x itself, or the sum h.
 
-    grad_sum is the gradient of h, None where there is none. `output_mask` says which gradients are asked for: of x,
-    residual, weight and bias. grad_x is empty where it would equal grad_residual, without dropout and in the same
-    dtype: then grad_residual serves both. grad_affine is (asked for, C): the gradients of weight and of bias.
+    grad_sum is the gradient of h, or None. `output_mask` says which gradients are asked for: those of x, residual,
+    weight and bias. Without dropout and in one dtype, x and residual have the same gradient: it is grad_residual, and
+    grad_x is empty. grad_affine is (number asked for, C): the gradients of weight and bias.
     """
     C = x.shape[-1]
     n_rows = x.numel() // C
@@ -361,14 +303,9 @@ def backward(
     grad_sum_rows = grad_rows if grad_sum is None else _rows(grad_sum)
     sources = (grad_rows, grad_sum_rows, rows, weight.contiguous(), stats, stats if seed is None else seed)
     shared = (
-        n_rows,
-        C,
-        grad_rows.stride(0),
-        grad_sum_rows.stride(0),
-        rows.stride(0),
-        last_dropped(dropout_p),
-        1.0 / (1.0 - dropout_p),
-    )
+        n_rows, C, grad_rows.stride(0), grad_sum_rows.stride(0), rows.stride(0),
+        last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
+    )  # fmt: skip
     flags = {
         "HAS_GRAD_SUM": grad_sum is not None,
         "WRITE_GRAD_RESIDUAL": write_residual,
@@ -394,7 +331,7 @@ def backward(
 
 
 def _affine_grid(n_rows: int, width: int, n_multiprocessors: int) -> tuple[int, int]:
-    """(parts of the rows, blocks of columns): the programs that make the sums of dweight and dbias."""
+    """(parts of the rows, blocks of columns): the grid of the programs that compute dweight and dbias."""
     n_programs = n_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
     if width <= MAX_FUSED_WIDTH:
         return min(n_programs, cdiv(n_rows, backward_config(width)["ROWS"])), 1

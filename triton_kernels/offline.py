@@ -1,10 +1,10 @@
-"""Compile every kernel and launch configuration for a GPU this machine need not have, and read the machine code.
+"""Compile every kernel, in every configuration, for a GPU that need not be in this machine, and read the machine code.
 
     python -m fastgpt.triton_kernels.offline --arch 90             # all cases for sm_90, a row each
     python -m fastgpt.triton_kernels.offline --arch 90 --json      # the same for a program
 
-Triton's wheel carries NVIDIA's assembler and disassembler, so registers, spills, shared memory and the tensor core
-instructions are known without a device. `cases` lists what the launchers in this package can pick.
+Triton's wheel contains NVIDIA's assembler and disassembler, so registers, spills, shared memory and the instructions of
+the tensor cores are known without a GPU. `cases` lists the configurations that the launchers in this package choose.
 """
 
 import argparse
@@ -35,12 +35,12 @@ _TYPES = (
     | dict.fromkeys(("Lse", "Delta", "PartialOut", "PartialLse", "Stats", "Partial"), "*fp32")
     | {"Seed": "*i64"}
 )
-_ALIGNED = ("stride", "width")  # multiples of 16, as PyTorch's allocator and every usual width give them
+_ALIGNED = ("stride", "width")  # compiled as multiples of 16, which they are for every usual width
 
 
 @dataclass(frozen=True)
-class Case:
-    """One compilation: a kernel, the element type of its tensors, its constants and launch options."""
+class KernelCase:
+    """What is compiled: a kernel, the element type of its tensors, its constants and launch options."""
 
     name: str
     kernel: Any
@@ -49,7 +49,7 @@ class Case:
     descriptors: bool = False
 
 
-def _attention_cases(arch: int) -> Iterator[Case]:
+def _attention_cases(arch: int) -> Iterator[KernelCase]:
     def case(name, kernel, dtype, head_size, config, **constants):
         wanted = (
             {"HEAD_SIZE": head_size, "CAUSAL": True, "PRECISION": "ieee"}
@@ -59,7 +59,7 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         )
         wanted = {key: value for key, value in wanted.items() if key in kernel.arg_names}
         descriptors = bool(wanted.get("DESCRIPTORS"))
-        return Case(f"attention.{name}.d{head_size}", kernel, dtype, wanted | config, descriptors)
+        return KernelCase(f"attention.{name}.d{head_size}", kernel, dtype, wanted | config, descriptors)
 
     def three(regime, dtype, head_size, longest, descriptors, dropout, **constants):
         size = 4 if dtype == "fp32" else 2
@@ -73,8 +73,8 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         yield case(f"grad_kv.{label}", attention.grad_kv_kernel, dtype, head_size, config, **flags)
 
     for head_size in (64, 128, 256):
-        # For sm_100, where the compiler takes four times as long, a dropout kernel stands for its plain twin where both
-        # have one configuration: masks only add registers.
+        # For sm_100 the compiler takes four times as long. Where a kernel has the same configuration with and without
+        # dropout, only the one with dropout is compiled for it, because a mask only adds registers.
         for dropout in (True,) if arch == 100 and head_size > 64 else (False, True):
             yield from three("tiled", "bf16", head_size, 4096, False, dropout)
     if arch == 90:
@@ -109,8 +109,8 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         name = f"one_tile_forward.t{longest}" + (".dropout" if dropout else "")
         yield case(name, attention.one_tile_forward_kernel, "bf16", head_size, config, DROPOUT=dropout)
     for longest, head_size, dropout in ((16, 64, True), (32, 64, True), (64, 64, False), (64, 32, True)):
-        config = attention.one_tile_config(head_size, 2, longest, dropout, arch)
-        if config is None:  # two passes take it
+        config = attention.one_tile_backward_config(head_size, 2, longest, dropout, arch)
+        if config is None:  # these sizes take two passes
             continue
         name = f"one_tile_backward.t{longest}" + (".dropout" if dropout else "")
         yield case(name, attention.one_tile_backward_kernel, "bf16", head_size, config, DROPOUT=dropout)
@@ -122,36 +122,36 @@ def _attention_cases(arch: int) -> Iterator[Case]:
         yield case(f"join_splits.s{splits}", attention.join_splits_kernel, "bf16", 128, config)
 
 
-def _layer_norm_cases(arch: int) -> Iterator[Case]:
+def _layer_norm_cases(arch: int) -> Iterator[KernelCase]:
     grads = dict.fromkeys(("HAS_GRAD_SUM", "WRITE_GRAD_RESIDUAL", "WRITE_GRAD_X", "DROPOUT"), True)
     affine = dict.fromkeys(("WRITE_GRAD_WEIGHT", "WRITE_GRAD_BIAS"), True)
     widths = [2**n for n in range(4, 15)] if arch == 90 else [16, 1024, 4096, 16384]
     for width in widths:
         config = layer_norm.forward_config(width)
         flags = {"ADD": True, "DROPOUT": True, "HAS_BIAS": True}
-        yield Case(f"add_layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
+        yield KernelCase(f"add_layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
         flags = {"ADD": False, "DROPOUT": False, "HAS_BIAS": True}
         if arch == 90:
-            yield Case(f"layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
+            yield KernelCase(f"layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
         if width > layer_norm.MAX_FUSED_WIDTH:
             continue
         config = layer_norm.backward_config(width)
         for dtype in ("bf16", "fp32") if width == layer_norm.MAX_FUSED_WIDTH else ("bf16",):
             flags = grads | affine
             name = f"add_layer_norm.backward.{dtype}.w{width}"
-            yield Case(name, layer_norm.backward_kernel, dtype, flags | config)
+            yield KernelCase(name, layer_norm.backward_kernel, dtype, flags | config)
     name = "add_layer_norm.wide_backward"
-    yield Case(name, layer_norm.wide_backward_kernel, "bf16", grads | layer_norm.WIDE_CONFIG)
+    yield KernelCase(name, layer_norm.wide_backward_kernel, "bf16", grads | layer_norm.WIDE_CONFIG)
     config = affine | layer_norm.AFFINE_GRAD_CONFIG
-    yield Case("layer_norm.affine_grad", layer_norm.affine_grad_kernel, "bf16", config)
+    yield KernelCase("layer_norm.affine_grad", layer_norm.affine_grad_kernel, "bf16", config)
 
 
-def cases(arch: int) -> list[Case]:
+def cases(arch: int) -> list[KernelCase]:
     """Every case for sm_`arch`, in a fixed order."""
     return [*_attention_cases(arch), *_layer_norm_cases(arch)]
 
 
-def _signature(case: Case) -> dict[str, str]:
+def _signature(case: KernelCase) -> dict[str, str]:
     types = {}
     for name in case.kernel.arg_names:
         if name in case.constants:
@@ -164,10 +164,10 @@ def _signature(case: Case) -> dict[str, str]:
     return types
 
 
-def measure(case: Case, arch: int) -> dict[str, int | str]:
-    """Compile `case` for sm_`arch`; registers a thread, bytes spilled, shared bytes, and (sm_90's own) instructions."""
+def measure_kernel(case: KernelCase, arch: int) -> dict[str, int | str]:
+    """A compiled case: registers a thread, bytes spilled, bytes shared and, for sm_90, counts of two instructions."""
     if INTERPRETING:
-        raise RuntimeError("TRITON_INTERPRET=1 is set: the interpreter's functions cannot be compiled")
+        raise RuntimeError("TRITON_INTERPRET=1 is set, and what it interprets cannot be compiled; unset it")
     options = {key: value for key, value in case.constants.items() if key in _OPTIONS}
     constants = {key: value for key, value in case.constants.items() if key not in _OPTIONS}
     signature = _signature(case)
@@ -205,7 +205,7 @@ def main() -> None:
     first, step = map(int, arguments.part.split("/"))
     wanted = [(arch, case) for arch in arguments.arch for case in cases(arch)]
     for arch, case in wanted[first::step]:
-        row = measure(case, arch)
+        row = measure_kernel(case, arch)
         if arguments.json:
             print(json.dumps(row), flush=True)
         else:
