@@ -37,7 +37,6 @@ def load(name: str) -> ModuleType:
 
 def run(name: str, settings: Any) -> Path:
     """Measure; write results.json, report.html and the pictures; print what was found. Returns the report's path."""
-    from ..files import atomic_path
     from ..report import pyplot
     from .experiment import recorded, study_facts
     from .page import Page
@@ -49,21 +48,23 @@ def run(name: str, settings: Any) -> Path:
     began = time.perf_counter()
     results |= load(name).measure(settings)
     results["seconds"] = round(time.perf_counter() - began, 1)
-    text = _json(results)
-    with atomic_path(out / "results.json") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    page = Page(json.loads(text))
+    page = Page(write_results(out, results))
     print(page.text(), end="\n\n")
     report = page.write(out)
     print(f"{report}, {results['seconds']:.0f} s")
     return report
 
 
-def _json(results: dict[str, Any]) -> str:
-    """Indented, but for lists of numbers, which are a line each."""
+def write_results(out: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Write out/results.json, a list of numbers on one line; returns the results as a reader of the file gets them."""
+    from ..files import atomic_path
+
     text = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False)
     # A line break is never inside a JSON string.
-    return re.sub(r"\[\n([-+.,\deE\s]+)\n\s*\]", lambda match: "[" + " ".join(match[1].split()) + "]", text)
+    text = re.sub(r"\[\n([-+.,\deE\s]+)\n\s*\]", lambda match: "[" + " ".join(match[1].split()) + "]", text)
+    with atomic_path(out / "results.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return json.loads(text)
 
 
 def _check_folder(out: Path) -> None:

@@ -26,7 +26,6 @@ from ..machine import resolve_device
 from ..model import GPT
 from ..report import pyplot
 from .experiment import (
-    LEARNED,
     Common,
     at_least,
     described,
@@ -37,6 +36,7 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .words import LEARNED
 
 INITIALISATIONS = {
     "scaled": "GPT-2's: 0.02, and 0.02 / sqrt(2 L) where a branch ends",

@@ -14,18 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..baselines import model_class
-from ..checkpoint import Checkpoint, find_checkpoint, load_parameters
-from ..config import ConfigError, GPTConfig, TrainConfig, from_dict
+from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
 from ..data.layouts import evaluation_blocks, random_batch
 from ..machine import facts, resolve_device, short_commit
 from ..model import GPT, LanguageModel
-from ..tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
-from ..training.step import Precision, learning_rate, make_optimizer, mean_loss
+from ..tokenizer import BPETokenizer, Tokenizer
+from ..training.runs import load_model
+from ..training.step import Precision, learning_rate, make_optimizer, mean_loss, training_step
 
 Number = TypeVar("Number", int, float)
-LEARNED = 0.05  # nats below the loss of knowing each token's frequency: something of the context was learned
 
 
 class StudyError(ValueError):
@@ -103,11 +101,8 @@ def load_run(path: str) -> tuple[LanguageModel, Tokenizer]:
     folder = Path(path)
     if (folder / "config.json").exists() and (folder / "vocab.json").exists():
         return GPT.from_pretrained(folder, dropout=0.0).eval(), BPETokenizer.from_gpt2_files(folder)
-    file = find_checkpoint(folder)
-    saved = Checkpoint.load(file)
-    model = model_class(saved.model)(from_dict(GPTConfig, {**saved.model_config, "dropout": 0.0}))
-    load_parameters(model, saved.part("model"), file)
-    return model.eval(), tokenizer_from_json(saved.tokenizer)
+    model, tokenizer, _ = load_model(folder, dropout=0.0)
+    return model, tokenizer
 
 
 def label(tokenizer: Tokenizer, token: int) -> str:
@@ -135,30 +130,36 @@ def trained_model(settings: Any, cfg: GPTConfig, steps: int) -> tuple[GPT, Token
     return model.eval(), corpus.tokenizer, loss
 
 
+class _NotFinite(Exception):
+    """Ends a training whose loss is no longer a finite number."""
+
+
 def training(model: Any, corpus: Corpus, cfg: TrainConfig) -> Iterator[float]:
-    """Train `model` in memory, in float32, one step for each loss that is taken; ends early where it is not finite.
+    """Train `model` in memory, in float32: each loss that is taken from this iterator is one step.
 
     Optimizer, schedule, clipping and batches are those of `fastgpt train`. The loss is that of the step's own batch,
-    before the step.
+    before the step. Where it is not finite, it is the last one, and the weights stay as they were before that step.
     """
-    device = next(model.parameters()).device
+
+    def finite_loss(x: Tensor, y: Tensor) -> Tensor:
+        loss = model.loss(x, y)
+        if not math.isfinite(value := float(loss.detach())):
+            raise _NotFinite(value)
+        return loss
+
+    precision = Precision(next(model.parameters()).device, "float32")
     optimizer = make_optimizer(model, cfg)
     for step in range(cfg.max_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
         x, y = random_batch(corpus.train, model.cfg.block_size, cfg.batch_size, cfg.seed, step)
+        batch = (x.to(precision.device), y.to(precision.device))
         model.train()
-        loss = model.loss(x.to(device), y.to(device))
-        value = float(loss.detach())
-        if math.isfinite(value):
-            loss.backward()
-            if cfg.grad_clip > 0.0:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        yield value
-        if not math.isfinite(value):
+        lr = learning_rate(step, cfg)
+        try:
+            loss = training_step(model, finite_loss, optimizer, [batch], precision, cfg.grad_clip, lr)
+        except _NotFinite as error:
+            yield error.args[0]
             return
+        yield float(loss)
 
 
 def validation_blocks(corpus: Corpus, block_size: int, n_blocks: int = 64) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..report import pyplot
 from .experiment import (
-    LEARNED,
     Common,
     at_least,
     described,
@@ -28,6 +27,7 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .words import LEARNED
 
 
 @dataclass

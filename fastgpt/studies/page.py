@@ -17,6 +17,7 @@ from typing import Any
 
 from ..report import Report, markdown_table
 from . import STUDIES, load
+from .words import provenance
 
 _PREFACE = """# Studies
 
@@ -37,7 +38,7 @@ class Page(Report):
         self.name, self.draws = name, pictures
         self.markdown: list[str] = []
         load(name).show(results, self)
-        self.paragraph(_provenance(results))
+        self.paragraph(_measured_on(results))
 
     def paragraph(self, text: str) -> None:
         super().paragraph(text)
@@ -58,12 +59,10 @@ class Page(Report):
         return "\n\n".join([self.title, *(part for part in self.markdown if not part.startswith("!["))])
 
 
-def _provenance(results: dict[str, Any]) -> str:
-    commit = results["commit"] or "of an installed package"
+def _measured_on(results: dict[str, Any]) -> str:
     return (
-        f"Measured on {results['device']}, {results['threads']} threads; Python {results['python']}, torch "
-        f"{results['torch']}, fastgpt {results['fastgpt']}, commit {commit}, {results['date']}; the study took "
-        f"{results['seconds']:.0f} seconds, with seed {results['settings']['seed']}."
+        f"Measured on {provenance(results)}; the study took {results['seconds']:.0f} seconds, with seed "
+        f"{results['settings']['seed']}."
     )
 
 

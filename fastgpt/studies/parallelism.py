@@ -31,7 +31,6 @@ from ..machine import resolve_device
 from ..model import GPT
 from ..report import pyplot
 from .experiment import (
-    LEARNED,
     Common,
     at_least,
     described,
@@ -43,6 +42,7 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .words import LEARNED
 
 
 @dataclass

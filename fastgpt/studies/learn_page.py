@@ -1,0 +1,229 @@
+"""What `fastgpt learn` shows: the report of its stages, and the same numbers in docs/from-bigram-to-gpt.md.
+
+    python -m fastgpt.studies.learn_page docs
+
+makes the numbers, the examples of the data and the pictures of that page again, from docs/from-bigram-to-gpt.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.show import show_layouts
+from ..files import atomic_path
+from ..report import Report, markdown_table, pyplot
+from .stages import LADDER, find_stage
+from .words import provenance
+
+HEADERS = ["stage", "builds on", "parameters", "validation loss", "change"]
+
+
+def table_rows(results: dict[str, Any]) -> list[list[Any]]:
+    """The report's table: losses in nats per character, and the change from the stage that each one builds on."""
+    losses = _losses(results)
+    table = []
+    for row in results["stages"]:
+        after = find_stage(row["name"]).after
+        change = "–" if after is None else f"{row['loss'] - losses[after]:+.3f}"
+        table.append([row["name"], after or "–", row["parameters"], f"{row['loss']:.3f}", change])
+    return table
+
+
+def _losses(results: dict[str, Any]) -> dict[str, float]:
+    return {row["name"]: row["loss"] for row in results["stages"]}
+
+
+def differences(results: dict[str, Any], name: str) -> str:
+    """What the stage changes: its model, and each setting that differs from the stage it builds on."""
+    stage, found = find_stage(name), {row["name"]: row for row in results["stages"]}
+    if stage.after is None:
+        return f"model: {stage.model}"
+    before, now = found[stage.after], found[name]
+    lines = [f"{key}: {before[key]} -> {now[key]}" for key in ("model", "batch_size", "lr") if before[key] != now[key]]
+    lines += [f"{k}: {v} -> {now['config'][k]}" for k, v in before["config"].items() if v != now["config"][k]]
+    return "\n".join(lines)
+
+
+# ---- in words ----
+
+
+def budget(results: dict[str, Any]) -> str:
+    settings, n, last = results["settings"], results["training_tokens"], results["stages"][-1]
+    each = results["tokens_per_step"]
+    return (
+        f"All stages have the same budget: {settings['steps']:,} steps of {each} characters, which is "
+        f"{settings['steps'] * each / n:.1f} times the training text of {n:,} characters; seed {settings['seed']}; "
+        f"AdamW with a warm-up and a cosine. The learning rate is {settings['lr']:g}, and {last['lr']:g} in the last "
+        f"stage. Losses are in nats per character, on text that was not trained on."
+    )
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """What the numbers say, in sentences made from them."""
+    losses = _losses(results)
+    return [
+        _ladder_in_words(losses),
+        f"The trained bigram reaches {losses['bigram']:.3f}. A bigram made by counting the pairs of the training text, "
+        f"which no bigram can beat on that text, has {results['counted_bigram']:.3f} over all of the validation text.",
+        _norms_in_words(losses),
+        _dropout_in_words(losses),
+        _scaling_in_words(results),
+    ]
+
+
+def _ladder_in_words(losses: dict[str, float]) -> str:
+    rising = [(a, b) for a, b in pairwise(LADDER) if losses[b] >= losses[a]]
+
+    def said(name: str) -> str:
+        return f'"{name}" ({losses[name]:.3f})'
+
+    way = f"From {said(LADDER[0])} to {said(LADDER[-1])}"
+    if not rising:
+        return f"{way} the loss falls with every stage."
+    exceptions = "; ".join(f"{said(b)} is no better than {said(a)}" for a, b in rising)
+    return f"{way} the loss does not fall with every stage: {exceptions}."
+
+
+def _norms_in_words(losses: dict[str, float]) -> str:
+    post, pre = losses["+ layer norm, post"], losses["+ layer norm, pre"]
+    better, worse = ("pre", "post") if pre <= post else ("post", "pre")
+    return (
+        f"With one block, the loss of {better}-norm is {abs(pre - post):.3f} lower than that of {worse}-norm; "
+        f"`fastgpt study depth` asks the same of deep networks."
+    )
+
+
+def _dropout_in_words(losses: dict[str, float]) -> str:
+    cost = losses["+ dropout"] - losses["+ layer norm, pre"]
+    if cost > 0:
+        return f"Dropout costs {cost:.3f} at this budget, which is too small for the text to be learned by heart."
+    return f"Dropout gains {-cost:.3f}, even at this budget."
+
+
+def _scaling_in_words(results: dict[str, Any]) -> str:
+    *small, last = results["stages"]
+    best = min(small, key=lambda row: row["loss"])
+    larger = (
+        f'"{last["name"]}", with {last["parameters"] / best["parameters"]:.0f} times the parameters of "{best["name"]}"'
+    )
+    if last["loss"] < best["loss"]:
+        return f"{larger}, has a loss that is {best['loss'] - last['loss']:.3f} lower."
+    return (
+        f"{larger}, has a loss that is {last['loss'] - best['loss']:.3f} higher: a larger model needs more than "
+        f"{results['settings']['steps']:,} steps to get ahead."
+    )
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    return f"{provenance(results)}; {results['seconds']:.0f} seconds in all."
+
+
+# ---- pictures ----
+
+
+def _colours(results: dict[str, Any]) -> list[Any]:
+    return list(pyplot().get_cmap("viridis")(np.linspace(0.0, 0.9, len(results["stages"]))))
+
+
+def final_losses(results: dict[str, Any]) -> Any:
+    """A bar a stage. Bars start at 0 nats: their lengths can be compared."""
+    names, losses = [r["name"] for r in results["stages"]], [r["loss"] for r in results["stages"]]
+    figure, axes = pyplot().subplots(figsize=(7, 3.6), constrained_layout=True)
+    bars = axes.barh(names, losses, color=_colours(results))
+    axes.bar_label(bars, [f"{loss:.3f}" for loss in losses], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel="validation loss (nats per character)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def curves(results: dict[str, Any]) -> Any:
+    figure, axes = pyplot().subplots(figsize=(7, 4.4), constrained_layout=True)
+    for row, colour in zip(results["stages"], _colours(results), strict=True):
+        points = [(step, loss) for step, loss in row["curve"] if step > 0]  # all start at ln(vocabulary)
+        axes.plot(*zip(*points, strict=True), label=row["name"], color=colour, marker="o", ms=3, lw=1.4)
+    axes.set(xlabel="step", ylabel="validation loss (nats per character)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    return figure
+
+
+# ---- the report ----
+
+
+def learn_report(results: dict[str, Any], code: dict[str, list[tuple[str, int, str]]]) -> Report:
+    """The report, from the results, and from what `code_of` found in the source for each stage."""
+    page = Report("From bigram to GPT", "one idea at a time, each trained with the same budget")
+    page.paragraph(budget(results))
+    page.table(HEADERS, table_rows(results))
+    for text in findings(results):
+        page.paragraph(text)
+    page.figure(final_losses(results), "losses", "Validation loss after training, nats per character")
+    page.figure(curves(results), "curves", "Validation loss during training, nats per character")
+    for number, row in enumerate(results["stages"], 1):
+        stage = find_stage(row["name"])
+        page.heading(f"{number}. {stage.name}")
+        page.paragraph(stage.about)
+        page.code(differences(results, stage.name))
+        lines = [(f"{file}:{line}", text) for file, line, text in code[stage.name]]
+        width = max(len(place) for place, _ in lines)
+        page.code("\n".join(f"{place:{width}}  {text}" for place, text in lines))
+        page.paragraph(
+            f"Validation loss {row['loss']:.3f} with {row['parameters']:,} parameters after {row['seconds']:.0f} "
+            f"seconds of training. A sample, at temperature 0.8:"
+        )
+        page.code(row["sample"])
+    page.paragraph(_provenance(results))
+    return page
+
+
+# ---- the page in docs/ ----
+
+
+def refreshed(text: str, results: dict[str, Any]) -> str:
+    """The text of docs/from-bigram-to-gpt.md, with the examples of the data and the numbers of `results` in it."""
+    examples = show_layouts(None, None, None, "char", results["settings"]["seed"]).rpartition("\n\n")[0]
+    text = _between(text, "data show", f"```text\n{examples}\n```")
+    return _between(text, "results", _results_in_markdown(results))
+
+
+def _between(text: str, name: str, new: str) -> str:
+    """`text` with `new` between the marks <!-- name --> and <!-- end -->."""
+    before, mark, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not mark or not end:
+        raise LookupError(f"<!-- {name} --> ... <!-- end --> not found")
+    return f"{before}{mark}{new}\n{end}{after}"
+
+
+def _results_in_markdown(results: dict[str, Any]) -> str:
+    found = {row["name"]: row for row in results["stages"]}
+    samples = [
+        f"`{name}` writes:\n\n```text\n{found[name]['sample'].strip()[:160]}\n```" for name in ("bigram", "scaled up")
+    ]
+    words = [budget(results), " ".join(findings(results)), _provenance(results)]
+    above, below, source = (textwrap.fill(part, 120, break_on_hyphens=False) for part in words)
+    return "\n\n".join([above, markdown_table(HEADERS, table_rows(results)), below, *samples, source])
+
+
+def main(docs: Path) -> None:
+    page = docs / "from-bigram-to-gpt.md"
+    results = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    text = refreshed(page.read_text(encoding="utf-8"), results)
+    for name, draw in (("losses", final_losses), ("curves", curves)):
+        with atomic_path(docs / "images" / f"learn-{name}.png") as temporary:
+            draw(results).savefig(temporary, format="png", dpi=100, facecolor="white")
+    with atomic_path(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
