@@ -8,14 +8,51 @@ from typing import Any
 import torch
 
 from . import __version__, ops
-from .machine import package_version, resolve_device
+from .machine import device_name, package_version, resolve_device
 from .ops import native
 from .ops.backend import BACKENDS, OPS, requested, unavailable
 from .ops.linear import linear_choice
 from .training.step import Precision
 
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")
 
-def example_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+
+def report() -> str:
+    """The text of `fastgpt doctor`: one fact a line, of the machine and then of each device."""
+    lines = [
+        f"fastgpt: {__version__}",
+        f"Python: {platform.python_version()}",
+        f"system: {platform.platform()}",
+        *(f"{name}: {package_version(name) or 'not installed'}" for name in PACKAGES),
+        f"CPU: {device_name(torch.device('cpu'))}",
+        f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}",
+        f"threads: {torch.get_num_threads()}",
+        *_gpu(),
+    ]
+    auto = resolve_device("auto")
+    precision = Precision(auto)
+    lines += [
+        f"--device auto: {auto}",
+        f"--dtype auto: {precision.name} ({precision.why})",
+        f"backend asked for: {requested()}",
+    ]
+    for device in dict.fromkeys(("cpu", auto.type)):
+        found = _ops(device) + _backends(device) + (_matrix_products() if device == "cpu" else [])
+        lines += ["", f"On {device}:", *(f"  {line}" for line in found)]
+    return "\n".join(lines)
+
+
+def _gpu() -> list[str]:
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        gpu = f"GPU: {torch.cuda.get_device_name()}"
+        return [gpu, f"GPU architecture: sm_{major}{minor}", f"CUDA of this PyTorch: {torch.version.cuda}"]
+    if torch.backends.mps.is_available():
+        return ["GPU: Apple's; every op runs on it by PyTorch's own kernels"]
+    return ["GPU: none that this PyTorch can use"]
+
+
+def example_call(op: str, device: str) -> tuple[Any, ...]:
     """Small arguments of `op`: a typical call, to ask `explain` about."""
     x = torch.zeros(4, 16, device=device)
     tokens = torch.zeros(1, 4, dtype=torch.int64, device=device)
@@ -29,60 +66,44 @@ def example_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]
         "cross_entropy": (x, tokens[0]),
         "linear_cross_entropy": (x, x, tokens[0]),
     }
-    return calls[op], {}
+    return calls[op]
 
 
-def report() -> str:
-    """The text of `fastgpt doctor`."""
-    lines = [
-        f"fastgpt {__version__}, Python {platform.python_version()}, {platform.platform()}",
-        ", ".join(
-            f"{name} {package_version(name) or 'not installed'}"
-            for name in ("torch", "triton", "numpy", "safetensors", "tokenizers")
-        ),
-        f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-    ]
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        major, minor = torch.cuda.get_device_capability()
-        lines.append(f"GPU: {torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}")
-    elif torch.backends.mps.is_available():
-        devices.append("mps")
-        lines.append("GPU: Apple's, on which the ops run on PyTorch")
-    else:
-        lines.append("GPU: none that this PyTorch can use")
-    auto = resolve_device("auto")
-    lines.append(f"device auto: {auto}, where dtype auto trains in {Precision(auto)}")
-    lines.append(f"backend asked for: {requested()}")
-    for device in devices:
-        lines += ["", f"On {device}:"]
-        for op in OPS:
-            args, kwargs = example_call(op, device)
-            try:
-                lines += [f"  {line}" for line in str(ops.explain(op, *args, **kwargs)).splitlines()]
-            except ValueError as error:
-                lines.append(f"  {op}: {error}")
-        for backend in BACKENDS:
-            reason = unavailable(backend, device)
-            how = f" ({native.describe(device)})" if backend == "native" and reason is None else ""
-            lines.append(f"  backend {backend}: {'ran' if reason is None else reason}{how}")
-        if device == "cpu":
-            lines += _products()
-    return "\n".join(lines)
+def _ops(device: str) -> list[str]:
+    """Per op the backend that is taken, and why no faster one is."""
+    lines = []
+    for op in OPS:
+        try:
+            lines += str(ops.explain(op, *example_call(op, device))).splitlines()
+        except ValueError as error:
+            lines.append(f"{op}: {error}")
+    return lines
 
 
-def _products() -> list[str]:
-    """Which matrix products of a CPU are the extension's, and why the others are left to PyTorch's library."""
+def _backends(device: str) -> list[str]:
+    """Whether each backend works, which was found out by running it."""
+    lines = []
+    for backend in BACKENDS:
+        reason = unavailable(backend, device)
+        if reason is not None:
+            lines.append(f"backend {backend}: does not work here: {reason}")
+        else:
+            details = f" ({native.describe(device)})" if backend == "native" else ""
+            lines.append(f"backend {backend}: works{details}")
+    return lines
+
+
+def _matrix_products() -> list[str]:
+    """Which matrix products on a CPU are the extension's, and why the others are left to PyTorch's library."""
     if unavailable("native", "cpu") is not None:
-        return ["  matrix products: PyTorch's library"]
+        return ["matrix products: by PyTorch's library, because the native backend does not work here"]
     reason = native.reason_for_library("matmul")
     faster = "its own kernel was measured to be faster than the matrix library on processors like this one"
     choices = {
         "linear_cross_entropy": (reason is None, reason or faster),
         "a few rows, in generation": linear_choice(),
     }
-    lines = [f"  processor's maker: {native.cpu_maker()}"]
+    lines = [f"maker of the processor: {native.cpu_maker()}"]
     for what, (own, why) in choices.items():
-        lines.append(f"  products of {what}: {'the extension' if own else 'the library'} ({why})")
+        lines.append(f"matrix products of {what}: by {'the extension' if own else 'the library'} ({why})")
     return lines

@@ -33,33 +33,42 @@ def elsewhere(monkeypatch):
     return answer
 
 
+def test_each_fact_has_a_line():
+    lines = doctor.report().partition("\n\n")[0].splitlines()
+    assert all(": " in line for line in lines)
+    names = [line.partition(":")[0] for line in lines]
+    assert names[:3] == ["fastgpt", "Python", "system"] and set(doctor.PACKAGES) < set(names)
+    assert f"threads: {torch.get_num_threads()}" in lines and f"torch: {torch.__version__}" in lines
+
+
 def test_a_gpu_without_bfloat16(elsewhere):
     elsewhere(cuda=True, capability=(7, 5))
     text = doctor.report()
-    assert "GPU: a GPU, sm_75" in text
-    assert "device auto: cuda, where dtype auto trains in float16 (this GPU emulates bfloat16)" in text
+    assert "\nGPU: a GPU\nGPU architecture: sm_75\nCUDA of this PyTorch: " in text
+    assert "\n--device auto: cuda\n--dtype auto: float16 (this GPU emulates bfloat16)\n" in text
     assert "\nOn cuda:\n" in text
 
 
 def test_a_gpu_with_bfloat16(elsewhere):
     elsewhere(cuda=True, capability=(9, 0))
-    assert "device auto: cuda, where dtype auto trains in bfloat16 (this GPU has it)" in doctor.report()
+    assert "\n--device auto: cuda\n--dtype auto: bfloat16 (this GPU has it)\n" in doctor.report()
 
 
 def test_a_mac(elsewhere):
     elsewhere(mps=True)
     text = doctor.report()
-    assert "device auto: mps, where dtype auto trains in float32 (half precision is the default on CUDA alone)" in text
+    assert "\n--device auto: mps\n--dtype auto: float32 (half precision is the default on CUDA alone)\n" in text
     on_mps = text.partition("\nOn mps:\n")[2]
     for op in doctor.OPS:
         assert f"  {op}: runs on torch\n" in on_mps
-    assert "  backend torch: ran" in on_mps
+    assert "  backend torch: works\n  backend triton: does not work here: not tried\n" in on_mps
 
 
 def test_a_machine_without_a_gpu(elsewhere):
     elsewhere()
     text = doctor.report()
-    assert "GPU: none that this PyTorch can use\ndevice auto: cpu, where dtype auto trains in float32" in text
+    assert "\nGPU: none that this PyTorch can use\n--device auto: cpu\n--dtype auto: float32 (" in text
+    assert "matrix products: by PyTorch's library, because the native backend does not work here" in text
     assert "\nOn cpu:\n" in text and "\nOn cuda:\n" not in text and "\nOn mps:\n" not in text
 
 
@@ -71,8 +80,8 @@ def test_whose_matrix_products_run(maker, monkeypatch):
     if native.load("cpu").instruction_set() == "generic":
         pytest.skip("no kernel of ours was measured with these instructions")
     lines = doctor.report().splitlines()
-    assert f"  processor's maker: {maker}" in lines
-    products = [line for line in lines if line.startswith("  products of")]
+    assert f"  maker of the processor: {maker}" in lines
+    products = [line for line in lines if line.startswith("  matrix products of")]
     assert len(products) == 2
     for line in products:
         assert ("the extension" in line) == (maker == "amd")

@@ -79,7 +79,7 @@ def test_build_info() -> None:
 @built
 def test_doctor_shows_the_instruction_set() -> None:
     text = doctor.report()
-    assert re.search(r"backend native: ran \((avx512|avx2|generic), built by ", text), text
+    assert re.search(r"backend native: works \((avx512|avx2|generic), built by ", text), text
 
 
 @built
