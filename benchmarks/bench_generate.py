@@ -52,8 +52,8 @@ def cached_error_ratio(model: fastgpt.GPT) -> float:
     cache = model.new_cache(1)
     pieces = [model.hidden(piece, cache) for piece in (tokens[:, :PROMPT], *tokens[:, PROMPT:].split(1, dim=1))]
     ours = model.lm_head(torch.cat(pieces, dim=1))
-    atol = parity.ATOL[weight.dtype] * max(1.0, float(exact.abs().max()))
-    return error_ratio(float((ours - exact).abs().max()), float((torchs - exact).abs().max()), atol)
+    errors = (float((logits - exact).abs().max()) for logits in (ours, torchs))
+    return error_ratio(*errors, parity.tolerance(weight.dtype, exact))
 
 
 def bench_generate(bench, setting, case):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastgpt import ops
 from fastgpt.ops import reference
 from fastgpt.ops.dropout import philox_keep_mask
-from fastgpt.parity import DTYPES, run
+from fastgpt.parity import DTYPES, run_parity
 
 DROPOUT = {"dropout_p": 0.3, "seed": 9}
 
@@ -29,7 +29,7 @@ def qkv(B=2, H=2, Hkv=2, Tq=5, Tk=5, D=8, dtype=torch.float32) -> list[torch.Ten
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity(dtype: torch.dtype) -> None:
-    report = run(names=["attention"], backends=["torch"], dtypes=[dtype])
+    report = run_parity(names=["attention"], backends=["torch"], dtypes=[dtype])
     assert report.rows and not report.failures and not report.skips, str(report)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from fastgpt import ops
 from fastgpt.ops import native
-from fastgpt.parity import run
+from fastgpt.parity import run_parity
 
 OPS = ("embedding", "cross_entropy", "linear_cross_entropy")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +47,7 @@ def test_parity_of_every_choice(set_machine) -> None:
     """As of caches of no size, of a few kilobytes, and of more than any machine has; each maker's matrix product."""
     for maker, stream_threshold in (("amd", 0), ("intel", 2**40), ("other", 4096)):
         set_machine(maker, stream_threshold)
-        report = run(backends=["native"], names=OPS, dtypes=DTYPES)
+        report = run_parity(backends=["native"], names=OPS, dtypes=DTYPES)
         assert report.rows and not report.failures and not report.skips, str(report)
 
 

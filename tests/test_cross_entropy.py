@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fastgpt import ops
 from fastgpt.ops import reference
 from fastgpt.ops.backend import unavailable
-from fastgpt.parity import DTYPES, run
+from fastgpt.parity import DTYPES, run_parity
 
 module = sys.modules["fastgpt.ops.cross_entropy"]  # the attribute of that name is the op
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,14 +42,14 @@ def small_chunks(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity(dtype: torch.dtype) -> None:
-    report = run(names=["cross_entropy", "linear_cross_entropy"], backends=["torch"], dtypes=[dtype])
+    report = run_parity(names=["cross_entropy", "linear_cross_entropy"], backends=["torch"], dtypes=[dtype])
     assert report.rows and not report.failures and not report.skips, str(report)
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity_in_chunks(dtype: torch.dtype) -> None:
-    report = run(names=["linear_cross_entropy"], backends=["torch"], dtypes=[dtype])
+    report = run_parity(names=["linear_cross_entropy"], backends=["torch"], dtypes=[dtype])
     assert report.rows and not report.failures, str(report)
 
 

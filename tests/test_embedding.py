@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastgpt import ops
 from fastgpt.ops import reference
-from fastgpt.parity import DTYPES, run
+from fastgpt.parity import DTYPES, run_parity
 
 
 def table(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def table(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity(dtype: torch.dtype) -> None:
-    report = run(names=["embedding"], backends=["torch"], dtypes=[dtype])
+    report = run_parity(names=["embedding"], backends=["torch"], dtypes=[dtype])
     assert report.rows and not report.failures and not report.skips, str(report)
 
 

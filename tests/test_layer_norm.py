@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastgpt import ops
 from fastgpt.ops import reference
 from fastgpt.ops.dropout import philox_keep_mask
-from fastgpt.parity import DTYPES, run
+from fastgpt.parity import DTYPES, run_parity
 
 DROPOUT = {"dropout_p": 0.3, "seed": 9}
 
@@ -25,7 +25,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity(dtype: torch.dtype) -> None:
-    report = run(names=["layer_norm", "add_layer_norm"], backends=["torch"], dtypes=[dtype])
+    report = run_parity(names=["layer_norm", "add_layer_norm"], backends=["torch"], dtypes=[dtype])
     assert report.rows and not report.failures and not report.skips, str(report)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastgpt import ops
 from fastgpt.ops import native, reference
 from fastgpt.ops.backend import BackendError, unavailable
-from fastgpt.parity import max_error, run
+from fastgpt.parity import max_error, run_parity
 
 REASON = unavailable("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -34,7 +34,7 @@ def loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, **options):
 
 
 def test_parity(instructions: str) -> None:
-    report = run(names=["cross_entropy", "linear_cross_entropy"], backends=["native"], dtypes=HALVES_AND_FLOAT)
+    report = run_parity(names=["cross_entropy", "linear_cross_entropy"], backends=["native"], dtypes=HALVES_AND_FLOAT)
     assert report.rows and not report.failures and not report.skips, str(report)
 
 

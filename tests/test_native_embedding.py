@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastgpt import ops
 from fastgpt.ops.backend import unavailable
-from fastgpt.parity import run
+from fastgpt.parity import run_parity
 
 REASON = unavailable("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -21,7 +21,7 @@ def tables(V: int, P: int, C: int, dtype: torch.dtype = torch.float32) -> tuple[
 
 
 def test_parity(instructions: str) -> None:
-    report = run(names=["embedding"], backends=["native"], dtypes=[torch.float32, torch.float16, torch.bfloat16])
+    report = run_parity(names=["embedding"], backends=["native"], dtypes=[torch.float32, torch.float16, torch.bfloat16])
     assert report.rows and not report.failures and not report.skips, str(report)
 
 

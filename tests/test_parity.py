@@ -11,14 +11,14 @@ import torch
 from fastgpt import cli, ops, parity
 from fastgpt.ops import backend
 from fastgpt.ops.backend import OPS
-from fastgpt.parity import DTYPES, cases, max_error, measure_case, run
+from fastgpt.parity import DTYPES, max_error, measure_case, parity_cases, run_parity
 
 
 def test_cases_cover_every_op_and_have_names_of_their_own() -> None:
-    assert {case.op for case in cases()} == set(OPS) == set(parity.PEERS)
-    names = [(case.op, case.name) for case in cases()]
+    assert {case.op for case in parity_cases()} == set(OPS) == set(parity.YARDSTICKS)
+    names = [(case.op, case.name) for case in parity_cases()]
     assert len(set(names)) == len(names)
-    assert {case.op for case in cases("embedding", "attention")} == {"embedding", "attention"}
+    assert {case.op for case in parity_cases("embedding", "attention")} == {"embedding", "attention"}
 
 
 def test_report_passes(tmp_path, capsys) -> None:
@@ -36,11 +36,11 @@ def test_report_passes(tmp_path, capsys) -> None:
     measured = {(row["op"], row["backend"], row["dtype"], row["case"]) for row in report["rows"]}
     skipped = {(skip["op"], skip["backend"], skip["dtype"], skip["case"]) for skip in report["skipped"]}
     assert not measured & skipped
-    implemented = [case for name in backend.BACKENDS for case in cases() if backend.implements(name, case.op)]
+    implemented = [case for name in backend.BACKENDS for case in parity_cases() if backend.implements(name, case.op)]
     assert len(measured | skipped) == len(implemented) * len(DTYPES)
     assert all(skip["reason"] for skip in report["skipped"])
     text = capsys.readouterr().out
-    assert f"{len(cases())} cases" in text and "0 failed" in text
+    assert f"{len(parity_cases())} cases" in text and "0 failed" in text
     assert len(text.splitlines()) < 100
 
 
@@ -56,11 +56,11 @@ def wrong(monkeypatch):
 
 
 def failed_values(op: str, dtype: torch.dtype = torch.float32) -> set[str]:
-    return {row.value for row in run(names=[op], backends=["torch"], dtypes=[dtype]).failures}
+    return {row.value for row in run_parity(names=[op], backends=["torch"], dtypes=[dtype]).failures}
 
 
 def test_a_wrong_op_fails_the_command(wrong, monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(parity, "CASES", tuple(cases("layer_norm", "embedding")))
+    monkeypatch.setattr(parity.cases, "CASES", tuple(parity_cases("layer_norm", "embedding")))
     wrong("layer_norm", lambda right: lambda x, w, b=None, eps=1e-5: right(x, w, b, 1.1 * eps + 1e-4))
     out = tmp_path / "report.json"
     assert cli.main(["parity", "--out", str(out)]) == 1
@@ -101,7 +101,9 @@ def test_a_wrong_gradient_alone_fails(wrong) -> None:
 def test_other_wrongs_fail(wrong, monkeypatch, op: str, change, value: str) -> None:
     wrong(op, change)
     if op == "linear_cross_entropy":  # its gradient must have the shape too
-        monkeypatch.setattr(parity, "CASES", tuple(c for c in cases(op) if c.options.get("reduction") == "sum"))
+        monkeypatch.setattr(
+            parity.cases, "CASES", tuple(c for c in parity_cases(op) if c.options.get("reduction") == "sum")
+        )
     assert value in failed_values(op)
 
 
@@ -129,11 +131,11 @@ def test_an_unavailable_backend_is_skipped_with_its_reason(monkeypatch) -> None:
     backend._availability.pop(("native", "cpu"), None)
     backend.register_smoke_test("native", broken)
     backend.register("layer_norm", "native", ops.layer_norm)
-    report = run(names=["layer_norm"], backends=["native"], dtypes=[torch.float32])
-    assert not report.rows and len(report.skips) == len(cases("layer_norm"))
+    report = run_parity(names=["layer_norm"], backends=["native"], dtypes=[torch.float32])
+    assert not report.rows and len(report.skips) == len(parity_cases("layer_norm"))
     assert {skip.reason for skip in report.skips} == {"no driver"}
     with pytest.raises(backend.BackendError, match="no driver"):
-        measure_case(cases("layer_norm")[0], "native", torch.float32)
+        measure_case(parity_cases("layer_norm")[0], "native", torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def op_work(
         own = [[t.clone() for t in tensors] for tensors in inputs] if peer.overwrites else inputs
         contenders[name] = _call(peer.function, own, direction)
     is_random = options.get("dropout_p", 0.0) > 0.0
-    case = parity.Case(op, shape, few, options | ({"seed": 7} if is_random else {}))
+    case = parity.ParityCase(op, shape, few, options | ({"seed": 7} if is_random else {}))
     check = PeerCheck(case, setting)
 
     def error_ratio_of(name: str) -> float | None:
@@ -270,7 +270,7 @@ def _fallback(device_type: str, taken: Explanation) -> str | None:
     return f"{taken.op} was measured on {taken.backend}, not on {ours}: {reason}"
 
 
-def our_error_ratio(case: parity.Case, backend: str, setting: Setting) -> float:
+def our_error_ratio(case: parity.ParityCase, backend: str, setting: Setting) -> float:
     """The largest, over outputs and gradients, of error / (PyTorch's error + tolerance / 2). Up to 2 passes."""
     checked = parity.measure_case(case, backend, setting.dtype, setting.device.type)
     for row in checked:
@@ -282,7 +282,7 @@ def our_error_ratio(case: parity.Case, backend: str, setting: Setting) -> float:
 class PeerCheck:
     """The same for peers, which take the arguments by position; the oracle is asked once for all of them."""
 
-    def __init__(self, case: parity.Case, setting: Setting) -> None:
+    def __init__(self, case: parity.ParityCase, setting: Setting) -> None:
         self.case, self.setting = case, setting
 
     @functools.cached_property
@@ -291,12 +291,12 @@ class PeerCheck:
         case, setting = self.case, self.setting
         drawn = case.arguments(parity.Draw(setting.dtype, setting.device.type))
         exact = {name: parity.exact_copy(tensor) for name, tensor in drawn.items()}
-        oracle = parity.evaluate(getattr(reference, case.op), case, exact, case.options)
-        torchs = parity.evaluate(parity.PEERS[case.op], case, drawn, case.options)
-        errors = {}
-        for name, value in oracle.items():
-            atol = parity.ATOL[setting.dtype] * max(1.0, float(value.abs().max()))
-            errors[name] = parity.max_error(torchs[name], value) + atol / 2
+        oracle = parity.outputs_and_gradients(getattr(reference, case.op), case, exact, case.options)
+        torchs = parity.outputs_and_gradients(parity.YARDSTICKS[case.op], case, drawn, case.options)
+        errors = {
+            name: parity.max_error(torchs[name], value) + parity.tolerance(setting.dtype, value) / 2
+            for name, value in oracle.items()
+        }
         return drawn, oracle, errors
 
     def error_ratio(self, peer: Peer, direction: str) -> float:
@@ -309,7 +309,7 @@ class PeerCheck:
                 out = peer.function(*drawn.values())
             values = dict(zip(("out", "h"), out if isinstance(out, tuple) else (out,), strict=False))
         else:
-            values = parity.evaluate(lambda **named: peer.function(*named.values()), self.case, drawn, {})
+            values = parity.outputs_and_gradients(lambda **named: peer.function(*named.values()), self.case, drawn, {})
         return max(parity.max_error(value, oracle[name]) / errors[name] for name, value in values.items())
 
 

@@ -1,4 +1,8 @@
-"""The cases: calls of every op, with the shapes, layouts and options in which kernels go wrong."""
+"""The cases: calls of every op, with the shapes, layouts and options in which kernels go wrong.
+
+Each op has a section: a function that makes a case, and the list of its cases. A new op needs such a section, its list
+in `CASES`, and an entry in `YARDSTICKS` (yardsticks.py).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-# --- the cases -------------------------------------------------------------------------------------------------------
 
 
 class Draw:
@@ -31,14 +30,17 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call of an op: `arguments` makes its tensors (leaves that may be strided views), `options` is the rest."""
+class ParityCase:
+    """A call of an op: `arguments` makes its tensors, which may be strided views; `options` are the other arguments."""
 
     op: str
     name: str
     arguments: Callable[[Draw], dict[str, Tensor | None]]
     options: dict[str, Any] = field(default_factory=dict)
-    expanded_grad: bool = False  # the output's gradient is one number with stride 0, as out.sum().backward() gives
+    expanded_grad: bool = False  # the gradient of the output has stride 0, as out.sum().backward() gives it
+
+
+# ---- attention ----
 
 
 def _attention(
@@ -53,16 +55,16 @@ def _attention(
     layout: str = "contiguous",
     expanded_grad: bool = False,
     **options: Any,
-) -> Case:
+) -> ParityCase:
     heads, keys = Hkv or H, Tq if Tk is None else Tk
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
-        if layout == "packed":  # the model's: one (B, T, 3 C) projection, split and turned
+        if layout == "packed":  # as in the model: views of one (B, T, 3 C) projection
             q, k, v = (t.view(B, Tq, H, D).transpose(1, 2) for t in draw.normal(B, Tq, 3 * H * D).split(H * D, dim=2))
-        elif layout == "expanded":  # one prompt's keys shared by the batch
+        elif layout == "expanded":  # the whole batch shares the keys of one prompt
             q = draw.normal(B, H, Tq, D)
             k, v = (draw.normal(1, heads, keys, D).expand(B, -1, -1, -1) for _ in range(2))
-        elif layout == "sliced":  # a cache longer than what is filled, and every second feature
+        elif layout == "sliced":  # every second feature of q; k and v are the filled part of a longer cache
             q = draw.normal(B, H, Tq, 2 * D)[..., ::2]
             k, v = (draw.normal(B, heads, keys + 5, D)[:, :, :keys] for _ in range(2))
         else:
@@ -70,140 +72,10 @@ def _attention(
             k, v = (draw.normal(B, heads, keys, D) for _ in range(2))
         return {"q": q, "k": k, "v": v}
 
-    return Case("attention", name, arguments, options, expanded_grad)
+    return ParityCase("attention", name, arguments, options, expanded_grad)
 
 
-def _norm(
-    op: str,
-    name: str,
-    *shape: int,
-    bias: bool = True,
-    layout: str = "contiguous",
-    offset: float = 0.0,
-    wide_residual: bool = False,
-    expanded_grad: bool = False,
-    **options: Any,
-) -> Case:
-    def rows(draw: Draw, dtype: torch.dtype) -> Tensor:
-        if layout == "transposed":
-            return draw.normal(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
-        if layout == "sliced":
-            return draw.normal(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
-        if layout == "expanded":
-            return draw.normal(1, *shape[1:], dtype=dtype).expand(shape)
-        return draw.normal(*shape, dtype=dtype) + offset
-
-    def arguments(draw: Draw) -> dict[str, Tensor | None]:
-        wide = torch.promote_types(draw.dtype, torch.float32) if wide_residual else draw.dtype
-        made: dict[str, Tensor | None] = {"x": rows(draw, draw.dtype)}
-        if op == "add_layer_norm":
-            made["residual"] = rows(draw, wide)
-        made["weight"] = draw.normal(shape[-1], dtype=wide)
-        made["bias"] = draw.normal(shape[-1], dtype=wide) if bias else None
-        return made
-
-    return Case(op, name, arguments, options, expanded_grad)
-
-
-def _embedding(
-    name: str,
-    *,
-    B: int = 2,
-    T: int = 7,
-    V: int = 11,
-    C: int = 16,
-    P: int | None = 16,
-    layout: str = "contiguous",
-    index_dtype: torch.dtype = torch.int64,
-    expanded_grad: bool = False,
-    **options: Any,
-) -> Case:
-    def arguments(draw: Draw) -> dict[str, Tensor | None]:
-        tokens = draw.index(V, T, B).t() if layout == "strided" else draw.index(V, B, T)
-        if layout == "expanded":
-            tokens = tokens[:1].expand(B, T)
-        columns = slice(None, None, 2) if layout == "strided" else slice(None)
-        width = 2 * C if layout == "strided" else C
-        return {
-            "tokens": tokens.to(index_dtype),
-            "token_table": draw.normal(V, width)[:, columns],
-            "position_table": None if P is None else draw.normal(P, width)[:, columns],
-        }
-
-    return Case("embedding", name, arguments, options, expanded_grad)
-
-
-def _cross_entropy(
-    name: str,
-    *shape: int,
-    weight: bool = False,
-    ignored: int = 0,
-    layout: str = "contiguous",
-    scale: float = 2.0,
-    index_dtype: torch.dtype = torch.int64,
-    expanded_grad: bool = False,
-    **options: Any,
-) -> Case:
-    """`shape` is that of the logits; the first `ignored` targets are ignore_index."""
-
-    def arguments(draw: Draw) -> dict[str, Tensor | None]:
-        if layout == "channels last":  # (N, d1, C) in memory, as a model writes it
-            logits = draw.normal(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-        elif layout == "expanded":
-            logits = draw.normal(1, *shape[1:]).expand(shape)
-        elif layout == "sliced":
-            logits = draw.normal(shape[0], shape[1] + 3)[:, :-3]
-        else:
-            logits = draw.normal(*shape)
-        class_dim = 0 if len(shape) == 1 else 1
-        targets = draw.index(shape[class_dim], *shape[:class_dim], *shape[class_dim + 1 :])
-        targets.view(-1)[:ignored] = options.get("ignore_index", -100)
-        return {
-            "logits": logits * scale if layout == "contiguous" else logits,
-            "targets": targets.to(index_dtype),
-            "weight": draw.normal(shape[class_dim]).abs() + 0.1 if weight else None,
-        }
-
-    return Case("cross_entropy", name, arguments, options, expanded_grad)
-
-
-def _linear_cross_entropy(
-    name: str,
-    *shape: int,
-    V: int = 37,
-    bias: bool = False,
-    ignored: int = 0,
-    layout: str = "contiguous",
-    scale: float = 1.0,
-    index_dtype: torch.dtype = torch.int64,
-    expanded_grad: bool = False,
-    **options: Any,
-) -> Case:
-    """`shape` is that of x, (..., C)."""
-
-    def arguments(draw: Draw) -> dict[str, Tensor | None]:
-        C = shape[-1]
-        if layout == "transposed":
-            x, weight = draw.normal(C, shape[0]).t(), draw.normal(C, V).t()
-        elif layout == "sliced":
-            x, weight = draw.normal(*shape[:-1], 2 * C)[..., ::2], draw.normal(V, C + 3)[:, :-3]
-        elif layout == "expanded":
-            x, weight = draw.normal(1, *shape[1:]).expand(shape), draw.normal(V, C)
-        else:
-            x, weight = draw.normal(*shape) * scale, draw.normal(V, C)
-        targets = draw.index(V, *shape[:-1])
-        targets.view(-1)[:ignored] = options.get("ignore_index", -100)
-        return {
-            "x": x,
-            "weight": weight,
-            "targets": targets.to(index_dtype),
-            "bias": draw.normal(V) if bias else None,
-        }
-
-    return Case("linear_cross_entropy", name, arguments, options, expanded_grad)
-
-
-CASES: tuple[Case, ...] = (
+_ATTENTION_CASES = (
     _attention("odd T"),
     _attention("T=1", Tq=1),
     _attention("T=2", Tq=2),
@@ -230,6 +102,45 @@ CASES: tuple[Case, ...] = (
     _attention("expanded k, v", layout="expanded", Tk=20),
     _attention("sliced", layout="sliced", Tk=20),
     _attention("expanded gradient", expanded_grad=True),
+)
+
+
+# ---- layer_norm, add_layer_norm ----
+
+
+def _norm(
+    op: str,
+    name: str,
+    *shape: int,
+    bias: bool = True,
+    layout: str = "contiguous",
+    offset: float = 0.0,
+    wide_residual: bool = False,
+    expanded_grad: bool = False,
+    **options: Any,
+) -> ParityCase:
+    def rows(draw: Draw, dtype: torch.dtype) -> Tensor:
+        if layout == "transposed":
+            return draw.normal(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
+        if layout == "sliced":
+            return draw.normal(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+        if layout == "expanded":
+            return draw.normal(1, *shape[1:], dtype=dtype).expand(shape)
+        return draw.normal(*shape, dtype=dtype) + offset
+
+    def arguments(draw: Draw) -> dict[str, Tensor | None]:
+        wide = torch.promote_types(draw.dtype, torch.float32) if wide_residual else draw.dtype
+        made: dict[str, Tensor | None] = {"x": rows(draw, draw.dtype)}
+        if op == "add_layer_norm":
+            made["residual"] = rows(draw, wide)
+        made["weight"] = draw.normal(shape[-1], dtype=wide)
+        made["bias"] = draw.normal(shape[-1], dtype=wide) if bias else None
+        return made
+
+    return ParityCase(op, name, arguments, options, expanded_grad)
+
+
+_NORM_CASES = (
     *(
         case
         for op in ("layer_norm", "add_layer_norm")
@@ -255,6 +166,41 @@ CASES: tuple[Case, ...] = (
     _norm("add_layer_norm", "dropout, odd width, no bias", 7, 37, dropout_p=0.5, seed=2**40 + 1, bias=False),
     _norm("add_layer_norm", "dropout, transposed", 2, 9, 20, layout="transposed", dropout_p=0.1, seed=3),
     _norm("add_layer_norm", "dropout, residual at least float32", 4, 40, wide_residual=True, dropout_p=0.3, seed=4),
+)
+
+
+# ---- embedding ----
+
+
+def _embedding(
+    name: str,
+    *,
+    B: int = 2,
+    T: int = 7,
+    V: int = 11,
+    C: int = 16,
+    P: int | None = 16,
+    layout: str = "contiguous",
+    index_dtype: torch.dtype = torch.int64,
+    expanded_grad: bool = False,
+    **options: Any,
+) -> ParityCase:
+    def arguments(draw: Draw) -> dict[str, Tensor | None]:
+        tokens = draw.index(V, T, B).t() if layout == "strided" else draw.index(V, B, T)
+        if layout == "expanded":
+            tokens = tokens[:1].expand(B, T)
+        columns = slice(None, None, 2) if layout == "strided" else slice(None)
+        width = 2 * C if layout == "strided" else C
+        return {
+            "tokens": tokens.to(index_dtype),
+            "token_table": draw.normal(V, width)[:, columns],
+            "position_table": None if P is None else draw.normal(P, width)[:, columns],
+        }
+
+    return ParityCase("embedding", name, arguments, options, expanded_grad)
+
+
+_EMBEDDING_CASES = (
     _embedding("tokens and positions"),
     _embedding("no positions", P=None),
     _embedding("position offset", position_offset=5),
@@ -269,6 +215,47 @@ CASES: tuple[Case, ...] = (
     _embedding("strided", layout="strided"),
     _embedding("expanded tokens", layout="expanded", B=5),
     _embedding("expanded gradient", expanded_grad=True),
+)
+
+
+# ---- cross_entropy ----
+
+
+def _cross_entropy(
+    name: str,
+    *shape: int,
+    weight: bool = False,
+    ignored: int = 0,
+    layout: str = "contiguous",
+    scale: float = 2.0,
+    index_dtype: torch.dtype = torch.int64,
+    expanded_grad: bool = False,
+    **options: Any,
+) -> ParityCase:
+    """`shape` is that of the logits; the first `ignored` targets are ignore_index."""
+
+    def arguments(draw: Draw) -> dict[str, Tensor | None]:
+        if layout == "channels last":  # (N, d1, C) in memory, as a model writes its logits
+            logits = draw.normal(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        elif layout == "expanded":
+            logits = draw.normal(1, *shape[1:]).expand(shape)
+        elif layout == "sliced":
+            logits = draw.normal(shape[0], shape[1] + 3)[:, :-3]
+        else:
+            logits = draw.normal(*shape)
+        class_dim = 0 if len(shape) == 1 else 1
+        targets = draw.index(shape[class_dim], *shape[:class_dim], *shape[class_dim + 1 :])
+        targets.view(-1)[:ignored] = options.get("ignore_index", -100)
+        return {
+            "logits": logits * scale if layout == "contiguous" else logits,
+            "targets": targets.to(index_dtype),
+            "weight": draw.normal(shape[class_dim]).abs() + 0.1 if weight else None,
+        }
+
+    return ParityCase("cross_entropy", name, arguments, options, expanded_grad)
+
+
+_CROSS_ENTROPY_CASES = (
     _cross_entropy("(N, C)", 13, 29),
     _cross_entropy("(C,)", 29),
     _cross_entropy("(N, C, d1)", 3, 17, 5),
@@ -294,6 +281,49 @@ CASES: tuple[Case, ...] = (
     _cross_entropy("sliced", 13, 29, layout="sliced"),
     _cross_entropy("expanded", 13, 29, layout="expanded"),
     _cross_entropy("expanded gradient", 13, 29, reduction="none", expanded_grad=True),
+)
+
+
+# ---- linear_cross_entropy ----
+
+
+def _linear_cross_entropy(
+    name: str,
+    *shape: int,
+    V: int = 37,
+    bias: bool = False,
+    ignored: int = 0,
+    layout: str = "contiguous",
+    scale: float = 1.0,
+    index_dtype: torch.dtype = torch.int64,
+    expanded_grad: bool = False,
+    **options: Any,
+) -> ParityCase:
+    """`shape` is that of x, (..., C)."""
+
+    def arguments(draw: Draw) -> dict[str, Tensor | None]:
+        C = shape[-1]
+        if layout == "transposed":
+            x, weight = draw.normal(C, shape[0]).t(), draw.normal(C, V).t()
+        elif layout == "sliced":
+            x, weight = draw.normal(*shape[:-1], 2 * C)[..., ::2], draw.normal(V, C + 3)[:, :-3]
+        elif layout == "expanded":
+            x, weight = draw.normal(1, *shape[1:]).expand(shape), draw.normal(V, C)
+        else:
+            x, weight = draw.normal(*shape) * scale, draw.normal(V, C)
+        targets = draw.index(V, *shape[:-1])
+        targets.view(-1)[:ignored] = options.get("ignore_index", -100)
+        return {
+            "x": x,
+            "weight": weight,
+            "targets": targets.to(index_dtype),
+            "bias": draw.normal(V) if bias else None,
+        }
+
+    return ParityCase("linear_cross_entropy", name, arguments, options, expanded_grad)
+
+
+_LINEAR_CROSS_ENTROPY_CASES = (
     _linear_cross_entropy("(N, C)", 13, 24),
     _linear_cross_entropy("(B, T, C)", 2, 9, 24),
     _linear_cross_entropy("(C,)", 24),
@@ -317,6 +347,15 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def cases(*names: str) -> list[Case]:
-    """The cases of the ops called `names`; without names all of them."""
-    return [case for case in CASES if not names or case.op in names]
+CASES: tuple[ParityCase, ...] = (
+    *_ATTENTION_CASES,
+    *_NORM_CASES,
+    *_EMBEDDING_CASES,
+    *_CROSS_ENTROPY_CASES,
+    *_LINEAR_CROSS_ENTROPY_CASES,
+)
+
+
+def parity_cases(*ops: str) -> list[ParityCase]:
+    """The cases of these ops; without `ops`, all cases."""
+    return [case for case in CASES if not ops or case.op in ops]

@@ -12,18 +12,22 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import reference
-from .cases import Case, Draw
-from .yardsticks import _peer
+from .cases import Draw, ParityCase
+from .yardsticks import yardstick_for
 
-# One unit in the last place of the half types; some for the sums that are taken in another order in the wide ones.
+# In the 16-bit types, one unit in the last place of a number near 1. In the wide types some units, because sums are
+# taken in another order than PyTorch takes them.
 ATOL = {torch.float64: 2e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = tuple(ATOL)
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+def tolerance(dtype: torch.dtype, oracle: Tensor) -> float:
+    """What an error may be beyond twice PyTorch's: ATOL, times the largest value where that is above 1."""
+    return ATOL[dtype] * max(1.0, float(oracle.abs().max()) if oracle.numel() else 0.0)
 
 
 @dataclass(frozen=True)
-class Row:
+class ParityRow:
     """One value of one case: "out" (and "h"), or the gradient "d <argument>". Errors are the largest absolute ones."""
 
     op: str
@@ -35,7 +39,7 @@ class Row:
     torch: float
     atol: float
     passed: bool
-    reason: str = ""  # where what is wrong is not the error
+    reason: str = ""  # what is wrong, where it is not the size of the error
 
     @property
     def ratio(self) -> float | None:
@@ -44,8 +48,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Skip:
-    """A case a backend does not serve, and why."""
+class SkippedCase:
+    """A case that a backend does not serve, and why."""
 
     op: str
     backend: str
@@ -54,8 +58,8 @@ class Skip:
     reason: str
 
 
-def evaluate(
-    function: Callable[..., Any], case: Case, arguments: dict[str, Tensor], options: dict[str, Any]
+def outputs_and_gradients(
+    function: Callable[..., Any], case: ParityCase, arguments: dict[str, Tensor], options: dict[str, Any]
 ) -> dict[str, Tensor]:
     """The outputs of function(**arguments, **options) and the gradient of every argument that has one, by name."""
     # The class weights of cross_entropy have no gradient in PyTorch.
@@ -69,7 +73,7 @@ def evaluate(
     draw = Draw(next(iter(inputs.values())).dtype, "cpu", seed=1)
     upstream = []
     for out in outputs.values():
-        # Numbers every dtype holds exactly, so that all who are compared get the same.
+        # These numbers are exact in every dtype, so that all functions that are compared get the same gradient.
         grad = torch.full((), 0.5) if case.expanded_grad else draw.index(17, *out.shape) / 8.0 - 1.0
         upstream.append(grad.to(out.device, out.dtype).expand(out.shape))
     grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), upstream)
@@ -78,7 +82,7 @@ def evaluate(
 
 
 def max_error(value: Tensor, oracle: Tensor) -> float:
-    """The largest |value - oracle|; equal infinities and NaN where NaN is due count as equal, other NaN as infinite."""
+    """The largest |value - oracle|. An infinity or NaN is no error where the oracle has the same; else it is inf."""
     value = value.detach().to(oracle.device, torch.float64)
     same = (value == oracle) | (value.isnan() & oracle.isnan())
     error = torch.where(same, 0.0, (value - oracle).abs())
@@ -86,19 +90,19 @@ def max_error(value: Tensor, oracle: Tensor) -> float:
 
 
 def exact_copy(tensor: Tensor) -> Tensor:
-    """A copy the oracle computes with."""
+    """A copy on the CPU, with floating point numbers in float64: what the oracle computes with."""
     return tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def measure_case(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Row]:
+def measure_case(case: ParityCase, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[ParityRow]:
     """The errors of `case` on `backend`. Raises BackendError, with the reason, where the backend does not serve it."""
     drawn = case.arguments(Draw(dtype, device))
     arguments = {name: tensor for name, tensor in drawn.items() if tensor is not None}
     exact = {name: exact_copy(tensor) for name, tensor in arguments.items()}
-    ours = evaluate(getattr(ops, case.op), case, arguments, {**case.options, "backend": backend})
+    ours = outputs_and_gradients(getattr(ops, case.op), case, arguments, {**case.options, "backend": backend})
     changed = [name for name, before in exact.items() if not torch.equal(exact_copy(arguments[name]), before)]
-    theirs = evaluate(_peer(case, backend, device), case, arguments, case.options)
-    oracle = evaluate(getattr(reference, case.op), case, exact, case.options)
+    theirs = outputs_and_gradients(yardstick_for(case, backend, device), case, arguments, case.options)
+    oracle = outputs_and_gradients(getattr(reference, case.op), case, exact, case.options)
     rows = []
     for name, expected in oracle.items():
         reason = f"{', '.join(changed)} was written to" if changed else ""
@@ -107,11 +111,11 @@ def measure_case(case: Case, backend: str, dtype: torch.dtype, device: str = "cp
         elif ours[name].dtype != theirs[name].dtype:
             reason = f"dtype {ours[name].dtype}, PyTorch's has {theirs[name].dtype}"
         error = math.inf if reason else max_error(ours[name], expected)
-        torch_error = max_error(theirs[name], expected)
-        largest = float(expected.abs().max()) if expected.numel() else 0.0
-        atol = ATOL[dtype] * max(1.0, largest)
+        torch_error, atol = max_error(theirs[name], expected), tolerance(dtype, expected)
         passed = error <= 2.0 * torch_error + atol
-        rows.append(Row(case.op, backend, dtype_name(dtype), case.name, name, error, torch_error, atol, passed, reason))
+        rows.append(
+            ParityRow(case.op, backend, dtype_name(dtype), case.name, name, error, torch_error, atol, passed, reason)
+        )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Measure all cases and say what came out: in a table, in JSON, and by an exit code."""
+"""Measure all cases, and report the results as a table, as JSON and as an exit code."""
 
 from __future__ import annotations
 
@@ -15,40 +15,36 @@ from typing import Any
 import torch
 
 from ..config import ConfigError
+from ..machine import package_version
 from ..ops.backend import BACKENDS, OPS, BackendError, implements
-from .cases import CASES, DTYPES
-from .measure import Row, Skip, dtype_name, measure_case
+from .cases import parity_cases
+from .measure import DTYPES, ParityRow, SkippedCase, dtype_name, measure_case
 
 
 @dataclass
-class Report:
+class ParityReport:
     """What was measured, on what, and what was skipped."""
 
     device: str
-    rows: list[Row] = field(default_factory=list)
-    skips: list[Skip] = field(default_factory=list)
+    rows: list[ParityRow] = field(default_factory=list)
+    skips: list[SkippedCase] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
-    def failures(self) -> list[Row]:
+    def failures(self) -> list[ParityRow]:
         return [row for row in self.rows if not row.passed]
 
     def as_dict(self) -> dict[str, Any]:
         from .. import __version__
 
-        versions = {"fastgpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        try:
-            import triton
-
-            versions["triton"] = triton.__version__
-        except ImportError:
-            pass
         on_gpu = self.device == "cuda"
+        versions = {"fastgpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        optional = {"triton": package_version("triton"), "cuda": torch.version.cuda if on_gpu else None}
         return {
             "device": self.device,
             "device_name": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
             "platform": platform.platform(),
-            "versions": versions | ({"cuda": torch.version.cuda} if on_gpu else {}),
+            "versions": versions | {name: version for name, version in optional.items() if version is not None},
             "rule": "ours <= 2 * torch + atol; all errors are the largest absolute ones against the float64 oracle",
             "passed": not self.failures,
             "seconds": round(self.seconds, 2),
@@ -61,7 +57,7 @@ class Report:
         heading = f"{'op':21}{'backend':9}{'dtype':10}{'cases':>5}{'values':>7}{'error':>10}{'torch':>10}{'ratio':>7}"
         lines = [heading + "  worst ratio at"]
         for (op, backend, dtype), rows in _grouped(self.rows, lambda row: (row.op, row.backend, row.dtype)).items():
-            # Under atol a ratio says which rounding was luckier, no more.
+            # The ratio of two errors that are both within atol is a matter of chance, and is not reported.
             apart = [row for row in rows if row.ours > row.atol]
             worst = max(apart, key=lambda row: row.ratio or math.inf, default=None)
             error, torch_error = max(row.ours for row in rows), max(row.torch for row in rows)
@@ -94,31 +90,31 @@ def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: it is written as text."""
+    """The row with infinities as text, because JSON has no number for them."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def run(
+def run_parity(
     device: str = "cpu",
     *,
     backends: Sequence[str] = BACKENDS,
     names: Sequence[str] = OPS,
     dtypes: Sequence[torch.dtype] = DTYPES,
-) -> Report:
-    """Measure the ops called `names` on `backends` in `dtypes`; what a backend does not serve becomes a `Skip`."""
-    report, start = Report(device), time.perf_counter()
+) -> ParityReport:
+    """Measure the ops called `names` on `backends` in `dtypes`; what a backend does not serve is listed as skipped."""
+    report, start = ParityReport(device), time.perf_counter()
     for backend in backends:
         for dtype in dtypes:
-            for case in (case for case in CASES if case.op in names and implements(backend, case.op)):
+            for case in (case for case in parity_cases(*names) if implements(backend, case.op)):
                 try:
                     report.rows += measure_case(case, backend, dtype, device)
                 except BackendError as error:
-                    reason = str(error).partition(" here: ")[2] or str(error)  # the table names op and backend itself
-                    report.skips.append(Skip(case.op, backend, dtype_name(dtype), case.name, reason))
-                except Exception as error:  # a kernel that crashes is a result too, and the other cases go on
+                    reason = str(error).partition(" here: ")[2] or str(error)  # the report names op and backend itself
+                    report.skips.append(SkippedCase(case.op, backend, dtype_name(dtype), case.name, reason))
+                except Exception as error:  # a call that raises is a failure to report, and the other cases go on
                     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-                    row = Row(case.op, backend, dtype_name(dtype), case.name, "call", math.inf, 0.0, 0.0, False, reason)
-                    report.rows.append(row)
+                    where = (case.op, backend, dtype_name(dtype), case.name)
+                    report.rows.append(ParityRow(*where, "call", math.inf, 0.0, 0.0, False, reason))
     report.seconds = time.perf_counter() - start
     return report
 
@@ -129,11 +125,11 @@ def main(device: str = "cpu", out: str | None = None) -> int:
         raise ConfigError(f"--device: expected cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: this PyTorch finds no CUDA device; `fastgpt doctor` shows what it finds")
-    if out is not None and (Path(out).is_dir() or not Path(out).resolve().parent.is_dir()):  # said before the work
+    if out is not None and (Path(out).is_dir() or not Path(out).resolve().parent.is_dir()):
         raise ConfigError(f"--out {out}: expected a file in a folder that exists")
     if out is not None:
-        open(out, "ab").close()  # a file that cannot be written is an error now, not after the work
-    report = run(device)
+        open(out, "ab").close()  # a file that cannot be written is reported now, not after a minute of work
+    report = run_parity(device)
     print(report)
     if out is not None:
         Path(out).write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""PyTorch's own op for each of ours, whose error is the yardstick."""
+"""The yardstick of each op: PyTorch's own op, whose error in the same dtype is what ours is compared with."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import torch.nn.functional as F
 
 from ..ops import reference
 from ..ops.dropout import philox_keep_mask
-from .cases import Case
-
-# --- PyTorch's own op, the yardstick ---------------------------------------------------------------------------------
+from .cases import ParityCase
 
 
 def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
-    """scaled_dot_product_attention; with dropout, whose mask it cannot be given, its steps with float32 scores."""
+    """scaled_dot_product_attention; with dropout, whose mask it does not take, its steps with float32 scores."""
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
     mask = reference.causal_mask(Tq, Tk, q.device) if is_causal else None
-    blind = max(Tq - Tk, 0) if is_causal else 0  # queries that see no key: PyTorch leaves open what they give
+    blind = max(Tq - Tk, 0) if is_causal else 0  # queries that see no key, whose result PyTorch leaves undefined
     if dropout_p == 0.0:
         seen = None if mask is None else mask[blind:]
         gqa = k.shape[1] != H
@@ -39,18 +37,18 @@ def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
 
 
 class _FlashSteps(torch.autograd.Function):
-    """The steps of PyTorch's flash kernel, with what it rounds to the dtype of q rounded: weights, output, dS. Of the
-    weights it keeps each row's logsumexp, in float32, from which backward makes them again.
+    """The steps of PyTorch's flash kernel (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithms 1 and 2).
 
-    (FlashAttention-2, Dao 2023, algorithms 1 and 2; sums are float32.) It stands for that kernel where the kernel
-    itself cannot be measured: on a CPU, and with a dropout mask that is given.
+    Weights, output and dS are rounded to the dtype of q, as that kernel rounds them; sums are float32. Backward makes
+    the weights again from each row's logsumexp, which is kept in float32. This stands for the kernel where the kernel
+    cannot be measured: on a CPU, and with a dropout mask that is given.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, keep, mask, scale):
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = (q.to(wide) @ k.transpose(-2, -1).to(wide) * scale).masked_fill(~mask, -math.inf)
-        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # NaN: sees no key
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # NaN where a query sees no key
         out = ((weights * keep).to(q.dtype).to(wide) @ v.to(wide)).to(q.dtype)
         logsumexp = torch.logsumexp(scores, dim=-1, keepdim=True)
         weights = torch.exp(scores - logsumexp).nan_to_num(0.0)
@@ -115,7 +113,7 @@ def _linear_then_cross_entropy(x, weight, targets, *, bias=None, **options):
     return loss.view(targets.shape) if options.get("reduction") == "none" else loss
 
 
-PEERS: dict[str, Callable[..., Any]] = {
+YARDSTICKS: dict[str, Callable[..., Any]] = {
     "attention": _sdpa,
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
@@ -125,8 +123,8 @@ PEERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _peer(case: Case, backend: str, device: str) -> Callable[..., Any]:
-    """PyTorch's own op for `case`, of the kind that `backend` is to be compared with."""
+def yardstick_for(case: ParityCase, backend: str, device: str) -> Callable[..., Any]:
+    """The yardstick of `case`: for Triton's attention, where PyTorch's flash kernel cannot run, that kernel's steps."""
     if case.op == "attention" and backend == "triton" and (device == "cpu" or "dropout_p" in case.options):
         return _flash
-    return PEERS[case.op]
+    return YARDSTICKS[case.op]
