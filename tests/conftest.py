@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.register_assert_rewrite("helpers")  # so that its assertions, too, show the values they compared
+pytest.register_assert_rewrite("helpers", "altered_models")  # their assertions, too, show the values compared
 
 # Where the Triton kernels run: on the GPU if there is one, else on Triton's interpreter, which is chosen when a kernel
 # is decorated.
@@ -110,6 +110,14 @@ def home(tmp_path_factory):
         for name, below in caches.items():
             patch.setenv(name, str(folder / below))
         yield folder
+
+
+@pytest.fixture
+def nothing_said_yet(monkeypatch):
+    """What the model says once, that a module is called and not fused, it says again."""
+    from fastgpt import modules
+
+    monkeypatch.setattr(modules, "_said", set())
 
 
 @pytest.fixture(autouse=True)
