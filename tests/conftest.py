@@ -22,7 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.register_assert_rewrite("helpers", "altered_models")  # their assertions, too, show the values compared
+pytest.register_assert_rewrite(
+    "helpers", "altered_models", "triton_checks"
+)  # their assertions, too, show the values compared
 
 # Where the Triton kernels run: on the GPU if there is one, else on Triton's interpreter, which is chosen when a kernel
 # is decorated.

@@ -1,22 +1,19 @@
 """The Triton attention against the float64 oracle: forward and backward, every branch of the kernels.
 
-Without a GPU the kernels run on Triton's interpreter (see conftest.py). The measure is the one of the op's contract:
-at most twice the error of PyTorch's own op in the same dtype, plus a stated absolute tolerance.
+Without a GPU the kernels run on Triton's interpreter (see conftest.py).
 """
 
 import math
-from functools import partial
 
 import pytest
 import torch
+from triton_checks import DEVICE, check_against_oracle, outputs_and_gradients
 
 from fastgpt import BackendError, ops, use_backend
 from fastgpt.ops import reference
 
 kernels = pytest.importorskip("fastgpt.triton_kernels.attention")
 decode, persistent_programs = kernels._decode, kernels.persistent_programs
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 # name: (B, H, Hkv, Tq, Tk, D, causal, dropout, dtype)
 CASES = {
@@ -36,7 +33,7 @@ CASES = {
     "one tile backward": (1, 4, 2, 30, 50, 64, True, 0.0, torch.float16),
     "one tile backward, dropout, blind rows": (2, 2, 1, 29, 13, 20, True, 0.3, torch.bfloat16),
     "one tile backward, tiny, full": (1, 2, 2, 9, 14, 16, False, 0.1, torch.float16),
-    # On the interpreter, as on a chip of two multiprocessors, 12 (16-row tiles) or 6 programs: some take another head.
+    # The interpreter counts as two multiprocessors: 12 programs with tiles of 16 rows, else 6. Some take a second head.
     "one tile, more heads than programs": (3, 6, 3, 13, 13, 24, True, 0.0, torch.float16),
     "one tile of 32, more heads than programs": (2, 4, 4, 20, 25, 128, True, 0.2, torch.bfloat16),
     "one tile of 64, more heads than programs": (1, 10, 10, 60, 45, 32, False, 0.0, torch.bfloat16),
@@ -48,7 +45,7 @@ CASES = {
     "long, descriptors, dropout, blind rows": (1, 1, 1, 290, 270, 32, True, 0.2, torch.float16),
     "long, descriptors, head size 80, full": (1, 1, 1, 70, 300, 80, False, 0.0, torch.float16),
     "long, descriptors, grouped heads of 128": (1, 2, 1, 140, 260, 128, True, 0.0, torch.float16),
-    # On the interpreter 4 programs take 19 pairs of tiles, or with dropout 2 programs 4.
+    # On the interpreter, 4 programs go over 19 pairs of tiles; with dropout, 2 programs go over 4 pairs.
     "long, persistent": (19, 1, 1, 140, 270, 16, True, 0.0, torch.float16),
     "long, persistent, full, dropout": (2, 1, 1, 500, 280, 16, False, 0.3, torch.bfloat16),
     "long, odd head size: no descriptors": (1, 1, 1, 260, 260, 20, True, 0.0, torch.bfloat16),
@@ -75,26 +72,6 @@ def heads(B, H, T, D, dtype, layout="bhtd"):
     return torch.randn(D, T, B, H, dtype=dtype, device=DEVICE).permute(2, 3, 1, 0)
 
 
-def attend(function, inputs, grad_out, **options):
-    """[out, grad_q, grad_k, grad_v]"""
-    inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
-    out = function(*inputs, **options)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out.dtype))]
-
-
-def check_against_oracle(inputs, grad_out, dtype, **options):
-    ours = attend(ops.attention, inputs, grad_out, backend="triton", **options)
-    # With dropout the torch backend computes half precision in float32; the peer is then the formula in that dtype.
-    in_float32 = options.get("dropout_p", 0.0) > 0.0 and dtype != torch.float32
-    peer = reference.attention if in_float32 else partial(ops.attention, backend="torch")
-    torchs = attend(peer, inputs, grad_out, **options)
-    oracle = attend(reference.attention, [x.double() for x in inputs], grad_out.double(), **options)
-    for name, mine, pytorchs, exact in zip(("out", "dq", "dk", "dv"), ours, torchs, oracle, strict=True):
-        assert mine.shape == exact.shape and mine.dtype == dtype
-        error, allowed = (mine - exact).abs().max(), 2 * (pytorchs - exact).abs().max()
-        assert error <= allowed + ATOL[dtype], f"{name}: error {error:.2e}, PyTorch's {allowed / 2:.2e}"
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward(name, monkeypatch):
     decoded, persistent = [], []
@@ -106,7 +83,8 @@ def test_forward_and_backward(name, monkeypatch):
     layout = "bthd" if len(name) % 2 else "bhtd"
     inputs = [heads(B, H, Tq, D, dtype, layout), *(heads(B, Hkv, Tk, D, dtype, layout) for _ in "kv")]
     seed = -(2**40) - 12345 if dropout_p else None
-    check_against_oracle(inputs, heads(B, H, Tq, D, dtype), dtype, is_causal=causal, dropout_p=dropout_p, seed=seed)
+    options = {"is_causal": causal, "dropout_p": dropout_p, "seed": seed}
+    check_against_oracle("attention", inputs, [heads(B, H, Tq, D, dtype)], dtype, **options)
     assert bool(decoded) == (name.startswith("decode") and dropout_p == 0.0)
     if DEVICE == "cpu":
         assert any(persistent) == ("persistent" in name)
@@ -123,11 +101,11 @@ def test_programs_are_persistent_where_pairs_of_tiles_share_out_evenly():
 @pytest.mark.parametrize(("head_size", "scale"), [(12, 0.7), (144, 0.2)])
 def test_strides_in_no_order_and_a_scale(head_size, scale):
     torch.manual_seed(0)
-    inputs = [heads(2, 2, 17, head_size, torch.float32, "shuffled") for _ in range(3)]
-    check_against_oracle(inputs, heads(2, 2, 17, head_size, torch.float32, "shuffled"), torch.float32, scale=scale)
+    *inputs, grad_out = [heads(2, 2, 17, head_size, torch.float32, "shuffled") for _ in range(4)]
+    check_against_oracle("attention", inputs, [grad_out], torch.float32, scale=scale)
 
 
-# What has to be launched for the gradients of q, k and v: dK needs delta, which the pass of dQ makes.
+# The launches that the gradients of q, k and v need. The gradient of k needs delta, which the pass for q makes.
 LAUNCHES = {
     (True, False, False): ["grad_q"],
     (False, True, False): ["delta", "grad_kv"],
@@ -140,7 +118,7 @@ LAUNCHES = {
 
 
 class Spy:
-    """A kernel that notes its launches."""
+    """Stands for a kernel, and records its launches."""
 
     def __init__(self, kernel, name, launches):
         self.kernel, self.name, self.launches = kernel, name, launches
@@ -158,11 +136,11 @@ class Spy:
     "needs", LAUNCHES, ids=lambda needs: "".join(n for n, x in zip("qkv", needs, strict=True) if x)
 )
 def test_only_the_gradients_asked_for_are_computed(needs, dtype, dropout_p, monkeypatch):
-    """In float32 by two passes, in float16 by one. What is computed is what all three together give, bit by bit."""
+    """Each gradient has the bits that all three together give: in float32 by two passes, in float16 by one."""
     torch.manual_seed(0)
     inputs = [heads(1, 4, 13, 24, dtype), heads(1, 2, 19, 24, dtype), heads(1, 2, 19, 24, dtype)]
     grad_out, options = heads(1, 4, 13, 24, dtype), {"dropout_p": dropout_p, "seed": 5, "backend": "triton"}
-    wanted = attend(ops.attention, inputs, grad_out, **options)[1:]
+    wanted = outputs_and_gradients(ops.attention, inputs, [grad_out], **options)[1:]
     launches, made = [], []
     for name in ("grad_q", "grad_kv", "one_tile_backward"):
         monkeypatch.setattr(kernels, f"{name}_kernel", Spy(getattr(kernels, f"{name}_kernel"), name, launches))
@@ -201,7 +179,7 @@ def test_expanded_keys_and_values():
 
 
 def test_dropout_mask_is_the_defined_one_bit_by_bit():
-    """With v the identity and equal scores, the output is the mask itself, scaled."""
+    """With equal scores, and the identity as v, the output is the mask itself, scaled."""
     B, H, T, p, seed = 2, 3, 16, 0.4, 2**62 + 7
     q = torch.zeros(B, H, T, T, device=DEVICE)
     v = torch.eye(T, device=DEVICE).expand(B, H, T, T)
@@ -224,8 +202,9 @@ def test_same_seed_same_bits_and_no_seed_draws_from_torch():
 
 def test_backward_is_deterministic():
     torch.manual_seed(0)
-    inputs, grad = [heads(1, 2, 70, 16, torch.float16) for _ in range(3)], heads(1, 2, 70, 16, torch.float16)
-    first, second = (attend(ops.attention, inputs, grad, dropout_p=0.2, seed=1, backend="triton") for _ in range(2))
+    *inputs, grad = [heads(1, 2, 70, 16, torch.float16) for _ in range(4)]
+    options = {"dropout_p": 0.2, "seed": 1, "backend": "triton"}
+    first, second = (outputs_and_gradients(ops.attention, inputs, [grad], **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -295,7 +274,7 @@ def test_opcheck(dropout_p):
         torch.library.opcheck(torch.ops.fastgpt.attention_triton_backward.default, (*arguments, mask))
 
 
-def test_double_backward_says_no():
+def test_double_backward_raises():
     q = heads(1, 1, 4, 8, torch.float32).requires_grad_()
     (grad,) = torch.autograd.grad(ops.attention(q, q, q, backend="triton").square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
@@ -317,7 +296,7 @@ def test_autocast_gives_the_torch_ops_dtype():
         (torch.zeros(1, 1, 2, 8), {"scale": -1.0}, "scale must be positive"),
     ],
 )
-def test_what_is_not_supported_is_said(q, options, reason):
+def test_an_unsupported_call_raises_the_reason(q, options, reason):
     q = q.to(DEVICE)
     with pytest.raises(BackendError, match=reason):
         ops.attention(q, q, q, backend="triton", **options)

@@ -1,24 +1,20 @@
 """The Triton layer norm and add_layer_norm against the float64 oracle: forward and backward, every branch.
 
-Without a GPU the kernels run on Triton's interpreter (see conftest.py). The measure is the one of the op's contract:
-at most twice the error of PyTorch's own op in the same dtype, plus a stated absolute tolerance.
+Without a GPU the kernels run on Triton's interpreter (see conftest.py).
 """
 
 from itertools import product
 
 import pytest
 import torch
+from triton_checks import DEVICE, check_against_oracle, outputs_and_gradients
 
 from fastgpt import BackendError, ops
-from fastgpt.ops import reference
 from fastgpt.ops.dropout import philox_keep_mask
 
-pytest.importorskip("triton")
+kernels = pytest.importorskip("fastgpt.triton_kernels.layer_norm")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-# (shape, dtype, bias): the widths reach every layout of rows and warps, the row counts a second round of the loop
+# (shape, dtype, bias). The widths need every layout of rows and warps; the numbers of rows, a second turn of the loop.
 CASES = [
     ((5, 1), torch.float32, True),
     ((3, 7, 5), torch.float32, False),
@@ -40,28 +36,6 @@ def normal(*shape, dtype=torch.float32):
 
 def affine(width, dtype, bias):
     return 1 + normal(width, dtype=dtype) / 4, normal(width, dtype=dtype) if bias else None
-
-
-def run(function, inputs, grads, **options):
-    """[outputs..., gradients of the inputs that are there...]"""
-    inputs = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*inputs, **options)
-    out = out if isinstance(out, tuple) else (out,)
-    leaves = [x for x in inputs if x is not None]
-    grads = [grad.to(y.dtype) for grad, y in zip(grads, out, strict=True)]
-    return [*(y.detach() for y in out), *torch.autograd.grad(out, leaves, grads)]
-
-
-def check_against_oracle(op, inputs, grads, dtype, **options):
-    ours = run(getattr(ops, op), inputs, grads, backend="triton", **options)
-    torchs = run(getattr(ops, op), inputs, grads, backend="torch", **options)
-    wide = [None if x is None else x.double() for x in inputs]
-    oracle = run(getattr(reference, op), wide, [g.double() for g in grads], **options)
-    for i, (mine, pytorchs, exact) in enumerate(zip(ours, torchs, oracle, strict=True)):
-        assert mine.shape == exact.shape and mine.dtype == dtype
-        error, allowed = (mine - exact).abs().max(), 2 * (pytorchs - exact).abs().max()
-        # The sums over rows grow with their number, and so does the rounding of float32 in them.
-        assert error <= allowed + ATOL[dtype], f"result {i}: error {error:.2e}, PyTorch's {allowed / 2:.2e}"
 
 
 @pytest.mark.parametrize(("shape", "dtype", "bias"), CASES, ids=str)
@@ -93,7 +67,7 @@ def test_add_layer_norm_in_two_dtypes_as_under_autocast():
     x, residual = normal(6, 48, dtype=torch.bfloat16), normal(6, 48)
     weight, bias = affine(48, torch.float32, True)
     ours, torchs = (
-        run(ops.add_layer_norm, (x, residual, weight, bias), [normal(6, 48)] * 2, backend=name)
+        outputs_and_gradients(ops.add_layer_norm, (x, residual, weight, bias), [normal(6, 48)] * 2, backend=name)
         for name in ("triton", "torch")
     )
     assert [y.dtype for y in ours] == [y.dtype for y in torchs]
@@ -106,7 +80,7 @@ def test_strides_are_honoured():
     transposed, wide = normal(24, 5, 3).permute(2, 1, 0), normal(15, 40)[:, 8:32].unflatten(0, (3, 5))
     for x in (transposed, wide, normal(1, 24).expand(3, 5, 24)):
         ours, torchs = (
-            run(ops.add_layer_norm, (x, wide, weight, bias), [transposed, wide], backend=name)
+            outputs_and_gradients(ops.add_layer_norm, (x, wide, weight, bias), [transposed, wide], backend=name)
             for name in ("triton", "torch")
         )
         torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
@@ -135,14 +109,12 @@ def test_same_bits_every_time():
     torch.manual_seed(0)
     inputs, grads = (normal(70, 96), normal(70, 96), normal(96), normal(96)), [normal(70, 96)] * 2
     options = {"dropout_p": 0.2, "seed": 1, "backend": "triton"}
-    first, second = (run(ops.add_layer_norm, inputs, grads, **options) for _ in range(2))
+    first, second = (outputs_and_gradients(ops.add_layer_norm, inputs, grads, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)], ids=str)
 def test_empty_inputs_launch_nothing(shape, monkeypatch):
-    from fastgpt.triton_kernels import layer_norm as kernels
-
     for name in ("forward_kernel", "backward_kernel"):
         monkeypatch.setattr(kernels, name, None)
     x, weight = normal(*shape).requires_grad_(), normal(8).requires_grad_()
@@ -176,7 +148,7 @@ def test_opcheck(dropout_p):
 
 
 class Spy:
-    """A kernel that notes what it is asked to write."""
+    """Stands for a kernel, and records what it is asked to write."""
 
     def __init__(self, kernel, launches):
         self.kernel, self.launches = kernel, launches
@@ -193,9 +165,7 @@ class Spy:
 @pytest.mark.parametrize("width", [24, 4100])
 @pytest.mark.parametrize("needs", list(product((True, False), repeat=4))[:-1], ids=str)
 def test_only_the_gradients_asked_for_are_computed(needs, width, dropout_p, monkeypatch):
-    """Of x, residual, weight and bias: what is computed is what all four together give, bit by bit."""
-    from fastgpt.triton_kernels import layer_norm as kernels
-
+    """The gradients of x, residual, weight and bias are, bit by bit, those that all four together give."""
     torch.manual_seed(0)
     inputs, grads = [normal(9, width), normal(9, width), normal(width), normal(width)], [normal(9, width)] * 2
     options = {"dropout_p": dropout_p, "seed": 3, "backend": "triton"}
@@ -237,7 +207,7 @@ def test_only_the_gradients_asked_for_under_compile():
         torch.testing.assert_close(ours, expected)
 
 
-def test_double_backward_says_no():
+def test_double_backward_raises():
     x = normal(3, 8).requires_grad_()
     (grad,) = torch.autograd.grad(ops.layer_norm(x, x[0], backend="triton").square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
@@ -254,7 +224,7 @@ def test_autocast_gives_the_torch_ops_dtype(dtype):
     assert [y.dtype for y in ours_add] == [y.dtype for y in torchs_add]
 
 
-def test_what_is_not_supported_is_said():
+def test_an_unsupported_call_raises_the_reason():
     x = normal(2, 8, dtype=torch.float64)
     with pytest.raises(BackendError, match="float64"):
         ops.layer_norm(x, x[0], backend="triton")
