@@ -492,7 +492,7 @@ def test_a_warning_is_one_line_without_a_place_in_the_source(text_file, tmp_path
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     (about_the_cache,) = [line for line in lines if "FASTGPT_CACHE" in line]
-    assert about_the_cache.startswith("fastgpt: warning: cache ")
+    assert about_the_cache.startswith("fastgpt: warning: ")
     assert not [line for line in lines if ".py:" in line]
 
 
