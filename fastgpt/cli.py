@@ -436,13 +436,13 @@ def study(args: Sequence[str]) -> None:
         what = f"no study is called {args[0]!r}" if args else "which study?"
         raise UsageError(f"{what}; there are {', '.join(studies.STUDIES)}")
     module = studies.load(args[0])
-    studies.run(args[0], _parse(module.Settings, args[1:], f"study {args[0]}", module.QUICK))
+    studies.run(args[0], _parse(module.Settings, args[1:], f"study {args[0]}", module.Settings.QUICK))
 
 
 def learn(args: Sequence[str]) -> None:
     from .studies import learn as stages
 
-    stages.run(_parse(stages.Settings, args, "learn", stages.QUICK))
+    stages.run(_parse(stages.Settings, args, "learn", stages.Settings.QUICK))
 
 
 @dataclass

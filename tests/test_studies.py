@@ -82,12 +82,17 @@ def test_settings_come_from_command_line_then_file_then_quick(text_file, tmp_pat
     arguments = ["--config", str(tmp_path / "study.toml"), "--steps", "2", "--data", str(text_file)]
     assert main(["study", "learning-rate", *arguments, "--out", str(tmp_path / "out")]) == 0
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
-    assert (settings["steps"], settings["widths"], settings["repeats"]) == (2, "16", learning_rate.QUICK["repeats"])
+    quick = learning_rate.Settings.QUICK
+    assert (settings["steps"], settings["widths"], settings["repeats"]) == (2, "16", quick["repeats"])
+        2,
+        "16",
+        learning_rate.Settings.QUICK["repeats"],
+    )
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_quick_changes_settings_that_exist(name):
-    load(name).Settings(**load(name).QUICK)
+    load(name).Settings(**load(name).Settings.QUICK)
 
 
 # ---- depth ----

@@ -2,8 +2,7 @@
 
 A study is a module with
 
-    Settings                its options: `Common` and its own, a dataclass whose docstring is the command's help
-    QUICK                   the settings of --quick: the same study at a size that shows it runs
+    Settings                its options, of studies/settings.py; Settings.QUICK is what --quick sets
     measure(settings)       the measurement: plain data, which results.json keeps
     show(results, page)     the table, the pictures and what was measured in words, from nothing but those data
 

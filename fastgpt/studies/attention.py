@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,31 +21,10 @@ from ..model import GPT, CausalSelfAttention
 from ..ops.reference import causal_mask
 from ..report import pyplot
 from ..tokenizer import Tokenizer
-from .experiment import Common, StudyError, at_least, label, load_run, trained_model
+from .experiment import StudyError, at_least, label, load_run, trained_model
+from .settings import AttentionSettings as Settings
 
 SMALL = GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)  # shakespeare-char-cpu
-
-
-@dataclass
-class Settings(Common):
-    """What does each attention head look at?
-
-    Args:
-        checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
-        prompt: the text to look at.
-        layer: show this layer only, counted from 1.
-        head: show this head only, counted from 1.
-        steps: training steps of the small model.
-    """
-
-    checkpoint: str | None = None
-    prompt: str = "ROMEO:\nBut, soft! what light through"
-    layer: int | None = None
-    head: int | None = None
-    steps: int = 1500
-
-
-QUICK = {"steps": 3, "prompt": "to be, or"}
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ from ..machine import resolve_device
 from ..model import GPT
 from ..report import pyplot
 from .experiment import (
-    Common,
     at_least,
     described,
     finite,
@@ -36,6 +34,7 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .settings import DepthSettings as Settings
 from .words import LEARNED
 
 INITIALISATIONS = {
@@ -46,28 +45,6 @@ INITIALISATIONS = {
 }
 NORMS = ("none", "pre", "post")
 USUAL = ("scaled", "pre", True)  # a GPT's
-
-
-@dataclass
-class Settings(Common):
-    """What do initialisation, normalisation and residual connections each do to a deep network?
-
-    Args:
-        depths: numbers of blocks, with commas between them.
-        steps: training steps of each network.
-        width: of the residual stream.
-        lr: the learning rate, the same for all.
-        repeats: seeds with which the usual GPT is trained at the largest depth, to tell an effect from chance.
-    """
-
-    depths: str = "2,6,16"
-    steps: int = 150
-    width: int = 64
-    lr: float = 1e-3
-    repeats: int = 3
-
-
-QUICK = {"depths": "1,3", "steps": 3, "width": 16, "repeats": 2}
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import difflib
 import itertools
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,9 @@ from ..config import ConfigError
 from ..model import LanguageModel
 from ..report import pyplot
 from .attention import SMALL
-from .experiment import Common, StudyError, at_least, label, load_run, trained_model
+from .experiment import StudyError, at_least, label, load_run, trained_model
+from .settings import EmbeddingsSettings as Settings
 
-
-@dataclass
-class Settings(Common):
-    """Which tokens does a model hold to be alike?
-
-    Args:
-        checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
-        vectors: a text file of word vectors (word2vec, GloVe) to look at instead of a model.
-        words: whose neighbours to show, with blanks between them (a blank itself is written ␣, a line's end ⏎).
-        analogy: "a - b + c", or several of them one after the other; of letters, two of case if not given.
-        neighbours: how many to show.
-        max_words: read this many lines of --vectors.
-        steps: training steps of the small model.
-    """
-
-    checkpoint: str | None = None
-    vectors: str | None = None
-    words: str | None = None
-    analogy: str | None = None
-    neighbours: int = 5
-    max_words: int = 100_000
-    steps: int = 1500
-
-
-QUICK = {"steps": 3}
 SHOWN = 200  # points in the picture: the first, which in files of word vectors are the most frequent
 
 

@@ -1,4 +1,4 @@
-"""What the studies share: their common options, the text, a short training run in memory, and the machine's facts."""
+"""What the studies share: the text, a short training run in memory, and the machine's facts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,27 +27,6 @@ Number = TypeVar("Number", int, float)
 
 class StudyError(ValueError):
     """A study that cannot be made of what was given; the message is one line that says what to give instead."""
-
-
-@dataclass
-class Common:
-    """The options of every study.
-
-    Args:
-        out: the folder for report.html, results.json and the pictures; runs/study-NAME if not given.
-        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
-        quick: sizes that only show that it runs.
-        seed: of weights and data order.
-        device: auto, cpu, cuda, ...
-        config: a TOML file with any of these settings.
-    """
-
-    out: str | None = None
-    data: str = "shakespeare"
-    quick: bool = False
-    seed: int = 1337
-    device: str = "auto"
-    config: str | None = None
 
 
 # ---- settings ----

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +25,12 @@ from ..training.runs import start
 from . import write_results
 from .experiment import recorded, study_facts
 from .learn_page import HEADERS, findings, learn_report, table_rows
+from .settings import LearnSettings as Settings
 from .stages import STAGES, Stage, code_of, config_of
 
 TOKENS_PER_STEP = 1024
 LARGEST_LR_SCALED_UP = 3e-3
 SAMPLE_TOKENS = 240
-
-
-@dataclass
-class Settings:
-    """From the bigram to the GPT: train every stage, and write a report that shows what each one adds.
-
-    Args:
-        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
-        out: the folder for report.html, results.json, the pictures and the runs; it must not hold a report yet.
-        quick: 600 steps at a higher rate: under three minutes on two cores.
-        steps: training steps of each stage, of 1024 tokens each.
-        lr: the learning rate; the last stage takes at most 0.003.
-        seed: of weights, data order, dropout and samples.
-        device: auto, cpu, cuda, ...
-        config: a TOML file with any of these settings.
-    """
-
-    data: str = "tinyshakespeare"
-    out: str = "runs/learn"
-    quick: bool = False
-    steps: int = 2000
-    lr: float = 1.5e-2
-    seed: int = 1337
-    device: str = "auto"
-    config: str | None = None
-
-
-QUICK = {"steps": 600, "lr": 3e-2}
 
 
 def run(settings: Settings) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
 from ..config import GPTConfig, TrainConfig
@@ -17,7 +16,6 @@ from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..report import pyplot
 from .experiment import (
-    Common,
     at_least,
     described,
     finite,
@@ -27,27 +25,9 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .settings import LearningRateSettings as Settings
 from .words import LEARNED
 
-
-@dataclass
-class Settings(Common):
-    """What does the learning rate do, and where does training diverge?
-
-    Args:
-        rates: learning rates, with commas between them.
-        widths: of the models' residual streams, with commas between them; each has a block for every 32 features.
-        steps: training steps of each run.
-        repeats: seeds of each run.
-    """
-
-    rates: str = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
-    widths: str = "32,64,128"
-    steps: int = 150
-    repeats: int = 2
-
-
-QUICK = {"rates": "1e-4,1e-2", "widths": "16,32", "steps": 4, "repeats": 1}
 BLOCK_SIZE = 64
 BATCH_SIZE = 12
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,27 +25,9 @@ from ..machine import resolve_device
 from ..model import GPT
 from ..report import pyplot
 from ..training.step import Precision, make_optimizer, mean_loss, training_step
-from .experiment import Common, at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_blocks
+from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_blocks
+from .settings import NormalisationSettings as Settings
 
-
-@dataclass
-class Settings(Common):
-    """Layer norm or batch norm: what differs between training and inference?
-
-    Args:
-        steps: training steps of each of the two models.
-        points: evaluations, spread over the training so that the early ones are close together.
-        momenta: how much of a running average each step replaces, with commas between them; PyTorch's default is 0.1.
-        coin_steps: training steps on coin flips, which nothing but the future can predict.
-    """
-
-    steps: int = 500
-    points: int = 12
-    momenta: str = "0.1,0.01,0.001"
-    coin_steps: int = 1500
-
-
-QUICK = {"steps": 6, "points": 3, "coin_steps": 10}
 KINDS = ("layer norm", "batch norm")
 BATCHES = (1, 2, 4, 8, 16, 32)  # rows an evaluation takes at a time
 

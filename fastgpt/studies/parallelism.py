@@ -17,7 +17,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,6 @@ from ..machine import resolve_device
 from ..model import GPT
 from ..report import pyplot
 from .experiment import (
-    Common,
     at_least,
     described,
     finite,
@@ -42,31 +40,9 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .settings import ParallelismSettings as Settings
 from .words import LEARNED
 
-
-@dataclass
-class Settings(Common):
-    """How do transformers and recurrent networks compare when it comes to training?
-
-    Args:
-        contexts: numbers of tokens, with commas between them.
-        batches: numbers of rows, with commas between them.
-        width: of the GPT, which has 4 layers; the recurrent networks get the width that gives as many parameters.
-        seconds: to spend at most on each combination of context, batch and direction, after three rounds.
-        steps: training steps of each model for the loss.
-        rates: learning rates for that, with commas between them; each model is shown at its best.
-    """
-
-    contexts: str = "16,32,64,128,256,512,1024,2048"
-    batches: str = "1,8"
-    width: int = 128
-    seconds: float = 1.0
-    steps: int = 200
-    rates: str = "1e-3,3e-3,1e-2"
-
-
-QUICK = {"contexts": "8,16", "batches": "1,2", "width": 16, "seconds": 0.05, "steps": 3, "rates": "1e-3,3e-3"}
 KINDS = ("gpt", "rnn", "gru", "lstm")
 NAMES = {"gpt": "GPT", "rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 DIRECTIONS = ("forward", "forward and backward")

@@ -1,0 +1,187 @@
+"""The options of `fastgpt learn` and of each study. Importing them needs no PyTorch, so that --help is fast.
+
+The docstring of a class is the help of its command, and QUICK the settings that --quick stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass
+class LearnSettings:
+    """From the bigram to the GPT: train every stage, and write a report that shows what each one adds.
+
+    Args:
+        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
+        out: the folder for report.html, results.json, the pictures and the runs; it must not hold a report yet.
+        quick: 600 steps at a higher rate: under three minutes on two cores.
+        steps: training steps of each stage, of 1024 tokens each.
+        lr: the learning rate; the last stage takes at most 0.003.
+        seed: of weights, data order, dropout and samples.
+        device: auto, cpu, cuda, ...
+        config: a TOML file with any of these settings.
+    """
+
+    data: str = "tinyshakespeare"
+    out: str = "runs/learn"
+    quick: bool = False
+    steps: int = 2000
+    lr: float = 1.5e-2
+    seed: int = 1337
+    device: str = "auto"
+    config: str | None = None
+
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 600, "lr": 3e-2}
+
+
+@dataclass
+class StudySettings:
+    """The options that every study has.
+
+    Args:
+        out: the folder for report.html, results.json and the pictures; runs/study-NAME if not given.
+        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
+        quick: sizes that only show that it runs.
+        seed: of weights and data order.
+        device: auto, cpu, cuda, ...
+        config: a TOML file with any of these settings.
+    """
+
+    out: str | None = None
+    data: str = "shakespeare"
+    quick: bool = False
+    seed: int = 1337
+    device: str = "auto"
+    config: str | None = None
+
+
+@dataclass
+class DepthSettings(StudySettings):
+    """What do initialisation, normalisation and residual connections each do to a deep network?
+
+    Args:
+        depths: numbers of blocks, with commas between them.
+        steps: training steps of each network.
+        width: of the residual stream.
+        lr: the learning rate, the same for all.
+        repeats: seeds with which the usual GPT is trained at the largest depth, to tell an effect from chance.
+    """
+
+    depths: str = "2,6,16"
+    steps: int = 150
+    width: int = 64
+    lr: float = 1e-3
+    repeats: int = 3
+
+    QUICK: ClassVar[dict[str, Any]] = {"depths": "1,3", "steps": 3, "width": 16, "repeats": 2}
+
+
+@dataclass
+class NormalisationSettings(StudySettings):
+    """Layer norm or batch norm: what differs between training and inference?
+
+    Args:
+        steps: training steps of each of the two models.
+        points: evaluations, spread over the training so that the early ones are close together.
+        momenta: how much of a running average each step replaces, with commas between them; PyTorch's default is 0.1.
+        coin_steps: training steps on coin flips, which nothing but the future can predict.
+    """
+
+    steps: int = 500
+    points: int = 12
+    momenta: str = "0.1,0.01,0.001"
+    coin_steps: int = 1500
+
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 6, "points": 3, "coin_steps": 10}
+
+
+@dataclass
+class ParallelismSettings(StudySettings):
+    """How do transformers and recurrent networks compare when it comes to training?
+
+    Args:
+        contexts: numbers of tokens, with commas between them.
+        batches: numbers of rows, with commas between them.
+        width: of the GPT, which has 4 layers; the recurrent networks get the width that gives as many parameters.
+        seconds: to spend at most on each combination of context, batch and direction, after three rounds.
+        steps: training steps of each model for the loss.
+        rates: learning rates for that, with commas between them; each model is shown at its best.
+    """
+
+    contexts: str = "16,32,64,128,256,512,1024,2048"
+    batches: str = "1,8"
+    width: int = 128
+    seconds: float = 1.0
+    steps: int = 200
+    rates: str = "1e-3,3e-3,1e-2"
+
+    QUICK: ClassVar[dict[str, Any]] = {
+        "contexts": "8,16", "batches": "1,2", "width": 16, "seconds": 0.05, "steps": 3, "rates": "1e-3,3e-3",
+    }  # fmt: skip
+
+
+@dataclass
+class AttentionSettings(StudySettings):
+    """What does each attention head look at?
+
+    Args:
+        checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
+        prompt: the text to look at.
+        layer: show this layer only, counted from 1.
+        head: show this head only, counted from 1.
+        steps: training steps of the small model.
+    """
+
+    checkpoint: str | None = None
+    prompt: str = "ROMEO:\nBut, soft! what light through"
+    layer: int | None = None
+    head: int | None = None
+    steps: int = 1500
+
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 3, "prompt": "to be, or"}
+
+
+@dataclass
+class EmbeddingsSettings(StudySettings):
+    """Which tokens does a model hold to be alike?
+
+    Args:
+        checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
+        vectors: a text file of word vectors (word2vec, GloVe) to look at instead of a model.
+        words: whose neighbours to show, with blanks between them (a blank itself is written ␣, a line's end ⏎).
+        analogy: "a - b + c", or several of them one after the other; of letters, two of case if not given.
+        neighbours: how many to show.
+        max_words: read this many lines of --vectors.
+        steps: training steps of the small model.
+    """
+
+    checkpoint: str | None = None
+    vectors: str | None = None
+    words: str | None = None
+    analogy: str | None = None
+    neighbours: int = 5
+    max_words: int = 100_000
+    steps: int = 1500
+
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 3}
+
+
+@dataclass
+class LearningRateSettings(StudySettings):
+    """What does the learning rate do, and where does training diverge?
+
+    Args:
+        rates: learning rates, with commas between them.
+        widths: of the models' residual streams, with commas between them; each has a block for every 32 features.
+        steps: training steps of each run.
+        repeats: seeds of each run.
+    """
+
+    rates: str = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1"
+    widths: str = "32,64,128"
+    steps: int = 150
+    repeats: int = 2
+
+    QUICK: ClassVar[dict[str, Any]] = {"rates": "1e-4,1e-2", "widths": "16,32", "steps": 4, "repeats": 1}
