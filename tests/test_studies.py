@@ -84,10 +84,6 @@ def test_settings_come_from_command_line_then_file_then_quick(text_file, tmp_pat
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     quick = learning_rate.Settings.QUICK
     assert (settings["steps"], settings["widths"], settings["repeats"]) == (2, "16", quick["repeats"])
-        2,
-        "16",
-        learning_rate.Settings.QUICK["repeats"],
-    )
 
 
 @pytest.mark.parametrize("name", STUDIES)
