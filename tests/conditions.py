@@ -1,7 +1,7 @@
 """The tests, run again under conditions that another machine may have: `make test-conditions`.
 
     python tests/conditions.py                              # every condition, each a run of all tests
-    python tests/conditions.py --only busy strange -- tests/test_train.py -x
+    python tests/conditions.py --only busy strange -- tests/training -x
 
 One line a condition: whether it passed, the most memory that the run and its subprocesses took, pytest's last line.
 Memory is the sum of the processes' proportional shares (PSS), read twice a second from /proc, so it is Linux's alone.

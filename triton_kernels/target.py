@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # What lies below triton and triton.language has moved between releases. It is imported here alone, and each name is
-# listed with the oldest and the newest triton in which it was seen to do what is needed here: tests/test_library.py
+# listed with the oldest and the newest triton in which it was seen to do what is needed here: tests/ops/test_library.py
 # holds the list complete and says which one is gone.
 UNDOCUMENTED_NAMES = {
     "triton.backends.compiler.GPUTarget": ("3.6.0", "3.9.0"),

@@ -16,7 +16,8 @@ library = torch.library.Library("fastgpt", "DEF")
 # --- private names of PyTorch -----------------------------------------------------------------------------------------
 #
 # PyTorch promises none of these names. They are used in this file alone, each with the oldest and the newest torch in
-# which it was seen to do what is needed here. tests/test_library.py holds the list complete and says which one is gone.
+# which it was seen to do what is needed here. tests/ops/test_library.py holds the list complete and says
+# which one is gone.
 
 PRIVATE_NAMES = {
     "torch._C._AutoDispatchBelowAutograd": ("2.11.0", "2.14.1"),

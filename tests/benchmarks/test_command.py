@@ -15,7 +15,7 @@ import pytest
 from fastgpt.benchmarks import command
 from fastgpt.cli import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows_file(path: Path) -> Path:

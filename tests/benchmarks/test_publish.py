@@ -20,7 +20,7 @@ from fastgpt.benchmarks.harness.measure import Ceilings, Spread
 from fastgpt.benchmarks.harness.suite import Setting, Suite, op_work
 from fastgpt.benchmarks.publish import compare, quotes, reader, report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {
     "device": "A CPU",
     "cpu_capability": "AVX2",

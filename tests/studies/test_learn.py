@@ -20,7 +20,7 @@ from fastgpt.studies import learn
 from fastgpt.studies.learn_page import findings, refreshed, table_rows
 from fastgpt.studies.stages import LADDER, STAGES, code_of, config_of, find_stage, statements_using
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "from-bigram-to-gpt.md"
 RESULTS = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 20

@@ -18,7 +18,7 @@ from fastgpt.studies.experiment import StudyError, label, load_run, numbers
 from fastgpt.studies.page import Page, studies_page
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 SMALL = GPTConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
 
 

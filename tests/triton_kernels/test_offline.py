@@ -14,7 +14,7 @@ import pytest
 
 offline = pytest.importorskip("fastgpt.triton_kernels.offline")
 
-BUDGETS = tomllib.loads((Path(__file__).parent / "kernel_budgets.toml").read_text(encoding="utf-8"))
+BUDGETS = tomllib.loads((Path(__file__).parents[1] / "kernel_budgets.toml").read_text(encoding="utf-8"))
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may have, of each chip
 SMALL_SHARED_LIMIT = 101376  # of the consumer chips (sm_86, sm_89, sm_120), which run all but the long regime
 CASES = [(arch, case.name) for arch in offline.ARCHITECTURES for case in offline.cases(arch)]
