@@ -1,9 +1,9 @@
-"""Depth: what initialisation, normalisation and residual connections each do to a network made deep.
+"""Depth: what initialisation, normalisation and residual connections each do to a deep network.
 
 Every combination of the three is trained at every depth, all on the same batches. Before and after, one batch goes
-through the network and back, and at the end of each block two things are read: how large the stream is (its root mean
-square) and how large the gradient of the loss with respect to it. Where either shrinks or grows by a factor a block,
-a deep network has nothing to work with, whatever its last layers could do.
+through the network and back, and two things are measured at the end of each block: the size of the stream (its root
+mean square) and the size of the gradient of the loss with respect to it. Where either shrinks or grows by a factor with
+each block, a deep network learns little, because signals or gradients vanish or explode on their way through it.
 
 Sources: He et al. 2015 (residual connections); Xiong et al. 2020 (where the norm goes); Glorot and Bengio 2010
 (Xavier's initialisation); Radford et al. 2019 (GPT-2's).
@@ -23,7 +23,6 @@ from ..data.corpus import Corpus
 from ..data.layouts import random_batch
 from ..machine import resolve_device
 from ..model import GPT
-from ..report import pyplot
 from .experiment import (
     at_least,
     described,
@@ -34,17 +33,20 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .pictures import or_nan, panels
 from .settings import DepthSettings as Settings
-from .words import LEARNED
+from .words import LEARNED, counted, find_row, frequencies_text, learned_bound, listed, loss_text
+
+Kind = tuple[str, str, bool]  # initialisation, norm, residual
 
 INITIALISATIONS = {
-    "scaled": "GPT-2's: 0.02, and 0.02 / sqrt(2 L) where a branch ends",
+    "scaled": "0.02, and 0.02 / sqrt(2 L) where a branch ends, as in GPT-2",
     "plain": "0.02 everywhere",
     "xavier": "sqrt(2 / (in + out))",
     "large": "0.5 everywhere",
 }
 NORMS = ("none", "pre", "post")
-USUAL = ("scaled", "pre", True)  # a GPT's
+USUAL: Kind = ("scaled", "pre", True)  # a GPT's
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -55,14 +57,17 @@ def measure(settings: Settings) -> dict[str, Any]:
     rows = []
     for depth, init, norm, residual in itertools.product(depths, INITIALISATIONS, NORMS, (True, False)):
         row: dict[str, Any] = {"depth": depth, "init": init, "norm": norm, "residual": residual}
-        rows.append(row | _one(settings, corpus, depth, init, norm, residual, settings.seed))
-        print(f"{depth:3} blocks, {init}, {_name(norm, residual)}: {_loss_text(rows[-1]['loss'])}", flush=True)
+        rows.append(row | _train_network(settings, corpus, depth, init, norm, residual, settings.seed))
+        print(
+            f"{depth:3} blocks, {init}, {_norm_and_residual(norm, residual)}: loss {loss_text(rows[-1]['loss'])}",
+            flush=True,
+        )
     seeds = range(settings.seed, settings.seed + settings.repeats)
-    repeats = [_one(settings, corpus, depths[-1], *USUAL, seed)["loss"] for seed in seeds]
+    repeats = [_train_network(settings, corpus, depths[-1], *USUAL, seed)["loss"] for seed in seeds]
     return {"data": described(corpus, settings, 32), "rows": rows, "repeats": repeats}
 
 
-def _one(
+def _train_network(
     settings: Settings, corpus: Corpus, depth: int, init: str, norm: str, residual: bool, seed: int
 ) -> dict[str, Any]:
     """Train one network; the loss it ends with, and stream and gradient at each block before and after."""
@@ -135,7 +140,7 @@ def _rounded(value: float) -> float | None:
 
 def show(results: dict[str, Any], page: Any) -> None:
     rows, depths = results["rows"], sorted({row["depth"] for row in results["rows"]})
-    page.paragraph(_trained(results))
+    page.paragraph(_what_was_trained(results))
     page.table(
         [
             "initialisation",
@@ -145,7 +150,7 @@ def show(results: dict[str, Any], page: Any) -> None:
             "stream, last / first",
             "gradient, first / last",
         ],
-        [_table_row(rows, depths, *kind) for kind in _kinds()],
+        [_table_row(rows, depths, kind) for kind in _kinds()],
     )
     page.picture(
         "loss",
@@ -157,25 +162,23 @@ def show(results: dict[str, Any], page: Any) -> None:
         f"Stream and gradient at each of {depths[-1]} blocks, before training (lines) and after it (dots)",
         lambda: _draw_layers(rows, depths[-1]),
     )
-    page.paragraph(_counts(results, depths[-1]))
+    page.paragraph(_who_learned(results, depths[-1]))
     page.paragraph(_one_change(results, depths[-1]))
-    page.paragraph(_gradients(rows, depths[-1]))
+    page.paragraph(_streams_and_gradients(rows, depths[-1]))
 
 
-def _kinds() -> list[tuple[str, str, bool]]:
+def _kinds() -> list[Kind]:
     return list(itertools.product(INITIALISATIONS, NORMS, (True, False)))
 
 
-def _find(rows: list[dict[str, Any]], depth: int, init: str, norm: str, residual: bool) -> dict[str, Any]:
-    return next(
-        row
-        for row in rows
-        if (row["depth"], row["init"], row["norm"], row["residual"]) == (depth, init, norm, residual)
-    )
+def _network(rows: list[dict[str, Any]], depth: int, kind: Kind) -> dict[str, Any]:
+    init, norm, residual = kind
+    return find_row(rows, depth=depth, init=init, norm=norm, residual=residual)
 
 
-def _table_row(rows: list[dict[str, Any]], depths: list[int], init: str, norm: str, residual: bool) -> list[Any]:
-    found = [_find(rows, depth, init, norm, residual) for depth in depths]
+def _table_row(rows: list[dict[str, Any]], depths: list[int], kind: Kind) -> list[Any]:
+    init, norm, residual = kind
+    found = [_network(rows, depth, kind) for depth in depths]
     before = found[-1]["before"]
     return [
         init,
@@ -191,101 +194,95 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def _learned(results: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    bound = results["data"]["frequency_loss"] - LEARNED
-    return [row for row in rows if row["loss"] is not None and row["loss"] < bound]
-
-
-def _trained(results: dict[str, Any]) -> str:
+def _what_was_trained(results: dict[str, Any]) -> str:
     settings, data = results["settings"], results["data"]
     schemes = "; ".join(f"{name}: {what}" for name, what in INITIALISATIONS.items())
     return (
-        f"{len(results['rows'])} networks, {settings['width']} wide, trained for {settings['steps']} steps of 8 blocks "
-        f"of 32 characters of {data['name']} at a learning rate of {settings['lr']:g}. The standard deviation of the "
-        f"blocks' matrices is, by initialisation, {schemes}; embeddings are always 0.02. The two last columns are of "
-        f"the deepest networks before training: how much larger the stream is after the last block than after the "
-        f"first, and the gradient at the first block over that at the last."
+        f"{len(results['rows'])} networks, {settings['width']} wide, were trained for {settings['steps']} steps of 8 "
+        f"blocks of 32 characters of {data['name']} at a learning rate of {settings['lr']:g}. The initialisation says "
+        f"with which standard deviation the matrices of the blocks are drawn ({schemes}); that of the embeddings is "
+        f"always 0.02. The last two columns describe the deepest networks before training: the size of the stream "
+        f"after the last block over that after the first, and the gradient at the first block over that at the last."
     )
 
 
-def _counts(results: dict[str, Any], depth: int) -> str:
+def _who_learned(results: dict[str, Any], depth: int) -> str:
     deepest = [row for row in results["rows"] if row["depth"] == depth]
-    best = min((row for row in deepest if row["loss"] is not None), key=lambda row: row["loss"], default=None)
+    finite_rows = [row for row in deepest if row["loss"] is not None]
+    learned = [row for row in finite_rows if row["loss"] < learned_bound(results)]
 
-    def share(key: str, value: Any) -> str:
-        chosen = [row for row in deepest if row[key] == value]
-        return f"{len(_learned(results, chosen))} of {len(chosen)}"
+    def share(what: str, key: str, value: Any) -> str:
+        return f"{what} {sum(row[key] == value for row in learned)} of {sum(row[key] == value for row in deepest)}"
 
+    norms = [share(_norm(norm), "norm", norm) for norm in NORMS]
+    inits = [share(f"{init} initialisation", "init", init) for init in INITIALISATIONS]
     text = (
-        f"Knowing how often each character occurs gives {results['data']['frequency_loss']:.3f} nats. Of the "
-        f"{len(deepest)} networks of {depth} blocks, {len(_learned(results, deepest))} ended more than {LEARNED} below "
-        f"that: with residual connections {share('residual', True)}, without {share('residual', False)}; "
-        + ", ".join(f"{'no norm' if norm == 'none' else norm + '-norm'} {share('norm', norm)}" for norm in NORMS)
-        + "; "
-        + ", ".join(f"{init} initialisation {share('init', init)}" for init in INITIALISATIONS)
-        + "."
+        f"{frequencies_text(results)}. Of the {len(deepest)} networks of {depth} blocks, {len(learned)} ended more "
+        f"than {LEARNED} below that: {share('with residual connections', 'residual', True)}, "
+        f"{share('without', 'residual', False)}; {listed(norms)}; {listed(inits)}."
     )
-    if best is not None:
+    if finite_rows:
+        best = min(finite_rows, key=lambda row: row["loss"])
         text += (
             f" The lowest loss, {best['loss']:.3f}, is that of the {best['init']} initialisation, "
-            f"{_name(best['norm'], best['residual'])}."
+            f"{_norm_and_residual(best['norm'], best['residual'])}."
         )
     return text
 
 
+def _changes_of_the_usual_gpt() -> dict[str, Kind]:
+    """In words, and as a kind: every change of one thing about the usual GPT."""
+    init, norm, residual = USUAL
+    changes: dict[str, Kind] = {
+        f"{other} initialisation": (other, norm, residual) for other in INITIALISATIONS if other != init
+    }
+    changes |= {_norm(other): (init, other, residual) for other in NORMS if other != norm}
+    return changes | {"no residual connections": (init, norm, False)}
+
+
 def _one_change(results: dict[str, Any], depth: int) -> str:
     """The usual GPT, and what changing one thing about it does, against what another seed does."""
+    rows = results["rows"]
     repeats = [loss for loss in results["repeats"] if loss is not None]
-    usual = _find(results["rows"], depth, *USUAL)["loss"]
+    usual = _network(rows, depth, USUAL)["loss"]
     if usual is None or len(repeats) < 2:
         return f"The usual GPT of {depth} blocks did not end with a finite loss, so nothing is compared with it."
     spread = max(repeats) - min(repeats)
-    init, norm, residual = USUAL
-    changes = [(f"{other} initialisation", (other, norm, residual)) for other in INITIALISATIONS if other != init]
-    changes += [("no norm" if n == "none" else f"{n}-norm", (init, n, residual)) for n in NORMS if n != norm]
-    changes += [("no residual connections", (init, norm, False))]
-    said, within = [], []
-    for what, kind in changes:
-        loss = _find(results["rows"], depth, *kind)["loss"]
-        if loss is None:
-            said.append(f"{what}: not finite")
-            continue
-        said.append(f"{what} {loss - usual:+.3f}")
-        if abs(loss - usual) <= spread:
-            within.append(what)
+    losses = {what: _network(rows, depth, kind)["loss"] for what, kind in _changes_of_the_usual_gpt().items()}
+    said = [f"{what} {'not finite' if loss is None else f'{loss - usual:+.3f}'}" for what, loss in losses.items()]
+    within = [what for what, loss in losses.items() if loss is not None and abs(loss - usual) <= spread]
     verdict = (
-        f"Within that, and so not told apart from chance: {', '.join(within)}."
+        f"Not more than that, and so not told apart from chance: {listed(within)}."
         if within
-        else "Each of these is more than that."
+        else "Each of the changes makes a larger difference."
     )
-    shallow = min(row["depth"] for row in results["rows"])
-    shallow_loss = _find(results["rows"], shallow, *USUAL)["loss"]
-    deeper = (
-        f" From {shallow} to {depth} blocks its loss went from {shallow_loss:.3f} to {usual:.3f} in the same steps."
-        if shallow != depth and shallow_loss is not None
-        else ""
+    init, norm, _ = USUAL
+    text = (
+        f"The usual GPT ({init} initialisation, {norm}-norm, residual connections) of {depth} blocks ends at "
+        f"{usual:.3f}. With one thing changed, the loss differs by: {'; '.join(said)}. The losses of {len(repeats)} "
+        f"seeds of the usual GPT differ by up to {spread:.3f} (their mean is {statistics.mean(repeats):.3f}). {verdict}"
     )
-    return (
-        f"A GPT as usual ({init} initialisation, {norm}-norm, residual connections) of {depth} blocks ends at "
-        f"{usual:.3f}. One thing changed: {'; '.join(said)}. {len(repeats)} seeds of the usual one lie "
-        f"{spread:.3f} apart (mean {statistics.mean(repeats):.3f}). {verdict}{deeper}"
-    )
-
-
-def _gradients(rows: list[dict[str, Any]], depth: int) -> str:
-    """The ends of the range of what reaches the first block before training, and how the stream grows."""
-
-    def ends(ratio: dict[tuple[str, str, bool], float]) -> str:
-        low, high = min(ratio, key=lambda k: ratio[k]), max(ratio, key=lambda k: ratio[k])
-        return (
-            f"from {ratio[low]:.2g} ({low[0]}, {_name(low[1], low[2])}) "
-            f"to {ratio[high]:.2g} ({high[0]}, {_name(high[1], high[2])})"
+    shallow = min(row["depth"] for row in rows)
+    shallow_loss = _network(rows, shallow, USUAL)["loss"]
+    if shallow != depth and shallow_loss is not None:
+        text += (
+            f" With {counted(shallow, 'block')} the usual GPT ends at {shallow_loss:.3f} after the same steps, with "
+            f"{depth} at {usual:.3f}."
         )
+    return text
 
-    gradient: dict[tuple[str, str, bool], float] = {}
-    stream: dict[tuple[str, str, bool], float] = {}
+
+def _streams_and_gradients(rows: list[dict[str, Any]], depth: int) -> str:
+    """The smallest and the largest ratio between the ends of the network, before training."""
+
+    def ends(ratios: dict[Kind, float]) -> str:
+        low, high = min(ratios, key=lambda k: ratios[k]), max(ratios, key=lambda k: ratios[k])
+        return " and ".join(f"{ratios[k]:.2g} ({k[0]}, {_norm_and_residual(k[1], k[2])})" for k in (low, high))
+
+    gradient: dict[Kind, float] = {}
+    stream: dict[Kind, float] = {}
     for kind in _kinds():
-        before = _find(rows, depth, *kind)["before"]
+        before = _network(rows, depth, kind)["before"]
         for ratios, key, (above, below) in ((gradient, "gradient", (0, -1)), (stream, "activation", (-1, 0))):
             value = _ratio(before[key][above], before[key][below])
             if value is not None:
@@ -293,45 +290,38 @@ def _gradients(rows: list[dict[str, Any]], depth: int) -> str:
     if USUAL not in gradient or USUAL not in stream:
         return f"The usual GPT of {depth} blocks had no finite gradient before training."
     return (
-        f"Before training, the gradient at the first of {depth} blocks is {ends(gradient)} times that at the "
-        f"last; in the usual GPT {gradient[USUAL]:.2g} times. The stream after the last block is {ends(stream)} times "
-        f"that after the first; in the usual GPT {stream[USUAL]:.2g} times."
+        f"Before training, the gradient at the first of {depth} blocks is between {ends(gradient)} times the gradient "
+        f"at the last; in the usual GPT {gradient[USUAL]:.2g} times. The stream after the last block is between "
+        f"{ends(stream)} times the stream after the first; in the usual GPT {stream[USUAL]:.2g} times."
     )
 
 
-def _name(norm: str, residual: bool) -> str:
-    return f"{'no norm' if norm == 'none' else norm + '-norm'}, {'residual' if residual else 'no residual'}"
+def _norm(norm: str) -> str:
+    return "no norm" if norm == "none" else f"{norm}-norm"
 
 
-def _loss_text(loss: float | None) -> str:
-    return "not finite" if loss is None else f"loss {loss:.3f}"
+def _norm_and_residual(norm: str, residual: bool) -> str:
+    return f"{_norm(norm)}, {'residual' if residual else 'no residual'}"
 
+
+# ---- pictures ----
 
 COLOURS = {"none": "tab:red", "pre": "tab:blue", "post": "tab:green"}
 
 
-def _panels(rows: int, height: float, **shared: Any) -> tuple[Any, Any]:
-    return pyplot().subplots(
-        rows, len(INITIALISATIONS), figsize=(9, height), constrained_layout=True, squeeze=False, **shared
-    )
-
-
 def _draw_losses(results: dict[str, Any]) -> Any:
-    figure, axes = _panels(1, 3.2, sharey=True)
+    figure, axes = panels(9, 3.2, columns=len(INITIALISATIONS), sharey=True)
     depths = sorted({row["depth"] for row in results["rows"]})
     for panel, init in zip(axes[0], INITIALISATIONS, strict=True):
         panel.axhline(results["data"]["frequency_loss"], color="grey", lw=0.8, ls=":", label="frequencies only")
         for norm, residual in itertools.product(NORMS, (True, False)):
-            losses = [_find(results["rows"], depth, init, norm, residual)["loss"] for depth in depths]
+            losses = [_network(results["rows"], depth, (init, norm, residual))["loss"] for depth in depths]
             style = {"color": COLOURS[norm], "ls": "-" if residual else "--", "marker": "o", "ms": 3}
-            panel.plot(
-                range(len(depths)), [math.nan if v is None else v for v in losses], label=_name(norm, residual), **style
-            )
+            panel.plot(range(len(depths)), or_nan(losses), label=_norm_and_residual(norm, residual), **style)
         panel.set(title=init, xlabel="blocks")
         panel.set_xticks(range(len(depths)), [str(depth) for depth in depths])
-        panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("validation loss")
-    # A network with a huge loss must not press the others into a line: it is left out.
+    # With a network of a huge loss in the picture, all others would be one line.
     highest = results["data"]["frequency_loss"] + 0.2
     losses = [row["loss"] for row in results["rows"] if row["loss"] is not None]
     axes[0][0].set_ylim(min([*losses, highest]) - 0.1, highest)
@@ -340,17 +330,16 @@ def _draw_losses(results: dict[str, Any]) -> Any:
 
 
 def _draw_layers(rows: list[dict[str, Any]], depth: int) -> Any:
-    figure, axes = _panels(2, 5.2, sharex=True, sharey="row")
+    figure, axes = panels(9, 5.2, rows=2, columns=len(INITIALISATIONS), sharex=True, sharey="row")
     for column, init in enumerate(INITIALISATIONS):
         for norm, residual in itertools.product(NORMS, (True, False)):
-            row = _find(rows, depth, init, norm, residual)
+            row = _network(rows, depth, (init, norm, residual))
             style = {"color": COLOURS[norm], "ls": "-" if residual else "--"}
             for panel, key in zip(axes[:, column], ("activation", "gradient"), strict=True):
                 blocks = range(1, depth + 1)
-                panel.plot(blocks, _positive(row["before"][key]), label=_name(norm, residual), **style)
+                panel.plot(blocks, _positive(row["before"][key]), label=_norm_and_residual(norm, residual), **style)
                 panel.plot(blocks, _positive(row["after"][key]), ".", color=style["color"], ms=3, alpha=0.6)
                 panel.set(yscale="log", ylim=(1e-12, 1e6))
-                panel.grid(alpha=0.3)
         axes[0, column].set_title(init)
         axes[1, column].set_xlabel("block")
     axes[0, 0].set_ylabel("root mean square of the stream")

@@ -131,7 +131,7 @@ def test_what_depth_says_follows_the_numbers(reports):
     deepest = max(row["depth"] for row in found["rows"])
     for row in found["rows"]:
         row["loss"] = 1.0 if row["residual"] else 9.0
-    text = depth._counts(found, deepest)
+    text = depth._who_learned(found, deepest)
     assert "with residual connections 12 of 12, without 0 of 12" in text
     assert "no residual connections +8.000" in depth._one_change(found, deepest)
     found["repeats"] = [1.0, 1.5]
@@ -165,7 +165,7 @@ def test_batch_norm_is_torchs():
 def test_who_depends_on_its_neighbours(kind):
     model = normalisation.build(kind, SMALL, 0, [0.1])
     x = torch.randint(11, (4, 12), generator=torch.Generator().manual_seed(1))
-    training, inference = (normalisation.neighbours(model, x, train_mode=mode) for mode in (True, False))
+    training, inference = (normalisation.dependence_of(model, x, train_mode=mode) for mode in (True, False))
     assert inference == {"other_rows": 0.0, "future": 0.0}
     if kind == "layer norm":
         assert training == {"other_rows": 0.0, "future": 0.0}
@@ -177,8 +177,8 @@ def test_measuring_leaves_the_running_averages_alone():
     model = normalisation.build("batch norm", SMALL, 0, [0.1])
     before = copy.deepcopy(model.state_dict())
     x = torch.randint(11, (4, 12))
-    normalisation.loss(model, x, x, 2, train_mode=True)
-    normalisation.neighbours(model, x, train_mode=True)
+    normalisation.loss_in_mode(model, x, x, 2, train_mode=True)
+    normalisation.dependence_of(model, x, train_mode=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -186,11 +186,17 @@ def test_what_normalisation_says_follows_the_numbers(reports):
     found = results(reports, "normalisation")
     for row in found["dependence"]:
         row["future"] = 0.25 if row["norm"] == "layer norm" and row["mode"] == "eval" else 0.0
-    assert "its first half moved with layer norm in eval mode (0.25), and kept" in normalisation._dependence(found)
+    assert (
+        "its first half moved with layer norm in eval mode (0.25), and kept"
+        in normalisation._dependence_on_neighbours(found)
+    )
     found["coins"][0]["train"], found["coins"][1]["train"] = 0.69, 0.5
-    assert "with batch norm: the input of later positions" in normalisation._future(found)
+    assert (
+        "that chance allows with batch norm: the model read the input of later positions"
+        in normalisation._coin_flips_in_words(found)
+    )
     found["coins"][1]["train"] = 0.69
-    assert "None is below ln 2" in normalisation._future(found)
+    assert "None is below ln 2" in normalisation._coin_flips_in_words(found)
 
 
 # ---- parallelism ----
