@@ -1,13 +1,14 @@
 """Dropout masks inside a kernel: Philox-4x32-10 at (row, column), one call for four neighbouring columns.
 
-The definition, which every backend shares so that a mask can be rebuilt and tested bit by bit:
+Every backend draws masks by this definition, so that a mask can be rebuilt and tested bit by bit:
 
     key     = (low, high 32 bits of seed)
     counter = (column // 4, low, high 32 bits of row, 0)
     element (row, column) reads output word column % 4 as u, and is dropped when (u >> 1) < round(p * 2**31)
 
-Why four columns a call: ten rounds cost about eighty integer instructions, which would be more than the rest of an
-attention tile. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+One call serves four columns because its ten rounds take about eighty integer instructions; for each element of a tile
+that would be more than the rest of attention. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011.
 """
 
 import triton
@@ -15,7 +16,10 @@ import triton.language as tl
 
 
 def last_dropped(p: float) -> int:
-    """The largest 31-bit word that drops an element; -1 drops none. (The threshold itself may not fit 32 bits.)"""
+    """The largest 31-bit word that drops an element; -1 drops none.
+
+    Kernels compare with this instead of the threshold round(p * 2**31), which may be 2**31 and not fit an int32.
+    """
     return round(p * 2**31) - 1
 
 
@@ -33,6 +37,6 @@ def keep_tile(seed, first_row, first_column, last_dropped, N_ROWS: tl.constexpr,
     k1 = (w1 >> 1).to(tl.int32) > last_dropped
     k2 = (w2 >> 1).to(tl.int32) > last_dropped
     k3 = (w3 >> 1).to(tl.int32) > last_dropped
-    # join() adds an innermost axis, so pairing even with odd words last puts word 2a + b at position 2a + b.
+    # join() adds an innermost axis. The last join pairs words 0, 2 with 1, 3, so that word 2a + b gets position 2a + b.
     lanes = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # (rows, groups, 2, 2)
     return tl.reshape(lanes, (N_ROWS, N_COLUMNS))

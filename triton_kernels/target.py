@@ -1,4 +1,4 @@
-"""What the launchers ask of the machine they run on, and every undocumented name of Triton that the package uses."""
+"""What the launchers ask of the machine, and every undocumented name of Triton that these kernels use."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -11,9 +11,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# What lies below triton and triton.language has moved between releases. It is imported here alone, and each name is
-# listed with the oldest and the newest triton in which it was seen to do what is needed here: tests/ops/test_library.py
-# holds the list complete and says which one is gone.
+# Names below triton and triton.language have moved between releases, so only this file imports them. Each is listed
+# with the oldest and the newest release in which it was seen to work. tests/ops/test_library.py checks that the list is
+# complete, and says which name is gone.
 UNDOCUMENTED_NAMES = {
     "triton.backends.compiler.GPUTarget": ("3.6.0", "3.9.0"),
     "triton.compiler.ASTSource": ("3.6.0", "3.9.0"),
@@ -22,18 +22,18 @@ UNDOCUMENTED_NAMES = {
 }
 __all__ = ["ASTSource", "GPUTarget", "TensorDescriptor"]  # for the other files
 
-# Under TRITON_INTERPRET=1 triton.jit gives functions that run on CPU tensors; it is read when they are decorated.
+# Under TRITON_INTERPRET=1, triton.jit returns functions that run on CPU tensors. It reads the variable at decoration.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
-# Contracting a * b + c is what every result here was tested with; Triton's own default is about to change.
+# Compute a * b + c as one instruction. Every result was tested with this, and Triton's default is about to change.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
-# A CPU has no multiprocessors. Two make every persistent loop and every split of small test shapes run more than once.
+# The interpreter counts as two multiprocessors, so few that small test shapes run persistent loops more than once.
 _INTERPRETED_MULTIPROCESSORS = 2
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own costs microseconds on the host, and every launch needs a few."""
+    """a / b, rounded up. triton.cdiv takes microseconds on the host, and every launch needs several."""
     return -(-a // b)
 
 
@@ -52,17 +52,17 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 def architecture(tensor: Tensor) -> int:
-    """80, 90, 100, ...: the compute capability of the tensor's device. The interpreter takes the newest code path."""
+    """The compute capability of the tensor's device: 80, 90, 100, ... The interpreter counts as 90."""
     return 90 if INTERPRETING else _cuda_properties(tensor.device.index)[1]
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """A context in which the tensor's device is the current one, because Triton launches kernels on the current one."""
     if INTERPRETING or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def float32_precision() -> str:
-    """How a dot of float32 runs: as float32, unless the user allowed TF32 for matrix products."""
+    """How float32 tiles are multiplied: in float32 ("ieee"), unless the user has allowed TF32 for matrix products."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
