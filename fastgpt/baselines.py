@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import MAX_HEAD_SIZE, ConfigError, GPTConfig
-from .model import GPT, LanguageModel
+from .language_model import LanguageModel
+from .model import GPT
 from .modules import embed
 from .ops.dropout import dropout
 

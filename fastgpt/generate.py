@@ -1,9 +1,9 @@
 """Sampling, one token at a time, with a cache of keys and values.
 
-While the sequence fits `block_size`, a step computes one new token against the cache. Past it the context is the last
-`block_size` tokens, as in the lecture: every token's position then moves by one each step, learned position
-embeddings change with it, and so does everything in the cache; the window is computed afresh. A recurrent model's
-cache is its state, which no length of text outgrows.
+While the sequence fits `block_size`, a step computes one new token against the cache. Beyond that the context is the
+last `block_size` tokens, as in the lecture: each step moves every token one position down, which changes its learned
+position embedding and all that was computed from it, so each step computes the whole window again. A recurrent model's
+cache is its state, which has the same size for a text of any length.
 """
 
 from __future__ import annotations
@@ -11,16 +11,45 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .model import LanguageModel
+from .config import GPTConfig
 
-# Between these a temperature and its reciprocal are normal float32 numbers: what a GPU may divide by.
+# Between these a temperature and its reciprocal are normal float32 numbers; a GPU may take smaller ones for zero.
 COLDEST, HOTTEST = 2.0**-126, 2.0**126
+
+
+class Model(Protocol):
+    """What sampling asks of a model. `language_model.LanguageModel` has it, and so may a model of your own."""
+
+    training: bool  # whether dropout is on; `eval` and `train` switch it, as in torch.nn.Module
+
+    @property
+    def cfg(self) -> GPTConfig:
+        """Its settings. Read: is_causal, without which a model cannot continue a text."""
+
+    @property
+    def context_size(self) -> int | None:
+        """How many tokens back the model sees; None for one without a limit."""
+
+    def eval(self) -> Any: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def new_cache(self, batch_size: int) -> Any:
+        """An empty cache for `batch_size` sequences, whose `length` counts the tokens in it; None where there is none.
+
+        Asked once, before the first token, and only while the sequence is shorter than `context_size`.
+        """
+
+    def next_logits(self, idx: Tensor, cache: Any = None) -> Tensor:
+        """idx (B, T) int64 or int32 -> (B, V) floating point: the logits of the token after idx.
+
+        With a cache, idx are the tokens after those in it, and are added to it.
+        """
 
 
 def next_token(
@@ -39,36 +68,37 @@ def next_token(
 def _draw(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """(token ids (B, 1), largest logits (B, 1)). Where a row's largest logit is not finite, its token means nothing."""
+    """logits (B, V) -> (token ids (B, 1), largest logits (B, 1)). A token is valid if that logit is finite."""
     largest, likeliest = logits.max(-1, keepdim=True)  # the first of those that are equal
     if temperature < COLDEST:
         return likeliest, largest
     logits, largest = (t if t.dtype == torch.float64 else t.float() for t in (logits, largest))
-    scaled = (logits - largest) / min(temperature, HOTTEST)  # at most 0, so that nothing overflows
+    scaled = (logits - largest) / min(temperature, HOTTEST)  # (B, V), at most 0, so that nothing overflows
     if top_k is not None and top_k < logits.shape[-1]:
         scaled = scaled.masked_fill(~_largest(logits, top_k), -torch.inf)
     probs = torch.softmax(scaled, dim=-1)
     if top_p is not None and top_p < 1.0:
-        order = logits.argsort(descending=True, stable=True)  # not of probs: a high temperature makes them equal
+        order = logits.argsort(descending=True, stable=True)  # not of probs, which a high temperature makes equal
         ordered = probs.gather(-1, order)
-        left_out = ordered.cumsum(-1) - ordered >= top_p  # by the mass of the tokens ahead
+        left_out = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it have the mass already
         left_out[:, 0] = False
         probs = torch.zeros_like(probs).scatter_(-1, order, ordered.masked_fill(left_out, 0.0))
-    # One draw of torch.multinomial, to the bit, without its checks, for which a GPU would be waited for. An exponential
-    # of rate p is E / p with E of rate 1, and the token with the smallest one is token i with probability p_i.
-    waiting = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=COLDEST)  # 0 / 0 would win
+    # The same bits as a draw of torch.multinomial, without its checks, which would wait for a GPU. Each token gets a
+    # waiting time, exponential with rate p_i, which is E / p_i with E of rate 1: token i is the first with probability
+    # p_i. The bound keeps E above 0, because argmax would take 0 / 0.
+    waiting = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=COLDEST)
     return (probs / waiting).argmax(-1, keepdim=True), largest
 
 
 def _largest(logits: Tensor, k: int) -> Tensor:
-    """Which are the k largest of each row (B, V): exactly k, of equal ones the first."""
+    """A mask (B, V) of the k largest logits of each row: exactly k, of equal ones the first."""
     smallest = logits.topk(k).values[:, -1:]
     above, equal = logits > smallest, logits == smallest
     return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 def _check_finite(largest: Tensor, what: str) -> None:
-    """`largest` (B, 1) tells of whole rows: it is nan or inf where one logit is, and -inf where all are."""
+    """Raise ValueError if a row's maximum in `largest` (B, 1) is nan or inf (one logit is) or -inf (all are)."""
     for row, value in enumerate(largest.flatten().tolist()):
         if not math.isfinite(value):
             kind = "all are -inf" if value < 0 else f"one is {value}"
@@ -86,7 +116,7 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    """`value` as a float, nan if it is no real number: of Python, NumPy or a tensor of one number."""
+    """`value`, a real number of Python or NumPy or a tensor of one number, as a float; nan for anything else."""
     if _is_bool(value) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         return math.nan
     try:
@@ -100,9 +130,9 @@ def _is_bool(value: Any) -> bool:
 
 
 def _checked(
-    model: LanguageModel, idx: Tensor, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any
+    model: Model, idx: Tensor, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any
 ) -> tuple[int, float, int | None, float | None]:
-    """The four settings as plain numbers. Raises ValueError naming the argument that cannot be used."""
+    """max_new_tokens, temperature, top_k and top_p as Python's numbers. Raises ValueError naming the wrong argument."""
     if not isinstance(idx, Tensor) or idx.ndim != 2 or idx.dtype not in (torch.int64, torch.int32):
         raise ValueError("idx: expected token ids of shape (B, T), int64")
     if idx.shape[1] == 0:
@@ -121,7 +151,7 @@ def _checked(
 
 
 def stream(
-    model: LanguageModel,
+    model: Model,
     idx: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -130,31 +160,35 @@ def stream(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Yield each next token (B, 1) that continues idx (B, T).
+    """Yield each next token (B, 1) that continues idx (B, T), int64 or int32, in the dtype of idx.
 
-    temperature: divides the logits; 0, or anything below 2**-126, is greedy. top_k: sample among the k likeliest.
-    top_p: among the fewest whose mass reaches p (Holtzman et al. 2020). Of equally likely tokens all three take those
-    of the lowest ids. generator: makes it repeatable. use_cache=False recomputes the whole context each step, to
-    compare with. The model is put into eval mode for the time, and its mode restored.
+    temperature: divides the logits; 0, or anything below 2**-126, takes the likeliest token. top_k: sample among the k
+    likeliest tokens. top_p: sample among the fewest whose probabilities sum to p (Holtzman et al. 2020). Of equally
+    likely tokens all three take those with the lowest ids. generator: a random generator on the device of idx, which
+    makes the sample repeatable. use_cache=False computes the whole context at each step, to compare with.
+    The model is in evaluation mode while a token is computed, and in its own mode again when it is yielded.
 
-    Raises ValueError naming the argument, and for logits that are not finite (-inf is, for some of a row's tokens). On
-    a GPU the second kind surfaces one token late, so that no token is waited for.
+    Raises ValueError naming the argument at the call, and, while sampling, for logits of which one is nan or inf or
+    all of a row are -inf. On a GPU that error comes one token late, so that the next step need not wait for the check.
     """
     settings = _checked(model, idx, max_new_tokens, temperature, top_k, top_p)
     return _stream(model, idx, *settings, generator, use_cache)
 
 
-def stream_names(model: LanguageModel, idx: Tensor, max_new_tokens: int, boundary: int, **options) -> Iterator[Tensor]:
-    """`stream` for a model of names: idx (1, T) begins with the start token, and after each end token it starts anew.
+def stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, **options: Any) -> Iterator[Tensor]:
+    """`stream` for a model of names. idx (1, T) begins with the token `boundary`, which starts and ends every name.
 
-    So no name is context of the next one, as in training. options: temperature, top_k, top_p and generator of `stream`.
+    After each end the context is that token alone, so that no name is context of the next, as in training.
+    options: temperature, top_k, top_p and generator of `stream`.
     """
     settings = options.get("temperature", 1.0), options.get("top_k"), options.get("top_p")
     n, *_ = _checked(model, idx, max_new_tokens, *settings)
     return _stream_names(model, idx, n, boundary, options)
 
 
-def _stream_names(model, idx, max_new_tokens, boundary, options):
+def _stream_names(
+    model: Model, idx: Tensor, max_new_tokens: int, boundary: int, options: dict[str, Any]
+) -> Iterator[Tensor]:
     while max_new_tokens > 0:
         for token in stream(model, idx, max_new_tokens, **options):
             max_new_tokens -= 1
@@ -164,16 +198,25 @@ def _stream_names(model, idx, max_new_tokens, boundary, options):
                 break
 
 
-def _stream(model, idx, max_new_tokens, temperature, top_k, top_p, generator, use_cache):
+def _stream(
+    model: Model,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+    use_cache: bool,
+) -> Iterator[Tensor]:
     was_training = model.training
     limit = model.context_size
     context = idx if limit is None else idx[:, -limit:]
     cache = None
-    late = 0 if idx.is_cpu else 1  # on a GPU a token's check is read when the next one has been launched
+    late = 0 if idx.is_cpu else 1  # on a GPU a token is checked once the next one's kernels have been launched
     unread: list[tuple[Tensor, str]] = []
     try:
         for position in range(idx.shape[1], idx.shape[1] + max_new_tokens):
-            if model.training:  # asked here, not once: the caller may train between two tokens of a generator
+            if model.training:  # asked at each token: the caller may train the model between two of them
                 model.eval()
             with torch.no_grad():
                 if use_cache and cache is None and (limit is None or context.shape[1] < limit):

@@ -1,10 +1,10 @@
-"""How the model runs its modules: by our ops on their tensors where that is the same as calling them, else by calling.
+"""How the model runs its modules: with FastGPT's ops on their tensors where that gives the same, else by calling them.
 
-The model's parts are PyTorch's own: torch.nn.Linear, LayerNorm and Embedding. Users wrap them, hook them, parametrise,
-prune, quantise and shard them, and tools find them by their types. A fused op wants a module's tensors and not its
-result, and reading them past the call is right only while the call would do nothing but compute with them. `why_called`
-is the one place that decides this; where it finds a reason, the module is called, and what then is not fused is said
-once.
+The model's parts are PyTorch's own: torch.nn.Linear, LayerNorm and Embedding. Users wrap, hook, parametrise, prune,
+quantise and shard them, and tools find them by their types. A fused op needs a module's tensors instead of its result.
+Taking the tensors without calling the module is right only where the call would do nothing but compute with them.
+`why_called` decides this, here alone; where it finds a reason to call the module, the module is called, and a warning
+says once what is not fused.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .ops.dropout import dropout
 from .ops.library import hooks_of, no_parameter
 from .ops.linear import linear as few_rows
 
-# As PyTorch defines them: some tools replace the forward of a class.
+# Kept as PyTorch defines them, because some tools replace the forward of a class.
 _LINEAR, _EMBEDDING, _LAYER_NORM = nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward
 
 _said: set[str] = set()
 
 
 def why_called(module: nn.Module, forward: Callable[..., Any], *tensors: str) -> str | None:
-    """None where calling `module` is `forward` on the parameters named `tensors` and nothing else; else why it is not.
+    """None where calling `module` is `forward` with the parameters named `tensors` and nothing more; else the reason.
 
-    Asked some thirty times a token in generation, so it costs less than a call of the module does.
+    Generation asks this some thirty times a token, so it has to cost less than a call of the module.
     """
     if type(module).forward is not forward or "forward" in module.__dict__:
         return f"its forward is {_name(module.forward)}"
@@ -42,7 +42,28 @@ def why_called(module: nn.Module, forward: Callable[..., Any], *tensors: str) ->
     return reason
 
 
-def describe(module: nn.Module | None) -> str:
+def check_unchanged(model: nn.Module, plain: nn.Module) -> None:
+    """Raise ValueError where `model` has other parameters or modules than `plain`, a new model with its settings.
+
+    A saved folder holds settings and tensors only: a model that was changed would be another one when it is read.
+    """
+    remedy = "undo what was changed in it before it is saved (merge adapters, remove parametrizations), or save its "
+    remedy += "state_dict()"
+    for names, names_expected in (
+        (dict(model.named_parameters()).keys(), dict(plain.named_parameters()).keys()),  # of tied ones the first
+        (model.state_dict().keys(), plain.state_dict().keys()),
+    ):
+        for name in sorted(names ^ names_expected):
+            what = "is not part of" if name in names else "is missing in this model, and part of"
+            raise ValueError(f"model: parameter {name} {what} a GPT with its configuration; {remedy}")
+    parts = dict(plain.named_modules())
+    for name, module in model.named_modules():
+        found, expected = _describe(module), _describe(parts.get(name))
+        if name and found != expected:
+            raise ValueError(f"model: {name} is {found}, and in a GPT with its configuration {expected}; {remedy}")
+
+
+def _describe(module: nn.Module | None) -> str:
     """Its type and options, without the modules in it."""
     return "nothing" if module is None else f"{type(module).__name__}({module.extra_repr()})"
 
@@ -87,7 +108,7 @@ def add_norm(module: Any, x: Tensor, branch: Tensor, dropout_p: float) -> tuple[
 def _why_norm_called(module: Any) -> str | None:
     reason = why_called(module, _LAYER_NORM, "weight", "bias")
     if reason is None and (module.weight is None or len(module.normalized_shape) != 1):
-        return f"it is {describe(module)}"
+        return f"it is {_describe(module)}"
     return reason
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..model import LanguageModel
+from ..language_model import LanguageModel
 from ..report import pyplot
 from .attention import SMALL
 from .experiment import StudyError, at_least, label, load_run, trained_model

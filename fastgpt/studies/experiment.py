@@ -16,8 +16,9 @@ from torch import Tensor
 from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
 from ..data.layouts import evaluation_blocks, random_batch
+from ..language_model import LanguageModel
 from ..machine import facts, resolve_device, short_commit
-from ..model import GPT, LanguageModel
+from ..model import GPT
 from ..tokenizer import BPETokenizer, Tokenizer
 from ..training.runs import load_model
 from ..training.step import Precision, learning_rate, make_optimizer, mean_loss, training_step

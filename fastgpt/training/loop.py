@@ -29,8 +29,8 @@ from ..config import TrainConfig
 from ..data.corpus import Corpus
 from ..data.prefetch import Prefetcher
 from ..files import link_or_copy
+from ..language_model import LanguageModel
 from ..machine import resolve_device
-from ..model import LanguageModel
 from . import TrainingError
 from .run_folder import RunFolder, plot_loss
 from .step import Batch, Precision, count_targets, learning_rate, make_optimizer, mean_loss, training_step

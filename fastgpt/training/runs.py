@@ -15,7 +15,7 @@ from ..baselines import build_model, model_class
 from ..checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_parameters
 from ..config import GPTConfig, TrainConfig, from_dict
 from ..data.corpus import Corpus
-from ..model import LanguageModel
+from ..language_model import LanguageModel
 from ..tokenizer import Tokenizer, tokenizer_from_json
 from .loop import Trainer
 from .run_folder import RunFolder

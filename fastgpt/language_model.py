@@ -1,0 +1,145 @@
+"""What the trainer, the sampler and a checkpoint ask of a model: the interface of the GPT and of the baselines."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import GPTConfig
+from .generate import stream
+from .modules import head_loss, linear, say_once, why_called
+
+
+class LanguageModel(nn.Module):
+    """A model of the next token: `lm_head` reads the logits off `hidden`. A subclass gives these two.
+
+    Token ids are (B, T), int64 or int32; logits are (B, T, V) in the dtype of the parameters. A wrong argument raises a
+    TypeError, ValueError or IndexError that names it: `idx` or `targets`, or `tokens` where a token id has the wrong
+    dtype or is outside the vocabulary.
+    """
+
+    kind: ClassVar[str]  # its name in `baselines.MODELS`, on the command line and in a checkpoint
+    cfg: GPTConfig
+    lm_head: Any  # a linear; in a bigram torch.nn.Identity
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        if not isinstance(cfg, GPTConfig):
+            raise TypeError(f"cfg: expected a GPTConfig, got {type(cfg).__name__}")
+        self.cfg = cfg
+
+    @property
+    def context_size(self) -> int | None:
+        """How many tokens back the model sees; None for one without a limit."""
+        return self.cfg.block_size
+
+    def hidden(self, idx: Tensor, cache: Any = None) -> Tensor:
+        """idx (B, T) -> (B, T, C): what the head reads. With a cache, idx are the tokens after those in it."""
+        raise NotImplementedError
+
+    def new_cache(self, batch_size: int) -> Any:
+        """An empty cache for the generation of `batch_size` sequences; its `length` counts the tokens in it.
+
+        None for a model without one, and for a model that has to be called as a whole (see `loss`), which takes none.
+        """
+        cache, reason = self._empty_cache(batch_size), why_called(self, LanguageModel.forward)
+        if cache is None or reason is None:
+            return cache
+        say_once("the model is called for each new token on all the tokens before it, without a cache", reason)
+        return None
+
+    def _empty_cache(self, batch_size: int) -> Any:
+        return None
+
+    def next_logits(self, idx: Tensor, cache: Any = None) -> Tensor:
+        """idx (B, T) -> (B, V): the logits of the next token. With a cache, idx are the tokens after those in it."""
+        if cache is None and why_called(self, LanguageModel.forward):
+            return self(idx)[0][:, -1]
+        return linear(self.lm_head, self.hidden(idx, cache)[:, -1])
+
+    @contextlib.contextmanager
+    def _kept_tied(self) -> Iterator[None]:
+        """Keep a head whose weight is the token embedding's tied to it while parameters are replaced by new ones.
+
+        A file holds a shared tensor once, so perhaps only one of the two is replaced: the other one then takes it.
+        """
+        head, embedding = self.lm_head, getattr(self, "token_embedding", None)
+        weight = getattr(head, "weight", None)
+        tied = weight is not None and weight is getattr(embedding, "weight", None)
+        yield
+        if tied:
+            new, old = (embedding, head) if head.weight is weight else (head, embedding)
+            cast(Any, old).weight = cast(Any, new).weight
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """That of torch.nn.Module, but tied weights stay one parameter, with assign=True, too."""
+        with self._kept_tied():
+            return super().load_state_dict(*args, **options)
+
+    def to_empty(self, **options: Any) -> Any:
+        """That of torch.nn.Module, but tied weights stay one parameter."""
+        with self._kept_tied():
+            return super().to_empty(**options)
+
+    def num_parameters(self) -> int:
+        """Number of parameters, shared ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _check_idx(self, idx: Tensor) -> None:
+        if not isinstance(idx, Tensor):
+            raise TypeError(f"idx: expected a tensor, got {type(idx).__name__}")
+        if idx.ndim != 2:
+            raise ValueError(f"idx: expected shape (B, T), got {tuple(idx.shape)}")
+
+    def _check_fits(self, n_tokens: int) -> None:
+        if n_tokens > self.cfg.block_size:
+            raise ValueError(f"idx: {n_tokens} tokens do not fit block_size={self.cfg.block_size}; crop the context")
+
+    def _check_targets(self, idx: Tensor, targets: Tensor) -> None:
+        if not isinstance(targets, Tensor) or targets.shape != idx.shape:
+            got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+            raise ValueError(f"targets: expected the shape of idx {tuple(idx.shape)}, got {got}")
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T) -> (logits (B, T, V), loss). The loss is None without targets.
+
+        With targets (B, T) it is the mean cross-entropy in nats per token; targets of -100 do not count.
+        """
+        if targets is not None:
+            self._check_targets(idx, targets)
+        logits = linear(self.lm_head, self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, ops.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The loss of `forward`, without the (B * T, V) logits in memory all at once.
+
+        A model with hooks, or with a forward that was replaced, is called instead, and its second result is the loss.
+        """
+        reason = why_called(self, LanguageModel.forward)
+        if reason is not None:
+            say_once("the model is called for its loss, and the logits of all tokens are held at once", reason)
+            return self(idx, targets)[1]
+        self._check_targets(idx, targets)
+        return head_loss(self.lm_head, self.hidden(idx), targets)
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue idx (B, T) by `max_new_tokens` tokens: (B, T + max_new_tokens), in the dtype of idx.
+
+        See `fastgpt.generate.stream` for what the settings do.
+        """
+        return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)

@@ -1,0 +1,175 @@
+"""A model's folder, config.json and model.safetensors, in FastGPT's format or in Hugging Face's of GPT-2.
+
+The model lies above this file: `write` takes its settings and tensors, and `read` gives those to make one from. Besides
+the two formats `read` takes Hugging Face's folders with weights in several files, and the folder of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import huggingface
+from .checkpoint import Checkpoint, CheckpointError, check_same, find_checkpoint, read_tensors, write_tensors
+from .config import ConfigError, GPTConfig, from_dict
+from .files import atomic_path, expand_path
+
+
+def write(cfg: GPTConfig, parameters: Mapping[str, Tensor], directory: str | Path, format: str) -> None:
+    """Write the GPT with the settings `cfg` and these parameters. format: "fastgpt" or "huggingface".
+
+    Raises ValueError for another format, or for settings that the format cannot express, before anything is written.
+    """
+    if format == "fastgpt":
+        config, tensors = {"model_type": "fastgpt", **dataclasses.asdict(cfg)}, dict(parameters)
+    elif format == "huggingface":
+        config, tensors = huggingface.gpt2_config(cfg), huggingface.gpt2_tensors(cfg, parameters)
+    else:
+        raise ValueError(f"format: expected 'fastgpt' or 'huggingface', got {format!r}")
+    folder = expand_path(directory)
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    with atomic_path(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read(
+    directory: str | Path, changes: dict[str, Any], expected: Callable[[GPTConfig], Mapping[str, Tensor]]
+) -> tuple[GPTConfig, dict[str, Tensor], Path]:
+    """The settings of the model in `directory`, with `changes` made to them, its tensors by name, and their file.
+
+    `expected(cfg)` are the tensors of a GPT with these settings, on the meta device: a config.json that does not fit
+    the tensors is found before memory is taken. Raises CheckpointError naming the file and the field or tensor.
+    """
+    folder = expand_path(directory)
+    config_path = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; only folders on this machine are read, nothing is downloaded")
+    if not config_path.exists() and (folder / "checkpoint").is_dir():
+        return _read_run(find_checkpoint(folder), changes)
+    if not config_path.exists():
+        raise CheckpointError(
+            f"{folder}: holds neither a model's config.json nor a run's checkpoint/; name the folder of one model"
+        )
+    config = _read_json(config_path)
+    if _kind_of(config, config_path) == "gpt2":
+        return _read_gpt2(config, config_path, changes, expected)
+    with _naming(config_path):
+        cfg: GPTConfig = from_dict(GPTConfig, {**config, **changes})
+    tensors, source = _read_weights(folder)
+    check_same(source, "model", tensors, expected(cfg))
+    return cfg, tensors, source
+
+
+def _read_gpt2(
+    config: dict[str, Any],
+    path: Path,
+    changes: dict[str, Any],
+    expected: Callable[[GPTConfig], Mapping[str, Tensor]],
+) -> tuple[GPTConfig, dict[str, Tensor], Path]:
+    with _naming(path):
+        theirs = huggingface.GPT2Config.from_json(config)
+        cfg: GPTConfig = from_dict(GPTConfig, {**theirs.settings(), **changes})
+    if "dropout" not in changes and not theirs.has_one_dropout:
+        _warn(
+            f"{path}: resid_pdrop, embd_pdrop and attn_pdrop differ, and FastGPT's GPT has one dropout: it is "
+            f"{theirs.resid_pdrop}, the first; from_pretrained(..., dropout=...) sets another"
+        )
+    tensors, source = _read_weights(path.parent)
+    tensors = huggingface.without_prefix(tensors)
+    if "tie_weights" not in changes:
+        tied = huggingface.is_tied(theirs.tie_word_embeddings, tensors)
+        if theirs.tie_word_embeddings and not tied:
+            _warn(
+                f"{source}: lm_head.weight differs from the token embedding, so they are not tied, although "
+                f"config.json says so; 'tie_word_embeddings': false there ends this warning"
+            )
+        cfg = dataclasses.replace(cfg, tie_weights=tied)
+    wanted = expected(cfg)
+    with _naming(source):
+        tensors = huggingface.fastgpt_tensors(tensors, wanted, cfg.tie_weights)
+    check_same(source, "model", tensors, wanted)
+    return cfg, tensors, source
+
+
+def _read_run(path: Path, changes: dict[str, Any]) -> tuple[GPTConfig, dict[str, Tensor], Path]:
+    saved = Checkpoint.load(path)
+    if saved.model != "gpt":
+        raise CheckpointError(f"{path}: field 'model' is {saved.model!r}, not 'gpt'; fastgpt sample takes every model")
+    return from_dict(GPTConfig, {**saved.model_config, **changes}), saved.part("model"), path
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in which file a setting or tensor is wrong."""
+    try:
+        yield
+    except (ConfigError, huggingface.ConversionError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=5)  # who called GPT.from_pretrained
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # without the byte order mark that some editors write
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+
+
+def _kind_of(config: Any, path: Path) -> str:
+    """The format, taken out of `config`: fastgpt, or gpt2, which the first uploads did not say."""
+    kind = config.pop("model_type", None) if isinstance(config, dict) else None
+    if kind is None and isinstance(config, dict) and {"n_positions", "n_head"} <= config.keys():
+        return "gpt2"
+    if kind not in ("fastgpt", "gpt2"):
+        raise CheckpointError(f"{path}: field 'model_type' is {kind!r}, expected 'fastgpt' or 'gpt2'")
+    return kind
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of a folder, and the file to name where one of them is wrong."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return read_tensors(single)[0], single
+    if index.is_file():
+        return _read_shards(index), index
+    for pickled in sorted(folder.glob("pytorch_model*.bin")):
+        place = json.dumps(str(folder), ensure_ascii=False)
+        code = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained({place}).save_pretrained({place})"
+        raise CheckpointError(
+            f"{pickled}: is a pickle, which can run code when it is loaded, and is not read; convert it with: "
+            f"python -c {shlex.quote(code)}"
+        )
+    raise CheckpointError(f"{single}: no such file")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of a model in several files: the index has the file of each tensor, all in its own folder."""
+    listed = _read_json(index)
+    file_of = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(file_of, dict) or not file_of:
+        raise CheckpointError(f"{index}: field 'weight_map' is missing; expected the file of each tensor")
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name, file in file_of.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
+            raise CheckpointError(
+                f"{index}: tensor {name} is in {file!r}, expected a *.safetensors file of this folder"
+            )
+        if file not in shards:
+            shards[file] = read_tensors(index.with_name(file))[0]
+        if name not in shards[file]:
+            raise CheckpointError(f"{index.with_name(file)}: tensor {name} is missing")
+    return {name: shards[file][name] for name, file in file_of.items()}
