@@ -20,6 +20,7 @@ from typing import Any, get_origin, get_type_hints
 from .config import (
     BACKENDS,
     PRESETS,
+    SOURCES,
     ConfigError,
     GPTConfig,
     TrainConfig,
@@ -278,7 +279,7 @@ def _check_backend(name: str) -> None:
         )
 
 
-_NO_PATHS = ("shakespeare", "tinyshakespeare", "names", "char", "bpe")  # values of --data and --tokenizer
+_NO_PATHS = (*SOURCES, "char", "bpe")  # values of --data and --tokenizer
 
 
 def _absolute(path: str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
 NORMS = ("pre", "post", "none")
-LAYOUTS = ("blocks", "windows", "names")
+LAYOUTS = ("blocks", "windows", "names")  # data.layouts has a class for each
+SOURCES = ("shakespeare", "tinyshakespeare", "names")  # texts with a name; data.sources reads each
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
 BACKENDS = ("torch", "triton", "native")  # of the ops; here, because ops.backend imports PyTorch
 MAX_HEAD_SIZE = 256  # of ops.attention, on every backend
