@@ -1,6 +1,6 @@
 // fastgpt._C: the CPU implementations of the ops that Python has defined, and which instructions they use.
 //
-// On libtorch's stable ABI: one build serves every torch from 2.11 on.
+// It uses libtorch's stable ABI only, so that one build works with every torch from 2.11 on.
 #include <Python.h>
 
 #include "cross_entropy.h"
@@ -50,7 +50,7 @@ static PyObject* cpu_maker(PyObject*, PyObject*) { return PyUnicode_FromString(f
 
 static PyMethodDef methods[] = {
     {"cpu_maker", cpu_maker, METH_NOARGS, "The maker of the processor: 'amd', 'intel' or 'other'."},
-    {"stream_threshold", stream_threshold, METH_NOARGS, "Bytes from which on a result is stored round the caches."},
+    {"stream_threshold", stream_threshold, METH_NOARGS, "Results of more bytes than this are written past the caches."},
     {"set_stream_threshold", set_stream_threshold, METH_O, "Set that number of bytes, for tests and comparisons."},
     {"instruction_set", instruction_set, METH_NOARGS, "Which vector instructions the kernels use."},
     {"use_instruction_set", use_instruction_set, METH_O,

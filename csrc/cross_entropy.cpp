@@ -6,9 +6,9 @@
 namespace fastgpt {
 namespace {
 
-constexpr int64_t VALUES_PER_TASK = 16384;  // about 10 us of work: below, waking a thread costs more than it brings
+constexpr int64_t VALUES_PER_TASK = 16384;  // about 10 us of work; for less, waking a thread takes longer than it saves
 
-// The rows of a call, as the kernels take them; keeps alive what it points into.
+// The rows of a call in the form that the kernels take, and the tensors that they point into.
 struct Call {
   Tensor logits, targets;
   std::optional<Tensor> weight;
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
   call.run();
   if (reduction == NONE) return {loss, saved};
 
-  // Four sums, so that an addition need not wait for the last; always the same ones, for any number of threads.
+  // Four sums, so that an addition does not wait for the one before. They do not depend on the number of threads.
   double sums[4] = {};
   const float* loss_of = call.rows.loss;
   int64_t i = 0;
@@ -140,7 +140,7 @@ Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& r
   call.rows.loss = losses.mutable_data_ptr<float>();
   call.rows.row_scale = row_scale.const_data_ptr<float>();
   call.rows.row_scale_stride = 1;
-  if (with_grad) {  // in place, and left in the caches for the products that follow
+  if (with_grad) {  // in place; the gradient stays in the caches, where the products that follow read it
     call.rows.gradient = logits.mutable_data_ptr();
     call.rows.gradient_stride = call.rows.classes;
   }

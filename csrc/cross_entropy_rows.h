@@ -1,10 +1,10 @@
 // Cross-entropy, row by row: the loss, and the logits' gradient, from one read and one write of main memory.
 //
-// A row's log of the sum of exp is taken in blocks that stay in the first-level cache: the block's maximum, then its
-// sum of exp(x - maximum), then both are merged into the row's (online softmax, Milakov and Gimelshein 2018). One exp
-// per value, whatever the order of the values. The gradient then reads the row again, from the second-level cache.
-// Taking exp a second time is cheaper than keeping it: writing a row, reading it back and scaling it costs the third
-// pass over memory.
+// The log of the sum of exp of a row is computed in blocks that stay in the first-level cache: first the maximum of a
+// block, then its sum of exp(x - maximum), then both are merged into those of the row (online softmax, Milakov and
+// Gimelshein 2018). This takes one exp for each value, in whatever order the values come. The gradient then reads the
+// row again, from the second-level cache, and computes exp a second time. To keep the first exp instead, a row would
+// have to be written, read back and scaled, and this third pass over memory takes longer.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,7 @@ Statistics row_statistics(const T* x, int64_t n) {
     const int64_t whole = size / LANES * LANES;
     const Vec tail = whole < size ? load_tail(block, size, -INFINITY) : splat(-INFINITY);
 
-    Vec max0 = tail, max1 = tail;  // two chains: the processor runs them side by side
+    Vec max0 = tail, max1 = tail;  // two chains, which the processor runs at the same time
     int64_t i = 0;
     for (; i + 2 * LANES <= whole; i += 2 * LANES) {
       max0 = larger(load(block + i), max0);
@@ -44,7 +44,7 @@ Statistics row_statistics(const T* x, int64_t n) {
       if (start > 0) row_sum *= std::exp(row_max - block_max);
       row_max = block_max;
     }
-    // Only -inf so far: exp(-inf - -inf) would be NaN here, and the row may still hold finite values.
+    // If all values so far are -inf, exp(-inf - -inf) would be NaN, although finite values may follow.
     const Vec shift = splat(row_max == -INFINITY ? 0.0f : row_max);
 
     Vec sum0 = whole < size ? exp(tail - shift) : Vec{};
@@ -56,7 +56,7 @@ Statistics row_statistics(const T* x, int64_t n) {
     if (i < whole) sum0 += exp(load(block + i) - shift);
     row_sum += sum_lanes(sum0 + sum1);
   }
-  // All -inf: NaN, as softmax's 0 / 0 is.
+  // The result of a row of -inf alone is NaN, because its softmax is 0 / 0.
   return {row_max, row_max == -INFINITY ? row_sum + NAN : std::log(row_sum)};
 }
 
@@ -95,8 +95,8 @@ void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale
     store_some(out, n, g);
     return;
   }
-  // First and last vector overlap their neighbours, which hold the same values; both are read before anything is
-  // written, so that this holds in place as well.
+  // The first and the last vector overlap their neighbours and write the same values. Both are read before anything is
+  // written, so that they do so in place, too.
   const Vec first = gradient(load(x), 0);
   const Vec last = gradient(load(x + n - LANES), n - LANES);
   int64_t i = 0;
@@ -111,12 +111,12 @@ void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale
   store(out + n - LANES, last);
 }
 
-// Short rows of float32 without smoothing, LANES of them at a time, all in the first-level cache. What a row needs once
-// (a maximum, a sum, a log, the target's entry) is one vector operation for all of them. So is each of the last
-// n % LANES columns where they are few; where they are many, a row's last vector overlaps the one before. The exp values
-// are kept in the gradient's place, one exp per value, and scaled there. (In 16 bits they would be rounded twice.) The
-// gradient may be the logits. WHOLE: the columns in whole vectors where they are known beforehand, so that the loops over
-// them have a constant length; 0 where not.
+// Short rows of float32 without smoothing: LANES rows at a time, all of which stay in the first-level cache. What each
+// row needs once (a maximum, a sum, a log, the entry of the target) is computed for all of them by one vector operation.
+// The last n % LANES columns, where they are few, are computed in the same way, a column at a time; where they are many,
+// the last vector of a row overlaps the one before. The values of exp are stored in the memory of the gradient and scaled
+// there, so that each is computed once. (In 16 bits they would be rounded twice.) The gradient may be the logits. WHOLE
+// is the number of columns in whole vectors where the caller knows it, so that the loops have a constant length; else 0.
 template <bool WITH_GRADIENT, int64_t WHOLE>
 void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const Exp exp;
@@ -188,7 +188,8 @@ void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
     const Vec factors = load(scale) / row_sum;
     store(factor, factors);
     for (int j = 0; j < tail; ++j) store(columns[j], load(columns[j]) * factors);
-    // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
+    // The target's entry is computed again, in one expression: where p is near 1, rounding p before 1 is subtracted
+    // would lose digits.
     store(at_target, exp(log_p) * load(scale) - load(scale));
     for (int r = 0; r < count; ++r) {
       float* out = gradient + r * a.gradient_stride;
@@ -244,13 +245,14 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
     const float log_p = (x_target - row.max) - row.log_sum;
     if (a.loss) a.loss[i] = smooths ? smooth_each * smoothing_loss(x, n, row, a.class_weight) - weight * log_p : -weight * log_p;
     if (!out) continue;
-    // Without smoothing its terms are not 0 times something: a class weight may be infinite.
+    // Without smoothing, its terms are left out instead of multiplied by 0, because a class weight may be infinite.
     const float smoothed = smooths ? smooth_each * (a.class_weight ? a.class_weight[target] : 1.0f) : 0.0f;
     const float scale = g * (smooths ? weight + smooth_each * a.class_weight_sum : weight);
     const auto gradient = smooths ? (a.stream ? softmax_gradient<T, true, true> : softmax_gradient<T, true, false>)
                                   : (a.stream ? softmax_gradient<T, false, true> : softmax_gradient<T, false, false>);
     gradient(x, out, n, row, scale, g * smooth_each, a.class_weight);
-    // The target's entry again, as one expression rounded once: p - 1 cancels where the prediction is good.
+    // The target's entry is computed again, in one expression: where p is near 1, rounding p before 1 is subtracted
+    // would lose digits.
     from_float(Exp()(splat(log_p))[0] * scale - g * (weight + smoothed), out[target]);
   }
   if (a.stream) finish_streams();

@@ -6,7 +6,7 @@
 namespace fastgpt {
 namespace {
 
-constexpr int64_t VALUES_PER_TASK = 16384;  // below, waking a thread costs more than it brings
+constexpr int64_t VALUES_PER_TASK = 16384;  // for fewer, waking a thread takes longer than it saves
 constexpr int64_t STRIP = 128;  // columns that one task sums: 512 bytes of float32, long enough for the prefetcher
 
 constexpr int64_t NARROWEST = 64;       // columns a thread takes in the one pass: four cache lines of a row
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
   if (with_positions)
     STD_TORCH_CHECK(position_offset >= 0 && position_offset <= n_positions - T, "position_offset: past n_positions");
 
-  // Columns are independent, so that any division of them among threads gives the same sums.
+  // Each column has sums of its own, so the sums do not depend on how columns are divided among threads.
   const int64_t sum_rows = (with_tokens ? vocab_size : 0) + (with_positions ? T : 0);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t width = (C + threads - 1) / threads;
@@ -141,9 +141,9 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
   if (with_tokens) {
     const Segments segments(indices.const_data_ptr<int64_t>(), B, T, vocab_size);
     char* out = static_cast<char*>(token_grad.mutable_data_ptr());
-    // A task is one strip of columns of one token; its cost is how often the token occurs. Threads share the cost
-    // evenly: the range of [0, strips * N) that a thread is given holds the tasks that begin in it. A token that is
-    // half the text still keeps `strips` threads busy.
+    // A task is one strip of columns of one token, and costs as much as the token has occurrences. Laid end to end, the
+    // tasks fill [0, strips * N). A thread is given an equal part of this range and does the tasks that begin in it. Even
+    // a token that is half of the text is shared by `strips` threads.
     torch::stable::parallel_for(0, strips * N, grain(STRIP), [&](int64_t begin, int64_t end) {
       for (int64_t strip = begin / N; strip <= (end - 1) / N; ++strip) {
         const int64_t first = std::max(begin - strip * N, int64_t{0}), last = std::min(end - strip * N, N);

@@ -1,4 +1,4 @@
-// Tokens and targets, looked at before anything is read through them.
+// Tokens and targets are checked before any memory is read at the place that they name.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace {
 
 // How many indices are not `*ignored` (null: all are counted); -1 where one that counts lies outside [0, limit).
 inline int64_t count_indices(const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignored) {
-  int64_t counted = 0, outside = 0;  // without an early exit, the compiler makes vectors of it
+  int64_t counted = 0, outside = 0;  // there is no early exit, so that the compiler vectorises the loop
   for (int64_t i = 0; i < n; ++i) {
     const int64_t counts = !ignored || indices[i] != *ignored;
     counted += counts;

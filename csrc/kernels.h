@@ -22,11 +22,12 @@ struct CrossEntropyRows {
   const float* row_scale;  // d(result) / d(loss of the row); stride 0 where all rows share one
   int64_t row_scale_stride;
   float* loss;  // (rows), or null where only gradients are wanted
-  // (rows, 2): the maximum, and the log of the sum of exp(x - maximum): kept apart, because their sum would lose in large
-  // logits what the loss is made of. Where they are known they are not computed; else they are written, unless null.
+  // (rows, 2): the maximum, and the log of the sum of exp(x - maximum). They are kept apart, because added to a large
+  // maximum the log would lose the digits that the loss consists of. Where the known ones are not null, they are read.
+  // Else they are computed, and written to `statistics` unless that is null.
   const float* known_statistics;
   float* statistics;
-  bool stream;  // the gradient is larger than the caches: store round them
+  bool stream;  // the gradient is larger than the caches, and is written past them
 };
 
 // out[i] = token_table[tokens[i]] + position_table[i % length]
@@ -39,8 +40,8 @@ struct GatherRows {
   bool stream;
 };
 
-// Gradient rows are added this many sequences side by side, position by position, whichever kernel adds them; the last
-// few sequences one after the other.
+// Every kernel adds gradient rows in the same order: this many sequences at a time, position by position; the last few
+// sequences, which are fewer than that, one after the other.
 constexpr int SIDE_BY_SIDE = 8;
 
 // out[0 .. columns) = sum over i < count of rows[order ? order[i] : i], added in that order in float32
@@ -99,7 +100,7 @@ extern const Kernels AVX512_KERNELS;  // each empty (its name null) where the co
 extern const Kernels AVX2_KERNELS;
 extern const Kernels GENERIC_KERNELS;
 
-// The widest this processor runs, found once; tests and benchmarks ask for another by name.
+// The kernels with the widest vectors that this processor has, found once. Tests and benchmarks ask for others by name.
 const Kernels& kernels();
 bool use_kernels(const char* name);
 

@@ -1,6 +1,7 @@
 // The table of the row kernels of one instruction set. Included by one kernels_*.cpp each.
 //
-// The table must be a constant: code run to fill it would be code for that instruction set, run on any processor.
+// The table must be a constant. Code that fills it at run time would be compiled for that instruction set, and
+// would run on processors that do not have it.
 #pragma once
 
 #include "cross_entropy_rows.h"

@@ -34,7 +34,7 @@ static LargeBlock new_block(int64_t bytes) {
   if (mapping == MAP_FAILED) return {nullptr, nullptr, 0, false};
   const uintptr_t address = (reinterpret_cast<uintptr_t>(mapping) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   void* memory = reinterpret_cast<void*>(address);
-  madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // advice: where it is refused, small pages serve
+  madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // where this is refused, the block has small pages
   return {memory, mapping, length, true};
 }
 

@@ -1,9 +1,9 @@
-// Large result buffers on the CPU, without paying for their page faults at every call.
+// Large result buffers on the CPU that are reused, so that not every call waits for the page faults of a new one.
 //
-// The first touch of a fresh 200 MB buffer costs more than cross-entropy on it: 50,000 faults, each of which zeroes 4
-// KB. Two remedies: huge pages (100 faults), and reuse. A block that comes back is kept for the next call of about its
-// size, marked MADV_FREE: the kernel may take its pages when memory is short, and until then they are reused without a
-// fault.
+// Writing to a new buffer of 200 MB for the first time takes longer than cross-entropy on it, because of 50,000 page
+// faults, each of which zeroes 4 KB. Huge pages make 100 faults of them, and reuse makes none. A block that is given back
+// is kept for the next call that needs about its size. It is marked MADV_FREE: the operating system may take its pages
+// when memory is short, and until then they are used again without a fault.
 #pragma once
 
 #include <cstddef>
@@ -11,17 +11,17 @@
 
 namespace fastgpt {
 
-// Bytes: below, malloc reuses its own heap; above, it would ask the kernel for fresh pages at every call.
+// In bytes. Smaller blocks malloc reuses itself; for larger ones it would ask the system for new pages at every call.
 constexpr int64_t SMALLEST_LARGE_BLOCK = int64_t{8} << 20;
 
 struct LargeBlock {
-  void* memory;  // on a huge page's boundary; null where there is none
+  void* memory;  // starts at the boundary of a huge page; null where there is no memory
   void* mapping;
   size_t length;  // of the mapping
   bool is_fresh;  // its pages are zeros
 };
 
-LargeBlock take_block(int64_t bytes);  // kept or fresh
+LargeBlock take_block(int64_t bytes);  // one that was given back, or a new one
 void give_back_block(const LargeBlock& block);
 
 }  // namespace fastgpt

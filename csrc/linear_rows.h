@@ -1,6 +1,6 @@
-// Few rows times a matrix, W read once and in order: what it takes is the time in which the memory gives W.
+// A few rows times a matrix W, which is read once and in order: the product takes as long as reading W from memory.
 //
-// Matrix libraries are made for many rows; for one, MKL on AMD's processors reads W at a third of the memory's speed.
+// Matrix libraries are made for many rows. For a single row, MKL on AMD's processors reads W at a third of that speed.
 #pragma once
 
 #include "kernels.h"
@@ -10,9 +10,9 @@ namespace fastgpt {
 namespace {
 
 constexpr int64_t AHEAD = 2048;          // bytes of W fetched ahead: the hardware's prefetcher stops at the ends of pages
-constexpr int64_t ROWS_OF_WEIGHT = 16;   // that wait in the nearer caches until every row of x has seen them
+constexpr int64_t ROWS_OF_WEIGHT = 16;   // they stay in the nearer caches until every row of x has used them
 
-// out[r][n] = x[r] . w[n] + b[n], for ROWS rows of x from `first` and n in [begin, end). CHAINS sums side by side hide
+// out[r][n] = x[r] . w[n] + b[n], for ROWS rows of x from `first` and n in [begin, end). CHAINS separate sums hide
 // the latency of an addition.
 template <class T, int ROWS, int CHAINS>
 void dot_products(const LinearRows& a, int64_t first, int64_t begin, int64_t end) {

@@ -1,7 +1,8 @@
 // out (+)= a b on the CPU in float32, for linear_cross_entropy.
 //
-// PyTorch's wheels call Intel's MKL, which is hard to beat on Intel's processors; on AMD's it leaves a tenth to a fifth of
-// the peak, most at the shape of the head: few rows, a long vocabulary. There this product takes its place, see fastgpt/ops/native.py.
+// PyTorch's wheels call Intel's MKL, which is hard to beat on Intel's processors. On AMD's it misses the peak by a tenth
+// to a fifth, most with the shape of a language model's head: few rows and a large vocabulary. There
+// fastgpt/ops/native.py takes this product instead.
 #pragma once
 
 #include "tensor.h"
@@ -9,7 +10,7 @@
 namespace fastgpt {
 
 // a (M, K), b (K, N), any strides; out (M, N) with contiguous rows, which is added to where `accumulate`. The same bits
-// for any number of threads: each has rows or columns of its own, and the depth is never shared out.
+// for any number of threads, because each sum over the depth is made by one thread.
 void matmul(const Tensor& a, const Tensor& b, Tensor out, bool accumulate);
 
 }  // namespace fastgpt

@@ -34,10 +34,10 @@ inline Storage storage_of(const Tensor& tensor, const char* name) {
   }
 }
 
-// Uninitialised, on the CPU; past the dispatcher, which takes longer than a small op.
+// An uninitialised tensor on the CPU, made without the dispatcher, which takes longer than a small op.
 Tensor new_small(const std::vector<int64_t>& sizes, ScalarType dtype);
 
-// Itself where its values are contiguous, else a copy.
+// The tensor itself where its values are contiguous, else a copy.
 inline Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 // A matrix whose rows are contiguous; rows may lie apart.
@@ -45,13 +45,13 @@ inline Tensor with_contiguous_rows(const Tensor& matrix) {
   return matrix.size(1) > 1 && matrix.stride(1) != 1 ? torch::stable::contiguous(matrix) : matrix;
 }
 
-// Uninitialised, or zeros, of the dtype of `like` (or `dtype`), on the CPU. Large ones are blocks of large_blocks.h.
+// A tensor on the CPU, uninitialised or zeros, with the dtype of `like` or `dtype`. Large ones are blocks of large_blocks.h.
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
                   std::optional<ScalarType> dtype = std::nullopt);
 
-// A result of more bytes than the threshold is written round the caches: with what it is made from, it would not stay in
-// them. The default is half of the last cache of the processors it was measured on. It does not follow the size that a
-// system reports: on a virtual machine that is the cache of a whole socket, shared with strangers.
+// A result of more bytes than this threshold is written past the caches, because together with its inputs it would not
+// stay in them. The default is half of the last cache of the processors that it was measured on, not of the cache that
+// the system reports: on a virtual machine that is the cache of a whole socket, which other machines share.
 constexpr int64_t STREAM_THRESHOLD = int64_t{16} << 20;
 int64_t stream_threshold();
 void set_stream_threshold(int64_t bytes);  // for tests and comparisons
