@@ -1,19 +1,33 @@
-"""Causal attention against PyTorch's kernels by name, FlexAttention and flash-attn; decoding, one query at a time."""
+"""Causal attention against PyTorch's kernels by name, FlexAttention and flash-attn; decoding, one query at a time.
+
+PyTorch's attention is called by the name of its kernel, because "SDPA" alone may be any of four.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt.benchmarks.harness import peers
-from fastgpt.benchmarks.harness.suite import op_work
+from fastgpt.benchmarks.harness.op_work import OpShape, op_benchmark
+from fastgpt.benchmarks.harness.peers import Absent, Makers, Peer, gpu_peer, import_peer, only_on_gpus
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class AttentionShape(OpShape):
+    """q (B, H, T, D), or (B, H, 1, D) where there is one query; k and v (B, Hkv, T, D)."""
+
+    op = "attention"
+
     B: int
     H: int
-    T: int  # keys
+    T: int
     D: int
     Hkv: int = 0  # 0: as many as there are query heads
     dropout: float = 0.0
@@ -24,57 +38,121 @@ class Case(NamedTuple):
         dropout = f", dropout {self.dropout}" if self.dropout else ""
         return f"B{self.B} {heads} T{self.T} D{self.D} {'one query' if self.one_query else 'causal'}{dropout}"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"is_causal": True, "dropout_p": self.dropout}
 
-CASES = {
-    "cpu": [
-        Case(B=8, H=6, T=256, D=64),
-        Case(B=8, H=6, T=256, D=64, dropout=0.2),
-        Case(B=12, H=4, T=64, D=32),
+    @property
+    def heads_and_tokens(self) -> dict[str, tuple[int, int]]:
+        kv = (self.Hkv or self.H, self.T)
+        return {"q": (self.H, 1 if self.one_query else self.T), "k": kv, "v": kv}
+
+    def arguments(self, draw) -> dict[str, Tensor]:
+        """As the model has them: the heads side by side in memory, (B, T, H, D)."""
+        sizes = self.heads_and_tokens.items()
+        return {name: draw.normal(self.B, T, H, self.D).transpose(1, 2) for name, (H, T) in sizes}
+
+    def few(self) -> AttentionShape:
+        return replace(self, B=1, T=min(self.T, 384))
+
+    def elements_moved(self, backward: bool) -> int:
+        q, k, v = (H * T for H, T in self.heads_and_tokens.values())
+        forward = 2 * q + k + v  # q, out; k, v
+        return (
+            self.B * self.D * (forward + (4 * q + 2 * k + 2 * v if backward else 0))
+        )  # q, out, dout, dq; k, v, dk, dv
+
+    def flops(self, backward: bool) -> float:
+        pairs = self.B * self.H * (self.T if self.one_query else self.T**2 / 2)
+        return 4 * pairs * self.D * (3.5 if backward else 1.0)
+
+    def peers(self, device: torch.device) -> Makers:
+        return {
+            "sdpa flash": partial(self._sdpa, device, SDPBackend.FLASH_ATTENTION),
+            "sdpa cudnn": partial(self._sdpa, device, SDPBackend.CUDNN_ATTENTION),
+            "sdpa efficient": partial(self._sdpa, device, SDPBackend.EFFICIENT_ATTENTION),
+            "sdpa math": partial(self._sdpa, device, SDPBackend.MATH),
+            "flex attention": self._flex,
+            "flash-attn": gpu_peer(device, "flash-attn", "flash_attn.flash_attn_func", self._flash_attn_2),
+            "flash-attn 3": gpu_peer(
+                device, "flash-attn 3", "flash_attn_interface.flash_attn_func", self._flash_attn_3
+            ),
+        }
+
+    @property
+    def peers_are_causal(self) -> bool:
+        """One query sees every key. Peers do not agree on what causal means there, so that they get no mask."""
+        return not self.one_query
+
+    def _sdpa(self, device: torch.device, backend: SDPBackend) -> Peer:
+        if backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            only_on_gpus(device)
+        options = {"is_causal": self.peers_are_causal, "dropout_p": self.dropout, "enable_gqa": bool(self.Hkv)}
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, **options)
+
+        return Peer(call)
+
+    def _flex(self) -> Peer:
+        if self.dropout:
+            raise Absent("FlexAttention has no dropout")
+        module = import_peer("torch.nn.attention.flex_attention", "torch")
+        compiled = torch.compile(module.flex_attention, dynamic=False)
+        masks: dict[tuple[int, int], Any] = {}
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            size = (q.shape[2], k.shape[2])
+            if self.peers_are_causal and size not in masks:
+                masks[size] = module.create_block_mask(lambda b, h, i, j: j <= i, None, None, *size, device=q.device)
+            return compiled(q, k, v, block_mask=masks.get(size), enable_gqa=bool(self.Hkv))
+
+        return Peer(call)
+
+    def _flash_attn_2(self, function: Callable) -> Callable:
+        return self._heads_last(function, dropout_p=self.dropout)
+
+    def _flash_attn_3(self, function: Callable) -> Callable:
+        if self.dropout:
+            raise Absent("FlashAttention-3 has no dropout")
+        return self._heads_last(function)
+
+    def _heads_last(self, function: Callable, **options: float) -> Callable:
+        """For a function of tensors (B, T, H, D)."""
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = function(*(t.transpose(1, 2) for t in (q, k, v)), causal=self.peers_are_causal, **options)
+            out = out[0] if isinstance(out, tuple) else out  # some versions return the logsumexp too
+            return out.transpose(1, 2)
+
+        return call
+
+
+bench_attention = op_benchmark(
+    cpu=[
+        AttentionShape(B=8, H=6, T=256, D=64),
+        AttentionShape(B=8, H=6, T=256, D=64, dropout=0.2),
+        AttentionShape(B=12, H=4, T=64, D=32),
     ],
-    "cuda": [
-        Case(B=16, H=12, T=1024, D=64),
-        Case(B=1, H=16, T=8192, D=128),
-        Case(B=64, H=6, T=256, D=64, dropout=0.2),
-        Case(B=4, H=12, T=4096, D=64),
-        Case(B=4, H=16, T=1024, D=128),
-        Case(B=2, H=32, Hkv=8, T=4096, D=128),
-        Case(B=16, H=12, T=1024, D=64, dropout=0.2),
-        Case(B=64, H=4, T=64, D=32),
+    cuda=[
+        AttentionShape(B=16, H=12, T=1024, D=64),
+        AttentionShape(B=1, H=16, T=8192, D=128),
+        AttentionShape(B=64, H=6, T=256, D=64, dropout=0.2),
+        AttentionShape(B=4, H=12, T=4096, D=64),
+        AttentionShape(B=4, H=16, T=1024, D=128),
+        AttentionShape(B=2, H=32, Hkv=8, T=4096, D=128),
+        AttentionShape(B=16, H=12, T=1024, D=64, dropout=0.2),
+        AttentionShape(B=64, H=4, T=64, D=32),
     ],
-}
-DECODINGS = {
-    "cpu": [Case(B=1, H=12, T=1024, D=64, one_query=True)],
-    "cuda": [Case(B=1, H=12, T=1024, D=64, one_query=True), Case(B=8, H=32, Hkv=8, T=8192, D=128, one_query=True)],
-}
+)
 
 
-def arguments(case: Case, draw):
-    """(B, H, T, D) as the model has it: heads side by side in memory, (B, T, H, D)."""
-    queries = 1 if case.one_query else case.T
-    shapes = {"q": (queries, case.H), "k": (case.T, case.Hkv or case.H), "v": (case.T, case.Hkv or case.H)}
-    return {name: draw.normal(case.B, T, H, case.D).transpose(1, 2) for name, (T, H) in shapes.items()}
-
-
-def work(setting, case: Case, direction: str):
-    queries, kv_heads = 1 if case.one_query else case.T, case.Hkv or case.H
-    pairs = case.B * case.H * (case.T if case.one_query else case.T**2 / 2)
-    forward = case.B * case.D * (2 * queries * case.H + 2 * case.T * kv_heads)  # q, out; k, v
-    backward = case.B * case.D * (4 * queries * case.H + 4 * case.T * kv_heads)  # q, out, dout, dq; k, v, dk, dv
-    both = direction != "forward"
-    return op_work(
-        setting, "attention", str(case), direction, arguments=lambda draw: arguments(case, draw),
-        few=lambda draw: arguments(case._replace(B=1, T=min(case.T, 384)), draw),
-        peers=peers.attention(setting.device, not case.one_query, case.dropout, bool(case.Hkv)),
-        options={"is_causal": True, "dropout_p": case.dropout},
-        n_bytes=(forward + (backward if both else 0)) * setting.dtype.itemsize,
-        flops=4 * pairs * case.D * (3.5 if both else 1.0),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def bench_attention(bench, setting, case, direction):
-    bench(work(setting, case, direction))
-
-
-def bench_decoding(bench, setting, decoding):
-    bench(work(setting, decoding, "forward"))
+bench_decoding = op_benchmark(
+    cpu=[AttentionShape(B=1, H=12, T=1024, D=64, one_query=True)],
+    cuda=[
+        AttentionShape(B=1, H=12, T=1024, D=64, one_query=True),
+        AttentionShape(B=8, H=32, Hkv=8, T=8192, D=128, one_query=True),
+    ],
+    directions=["forward"],
+)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from fastgpt.benchmarks.harness import peers
-from fastgpt.benchmarks.harness.suite import op_work
+from fastgpt.benchmarks.harness.op_work import OpShape, op_benchmark
+from fastgpt.benchmarks.harness.peers import Makers, gpu_peer, torch_peers
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class EmbeddingShape(OpShape):
+    """tokens (B, T), token table (V, C), position table (T, C)."""
+
+    op = "embedding"
+
     B: int
     T: int
     V: int
@@ -21,42 +29,43 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return f"B{self.B} T{self.T} V{self.V} C{self.C}{' Zipf' if self.zipf else ''}"
 
+    def arguments(self, draw) -> dict[str, Tensor]:
+        tokens = draw.index(self.V, self.B, self.T)
+        if self.zipf:  # rank r with probability ~ 1 / r, by its inverse: r = V ** u
+            u = torch.rand(self.B, self.T, generator=draw.generator, device=draw.generator.device)
+            tokens = (self.V**u).long().clamp_max(self.V).sub(1).to(tokens.device)
+        tables = {"token_table": draw.normal(self.V, self.C), "position_table": draw.normal(self.T, self.C)}
+        return {"tokens": tokens, **tables}
 
-CASES = {
-    "cpu": [
-        Case(B=4, T=1024, V=50304, C=768, zipf=True),
-        Case(B=4, T=1024, V=50304, C=768),
-        Case(B=64, T=256, V=65, C=384, zipf=True),
+    def few(self) -> EmbeddingShape:
+        return replace(self, B=2, T=min(self.T, 256), V=min(self.V, 5003))
+
+    def elements_moved(self, backward: bool) -> int:
+        tokens = self.B * self.T
+        forward = 2 * tokens * self.C  # a row is read, a row is written
+        # Backward reads the upstream gradient and writes the table's.
+        return forward + ((tokens + self.V) * self.C if backward else 0)
+
+    def peers(self, device: torch.device) -> Makers:
+        def torchs(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+            return F.embedding(tokens, table) + positions
+
+        def liger(function: Any) -> Callable:
+            return lambda tokens, table, positions: function.apply(table, tokens) + positions
+
+        path = "liger_kernel.ops.experimental.embedding.LigerEmbeddingFunction"
+        return {**torch_peers(torchs), "liger-kernel": gpu_peer(device, "liger-kernel", path, liger)}
+
+
+bench_embedding = op_benchmark(
+    cpu=[
+        EmbeddingShape(B=4, T=1024, V=50304, C=768, zipf=True),
+        EmbeddingShape(B=4, T=1024, V=50304, C=768),
+        EmbeddingShape(B=64, T=256, V=65, C=384, zipf=True),
     ],
-    "cuda": [
-        Case(B=16, T=1024, V=50304, C=768, zipf=True),
-        Case(B=16, T=1024, V=50304, C=768),
-        Case(B=64, T=256, V=65, C=384, zipf=True),
+    cuda=[
+        EmbeddingShape(B=16, T=1024, V=50304, C=768, zipf=True),
+        EmbeddingShape(B=16, T=1024, V=50304, C=768),
+        EmbeddingShape(B=64, T=256, V=65, C=384, zipf=True),
     ],
-}
-
-
-def arguments(case: Case, draw):
-    tokens = draw.index(case.V, case.B, case.T)
-    if case.zipf:  # rank r with probability ~ 1 / r, by its inverse: r = V ** u
-        u = torch.rand(case.B, case.T, generator=draw.generator, device=draw.generator.device)
-        tokens = (case.V**u).long().clamp_max(case.V).sub(1).to(tokens.device)
-    return {
-        "tokens": tokens,
-        "token_table": draw.normal(case.V, case.C),
-        "position_table": draw.normal(case.T, case.C),
-    }
-
-
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def bench_embedding(bench, setting, case, direction):
-    tokens, size = case.B * case.T, setting.dtype.itemsize
-    moved = 2 * tokens * case.C  # a row is read, a row is written
-    if direction != "forward":
-        moved += (tokens + case.V) * case.C  # the upstream gradient is read, the table's is written
-    work = op_work(
-        setting, "embedding", str(case), direction, arguments=lambda draw: arguments(case, draw),
-        few=lambda draw: arguments(case._replace(B=2, T=min(case.T, 256), V=min(case.V, 5003)), draw),
-        peers=peers.embedding(setting.device), n_bytes=moved * size,
-    )  # fmt: skip
-    bench(work)
+)

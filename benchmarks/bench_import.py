@@ -1,4 +1,4 @@
-"""What an import costs over `import torch`, which is there anyway: each in a process of its own."""
+"""Seconds that an import takes beyond `import torch`, which every contender needs. Each runs in a new process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from fastgpt.benchmarks.harness.measure import ReportedClock
 from fastgpt.benchmarks.harness.suite import OURS, Work
 
-# What a user writes to get at the model, or at the kernels.
+# What a user writes to import the model or the kernels.
 STATEMENTS = {
     OURS: "from fastgpt import GPT, ops",
     "transformers": "from transformers import GPT2LMHeadModel",
@@ -27,26 +26,26 @@ print(middle - start, time.perf_counter() - middle)
 """
 
 
-def bench_import(bench):
+def bench_import(run_work):
     extra: dict[str, dict] = {name: {} for name in STATEMENTS}
     contenders, absent = {}, {}
     for name, statement in STATEMENTS.items():
         package = statement.split()[1].split(".")[0]
         if find_spec(package) is None:
             absent[name] = f"{name} is not installed"
-        elif run(statement, extra[name]) is None:
+        elif import_seconds(statement, extra[name]) is None:
             absent[name] = f"`{statement}` fails here"
         else:
-            contenders[name] = lambda statement=statement, extra=extra[name]: run(statement, extra)
+            contenders[name] = lambda statement=statement, extra=extra[name]: import_seconds(statement, extra)
     work = Work(
         op="import", shape="over import torch", direction="import", dtype="none", contenders=contenders, absent=absent,
-        error_ratio=lambda name: None, extra=extra, clock=ReportedClock(), warmups=0, seconds=0.0, measure_memory=False,
+        error_ratio=lambda name: None, extra=extra, reports_seconds=True,
     )  # fmt: skip
-    bench(work)
+    run_work(work)
 
 
-def run(statement: str, extra: dict) -> float | None:
-    """Seconds of the import; how long that of torch took goes to `extra`."""
+def import_seconds(statement: str, extra: dict) -> float | None:
+    """Seconds of the import, None where it fails; the seconds of `import torch` go to `extra`."""
     command = [sys.executable, "-c", PROGRAM.format(statement=statement)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode != 0:

@@ -2,57 +2,119 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from fastgpt.benchmarks.harness import peers
-from fastgpt.benchmarks.harness.suite import op_work
+from fastgpt.benchmarks.harness.op_work import OpShape, op_benchmark
+from fastgpt.benchmarks.harness.peers import Makers, gpu_peer, torch_peers
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class LayerNormShape(OpShape):
+    """x (rows, width), weight (width,), bias (width,)."""
+
+    op = "layer_norm"
+
     rows: int
     width: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.width}"
+
+    def arguments(self, draw) -> dict[str, Tensor]:
+        x = {"x": draw.normal(self.rows, self.width)}
+        return x | {name: draw.normal(self.width) for name in ("weight", "bias")}
+
+    def few(self) -> LayerNormShape:
+        return replace(self, rows=256)
+
+    def elements_moved(self, backward: bool) -> int:
+        passes = 5 if backward else 2  # x, y; and dy, x, dx
+        return passes * self.rows * self.width
+
+    def peers(self, device: torch.device) -> Makers:
+        def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.layer_norm(x, weight.shape, weight, bias)
+
+        def liger(function: Any) -> Callable:
+            return lambda x, weight, bias: function.apply(x, weight, bias, 1e-5)
+
+        def quack(function: Callable) -> Callable:
+            """Forward alone: QuACK has no autograd function for LayerNorm. Its weights are float32."""
+            converted: dict[int, tuple[Tensor, Tensor]] = {}  # once, because the kernel does not convert them
+
+            def wide(tensor: Tensor) -> Tensor:
+                if id(tensor) not in converted:
+                    converted[id(tensor)] = (tensor, tensor.float())
+                return converted[id(tensor)][1]
+
+            return lambda x, weight, bias: function(x, wide(weight), wide(bias), eps=1e-5)
+
+        return {
+            **torch_peers(torchs),
+            "liger-kernel": gpu_peer(
+                device, "liger-kernel", "liger_kernel.ops.layer_norm.LigerLayerNormFunction", liger
+            ),
+            "quack-kernels": gpu_peer(device, "quack-kernels", "quack.rmsnorm.layernorm_fwd", quack),
+        }
+
+
+@dataclass(frozen=True)
+class AddLayerNormShape(LayerNormShape):
+    """The same with a residual (rows, width) after x."""
+
+    op = "add_layer_norm"
+
     dropout: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.width}" + (f", dropout {self.dropout}" if self.dropout else "")
+        return super().__str__() + (f", dropout {self.dropout}" if self.dropout else "")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"dropout_p": self.dropout}
+
+    def arguments(self, draw) -> dict[str, Tensor]:
+        rows = {name: draw.normal(self.rows, self.width) for name in ("x", "residual")}
+        return rows | {name: draw.normal(self.width) for name in ("weight", "bias")}
+
+    def elements_moved(self, backward: bool) -> int:
+        passes = 4  # x, residual, y, h
+        if backward:
+            passes += 5 if self.dropout else 4  # dy, dh, h, dx; with dropout the residual's gradient is not dx
+        return passes * self.rows * self.width
+
+    def peers(self, device: torch.device) -> Makers:
+        def torchs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            h = residual + F.dropout(x, self.dropout)
+            return F.layer_norm(h, weight.shape, weight, bias), h
+
+        return torch_peers(torchs)
 
 
-_GPU_SHAPES = [(32768, 768), (16384, 384), (8192, 1024), (4096, 4096), (4096, 16384)]
-CASES = {"cpu": [Case(4096, 768)], "cuda": [Case(*shape) for shape in _GPU_SHAPES]}
-ADDS = {
-    "cpu": [Case(4096, 768, dropout=0.2), Case(4096, 768)],
-    "cuda": [Case(32768, 768, dropout=0.2), Case(32768, 768), Case(4096, 4096, dropout=0.2), Case(4096, 4096)],
-}
-FEW = 256
+bench_layer_norm = op_benchmark(
+    cpu=[LayerNormShape(4096, 768)],
+    cuda=[
+        LayerNormShape(32768, 768),
+        LayerNormShape(16384, 384),
+        LayerNormShape(8192, 1024),
+        LayerNormShape(4096, 4096),
+        LayerNormShape(4096, 16384),
+    ],
+)
 
 
-def arguments(case: Case, draw, with_residual: bool = False):
-    made = {name: draw.normal(case.rows, case.width) for name in ("x", "residual")[: 1 + with_residual]}
-    return made | {"weight": draw.normal(case.width), "bias": draw.normal(case.width)}
-
-
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def bench_layer_norm(bench, setting, case, direction):
-    passes = 2 if direction == "forward" else 5  # x, y; and dy, x, dx
-    work = op_work(
-        setting, "layer_norm", str(case), direction, arguments=lambda draw: arguments(case, draw),
-        few=lambda draw: arguments(case._replace(rows=FEW), draw), peers=peers.layer_norm(setting.device),
-        n_bytes=passes * case.rows * case.width * setting.dtype.itemsize,
-    )  # fmt: skip
-    bench(work)
-
-
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def bench_add_layer_norm(bench, setting, add, direction):
-    passes = 4  # x, residual, y, h
-    if direction != "forward":
-        passes += 5 if add.dropout else 4  # dy, dh, h; and dx, which is the residual's too unless there is dropout
-    work = op_work(
-        setting, "add_layer_norm", str(add), direction, arguments=lambda draw: arguments(add, draw, True),
-        few=lambda draw: arguments(add._replace(rows=FEW), draw, True),
-        peers=peers.add_layer_norm(setting.device, add.dropout), options={"dropout_p": add.dropout},
-        n_bytes=passes * add.rows * add.width * setting.dtype.itemsize,
-    )  # fmt: skip
-    bench(work)
+bench_add_layer_norm = op_benchmark(
+    cpu=[AddLayerNormShape(4096, 768, dropout=0.2), AddLayerNormShape(4096, 768)],
+    cuda=[
+        AddLayerNormShape(32768, 768, dropout=0.2),
+        AddLayerNormShape(32768, 768),
+        AddLayerNormShape(4096, 4096, dropout=0.2),
+        AddLayerNormShape(4096, 4096),
+    ],
+)

@@ -1,23 +1,23 @@
 """Seconds of training until a validation loss is reached: nanoGPT's character recipe, by FastGPT and by nanoGPT.
 
 Both see the same batches in the same order, the same learning rates, optimizer and clipping, and are evaluated on the
-same blocks, every EVAL_INTERVAL steps. Only steps count; every round has another seed. The text is that of --data.
+same blocks, every EVAL_INTERVAL steps. Only the steps are timed; every round has another seed. --data names the text.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastgpt.benchmarks.harness import peers
-from fastgpt.benchmarks.harness.measure import ReportedClock
-from fastgpt.benchmarks.harness.suite import OURS, Work, model_error_ratio
+from fastgpt.benchmarks.harness.accuracy import model_error_ratio
+from fastgpt.benchmarks.harness.models import Model, ModelShape, make_present, measured_precision, model_makers
+from fastgpt.benchmarks.harness.suite import OURS, Setting, Work
 from fastgpt.config import TrainConfig, preset
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.layouts import evaluation_blocks, random_batch
@@ -28,94 +28,75 @@ EVAL_INTERVAL = 25
 EVAL_BATCHES = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
+@dataclass(frozen=True)
+class Goal:
     preset: str
-    target: float  # nats per token, on the validation part
+    loss: float  # nats per token, on the validation part
 
     def __str__(self) -> str:
-        return f"{self.preset} to {self.target} nats"
+        return f"{self.preset} to {self.loss} nats"
 
 
-CASES = {"cpu": [Case("shakespeare-char-cpu", 2.5)], "cuda": [Case("shakespeare-char", 1.8)]}
-
-
-def bench_time_to_loss(bench, setting, suite, case):
-    if setting.quick:
-        case = dataclasses.replace(case, target=3.2)
+@pytest.mark.shapes(cpu=[Goal("shakespeare-char-cpu", 2.5)], cuda=[Goal("shakespeare-char", 1.8)])
+def bench_time_to_loss(run_work, setting, suite, shape):
+    goal = replace(shape, loss=3.2) if setting.quick else shape
     try:
         corpus = Corpus.load(setting.data)
     except DataError as reason:
         suite.absent["time_to_loss"] = {OURS: str(reason)}
         pytest.skip(str(reason))
-    bench(work(case, setting, corpus))
+    run_work(time_to_loss_work(setting, goal, corpus))
 
 
-def work(case: Case, setting, corpus: Corpus) -> Work:
-    model_settings, train_settings = preset(case.preset)
-    cfg = TrainConfig(**train_settings)
-    defaults = {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384} | model_settings
-    shape = peers.Shape(
-        B=cfg.batch_size, T=defaults["block_size"], L=defaults["n_layer"], H=defaults["n_head"], C=defaults["n_embd"],
-        V=corpus.tokenizer.vocab_size, dropout=defaults["dropout"],
-    )  # fmt: skip
-    device, extra = setting.device, {}
-    makers = {
-        OURS: lambda: peers.fastgpt_model(shape),
-        "nanoGPT": lambda: peers.nanogpt(shape, setting.nanogpt),
-    }
-    contenders, absent = {}, {}
-    for name, make in makers.items():
-        try:
-            make()
-        except peers.Absent as reason:
-            absent[name] = str(reason)
-            continue
-        extra[name] = {}
-        contenders[name] = _train(make, corpus, cfg, shape.T, case.target, device, extra[name])
-    few = tuple(torch.randint(shape.V, (2, shape.T), device=device) for _ in range(2))
+def time_to_loss_work(setting: Setting, goal: Goal, corpus: Corpus) -> Work:
+    shape = ModelShape.of_preset(goal.preset, corpus.tokenizer.vocab_size)
+    makers = model_makers(shape, setting)
+    present, absent = make_present({name: makers[name] for name in (OURS, "nanoGPT")})
+    extra: dict[str, dict] = {name: {} for name in present}
+    few = [tokens[:2] for tokens in shape.random_batches(setting.device, 1)[0]]
     return Work(
-        op="time_to_loss", shape=f"{case} on {Path(setting.data).name}", direction="train",
-        dtype="float32" if device.type == "cpu" else "bfloat16", contenders=contenders, absent=absent,
-        error_ratio=lambda name: model_error_ratio(makers[OURS]()[0].to(device), *few) if name == OURS else None,
-        extra=extra, clock=ReportedClock(), warmups=0, seconds=0.0, min_rounds=3, measure_memory=False,
+        op="time_to_loss", shape=f"{goal} on {Path(setting.data).name}", direction="train", dtype=setting.dtype_name,
+        contenders={name: _trainer(makers[name], goal, corpus, shape, setting, extra[name]) for name in present},
+        error_ratio=lambda name: model_error_ratio(present[OURS][0], *few) if name == OURS else None,
+        absent=absent, extra=extra, reports_seconds=True, min_rounds=3,
     )  # fmt: skip
 
 
-def _train(make, corpus, cfg: TrainConfig, T: int, target: float, device, extra: dict) -> Callable[[], float]:
+def _trainer(
+    make: Callable[[], Model], goal: Goal, corpus: Corpus, shape: ModelShape, setting: Setting, extra: dict
+) -> Callable[[], float]:
+    """Trains a new model at each call and returns the seconds that its steps took."""
     seeds = itertools.count(1)
-    blocks = evaluation_blocks(corpus.val, T, EVAL_BATCHES * cfg.batch_size)
+    cfg = TrainConfig(**preset(goal.preset)[1])
+    blocks = evaluation_blocks(corpus.val, shape.T, EVAL_BATCHES * cfg.batch_size)
 
     def train() -> float:
         seed = next(seeds)
         torch.manual_seed(seed)
         model, loss = make()
-        model.to(device)
-        optimizer, precision = make_optimizer(model, cfg), peers.measured_precision(device)
-        seconds, step = 0.0, 0
-        while True:
-            _synchronize(device)
+        optimizer, precision = make_optimizer(model, cfg), measured_precision(setting)
+        seconds, done = 0.0, 0
+        while done < cfg.max_steps:
+            todo = range(done, min(done + EVAL_INTERVAL, cfg.max_steps))
+            _synchronize(setting.device)
             start = time.perf_counter()
-            for step in range(step, min(step + EVAL_INTERVAL, cfg.max_steps)):  # noqa: B020
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, cfg)
-                x, y = (t.to(device) for t in random_batch(corpus.train, T, cfg.batch_size, seed, step))
-                training_step(model, loss, optimizer, [(x, y)], precision, cfg.grad_clip)
-            _synchronize(device)
+            for step in todo:
+                batch = tuple(t.to(setting.device) for t in random_batch(corpus.train, shape.T, shape.B, seed, step))
+                training_step(model, loss, optimizer, [batch], precision, cfg.grad_clip, lr=learning_rate(step, cfg))
+            _synchronize(setting.device)
             seconds += time.perf_counter() - start
-            step += 1
+            done = todo.stop
             model.eval()
             val_loss = mean_loss(loss, *blocks, cfg.batch_size, precision)
             model.train()
-            if val_loss <= target:
-                extra.update(val_loss=round(val_loss, 4), steps=step)
+            if val_loss <= goal.loss:
+                extra.update(val_loss=round(val_loss, 4), steps=done)
                 return seconds
-            if step >= cfg.max_steps:
-                raise RuntimeError(f"the loss is {val_loss:.3f} after {step} steps, and {target} was to be reached")
+        raise RuntimeError(f"the loss is {val_loss:.3f} after {done} steps, and {goal.loss} was to be reached")
 
     return train
 
 
-def _synchronize(device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

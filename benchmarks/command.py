@@ -1,4 +1,4 @@
-"""What `fastgpt bench` does: starts the suite where it lies, source tree or installed wheel, or reports on rows."""
+"""What `fastgpt bench` does: run the suite, from a source tree or an installed wheel, or report on rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_ROWS = Path("runs") / "bench"  # not the rows of a source tree, which are committed
+DEFAULT_ROWS = Path("runs") / "bench"  # not benchmarks/results, whose rows are committed
 DEFAULT_REPORT = Path("runs") / "bench-report"
 
 
@@ -17,16 +17,16 @@ class BenchError(RuntimeError):
     """The suite cannot be started; the message says what is missing and how to get it."""
 
 
-def names() -> list[str]:
-    """What can be measured: the files of this folder, without their bench_."""
+def benchmark_names() -> list[str]:
+    """What --only takes: bench_attention.py is "attention"."""
     return sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
 
 
-def measure(only: Sequence[str], device: str, out: str | None, quick: bool, paths: dict[str, str | None]) -> int:
-    """Run the suite (all of it, or `only` some files) and return the exit code of the command: 0, 1 or 2.
+def run_suite(only: Sequence[str], device: str, out: str | None, quick: bool, paths: dict[str, str | None]) -> int:
+    """Run the suite, or `only` some of its benchmarks, and return the exit code of the command: 0, 1 or 2.
 
-    `out`: a file of rows (*.jsonl), or a folder for one named by the device; None: runs/bench. `paths`: the suite's
-    options that name checkouts and data.
+    `out` is a file of rows (*.jsonl), or a folder for a file named after the device; None is runs/bench. `paths` are
+    the suite's options that name checkouts and data.
     """
     missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
     if missing:
@@ -40,8 +40,8 @@ def measure(only: Sequence[str], device: str, out: str | None, quick: bool, path
     _check_writable(rows)
     options += [f"--rows={rows}"]
     options += [f"--{name}={path}" for name, path in paths.items() if path is not None]
-    files = [str(HERE / f"bench_{name}.py") for name in only or names()]
-    # The suite's own settings, whatever folder it is called from, and nothing left in that folder but rows.
+    files = [str(HERE / f"bench_{name}.py") for name in only or benchmark_names()]
+    # pytest reads the suite's settings, not those of the working directory's project, and writes nothing there.
     settings = ["-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
     with TemporaryDirectory() as storage:
         code = pytest.main([*settings, f"--benchmark-storage=file://{storage}", *options, *files])
@@ -63,19 +63,19 @@ def _rows_file(out: Path, device: str) -> Path:
         return out
     import torch
 
-    from .publish.rows import slug
+    from fastgpt.machine import device_slug
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    return out / f"{slug(torch.device('cuda' if on_gpu else 'cpu'))}.jsonl"
+    return out / f"{device_slug(torch.device('cuda' if on_gpu else 'cpu'))}.jsonl"
 
 
-def report(results: Sequence[str], out: str | None) -> None:
+def write_report(results: Sequence[str], out: str | None) -> None:
     """Write results.md, its pictures and report.html into the folder `out`, from files or folders of rows.
 
     The tables are printed too.
     """
-    from .publish.reader import read
     from .publish.report import markdown, write
+    from .publish.rows import read
 
     folder = Path(out) if out else DEFAULT_REPORT
     if not results and not DEFAULT_ROWS.is_dir():

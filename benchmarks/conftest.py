@@ -1,12 +1,13 @@
-"""The suite as a pytest session: its options, the `bench` fixture, and what is printed at the end.
+"""The suite as a pytest session: its options, the `run_work` fixture, and what is printed at the end.
 
-The rounds are ours, because contenders have to take turns; pytest-benchmark is handed the times of each, so that its
-table, its JSON (--benchmark-json), its storage (--benchmark-save) and comparison (--benchmark-compare) work on them,
-and it says how thoroughly to measure: --benchmark-max-time (seconds for each contender of a comparison),
---benchmark-min-rounds, --benchmark-min-time; with --benchmark-disable everything is checked and nothing is timed.
+The suite runs the rounds itself, because contenders have to take turns. pytest-benchmark is handed the times of each
+contender, so that its table, its JSON (--benchmark-json), its storage (--benchmark-save) and comparison
+(--benchmark-compare) work on them. Its options say how thoroughly to measure: --benchmark-max-time (seconds for each
+contender of a comparison), --benchmark-min-rounds, --benchmark-min-time; with --benchmark-disable everything is checked
+and nothing is timed.
 
-A benchmark file lists its cases by device type: an argument called `case` takes those of CASES, one called `decoding`
-those of DECODINGS. --quick takes the first of each list.
+A benchmark lists its shapes by kind of device, `@pytest.mark.shapes(cpu=[...], cuda=[...])`, and runs once for each
+(argument `shape`); --quick takes the first.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import pytest
 import torch
 
 from fastgpt.benchmarks.harness.suite import OURS, Setting, Suite, Work
-from fastgpt.benchmarks.publish import rows
+from fastgpt.benchmarks.publish.rows import Row
+from fastgpt.machine import SOURCE_TREE, device_slug
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastgpt")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     group.addoption("--rows", metavar="FILE", help="JSON lines; default: benchmarks/results/<device>.jsonl")
-    group.addoption("--quick", action="store_true", help="the first case of each file, few rounds")
+    group.addoption("--quick", action="store_true", help="the first shape of each benchmark, few rounds")
     group.addoption("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT, to compare with")
     group.addoption("--lecture", metavar="FILE", help="gpt.py of karpathy/ng-video-lecture, to compare with")
-    group.addoption("--data", metavar="TEXT", default="shakespeare", help="what to train on: as `fastgpt train --data`")
+    group.addoption(
+        "--data", metavar="TEXT", default="shakespeare", help="the text to train on, as in `fastgpt train --data`"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,10 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.option
-    for name in metafunc.fixturenames:
-        if by_device := getattr(metafunc.module, f"{name.upper()}S", None):
-            cases = by_device[option.device]
-            metafunc.parametrize(name, cases[:1] if option.quick else cases, ids=str)
+    if marked := metafunc.definition.get_closest_marker("shapes"):
+        shapes = marked.kwargs[option.device]
+        metafunc.parametrize("shape", shapes[:1] if option.quick else shapes, ids=str)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +70,8 @@ def setting(pytestconfig: pytest.Config) -> Setting:
 
 @pytest.fixture(scope="session")
 def suite(pytestconfig: pytest.Config, setting: Setting) -> Suite:
-    path = Path(pytestconfig.option.rows).absolute() if pytestconfig.option.rows else rows.default_path(setting.device)
+    path = pytestconfig.option.rows
+    path = Path(path).absolute() if path else default_rows(setting.device)
     pytestconfig.stash[SUITE] = Suite(setting, path)
     return pytestconfig.stash[SUITE]
 
@@ -75,11 +79,17 @@ def suite(pytestconfig: pytest.Config, setting: Setting) -> Suite:
 SUITE = pytest.StashKey[Suite]()
 
 
+def default_rows(device: torch.device) -> Path:
+    """benchmarks/results/<device>.jsonl of the source tree; of an installed package, below the working directory."""
+    in_tree = (SOURCE_TREE / "setup.py").is_file()
+    return (SOURCE_TREE if in_tree else Path.cwd()) / "benchmarks" / "results" / f"{device_slug(device)}.jsonl"
+
+
 # --- to pytest-benchmark ---------------------------------------------------------------------------------------------
 
 
 class Replay:
-    """A timer for pytest-benchmark under which its next rounds take the times that were measured already."""
+    """A timer that gives pytest-benchmark the times that were measured already, one for each of its rounds."""
 
     def __init__(self) -> None:
         self.now, self.times, self.running = 0.0, [], False
@@ -95,25 +105,23 @@ replay = Replay()
 
 
 @pytest.fixture
-def bench(suite: Suite, benchmark) -> Callable[[Work], None]:
+def run_work(suite: Suite, benchmark) -> Callable[[Work], None]:
     """Run a comparison and hand every contender's times to pytest-benchmark, one entry each in a group."""
 
     def run(work: Work) -> None:
         if benchmark.disabled:
-            suite.check(work)
+            suite.check_contenders(work)
             benchmark(lambda: None)
             return
-        times = suite.measure(work)
-        group = f"{work.op} {work.shape} {work.dtype} {work.direction}"
-        entries = {
-            name: benchmark if name == OURS else copy.copy(benchmark) for name in times
-        }  # a fixture makes but one
-        for name, values in times.items():
-            entry = entries[name]
-            entry.name, entry.group, entry.extra_info = name, group, {}
+        times = suite.measure_contenders(work)
+        # A fixture makes one entry; the peers get copies of it, which are made before it is used.
+        entries = {name: benchmark if name == OURS else copy.copy(benchmark) for name in times}
+        for name, entry in entries.items():
+            entry.name, entry.extra_info = name, {}
+            entry.group = f"{work.op} {work.shape} {work.dtype} {work.direction}"
             entry.fullname += f":{name}"
-            replay.times = list(values)
-            entry.pedantic(lambda: None, rounds=len(values))
+            replay.times = list(times[name])
+            entry.pedantic(lambda: None, rounds=len(times[name]))
 
     return run
 
@@ -122,23 +130,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     suite = config.stash.get(SUITE, None)
     if suite is None:
         return
-    say = terminalreporter.write_line
     terminalreporter.section("FastGPT against its best peer")
-    for row in suite.rows:
-        if row["implementation"] == OURS:
-            line = f"{row['op']} {row['shape']}, {row['dtype']}, {row['direction']}: {row['median_ms']:.4g} ms"
-            if row["best_peer"]:
-                line += (
-                    f", {row['best_peer']} takes {row['ratio']:.2f}x ({row['ratio_p20']:.2f} - {row['ratio_p80']:.2f})"
-                )
-                line += f": {row['verdict']}"
-            if row["roofline_fraction"]:
-                line += f"; {row['roofline_fraction']:.0%} of the roofline"
-            say(line)
+    lines = [_told(row) for row in suite.rows if row.implementation == OURS]
     for op, peers in suite.absent.items():
-        for name, reason in peers.items():
-            say(f"absent from {op}: {name}, {reason}")
-    for remark in suite.remarks:
-        say(f"NOTE: {remark}")
-    if suite.rows:
-        say(f"rows: {suite.path}")
+        lines += [f"absent from {op}: {name}, {reason}" for name, reason in peers.items()]
+    lines += [f"NOTE: {remark}" for remark in suite.remarks]
+    lines += [f"rows: {suite.path}"] if suite.rows else []
+    for line in lines:
+        terminalreporter.write_line(line)
+
+
+def _told(row: Row) -> str:
+    line = f"{row.op} {row.shape}, {row.dtype}, {row.direction}: {row.median_ms:.4g} ms"
+    if row.best_peer:
+        line += f", {row.best_peer} takes {row.ratio:.2f}x ({row.ratio_p20:.2f} - {row.ratio_p80:.2f}): {row.verdict}"
+    return line + (f"; {row.roofline_fraction:.0%} of the roofline" if row.roofline_fraction else "")

@@ -19,27 +19,25 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.benchmarks.publish import rows
+from fastgpt import machine
+from fastgpt.benchmarks.command import benchmark_names
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 470
-BENCHMARKS = (
-    "attention",
-    "layer_norm",
-    "cross_entropy",
-    "embedding",
-    "train_step",
-    "generate",
-    "time_to_loss",
-    "import",
-)
-BENCHMARK_LIMIT_S = 120  # each: compiling peers must not leave the others without time
-# The smallest cases of each kernel, under every tool that applies to them.
+# Run after the ops, in this order: if the time runs out, the ops have been measured, which only a GPU can show.
+AFTER_THE_OPS = ("train_step", "generate", "time_to_loss", "import", "recipe")
+BENCHMARK_LIMIT_S = 120  # for each, so that one whose peers compile slowly leaves time for the others
+# The smallest cases of each kernel, which both of the sanitizer's tools run.
 SANITIZED = "one_token or blind_rows or (layer_norm and width_1) or (long_rows and infinities and classes_50257)"
 
 
+def benchmarks_in_order() -> list[str]:
+    ops = [name for name in benchmark_names() if name not in AFTER_THE_OPS]
+    return [*ops, *AFTER_THE_OPS]
+
+
 def step(name: str, command: list[str], deadline: float, why_not: str | None = None) -> dict:
-    """Run `command` unless there is a reason not to; its end, its time, and the last of what it said."""
+    """Run `command` unless `why_not` says why it cannot run; the result, the seconds and the end of its output."""
     left = deadline - time.monotonic()
     if why_not is None and left < 5:
         why_not = f"the {TIME_LIMIT_S} s of this check are used up"
@@ -77,35 +75,34 @@ def main() -> int:
         step("parity report", report, deadline, no_gpu),
     ]
     for tool in ("memcheck", "racecheck"):
-        command = [
-            str(sanitizer),
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "1",
-            "--kernel-name-exclude",
-            "kns=at::",
-            *checked,
-        ]
-        # Half the time may go into it: under these tools a kernel is a hundred times slower.
+        options = ["--tool", tool, "--error-exitcode", "1", "--kernel-name-exclude", "kns=at::"]
+        command = [str(sanitizer), *options, *checked]
+        # Under these tools a kernel is a hundred times slower, so they get a limit of their own.
         limit = min(deadline, time.monotonic() + 60)
         steps.append(step(f"compute-sanitizer {tool}", command, limit, no_gpu or no_pytest or no_sanitizer))
     device = torch.device("cpu" if no_gpu else "cuda")
-    suite = ["--device", "cuda", "--rows", str(out / f"{rows.slug(device)}.jsonl"), "--benchmark-max-time", "0.3"]
-    for bench in BENCHMARKS:
+    suite = [
+        "--device",
+        "cuda",
+        "--rows",
+        str(out / f"{machine.device_slug(device)}.jsonl"),
+        "--benchmark-max-time",
+        "0.3",
+    ]
+    for bench in benchmarks_in_order():
         file = str(ROOT / "benchmarks" / f"bench_{bench}.py")
         raw = ["--benchmark-json", str(out / f"bench_{bench}.json")]
         command = [sys.executable, "-m", "pytest", file, *suite, *raw]
         limit = min(deadline, time.monotonic() + BENCHMARK_LIMIT_S)
         steps.append(step(f"bench {bench}", command, limit, no_gpu or no_suite))
-    written = {"environment": rows.facts(device), "steps": steps}
+    written = {"environment": machine.facts(device), "steps": steps}
     (out / "gpu_check.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
     print(f"written: {out / 'gpu_check.json'}")
     return int(any(_is_failure(s) for s in steps))
 
 
 def _is_failure(step: dict) -> bool:
-    """The sanitizers inform: what they find is in the report, and they are too slow to be held to the time."""
+    """Not a sanitizer's step: what it finds is in the report, and its time may run out on correct kernels."""
     if step["step"].startswith("compute-sanitizer"):
         return False
     return step["result"] == "failed" or (step["result"] == "cut off" and not step["step"].startswith("bench "))

@@ -484,17 +484,17 @@ def bench(args: Sequence[str]) -> int:
         for name in ("only", "quick", "nanogpt", "lecture", "data"):
             if getattr(settings, name):
                 raise UsageError(f"--{name}: is for measuring; leave it out, or --report")
-        command.report(settings.results, settings.out)
+        command.write_report(settings.results, settings.out)
         return 0
     if settings.results:
         raise UsageError("--results: is what --report reads; add --report, or name a file to write to with --out")
     if settings.device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device: expected auto, cpu or cuda, got {settings.device!r}")
     for name in settings.only:
-        if name not in command.names():
-            raise UsageError(f"--only: no benchmark {name!r}; there are {', '.join(command.names())}")
+        if name not in command.benchmark_names():
+            raise UsageError(f"--only: no benchmark {name!r}; there are {', '.join(command.benchmark_names())}")
     paths = {name: getattr(settings, name) for name in ("nanogpt", "lecture", "data")}
-    return command.measure(settings.only, settings.device, settings.out, settings.quick, paths)
+    return command.run_suite(settings.only, settings.device, settings.out, settings.quick, paths)
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {

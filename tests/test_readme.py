@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt.benchmarks.publish import quotes, report
-from fastgpt.benchmarks.publish.reader import read
+from fastgpt.benchmarks.publish.rows import read
 from fastgpt.ops.backend import OPS
 
 ROOT = Path(__file__).resolve().parent.parent

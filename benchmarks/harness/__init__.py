@@ -1,1 +1,1 @@
-"""How the suite measures: clocks, rounds, the contenders, and what a comparison says."""
+"""How the suite measures: clocks, rounds, contenders, accuracy, and what a comparison says."""

@@ -1,12 +1,12 @@
-"""How the suite measures: contenders in turn, one clock per device, the device's ceilings, and what a ratio says.
+"""How times are taken: contenders in turn, one clock for each kind of device, the device's ceilings, peak memory.
 
 A round runs every contender once, in an order drawn for it: A B C, B C A, A C B, ... What slows a machine down for a
-while slows neighbours alike, so ratios are taken inside a round, and it is the median of the rounds' ratios, with their
-20th and 80th percentile, that is reported. The order changes, because a call finds in the caches what the one before
-it has left there. When those two lie on different sides of 1, the answer is "noise": neither is faster.
+while slows neighbours alike, so ratios are taken inside a round, and the median of the rounds' ratios is reported with
+their 20th and 80th percentile. The order changes, because a call finds in the caches what the one before it has left
+there. When the two percentiles lie on different sides of 1, the verdict is "noise": neither is faster.
 
-On a CPU time is the wall clock's. On a GPU it is the device's own, between two events around the call; the L2 cache is
-overwritten before each, so that a kernel reads its inputs from memory as it would in a model.
+On a CPU the time is the wall clock's. On a GPU it is the device's own, between two events around the call; the L2 cache
+is overwritten before each call, so that a kernel reads its inputs from memory as it would in a model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from typing import Protocol
 
 import torch
 
+from fastgpt.benchmarks.publish.rows import Spread
 from fastgpt.ops.backend import unavailable
 
 Call = Callable[[], object]
 
-MAX_ROUNDS = 3000  # so that the fastest calls, too, are measured for a second: a machine's speed changes within one
+MAX_ROUNDS = 3000  # enough to measure the fastest calls for a second too, within which a machine's speed changes
 L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 
 
@@ -55,7 +56,7 @@ class WallClock:
 
 
 class DeviceClock:
-    """For a GPU: CUDA events around the calls. Flushing keeps the device busy while the next call is being launched."""
+    """For a GPU: CUDA events around the calls. Overwriting the cache also hides the launch of the call."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -118,29 +119,20 @@ def interleave(
 # --- what the times say ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median, 20th and 80th percentile."""
-
-    median: float
-    p20: float
-    p80: float
-
-
-def spread(values: Sequence[float]) -> Spread:
+def spread_of(values: Sequence[float]) -> Spread:
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return Spread(statistics.median(values), fifths[0], fifths[-1])
 
 
-def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
-    """How many times ours the peer takes, over the pairs of one round each."""
-    return spread([b / a for b, a in zip(theirs, ours, strict=True)])
+def ratio_of(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
+    """The peer's time over ours, taken inside each round."""
+    return spread_of([b / a for b, a in zip(theirs, ours, strict=True)])
 
 
-def verdict(ratio: Spread) -> str:
-    """fastgpt against the peer: "faster", "slower", or "noise" where the percentiles lie on both sides of 1."""
+def verdict_of(ratio: Spread) -> str:
+    """FastGPT against the peer: "faster", "slower", or "noise" where the percentiles lie on both sides of 1."""
     if ratio.p20 > 1.0:
         return "faster"
     return "slower" if ratio.p80 < 1.0 else "noise"
@@ -162,14 +154,13 @@ class Ceilings:
         return max((n_bytes or 0) / self.bytes_per_s, (flops or 0) / self.flops_per_s)
 
     def fraction(self, seconds: float, n_bytes: float | None, flops: float | None) -> float | None:
-        """How much of the roofline was reached; above 1 where the caches spared the memory. None: no work was given."""
+        """The roofline's time over the time taken; above 1 where data came from caches. None where no work is given."""
         floor = self.floor_s(n_bytes, flops)
         return floor / seconds if floor > 0.0 else None
 
     def or_better(self, other: Ceilings) -> Ceilings:
-        return Ceilings(
-            max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s), self.dtype
-        )  # fmt: skip
+        bytes_per_s, flops_per_s = max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s)
+        return Ceilings(bytes_per_s, flops_per_s, self.dtype)
 
 
 # Bytes that are copied, far more than the caches hold, and rows, columns and dtype of a large square matrix product.
@@ -196,8 +187,8 @@ def measure_ceilings(device: torch.device, rounds: int = 3) -> Ceilings:
 def peak_bytes(call: Call, device: torch.device) -> int | None:
     """How far memory rises above where it was while `call` runs; None where that cannot be read.
 
-    On a GPU this is PyTorch's allocator's count. On a CPU it is the resident memory of the process (Linux only), after
-    everything that earlier calls left behind was given back, so that pages are not used a second time unseen.
+    On a GPU PyTorch's allocator counts it. On a CPU it is the resident memory of the process (Linux only). Memory that
+    earlier calls have freed is given back to the system first: reused pages would not be counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -221,7 +212,7 @@ def _give_memory_back() -> None:
         # The extension keeps its last four freed buffers; four small ones take their place.
         small = [torch.ops.fastgpt.large_buffer(torch.empty(0), 2**11, 2**11) for _ in range(4)]
         del small
-    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -1,1 +1,1 @@
-"""What becomes of the rows: the schema, report and pictures, comparison of two runs, quotes."""
+"""The rows that the suite writes, and what is made of them: report, pictures, comparison of two runs, quotes."""

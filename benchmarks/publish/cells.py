@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fastgpt.machine import short_commit
 from fastgpt.report import cell
 
-from .reader import Row
-
-FACTS = ("driver", "clocks_mhz", "python", "torch", "triton", "cuda", "commit", "date")
+from .rows import Line, Row
 
 
 def short(value: Any, digits: int = 3) -> Any:
@@ -19,26 +18,23 @@ def short(value: Any, digits: int = 3) -> Any:
 
 
 def milliseconds(row: Row) -> str:
-    """The median, and from where to where the rounds lay."""
-    middle, low, high = (cell(short(row[key])) for key in ("median_ms", "p20_ms", "p80_ms"))
-    return (
-        middle
-        if row["p20_ms"] == row["p80_ms"] or None in (row["p20_ms"], row["p80_ms"])
-        else f"{middle} ({low} – {high})"
-    )
+    """The median, and the 20th and 80th percentile of the rounds."""
+    middle, low, high = (cell(short(value)) for value in (row.median_ms, row.p20_ms, row.p80_ms))
+    has_spread = row.p20_ms != row.p80_ms and None not in (row.p20_ms, row.p80_ms)
+    return f"{middle} ({low} – {high})" if has_spread else middle
 
 
 def ratio(row: Row) -> str | None:
-    if row["ratio"] is None:
+    """The median, and the 20th and 80th percentile of the rounds."""
+    if row.ratio is None:
         return None
-    low, high = row["ratio_p20"], row["ratio_p80"]
-    return (
-        times(row["ratio"]) if low == high or None in (low, high) else f"{times(row['ratio'])} ({low:.2f} – {high:.2f})"
-    )
+    low, high = row.ratio_p20, row.ratio_p80
+    spread = "" if low == high or None in (low, high) else f" ({low:.2f} – {high:.2f})"
+    return factor(row.ratio) + spread
 
 
-def times(factor: float) -> str:
-    return f"{factor:.2f}x"
+def factor(value: float) -> str:
+    return f"{value:.2f}x"
 
 
 def percent(fraction: float | None) -> str | None:
@@ -49,32 +45,27 @@ def flop_rate(per_s: float) -> str:
     return f"{per_s / 1e12:.0f} TFLOP/s" if per_s >= 1e13 else f"{per_s / 1e9:.0f} GFLOP/s"
 
 
-def commit(digits: str) -> str:
-    """Ten digits; the "+" of a tree with files that were changed since stays."""
-    return digits[:10] + ("+" if digits.endswith("+") else "")
-
-
-def slug(text: str) -> str:
-    """As part of a file's name."""
+def file_stem(text: str) -> str:
+    """The text as a part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def facts(rows: Sequence[Row]) -> str:
-    """Versions, clocks, commits and days of some rows, as one sentence."""
-    parts = []
-    for key in FACTS:
-        values = list(dict.fromkeys(row[key] for row in rows if row.get(key) is not None))
+def origin(lines: Iterable[Line], keys: Sequence[str]) -> list[str]:
+    """Where figures come from: for each key of a `Line` its name and the values that the lines have."""
+    parts, lines = [], list(lines)
+    for key in keys:
+        values = list(dict.fromkeys(value for line in lines if (value := getattr(line, key)) is not None))
         if key == "clocks_mhz" and values:
-            ends = [f"{end:.0f}" for end in (min(values), max(values))]
-            parts.append(f"clocks {' to '.join(dict.fromkeys(ends))} MHz")
+            ends = dict.fromkeys(f"{end:.0f}" for end in (min(values), max(values)))
+            parts.append(f"clocks {' to '.join(ends)} MHz")
         elif values:
-            names = dict.fromkeys(commit(value) if key == "commit" else str(value) for value in values)
-            parts.append(f"{key} {' and '.join(names)}")
-    return ", ".join(parts) + "." if parts else ""
+            shown = dict.fromkeys(short_commit(value) if key == "commit" else str(value) for value in values)
+            parts.append(f"{key} {' and '.join(shown)}")
+    return parts
 
 
 def aligned(markdown: str) -> str:
-    """A Markdown table whose cells are padded to their columns' widths, for a screen."""
+    """A Markdown table whose cells are padded to the widths of their columns, so that it reads well as plain text."""
     head, rule, *body = ([*line[2:-2].split(" | ")] for line in markdown.splitlines())
     widths = [max(map(len, column)) for column in zip(head, rule, *body, strict=True)]
     right = [mark.endswith(":") for mark in rule]

@@ -8,7 +8,7 @@ from typing import Any
 from fastgpt.report import pyplot
 
 from . import cells
-from .reader import OURS, Case, Results, Row, by_case
+from .rows import OURS, CaseKey, Results, Row, by_case, peers_of
 
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -16,8 +16,8 @@ TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 
 def ratio_figure(op: str, rows: Sequence[Row]) -> Any:
     """Bars of the peers' ratios, case by case, from 1 (equal) outwards on a logarithmic axis."""
     plt = pyplot()
-    drawn = [row for row in rows if row["implementation"] != OURS and row["ratio"]]
-    peers = list(dict.fromkeys(row["implementation"] for row in drawn))
+    drawn = [row for row in rows if row.implementation != OURS and row.ratio]
+    peers = peers_of(drawn)
     groups = [(case, [found[peer] for peer in peers if peer in found]) for case, found in by_case(drawn).items()]
     colors = {peer: plt.get_cmap("tab10" if len(peers) <= 10 else "tab20")(i) for i, peer in enumerate(peers)}
     lines = sum(len(bars) + 1 for _, bars in groups)
@@ -26,7 +26,7 @@ def ratio_figure(op: str, rows: Sequence[Row]) -> Any:
     for case, bars in groups:
         labels.append((y + (len(bars) - 1) / 2, _label(case, drawn)))
         for row in bars:
-            _bar(axes, y, row, colors[row["implementation"]])
+            _bar(axes, y, row, colors[row.implementation])
             y += 1
         y += 1
     axes.axvline(1.0, color="black", linewidth=1.2)
@@ -40,27 +40,26 @@ def ratio_figure(op: str, rows: Sequence[Row]) -> Any:
 
 
 def _bar(axes: Any, y: float, row: Row, color: Any) -> None:
-    """From 1 to the ratio; a line over the percentiles; pale where they straddle 1, since that is noise."""
-    low, high = row["ratio_p20"] or row["ratio"], row["ratio_p80"] or row["ratio"]
-    axes.barh(y, row["ratio"] - 1, left=1, height=0.8, color=color, alpha=0.35 if low <= 1 <= high else 0.9)
+    """A bar from 1 to the ratio, and a line over the percentiles; pale where they lie on both sides of 1 (noise)."""
+    low, high = row.ratio_p20 or row.ratio, row.ratio_p80 or row.ratio
+    axes.barh(y, row.ratio - 1, left=1, height=0.8, color=color, alpha=0.35 if low <= 1 <= high else 0.9)
     axes.plot([low, high], [y, y], color="black", linewidth=1.4, solid_capstyle="butt")
-    end = max(high, row["ratio"], 1)
-    said = f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}"
+    end = max(high, row.ratio, 1)
+    said = f"{row.ratio:.{2 if row.ratio < 10 else 0}f}"
     axes.annotate(said, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
 
 
-def _label(case: Case, rows: Sequence[Row]) -> str:
+def _label(case: CaseKey, rows: Sequence[Row]) -> str:
     """The shape, and below it what differs between the cases of this op."""
-    _, shape, dtype, direction = case
-    told = [direction] if len({row["direction"] for row in rows}) > 1 else []
-    told += [dtype] if len({row["dtype"] for row in rows}) > 1 else []
-    return "\n".join([shape, ", ".join(told)]) if told else shape
+    told = [case.direction] if len({row.direction for row in rows}) > 1 else []
+    told += [case.dtype] if len({row.dtype for row in rows}) > 1 else []
+    return "\n".join([case.shape, ", ".join(told)]) if told else case.shape
 
 
 def _ratio_axis(axes: Any, rows: Sequence[Row]) -> None:
-    ends = [row[key] for row in rows for key in ("ratio", "ratio_p20", "ratio_p80") if row[key]]
+    ends = [end for row in rows for end in (row.ratio, row.ratio_p20, row.ratio_p80) if end]
     low, high = min([*ends, 0.8]), max([*ends, 1.25])
-    low, high = low * (low / high) ** 0.03, high * (high / low) ** 0.07  # room for the figures behind the bars
+    low, high = low * (low / high) ** 0.03, high * (high / low) ** 0.07  # room for the numbers at the ends of the bars
     ticks = [tick for tick in TICKS if low <= tick <= high]
     axes.set_xscale("log")
     axes.set_xlim(low, high)
@@ -72,10 +71,10 @@ def _ratio_axis(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def roofline_figure(device: str, results: Results) -> Any:
-    """Every row of which bytes and operations are known, under the ceilings that its run measured."""
+    """Rows whose bytes and operations are known, as points under the ceilings that the runs measured."""
     plt = pyplot()
     points = list(_points(results))
-    ceilings = [run["ceilings"] for run in results.runs]
+    ceilings = [run.ceilings for run in results.runs]
     roofs = [(c["bytes_per_s"], c["flops_per_s"]) for c in ceilings if c.get("bytes_per_s") and c.get("flops_per_s")]
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     knees = [flops / copy for copy, flops in roofs]
@@ -108,9 +107,9 @@ def _points(results: Results) -> Iterator[tuple[str, bool, float, float]]:
     """(op, whether it is FastGPT's, intensity, operations per second) of FastGPT and its best peer in each case."""
     for found in by_case(results.rows).values():
         ours = found.get(OURS)
-        if ours is None or not ours["bytes"] or not ours["flops"]:
+        if ours is None or not ours.bytes or not ours.flops:
             continue
-        intensity = ours["flops"] / ours["bytes"]
-        yield ours["op"], True, intensity, ours["flops"] / ours["median_ms"] * 1e3
-        if ours["best_peer"] in found:
-            yield ours["op"], False, intensity, ours["flops"] / found[ours["best_peer"]]["median_ms"] * 1e3
+        intensity = ours.flops / ours.bytes
+        yield ours.op, True, intensity, ours.flops / ours.median_ms * 1e3
+        if ours.best_peer in found:
+            yield ours.op, False, intensity, ours.flops / found[ours.best_peer].median_ms * 1e3

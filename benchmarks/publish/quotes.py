@@ -1,6 +1,6 @@
-"""The figures that documents quote, read from the files of rows: nothing is copied by hand.
+"""The figures that documents quote are written by this module, from the files of rows.
 
-    python -m fastgpt.benchmarks.publish.quotes README.md      rewrite what stands between the marks (make results)
+    python -m fastgpt.benchmarks.publish.quotes README.md      rewrite the text between the marks (make results)
 
 In a document,
 
@@ -8,7 +8,8 @@ In a document,
     ...
     <!-- end of results -->
 
-names one of QUOTES and a file of benchmarks/results. A test compares what stands between with what this would write.
+names one of QUOTES and a file of benchmarks/results. A test compares the text between the marks with what would be
+written there.
 """
 
 from __future__ import annotations
@@ -24,48 +25,47 @@ from typing import Any
 from fastgpt.report import cell, markdown_table
 
 from . import cells
-from .reader import OURS, Results, ResultsError, Row, by_case, case_of, device_of, read
+from .rows import OURS, Results, ResultsError, Row, by_case, peers_of, read
 
 
 def train_step(results: Results) -> str:
-    """Milliseconds of a step, and how many times FastGPT's each peer takes."""
+    """Milliseconds of a training step, and each peer's time as a multiple of them."""
     return _beside_peers("train_step", "one training step", results)
 
 
 def generate(results: Results) -> str:
-    """Milliseconds of sampling a text, and how many times FastGPT's each peer takes."""
+    """Milliseconds of sampling a text, and each peer's time as a multiple of them."""
     return _beside_peers("generate", "one sequence", results)
 
 
 def _beside_peers(op: str, what: str, results: Results) -> str:
     rows = _rows_of(op, results)
-    peers = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != OURS))
+    peers = peers_of(rows)
     body = []
-    for (_, shape, _, _), found in by_case(rows).items():
+    for case, found in by_case(rows).items():
         if OURS in found:
-            ours = f"{cell(cells.short(found[OURS]['median_ms']))} ms"
-            body.append([shape, ours, *(_times(found.get(peer)) for peer in peers)])
-    table = cells.aligned(markdown_table([what, OURS, *peers], body))
-    return f"{table}\n\n{_origin(rows)}"
+            ours = f"{cell(cells.short(found[OURS].median_ms))} ms"
+            body.append([case.shape, ours, *(_factor(found.get(peer)) for peer in peers)])
+    return _table([what, OURS, *peers], body, rows)
 
 
-def _times(row: Row | None) -> str | None:
-    """A peer's ratio, and whether it is one at all."""
-    if row is None or row["ratio"] is None:
+def _factor(row: Row | None) -> str | None:
+    """A peer's ratio; "(noise)" where it may as well be 1."""
+    if row is None or row.ratio is None:
         return None
-    return cells.times(row["ratio"]) + (" (noise)" if row["verdict"] == "noise" else "")
+    return cells.factor(row.ratio) + (" (noise)" if row.verdict == "noise" else "")
 
 
 def time_to_loss(results: Results) -> str:
-    """How long a preset trains until it reaches a loss, and how many times that its peers take."""
+    """How long a preset trains until it reaches a loss, and each peer's time as a multiple of that."""
     rows = _rows_of("time_to_loss", results)
-    ours = next(row for row in rows if row["implementation"] == OURS)
+    ours = next(row for row in rows if row.implementation == OURS)
     peers = [
-        f"{row['implementation']} on the same batches takes {cells.ratio(row)} as long"
+        f"{row.implementation} on the same batches takes {cells.ratio(row)} as long"
         for row in rows
-        if row["implementation"] != OURS and row["ratio"] and case_of(row) == case_of(ours)
+        if row.implementation != OURS and row.ratio and row.case == ours.case
     ]
-    told = f"`{ours['shape']}`: {_seconds(ours)} of training, {_extra(ours, 'steps')} steps"
+    told = f"`{ours.shape}`: {_seconds(ours)} of training, {_extra(ours, 'steps')} steps"
     return _sentence("; ".join([told, *peers]), rows)
 
 
@@ -73,7 +73,7 @@ def recipe(results: Results) -> str:
     """The loss that a preset ends at, and how long it trained."""
     rows = _rows_of("recipe", results)
     ours = rows[0]
-    command = f"`fastgpt train --preset {ours['shape']} --data tinyshakespeare`"
+    command = f"`fastgpt train --preset {ours.shape} --data tinyshakespeare`"
     trained = f"after {_extra(ours, 'steps')} steps and {_seconds(ours)} of training"
     loss = f"a validation loss of {_extra(ours, 'val_loss'):.3f} nats per character"
     return _sentence(f"{command} ends, {trained}, at {loss}", rows)
@@ -83,48 +83,47 @@ def native_ops(results: Results) -> str:
     """The compiled kernels against PyTorch's own ops, forward and backward: times, ratio, memory at the peak."""
     body = []
     for op in ("cross_entropy", "linear_cross_entropy", "embedding"):
-        for (_, shape, _, direction), found in by_case(_rows_of(op, results)).items():
-            if direction != "forward+backward" or not {OURS, "torch"} <= found.keys():
-                continue
-            ours, torch = found[OURS], found["torch"]
-            shares = [f"{row['peak_bytes'] / 1e6:.1f} MB" if row["peak_bytes"] else None for row in (ours, torch)]
-            body.append(
-                [f"{op} {shape}", cells.milliseconds(ours), cells.milliseconds(torch), cells.ratio(torch), *shares]
-            )
+        for case, found in by_case(_rows_of(op, results)).items():
+            if case.direction == "forward+backward" and {OURS, "torch"} <= found.keys():
+                ours, torch = found[OURS], found["torch"]
+                peaks = [f"{row.peak_bytes / 1e6:.1f} MB" if row.peak_bytes else None for row in (ours, torch)]
+                times = [cells.milliseconds(ours), cells.milliseconds(torch), cells.ratio(torch)]
+                body.append([f"{op} {case.shape}", *times, *peaks])
     headers = ["forward + backward", "native, ms", "torch, ms", "ratio", "memory at the peak", "torch's"]
-    return f"{cells.aligned(markdown_table(headers, body))}\n\n{_origin(_rows_of('cross_entropy', results))}"
+    return _table(headers, body, _rows_of("cross_entropy", results))
+
+
+def _table(headers: Sequence[str], body: Sequence[Sequence[Any]], rows: Sequence[Row]) -> str:
+    return f"{cells.aligned(markdown_table(headers, body))}\n\n{_origin(rows)}."
 
 
 def _sentence(text: str, rows: Sequence[Row]) -> str:
-    full = f"{text} ({_origin(rows).rstrip('.')})."
-    return textwrap.fill(full, 120, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(f"{text} ({_origin(rows)}).", 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _seconds(row: Row) -> str:
-    return f"{cell(cells.short(row['median_ms'] / 1e3))} seconds"
+    return f"{cell(cells.short(row.median_ms / 1e3))} seconds"
 
 
 def _extra(row: Row, key: str) -> Any:
-    if row["extra"].get(key) is None:
-        raise ResultsError(f'the row of {row["op"]!r} has no {key!r} in "extra"')
-    return row["extra"][key]
+    if row.extra.get(key) is None:
+        raise ResultsError(f'the row of {row.op!r} has no {key!r} in "extra"')
+    return row.extra[key]
 
 
 def _rows_of(op: str, results: Results) -> list[Row]:
-    rows = [row for row in results.rows if row["op"] == op]
-    if not any(row["implementation"] == OURS for row in rows):
+    rows = results.of_op(op)
+    if not any(row.implementation == OURS for row in rows):
         raise ResultsError(f"these results have no row of FastGPT's for {op!r}")
     return rows
 
 
 def _origin(rows: Sequence[Row]) -> str:
-    """Device, versions, day and commit of the rows that a document quotes."""
-    row = rows[0]
-    parts = [device_of(row), row["dtype"]]
-    parts += [f"{key} {row[key]}" for key in ("torch", "triton", "cuda") if row[key]]
-    parts += [row["date"]] if row["date"] else []
-    parts += [f"commit {cells.commit(row['commit'])}"] if row["commit"] else []
-    return ", ".join(parts) + "."
+    """Machine, versions, day and commit of the rows that a document quotes."""
+    first = rows[0]
+    versions = cells.origin([first], ("torch", "triton", "cuda"))
+    parts = [first.machine, first.dtype, *versions, first.date, *cells.origin([first], ("commit",))]
+    return ", ".join(part for part in parts if part)
 
 
 QUOTES: dict[str, Callable[[Results], str]] = {
@@ -138,7 +137,7 @@ _QUOTED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n)(.*?)(<!-- end of result
 
 
 def with_quotes(text: str, results: Path) -> str:
-    """The document with every quoted figure as the files in `results` have it now."""
+    """The document with the text between its marks replaced by what the files in `results` say now."""
 
     def renewed(match: re.Match[str]) -> str:
         start, name, file, _, end = match.groups()

@@ -1,14 +1,14 @@
-"""Rows as something to read: docs/results.md with its pictures, and one HTML page that needs nothing beside it.
+"""Rows as something to read: docs/results.md with its pictures, and one HTML page that needs no other file.
 
     fastgpt bench --report --results benchmarks/results --out docs     results.md, results/*.png, results/report.html
 
-Both are the same tables and pictures, device by device: FastGPT against the best peer of each case, then every op with
-all its peers, then the machine's ceilings. A ratio is a peer's time over FastGPT's: above 1 FastGPT is faster.
+Both have the same tables and pictures. For each machine: FastGPT against the best peer of each case, then every op with
+all its peers, then the fastest copy and matrix product of the machine, then the peers that were not measured.
 """
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,28 +20,30 @@ from fastgpt.report import Report, markdown_table
 
 from . import cells
 from .pictures import ratio_figure, roofline_figure
-from .reader import OURS, Results, ResultsError, Row, by_case
+from .rows import OURS, Results, ResultsError, Row, by_case, peers_of
 
 RATES = {"gb_per_s": ("GB/s", 1), "tflop_per_s": ("TFLOP/s", 1), "tokens_per_s": ("tokens/s", 1)}
 
+FACTS = ("driver", "clocks_mhz", "python", "torch", "triton", "cuda", "commit", "date")  # said once for a machine
+
 TITLE = "Benchmark results"
 ABOUT = [
-    "Each case names its work. FastGPT and its peers did it in turns in one process, in an order drawn for each round, "
-    "and only after FastGPT's results had passed the comparison with the float64 oracle. A backward pass starts from "
-    "random gradients; that of a loss from 1, as `loss.backward()` does. Times are medians, with the 20th and 80th "
-    "percentile. A ratio is the peer's time over FastGPT's, the median over pairs of the same round: above 1 FastGPT "
-    "is faster, and where the percentiles straddle 1 the verdict is noise.",
-    "The error ratio is FastGPT's error over PyTorch's own plus half the stated tolerance; up to 2 passes. The "
-    "fraction of the roofline is the time that the fastest copy or matrix product of the same run would need, over the "
-    "time taken.",
+    "Each line is one piece of work, which FastGPT and its peers did in turns, in one process, in an order drawn anew "
+    "for each round. It was timed only after FastGPT's results had passed the comparison with the float64 oracle. The "
+    "backward pass starts from random gradients; for a loss, from 1, as in `loss.backward()`. Times are medians, with "
+    "the 20th and 80th percentile in brackets. A ratio is the peer's time over FastGPT's, the median over the rounds: "
+    "above 1 FastGPT is faster. Where the percentiles of the ratio lie on both sides of 1, the verdict is noise.",
+    "The error ratio is FastGPT's error over PyTorch's own error plus half the stated tolerance; a result passes up to "
+    "2. The fraction of the roofline is the time that the work would take at the speed of the fastest copy or matrix "
+    "product of the same run, over the time that it took.",
 ]
 
 
 def markdown(results: Results, pictures: str | None = "results") -> str:
     """The text of results.md; its pictures lie in the folder `pictures` beside it. None: a text without pictures."""
     parts = [f"# {TITLE}", "Written by `fastgpt bench --report` from the files of rows; not by hand.", *ABOUT]
-    for device in results.devices():
-        for i, table in enumerate(device_tables(device, results.of(device))):
+    for machine in results.machines():
+        for i, table in enumerate(machine_tables(machine, results.of_machine(machine))):
             parts += [f"{'##' if i == 0 else '###'} {table.heading}", *table.notes]
             parts += [cells.aligned(markdown_table(table.headers, table.rows))] if table.rows else []
             parts += [f"![{table.caption}]({pictures}/{table.picture}.png)"] if table.picture and pictures else []
@@ -50,11 +52,11 @@ def markdown(results: Results, pictures: str | None = "results") -> str:
 
 def page(results: Results) -> Report:
     """The same as one HTML file."""
-    made = Report(TITLE, " · ".join(results.devices()))
+    made = Report(TITLE, " · ".join(results.machines()))
     for text in ABOUT:
         made.paragraph(text)
-    for device in results.devices():
-        for table in device_tables(device, results.of(device)):
+    for machine in results.machines():
+        for table in machine_tables(machine, results.of_machine(machine)):
             made.heading(table.heading)
             for note in table.notes:
                 made.paragraph(note)
@@ -75,7 +77,7 @@ def write(results: Results, out: Path) -> Path:
     return html
 
 
-# --- the tables -------------------------------------------------------------------------------------------------------
+# --- the tables ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,119 +88,117 @@ class Table:
     notes: list[str]
     headers: list[str]
     rows: list[list[Any]]
-    picture: str | None = None  # name, without .png
+    picture: str | None = None  # the name of its file, without .png
     caption: str = ""
     draw: Callable[[], Any] | None = None
 
 
-def device_tables(device: str, results: Results) -> list[Table]:
-    """A summary, then a table for each op, then what the machine can do at best and who was not there."""
-    ops = dict.fromkeys(row["op"] for row in results.rows)
-    tables = [_op_table(device, op, results) for op in ops] + [_ceilings(device, results), _absent(results)]
-    return [_summary(device, results), *(table for table in tables if table.rows)]
+def machine_tables(machine: str, results: Results) -> list[Table]:
+    """A summary, then a table for each op, then the speed of the machine and the peers that were not measured."""
+    ops = dict.fromkeys(row.op for row in results.rows)
+    tables = [_op_table(machine, op, results) for op in ops] + [_ceilings(machine, results), _absent(results)]
+    return [_summary(machine, results), *(table for table in tables if table.rows)]
 
 
-def _summary(device: str, results: Results) -> Table:
+def _summary(machine: str, results: Results) -> Table:
     """FastGPT against the fastest peer of each case, op by op."""
     rows: list[list[Any]] = []
-    compared = [row for row in results.rows if row["implementation"] == OURS and row["ratio"]]
-    for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in compared):
-        ours = [row for row in compared if (row["op"], row["direction"]) == (op, direction)]
-        counts = [sum(row["verdict"] == verdict for row in ours) for verdict in ("faster", "noise", "slower")]
-        ratios = [row["ratio"] for row in ours]
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        rows.append([op, direction, len(ours), *counts, *map(cells.times, (min(ratios), mean, max(ratios)))])
+    compared = [row for row in results.rows if row.implementation == OURS and row.ratio]
+    for op, direction in dict.fromkeys((row.op, row.direction) for row in compared):
+        ours = [row for row in compared if (row.op, row.direction) == (op, direction)]
+        counts = [sum(row.verdict == verdict for row in ours) for verdict in ("faster", "noise", "slower")]
+        ratios = [row.ratio for row in ours]
+        mean = statistics.geometric_mean(ratios)
+        rows.append([op, direction, len(ours), *counts, *map(cells.factor, (min(ratios), mean, max(ratios)))])
     headers = ["op", "direction", "cases", "faster", "noise", "slower", "lowest ratio", "geometric mean", "highest"]
-    return Table(device, [cells.facts(results.rows)], headers, rows)
+    facts = ", ".join(cells.origin(results.rows, FACTS))
+    return Table(machine, [f"{facts}."] if facts else [], headers, rows)
 
 
-def _op_table(device: str, op: str, results: Results) -> Table:
+def _op_table(machine: str, op: str, results: Results) -> Table:
     """A line for each case: FastGPT's own figures, then the ratio of each peer."""
-    rows = [row for row in results.rows if row["op"] == op]
-    peers = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != OURS))
-    columns = _columns([row for row in rows if row["implementation"] == OURS])
+    rows = results.of_op(op)
+    peers = peers_of(rows)
+    columns = _columns([row for row in rows if row.implementation == OURS])
     body = []
-    for (_, shape, dtype, direction), found in by_case(rows).items():
+    for case, found in by_case(rows).items():
         ours = [make(found[OURS]) if OURS in found else None for _, make in columns]
         theirs = [cells.ratio(found[peer]) if peer in found else None for peer in peers]
-        body.append([shape, dtype, direction, *ours, *theirs])
+        body.append([case.shape, case.dtype, case.direction, *ours, *theirs])
     headers = ["shape", "dtype", "direction", *(name for name, _ in columns), *peers]
-    said, shown = _said_once(headers, body)
+    constant, shown = _constant_and_shown(headers, body)
     return Table(
         op,
-        [", ".join(said) + "."] if said else [],
+        [", ".join(constant) + "."] if constant else [],
         [headers[i] for i in shown],
         [[line[i] for i in shown] for line in body],
-        f"{cells.slug(device)}-{cells.slug(op)}" if any(row["ratio"] for row in rows) and peers else None,
+        f"{cells.file_stem(machine)}-{cells.file_stem(op)}" if any(row.ratio for row in rows) and peers else None,
         f"{op}: time of each peer over FastGPT's; the lines span the 20th to 80th percentile of the rounds",
         partial(ratio_figure, op, rows),
     )
 
 
-def _said_once(headers: list[str], body: list[list[Any]]) -> tuple[list[str], list[int]]:
-    """What is the same in every line, and the columns that are left; empty ones are not."""
-    said: list[str] = []
+def _constant_and_shown(headers: list[str], body: list[list[Any]]) -> tuple[list[str], list[int]]:
+    """What is equal in every line, to be said once above the table, and the columns that are left and not empty."""
+    constant: list[str] = []
     shown: list[int] = []
     for i, header in enumerate(headers):
         values = {line[i] for line in body}
         if header in ("dtype", "direction", "backend") and len(values) == 1 and None not in values:
             (value,) = values
-            said += [] if value == "none" else [f"backend {value}" if header == "backend" else value]
+            constant += [] if value == "none" else [f"backend {value}" if header == "backend" else value]
         elif values != {None}:
             shown.append(i)
-    return said, shown
+    return constant, shown
 
 
 def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
-    """What is said of FastGPT's own rows."""
-    extras = [(key, row["extra"][key]) for row in rows for key in row["extra"]]
+    """The columns of FastGPT's own figures: their headers, and what makes a cell of a row."""
     rates = []
-    for key in dict.fromkeys(key for key, _ in extras):
+    for key in dict.fromkeys(key for row in rows for key in row.extra):
         name, factor = RATES.get(key, (key.replace("_", " "), 1))
-        if key == "tflop_per_s" and all((value or 0) < 1 for name, value in extras if name == key):
+        if key == "tflop_per_s" and all((row.extra.get(key) or 0) < 1 for row in rows):
             name, factor = "GFLOP/s", 1000
         rates.append((name, partial(_extra, key, factor)))
     return [
-        ("backend", lambda row: row["backend"]),
+        ("backend", lambda row: row.backend),
         ("fastgpt ms", cells.milliseconds),
         *rates,
-        ("of the roofline", lambda row: cells.percent(row["roofline_fraction"])),
-        ("peak MB", lambda row: cells.short(row["peak_bytes"] and row["peak_bytes"] / 1e6)),
-        ("error ratio", lambda row: cells.short(row["parity_error_ratio"], 2)),
+        ("of the roofline", lambda row: cells.percent(row.roofline_fraction)),
+        ("peak MB", lambda row: cells.short(row.peak_bytes and row.peak_bytes / 1e6)),
+        ("error ratio", lambda row: cells.short(row.parity_error_ratio, 2)),
         ("verdict", _verdict),
     ]
 
 
 def _extra(key: str, factor: int, row: Row) -> Any:
-    value = row["extra"].get(key)
+    value = row.extra.get(key)
     return cells.short(value * factor) if isinstance(value, float) else value
 
 
 def _verdict(row: Row) -> str | None:
-    if row["verdict"] is None or row["best_peer"] is None:
+    if row.verdict is None or row.best_peer is None:
         return None
     words = {"faster": "faster than", "slower": "slower than", "noise": "noise against"}
-    return f"{words.get(row['verdict'], row['verdict'])} {row['best_peer']}"
+    return f"{words.get(row.verdict, row.verdict)} {row.best_peer}"
 
 
-def _ceilings(device: str, results: Results) -> Table:
+def _ceilings(machine: str, results: Results) -> Table:
     rows = []
     for run in results.runs:
-        copy, product = (run["ceilings"].get(key) for key in ("bytes_per_s", "flops_per_s"))
+        copy, product = (run.ceilings.get(key) for key in ("bytes_per_s", "flops_per_s"))
         if copy and product:
-            ops = ", ".join(run.get("ops") or [])
-            rows.append(
-                [ops, run["ceilings"].get("dtype"), f"{copy / 1e9:.1f} GB/s", cells.flop_rate(product), run["date"]]
-            )
-    drawn = bool(rows) and any(row["bytes"] and row["flops"] for row in results.rows)
+            speeds = [f"{copy / 1e9:.1f} GB/s", cells.flop_rate(product)]
+            rows.append([", ".join(run.ops), run.ceilings.get("dtype"), *speeds, run.date])
+    drawn = bool(rows) and any(row.bytes and row.flops for row in results.rows)
     return Table(
         "The machine's ceilings",
-        ["The fastest copy and the fastest matrix product of each run; a row's fraction is of its own run's."],
-        ["run of", "dtype", "copy", "matrix product", "date"],
+        ["The fastest copy and matrix product of each run. A row's fraction of the roofline refers to its own run."],
+        ["ops of the run", "dtype", "copy", "matrix product", "date"],
         rows,
-        f"{cells.slug(device)}-roofline" if drawn else None,
+        f"{cells.file_stem(machine)}-roofline" if drawn else None,
         "Achieved operations per second over operations per byte moved; filled FastGPT, hollow its best peer",
-        partial(roofline_figure, device, results),
+        partial(roofline_figure, machine, results),
     )
 
 
@@ -206,8 +206,8 @@ def _absent(results: Results) -> Table:
     """Which peers were not measured, and why."""
     ops: dict[tuple[str, str], list[str]] = {}
     for run in results.runs:
-        for op, peers in run["absent"].items():
+        for op, peers in run.absent.items():
             for peer, reason in peers.items() if isinstance(peers, dict) else ():
                 ops.setdefault((peer, str(reason).rstrip(".")), []).append(op)
     rows = [[peer, ", ".join(dict.fromkeys(found)), why] for (peer, why), found in sorted(ops.items())]
-    return Table("Absent peers", [], ["peer", "absent from", "because"], rows)
+    return Table("Peers that were not measured", [], ["peer", "in", "because"], rows)

@@ -1,197 +1,261 @@
-"""What the suite writes: JSON lines, in benchmarks/results/<device>.jsonl or the file given by --rows.
+"""The rows that the suite writes: what a line says, and the files of them.
 
-A line with "kind": "row" is one implementation in one comparison. Every row has every key; what is not known is null.
+A file holds JSON lines. Each is one implementation in one comparison (`Row`) or one run of the suite (`Run`). It has
+every field of its class in the order in which they are listed here, then those of `Line`; what is not known is null.
 
-    op, shape, dtype         what was done: "attention", "B8 H6 T256 D64 causal", "float32"
-    direction                "forward", "forward+backward", "step", "generate", "train" or "import"
-    implementation           "fastgpt", or the peer's name
-    backend                  of a fastgpt row: the backend that served it
-    median_ms, p20_ms, p80_ms, rounds     of one call
-    ratio, ratio_p20, ratio_p80           peer row: the peer's time over fastgpt's, pair by pair of the same round;
-                             fastgpt row: that of its best peer
-    best_peer                fastgpt row: the peer with the smallest median
-    verdict                  fastgpt against that peer: "faster", "slower", or "noise" (the percentiles straddle 1)
-    bytes, flops             the least memory traffic and the operations of one call
-    roofline_fraction        max(bytes / copy bandwidth, flops / matrix product rate) / median
-    peak_bytes               how far memory rises during one call, its results included
-    parity_error_ratio       error against the float64 oracle, over PyTorch's plus half the tolerance; up to 2 passes
-    extra                    more figures by name: tokens_per_s, tflop_per_s, gb_per_s, val_loss
-    device, driver, clocks_mhz, threads, cpu_capability, python, torch, triton, cuda, fastgpt, commit, date
-
-A line with "kind": "run" describes a run of the suite: the same facts of the machine, and
-
-    ops                      what it measured
-    ceilings                 bytes_per_s, flops_per_s, dtype: the fastest copy and matrix product of that run
-    absent                   {op: {peer, or "peer, shape, direction" where others were measured: why not}}
-
-A new row replaces the older one of the same op, shape, dtype, implementation and direction; a new run those runs of
-which it measured every op again.
+Files travel: they come from another machine, from another version, or from an upload that broke off. So each line is
+checked when it is read, and an error names its file and line.
 """
 
-from __future__ import annotations
-
-import datetime
-import functools
 import json
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-import torch
-
-import fastgpt
-from fastgpt.benchmarks.harness.measure import Ceilings
 from fastgpt.files import atomic_path
 
-# Where this is an installed package it is no source tree, and of no use.
-SOURCE_TREE = Path(__file__).resolve().parent.parent.parent
-
-MEASURED = (
-    "op", "shape", "dtype", "direction", "implementation", "backend", "median_ms", "p20_ms", "p80_ms", "rounds",
-    "ratio", "ratio_p20", "ratio_p80", "best_peer", "verdict", "bytes", "flops", "roofline_fraction", "peak_bytes",
-    "parity_error_ratio", "extra",
-)  # fmt: skip
-FACTS = (
-    "device", "driver", "clocks_mhz", "threads", "cpu_capability", "python", "torch", "triton", "cuda", "fastgpt",
-    "commit", "date",
-)  # fmt: skip
-KEYS = ("kind", *MEASURED, *FACTS)
-IDENTITY = ("op", "shape", "dtype", "implementation", "direction")
+OURS = "fastgpt"  # the implementation that the others are compared with
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the commit: without them a number says nothing."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": device_name(device),
-        "driver": _nvidia("driver_version") if on_gpu else None,
-        "clocks_mhz": clocks_mhz(device),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "cuda": torch.version.cuda if on_gpu else None,
-        "fastgpt": fastgpt.__version__,
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+class ResultsError(ValueError):
+    """Results that cannot be read; the message names the file and the line."""
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        cpuinfo = ""
-    return cpu_name(cpuinfo) or platform.processor() or platform.machine()
+@dataclass(frozen=True)
+class Spread:
+    """Median, 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
 
 
-def cpu_name(cpuinfo: str) -> str | None:
-    """The processor by its name, family and model: virtual machines call several generations "AMD EPYC" alike."""
-    found = {
-        key: re.search(rf"^{key}\s*:\s*(.+)$", cpuinfo, flags=re.MULTILINE)
-        for key in ("model name", "cpu family", "model")
-    }
-    name, family, model = (match and match[1].strip() for match in found.values())
-    return f"{name} (family {family}, model {model})" if name and family and model else name
+class CaseKey(NamedTuple):
+    """What was measured and on which machine, whoever did it: rows of equal keys are compared with each other."""
+
+    machine: str
+    op: str
+    shape: str
+    dtype: str
+    direction: str
 
 
-def slug(device: torch.device) -> str:
-    """The device as a file name: nvidia-h100-80gb-hbm3, amd-epyc-family-26-model-2-2-cores."""
-    name = device_name(device)
-    if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        name += f" {cores} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+# --- the schema: a field's type is what a line is checked against, see EXPECTED --------------------------------------
 
 
-def default_path(device: torch.device) -> Path:
-    """benchmarks/results/<device>.jsonl in a source tree; from an installed package, the same under this folder."""
-    in_tree = (SOURCE_TREE / "setup.py").is_file()
-    return (SOURCE_TREE if in_tree else Path.cwd()) / "benchmarks" / "results" / f"{slug(device)}.jsonl"
+@dataclass(kw_only=True)
+class Line:
+    """What every line says of where and when it was measured, as `fastgpt.machine.facts` finds it."""
+
+    kind: ClassVar[str]
+
+    device: str  # the name of the GPU or the processor
+    driver: str | None = None
+    clocks_mhz: float | None = None  # the GPU's clock, or the mean of the processor's cores
+    threads: float | None = None  # that PyTorch used
+    cpu_capability: str | None = None  # the instruction set that PyTorch used
+    python: str | None = None
+    torch: str | None = None
+    triton: str | None = None
+    cuda: str | None = None  # null on a CPU
+    fastgpt: str | None = None
+    commit: str | None = None  # followed by "+" where files had changed since
+    date: str | None = None
+    other_keys: dict = field(default_factory=dict)  # of a line that another version wrote: they are kept as they are
+
+    @property
+    def machine(self) -> str:
+        """What must be equal for times to be compared: the GPU; on a CPU also its threads and instruction set."""
+        if self.cuda is not None:
+            return self.device
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}" if self.threads else None
+        return ", ".join(part for part in (self.device, self.cpu_capability, threads) if part)
+
+    def to_json(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in _schema(type(self))}
+        facts = {f.name: values.pop(f.name) for f in _schema(Line)}
+        return json.dumps({"kind": self.kind, **values, **facts, **self.other_keys})
 
 
-def clocks_mhz(device: torch.device) -> float | None:
-    """The clock of the multiprocessors, or the mean of the cores', at this moment."""
-    if device.type == "cuda":
-        clock = _nvidia("clocks.sm")
-        return float(clock.split()[0]) if clock and clock.split()[0].isdigit() else None
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    clocks = [float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", cpuinfo, flags=re.MULTILINE)]
-    return round(sum(clocks) / len(clocks), 1) if clocks else None
+@dataclass(kw_only=True)
+class Row(Line):
+    """One implementation in one comparison. Times are of one call."""
+
+    kind = "row"
+
+    op: str  # "attention", "train_step", ...: the benchmark
+    shape: str  # "B8 H6 T256 D64 causal": the sizes of the work
+    dtype: str
+    direction: str  # "forward", "forward+backward", "step", "generate", "train" or "import"
+    implementation: str  # "fastgpt", or the peer's name
+    backend: str | None = None  # of a row of FastGPT: the backend that served the op
+    median_ms: float
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: float | None = None
+    # A peer's time over FastGPT's, taken inside each round; in a row of FastGPT that of its best peer.
+    ratio: float | None = None
+    ratio_p20: float | None = None
+    ratio_p80: float | None = None
+    best_peer: str | None = None  # of a row of FastGPT: the peer with the smallest median
+    verdict: str | None = None  # FastGPT is "faster", "slower", or the percentiles lie on both sides of 1: "noise"
+    bytes: float | None = None  # the least memory traffic
+    flops: float | None = None  # operations
+    roofline_fraction: float | None = None  # max(bytes / copy bandwidth, flops / matrix product rate) / median
+    peak_bytes: float | None = None  # how far memory rises during one call, its results included
+    parity_error_ratio: float | None = None  # error over (PyTorch's error + tolerance / 2); up to 2 passes
+    extra: dict = field(default_factory=dict)  # more figures by name: tokens_per_s, tflop_per_s, gb_per_s, val_loss
+
+    @property
+    def case(self) -> CaseKey:
+        return CaseKey(self.machine, self.op, self.shape, self.dtype, self.direction)
 
 
-def _nvidia(field: str) -> str | None:
-    return _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", "0")
+@dataclass(kw_only=True)
+class Run(Line):
+    """One run of the suite."""
+
+    kind = "run"
+
+    ops: list = field(default_factory=list)  # what it measured
+    ceilings: dict = field(default_factory=dict)  # bytes_per_s, flops_per_s, dtype: the fastest copy and matrix product
+    # {op: {peer: why it was not measured}}; "peer, shape, direction" where it was measured in other cases.
+    absent: dict = field(default_factory=dict)
 
 
-@functools.cache
-def _commit() -> str | None:
-    """Of the source tree, "+" where files of it were changed since; None for an installed package."""
-    if not (SOURCE_TREE / ".git").exists():
-        return None
-    git = ("git", "-C", str(SOURCE_TREE))
-    changes = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    commit = _output(*git, "rev-parse", "HEAD")
-    return commit and commit + ("+" if _output(*git, *changes) else "")
+def _schema(kind: type[Line]) -> list[Field]:
+    return [f for f in fields(kind) if f.name != "other_keys"]
 
 
-@functools.cache
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+EXPECTED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("text", lambda value: isinstance(value, str) and value != ""),
+    str | None: ("text or null", lambda value: value is None or isinstance(value, str)),
+    float: ("a number above 0", lambda value: _is_number(value) and value > 0),
+    float | None: ("a number or null", lambda value: value is None or (_is_number(value) and value >= 0)),
+    list: ("a list or null", lambda value: isinstance(value, list)),
+    dict: ("an object or null", lambda value: isinstance(value, dict)),
+}
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
+def from_json(text: str) -> Row | Run:
+    """The line that `text` is. Raises ValueError: the key, what was expected and what is there."""
+    values = json.loads(text, parse_constant=_refuse_constant)
+    kinds = {kind.kind: kind for kind in (Row, Run)}
+    if not isinstance(values, dict) or str(values.get("kind")) not in kinds:
+        raise ValueError('expected an object with "kind": "row" or "run"')
+    kind = kinds[values.pop("kind")]
+    known = {}
+    for f in _schema(kind):
+        value = values.pop(f.name, None)
+        if value is None and f.type in (dict, list):
+            value = f.type()
+        expected, is_right = EXPECTED[f.type]
+        if not is_right(value):
+            raise ValueError(f"{f.name}: expected {expected}, got {value!r}")
+        known[f.name] = value
+    return kind(**known, other_keys=values)
 
 
-def read(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows, runs) of a file; of one that is not there, none."""
-    if not path.exists():
-        return [], []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [x for x in lines if x["kind"] == "row"], [x for x in lines if x["kind"] == "run"]
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not a measurement")
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]], run: dict[str, Any]) -> None:
-    """Put `rows` and their `run` into the file, in place of those they replace; whole or not at all."""
-    kept_rows, runs = read(path)
+# --- rows together ---------------------------------------------------------------------------------------------------
+
+
+def by_case(rows: Iterable[Row]) -> dict[CaseKey, dict[str, Row]]:
+    """case -> implementation -> row, in the order of the rows."""
+    cases: dict[CaseKey, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row.case, {})[row.implementation] = row
+    return cases
+
+
+def peers_of(rows: Iterable[Row]) -> list[str]:
+    """The implementations that FastGPT was compared with."""
+    return list(dict.fromkeys(row.implementation for row in rows if row.implementation != OURS))
+
+
+@dataclass
+class Results:
+    """All rows and runs of some files, in the order in which they were read."""
+
+    rows: list[Row] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+    def machines(self) -> list[str]:
+        return list(dict.fromkeys(row.machine for row in self.rows))
+
+    def of_machine(self, machine: str) -> "Results":
+        return Results(*([line for line in lines if line.machine == machine] for lines in (self.rows, self.runs)))
+
+    def of_op(self, op: str) -> list[Row]:
+        return [row for row in self.rows if row.op == op]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read(paths: Iterable[Path]) -> Results:
+    """Rows and runs of files, and of every *.jsonl of folders. A row replaces an earlier one of the same work."""
+    rows: dict[tuple[CaseKey, str], Row] = {}
+    runs = []
+    for file in _files(paths):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ResultsError(f"{file}: cannot be read: {reason}") from None
+        for number, text_line in enumerate(text.split("\n"), 1):
+            if not text_line.strip():
+                continue
+            try:
+                line = from_json(text_line)
+            except ValueError as error:  # json's own errors are ValueErrors too
+                raise ResultsError(f"{file}, line {number}: {error}") from None
+            if isinstance(line, Run):
+                runs.append(line)
+            else:
+                rows[line.case, line.implementation] = line
+    return Results(list(rows.values()), runs)
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(path.glob("*.jsonl"))
+            if not found:
+                raise ResultsError(f"{path}: this folder holds no results (*.jsonl)")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise ResultsError(f"{path}: no such file or folder")
+    return files
+
+
+def write(path: Path, rows: Sequence[Row], run: Run) -> None:
+    """Add `rows` and their `run` to the file, whole or not at all.
+
+    A row replaces the older one of the same work and implementation, whatever the number of threads was then; a run
+    replaces those of which it measured every op again.
+    """
+    there = read([path]) if path.exists() else Results()
     replaced = {_identity(row) for row in rows}
-    kept_rows = [row for row in kept_rows if _identity(row) not in replaced]
-    runs = [other for other in runs if not set(other["ops"]) <= set(run["ops"])]
+    kept = [row for row in there.rows if _identity(row) not in replaced]
+    runs = [other for other in there.runs if not set(other.ops) <= set(run.ops)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        lines = [json.dumps(line) for line in (*runs, run, *kept_rows, *rows)]
+        lines = [line.to_json() for line in (*runs, run, *kept, *rows)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in IDENTITY)
-
-
-def run_line(
-    ops: Sequence[str], ceilings: Ceilings, absent: dict[str, dict[str, str]], machine: dict
-) -> dict[str, Any]:
-    return {"kind": "run", "ops": list(ops), "ceilings": asdict(ceilings), "absent": absent, **machine}
+def _identity(row: Row) -> tuple[str, ...]:
+    return row.op, row.shape, row.dtype, row.direction, row.implementation

@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 
-from fastgpt.benchmarks import command
+from fastgpt.benchmarks import bench_recipe, command, gpu_check
+from fastgpt.benchmarks.harness import measure, models
+from fastgpt.benchmarks.harness.suite import Setting, Suite
+from fastgpt.benchmarks.publish import rows
 from fastgpt.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +72,7 @@ def test_bad_usage_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
 
 def test_settings_come_from_a_file_too(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(command, "measure", lambda *arguments: asked.update(all=arguments) or 0)
+    monkeypatch.setattr(command, "run_suite", lambda *arguments: asked.update(all=arguments) or 0)
     (tmp_path / "bench.toml").write_text('only = ["embedding", "attention"]\ndevice = "cpu"\nquick = true\n')
     assert main(["bench", "--config", str(tmp_path / "bench.toml"), "--nanogpt", "there", "--out", "x"]) == 0
     paths = {"nanogpt": "there", "lecture": None, "data": None}
@@ -107,36 +110,27 @@ def test_report_names_the_line_that_is_wrong(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_recipe_is_the_train_command_and_its_last_metrics(tmp_path, monkeypatch):
-    """`fastgpt train` itself is replaced, since the recipe takes minutes."""
-    import torch
-
-    from fastgpt.benchmarks import bench_recipe
-    from fastgpt.benchmarks.harness.measure import Ceilings
-    from fastgpt.benchmarks.harness.suite import Setting, Suite
-    from fastgpt.benchmarks.publish import reader
-
-    asked = []
-
-    def train(words: list[str], **_) -> None:
-        asked.append(words[3:])
-        metrics = [{"step": 250, "split": "val", "loss": 2.1, "elapsed_s": 10.0}, {"split": "train", "elapsed_s": 85.0}]
-        metrics.append({"step": 2000, "split": "val", "loss": 1.87649, "elapsed_s": 86.2})
-        out = Path(words[words.index("--out") + 1])
-        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-
-    monkeypatch.setattr(bench_recipe, "subprocess", SimpleNamespace(run=train))
-    setting = Setting(torch.device("cpu"), data="texts/tinyshakespeare.txt")
+def test_the_recipe_is_a_training_run_and_its_last_validation(tmp_path, monkeypatch):
+    """The model and the text are small, since the recipe itself takes minutes."""
+    settings = ({"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}, {"batch_size": 2, "max_steps": 4})
+    for module in (bench_recipe, models):
+        monkeypatch.setattr(module, "preset", lambda name: settings)
+    text = tmp_path / "tinyshakespeare.txt"
+    text.write_text("To be, or not to be: that is the question. " * 20)
+    setting = Setting(torch.device("cpu"), data=str(text))
     suite = Suite(setting, tmp_path / "rows.jsonl")
-    suite.ceilings = Ceilings(1e10, 1e11, "float32")
-    bench_recipe.bench_recipe(suite.measure, setting)
-    (row,) = reader.read([tmp_path / "rows.jsonl"]).rows
-    assert (row["op"], row["shape"], row["rounds"]) == ("recipe", "shakespeare-char-cpu", 1)
-    assert row["median_ms"] == 86200.0 and row["extra"] == {"val_loss": 1.8765, "steps": 2000}
-    assert row["parity_error_ratio"] <= 2.0
-    assert len(asked) == 1 and asked[0][:5] == [
-        "train", "--preset", "shakespeare-char-cpu", "--data", "texts/tinyshakespeare.txt",
-    ]  # fmt: skip
+    monkeypatch.setattr(measure, "measure_ceilings", lambda device: measure.Ceilings(1e10, 1e11, "float32"))
+    bench_recipe.bench_recipe(suite.measure_contenders, setting, "shakespeare-char-cpu")
+    (row,) = rows.read([tmp_path / "rows.jsonl"]).rows
+    assert (row.op, row.shape, row.rounds) == ("recipe", "shakespeare-char-cpu", 1)
+    assert row.median_ms > 0 and row.extra["steps"] == 4 and 0 < row.extra["val_loss"] < 10
+    assert row.parity_error_ratio <= 2.0
     for other in (Setting(torch.device("cpu"), data="shakespeare"), Setting(torch.device("cpu"), quick=True)):
         with pytest.raises(pytest.skip.Exception, match="it takes minutes"):
-            bench_recipe.bench_recipe(suite.measure, other)
+            bench_recipe.bench_recipe(suite.measure_contenders, other, "shakespeare-char-cpu")
+
+
+def test_the_gpu_check_runs_every_benchmark_and_the_ops_first():
+    order = gpu_check.benchmarks_in_order()
+    assert sorted(order) == command.benchmark_names()
+    assert order.index("linear_cross_entropy") < order.index("train_step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,18 +13,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgpt.benchmarks import (
-    bench_attention,
-    bench_cross_entropy,
-    bench_embedding,
-    bench_generate,
-    bench_import,
-    bench_layer_norm,
-    bench_time_to_loss,
-    bench_train_step,
-)
-from fastgpt.benchmarks.harness import measure, peers, suite
+from fastgpt import machine
+from fastgpt.benchmarks import bench_import, bench_time_to_loss
+from fastgpt.benchmarks.bench_attention import AttentionShape
+from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
+from fastgpt.benchmarks.bench_embedding import EmbeddingShape
+from fastgpt.benchmarks.bench_generate import GenerationShape, generate_work
+from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShape
+from fastgpt.benchmarks.bench_linear_cross_entropy import LinearCrossEntropyShape
+from fastgpt.benchmarks.bench_train_step import TrainStepShape, train_step_work
+from fastgpt.benchmarks.harness import measure, models, peers, suite
+from fastgpt.benchmarks.harness.op_work import op_work
 from fastgpt.benchmarks.publish import rows
+from fastgpt.benchmarks.publish.rows import Spread
 from fastgpt.data.corpus import Corpus
 
 CPU = torch.device("cpu")
@@ -43,7 +45,7 @@ def run(setting, tmp_path, monkeypatch) -> suite.Suite:
         raise RuntimeError("compiled in the benchmarks, not in their tests")
 
     monkeypatch.setattr(torch, "compile", lambda *args, **options: refuse)
-    monkeypatch.setattr(suite, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(measure, "measure_ceilings", lambda device: CEILINGS)
     return suite.Suite(setting, tmp_path / "rows.jsonl")
 
 
@@ -107,14 +109,14 @@ def test_a_reported_clock_takes_the_calls_word():
 
 
 def test_spread_is_median_and_percentiles():
-    assert measure.spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == measure.Spread(3.5, 2.0, 5.0)
-    assert measure.spread([2.0]) == measure.Spread(2.0, 2.0, 2.0)
+    assert measure.spread_of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == Spread(3.5, 2.0, 5.0)
+    assert measure.spread_of([2.0]) == Spread(2.0, 2.0, 2.0)
 
 
 def test_ratios_are_taken_inside_a_round():
     """A machine that is three times slower in half of the rounds: the ratio does not notice."""
     ours, theirs = [1.0, 3.0, 1.0, 3.0], [2.0, 6.0, 2.0, 6.0]
-    assert measure.ratio(theirs, ours) == measure.Spread(2.0, 2.0, 2.0)
+    assert measure.ratio_of(theirs, ours) == Spread(2.0, 2.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_ratios_are_taken_inside_a_round():
     [((1.5, 1.01, 2.0), "faster"), ((0.8, 0.7, 0.99), "slower"), ((1.2, 0.9, 1.5), "noise"), ((1, 1, 1), "noise")],
 )
 def test_the_verdict_is_noise_where_the_percentiles_straddle_1(spread, expected):
-    assert measure.verdict(measure.Spread(*spread)) == expected
+    assert measure.verdict_of(Spread(*spread)) == expected
 
 
 def test_roofline():
@@ -157,11 +159,11 @@ def test_peak_memory_is_what_a_call_adds_however_often_it_ran():
 
 def test_the_best_ceilings_of_a_run_count_for_all_its_rows(run, monkeypatch):
     found = iter([measure.Ceilings(1e9, 1e12, "float32"), measure.Ceilings(4e9, 1e11, "float32")])
-    monkeypatch.setattr(suite, "measure_ceilings", lambda device: next(found))
-    monkeypatch.setattr(suite, "interleave", lambda contenders, clock, **options: {"fastgpt": [1.0]})
+    monkeypatch.setattr(measure, "measure_ceilings", lambda device: next(found))
+    monkeypatch.setattr(measure, "interleave", lambda contenders, clock, **options: {"fastgpt": [1.0]})
     for shape in "12":
-        run.measure(work(shape=shape, n_bytes=1e9, contenders={"fastgpt": lambda: None}))
-    assert [row["roofline_fraction"] for row in rows.read(run.path)[0]] == [0.25, 0.25]
+        run.measure_contenders(work(shape=shape, n_bytes=1e9, contenders={"fastgpt": lambda: None}))
+    assert [row.roofline_fraction for row in rows.read([run.path]).rows] == [0.25, 0.25]
     assert run.ceilings == measure.Ceilings(4e9, 1e12, "float32")
 
 
@@ -171,53 +173,45 @@ def test_the_best_ceilings_of_a_run_count_for_all_its_rows(run, monkeypatch):
 def test_rows_say_who_is_faster(run):
     times = {"fastgpt": [1.0, 2.0, 1.0], "A": [2.0, 4.0, 2.0], "B": [0.5, 4.0, 0.5]}
     done = work(n_bytes=1e9, flops=1e9, tokens=10, backend="native")
-    made = suite.make_rows(done, times, {"fastgpt": 0.5}, {"A": 7}, CEILINGS, dict.fromkeys(rows.FACTS))
-    ours, a, b = made
-    assert all(tuple(row) == rows.KEYS for row in made)
-    assert (ours["implementation"], ours["backend"], ours["best_peer"]) == ("fastgpt", "native", "B")
-    assert (ours["ratio"], ours["verdict"]) == (0.5, "noise")
-    assert (a["ratio"], a["ratio_p20"], a["verdict"], a["best_peer"], a["backend"]) == (2.0, 2.0, "faster", None, None)
-    assert (b["ratio"], b["ratio_p80"]) == (0.5, 1.4)
-    assert (ours["median_ms"], ours["rounds"], ours["roofline_fraction"]) == (1000.0, 3, 1.0)
-    assert ours["extra"] == {"gb_per_s": 1.0, "tflop_per_s": 0.001, "tokens_per_s": 10.0}
-    assert (ours["parity_error_ratio"], a["parity_error_ratio"], a["peak_bytes"]) == (0.5, None, 7)
+    ours, a, b = suite.make_rows(done, times, {"fastgpt": 0.5}, {"A": 7}, CEILINGS, {"device": "A CPU"})
+    assert (ours.implementation, ours.backend, ours.best_peer) == ("fastgpt", "native", "B")
+    assert (ours.ratio, ours.verdict) == (0.5, "noise")
+    assert (a.ratio, a.ratio_p20, a.verdict, a.best_peer, a.backend) == (2.0, 2.0, "faster", None, None)
+    assert (b.ratio, b.ratio_p80) == (0.5, 1.4)
+    assert (ours.median_ms, ours.rounds, ours.roofline_fraction) == (1000.0, 3, 1.0)
+    assert ours.extra == {"gb_per_s": 1.0, "tflop_per_s": 0.001, "tokens_per_s": 10.0}
+    assert (ours.parity_error_ratio, a.parity_error_ratio, a.peak_bytes) == (0.5, None, 7)
 
 
 def test_without_peers_there_is_no_ratio(run):
-    run.measure(work(contenders={"fastgpt": lambda: None}))
+    run.measure_contenders(work(contenders={"fastgpt": lambda: None}))
     (row,) = run.rows
-    assert (row["ratio"], row["best_peer"], row["verdict"]) == (None, None, None)
+    assert (row.ratio, row.best_peer, row.verdict) == (None, None, None)
 
 
 def test_a_row_replaces_the_one_it_repeats(tmp_path):
     path = tmp_path / "deep" / "rows.jsonl"
-    row = {"kind": "row", "op": "a", "shape": "1", "dtype": "f", "implementation": "x", "direction": "forward"}
-    rows.write(path, [row | {"median_ms": 1.0}, row | {"shape": "2"}], {"kind": "run", "ops": ["a"], "n": 1})
-    rows.write(path, [row | {"op": "b"}], {"kind": "run", "ops": ["b"], "n": 2})
-    rows.write(path, [row | {"median_ms": 3.0}], {"kind": "run", "ops": ["a"], "n": 3})
-    kept, runs = rows.read(path)
-    assert [(r["op"], r["shape"], r.get("median_ms")) for r in kept] == [
-        ("a", "2", None),
-        ("b", "1", None),
-        ("a", "1", 3.0),
-    ]
-    assert [r["n"] for r in runs] == [2, 3]
+
+    def add(n: int, *made: tuple[str, str, float]) -> None:
+        work = {"dtype": "f", "implementation": "x", "direction": "forward", "device": "A CPU", "threads": n}
+        new = [rows.Row(op=op, shape=shape, median_ms=ms, **work) for op, shape, ms in made]
+        rows.write(path, new, rows.Run(device="A CPU", threads=n, ops=[op for op, _, _ in made]))
+
+    add(1, ("a", "1", 1.0), ("a", "2", 2.0))
+    add(2, ("b", "1", 3.0))
+    add(3, ("a", "1", 4.0))
+    found = rows.read([path])
+    assert [(r.op, r.shape, r.median_ms) for r in found.rows] == [("a", "2", 2.0), ("b", "1", 3.0), ("a", "1", 4.0)]
+    assert [r.threads for r in found.runs] == [2, 3]
 
 
-def test_facts_and_slug():
-    facts = rows.facts(CPU)
-    assert tuple(facts) == rows.FACTS
-    assert facts["torch"] == torch.__version__ and facts["driver"] is None and facts["device"]
-    assert rows.slug(CPU) == rows.slug(CPU).lower() and " " not in rows.slug(CPU) and rows.slug(CPU).endswith("-cores")
-
-
-def test_generations_of_one_name_are_two_devices():
-    """A virtual machine may call every generation of a maker's processors by one name; on Arm there is no name."""
-    lines = "vendor_id : M\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n"
-    names = {rows.cpu_name(lines.format(family, model)) for family, model in ((25, 17), (26, 2))}
-    assert names == {"AMD EPYC (family 25, model 17)", "AMD EPYC (family 26, model 2)"}
-    assert rows.cpu_name("model name : Intel(R) Xeon(R)\n") == "Intel(R) Xeon(R)"
-    assert rows.cpu_name("CPU architecture: 8\n") is None and rows.cpu_name("") is None
+def test_every_line_has_every_key_the_facts_of_the_machine_last():
+    facts = machine.facts(CPU)
+    (row,) = suite.make_rows(work(), {"fastgpt": [1.0]}, {}, {}, CEILINGS, facts)
+    assert list(json.loads(row.to_json()))[-len(facts) :] == list(facts)
+    keys = {field.name for field in dataclasses.fields(rows.Row)} - {"other_keys"}
+    assert set(json.loads(row.to_json())) == keys | {"kind"}
+    assert list(json.loads(rows.Run(**facts).to_json())) == ["kind", "ops", "ceilings", "absent", *facts]
 
 
 # --- who is left out, and why ----------------------------------------------------------------------------------------
@@ -229,32 +223,32 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out(run):
 
     ratios = {"fastgpt": 1.0, "wrong": 21.0, "rough": 19.0, "unknown": None, "fails": 1.0}
     calls = {name: fails if name == "fails" else lambda: None for name in ratios}
-    run.measure(work(contenders=calls, error_ratio=ratios.get, absent={"elsewhere": "not installed"}))
-    assert [row["implementation"] for row in run.rows] == ["fastgpt", "rough", "unknown"]
+    run.measure_contenders(work(contenders=calls, error_ratio=ratios.get, absent={"elsewhere": "not installed"}))
+    assert [row.implementation for row in run.rows] == ["fastgpt", "rough", "unknown"]
     absent = run.absent["thing"]
     assert absent["elsewhere"] == "not installed" and absent["fails, 1, forward"] == "no kernel for this"
     assert "21 times" in absent["wrong, 1, forward"]
-    (written,) = rows.read(run.path)[1]
-    assert written["absent"] == run.absent and written["ceilings"]["bytes_per_s"] == 1e9 and written["ops"] == ["thing"]
+    (written,) = rows.read([run.path]).runs
+    assert written.absent == run.absent and written.ceilings["bytes_per_s"] == 1e9 and written.ops == ["thing"]
 
 
 @pytest.mark.parametrize("ratio", [2.01, float("inf"), float("nan")])
 def test_a_wrong_result_is_not_timed(run, ratio):
     ran = []
     with pytest.raises(suite.ParityError, match="no time is kept"):
-        run.measure(work(contenders={"fastgpt": lambda: ran.append(1)}, error_ratio=lambda name: ratio))
+        run.measure_contenders(work(contenders={"fastgpt": lambda: ran.append(1)}, error_ratio=lambda name: ratio))
     assert not ran and not run.rows and not run.path.exists()
 
 
 def test_peers_that_are_not_here_say_why(tmp_path):
-    shape = peers.Shape(B=1, T=8, L=1, H=1, C=8, V=11)
-    _, absent = peers.models(shape, CPU, None, str(tmp_path / "nothing.py"))
+    shape = models.ModelShape(B=1, T=8, L=1, H=1, C=8, V=11)
+    _, absent = models.make_models(shape, suite.Setting(CPU, lecture=str(tmp_path / "nothing.py")))
     assert absent["nanoGPT"] == "give a checkout: --nanogpt DIR" and "is not a file" in absent["lecture"]
-    for make in (peers.cross_entropy(CPU)["liger-kernel"], peers.attention(CPU, True, 0.0, False)["sdpa cudnn"]):
+    for shape, peer in ((CrossEntropyShape(8, 33), "liger-kernel"), (AttentionShape(1, 2, 16, 8), "sdpa cudnn")):
         with pytest.raises(peers.Absent, match="CUDA devices only"):
-            make()
+            shape.peers(CPU)[peer]()
     with pytest.raises(peers.Absent, match="flash-attn is not installed"):
-        peers._import("package_that_is_nowhere", "flash-attn")
+        peers.import_peer("package_that_is_nowhere", "flash-attn")
 
 
 MODEL = """
@@ -291,89 +285,96 @@ def checkouts(tmp_path, setting) -> suite.Setting:
 
 
 def peer_names(run: suite.Suite) -> set[str]:
-    assert all(tuple(row) == rows.KEYS for row in run.rows) and rows.read(run.path)[0] == run.rows
-    ours = [row for row in run.rows if row["implementation"] == "fastgpt"]
-    assert all(row["median_ms"] > 0 and row["verdict"] and row["backend"] in ("torch", "native") for row in ours)
-    return {row["implementation"] for row in run.rows} - {"fastgpt"}
+    assert rows.read([run.path]).rows == run.rows
+    ours = [row for row in run.rows if row.implementation == "fastgpt"]
+    assert all(row.median_ms > 0 and row.verdict and row.backend in ("torch", "native") for row in ours)
+    return {row.implementation for row in run.rows} - {"fastgpt"}
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 def test_op_benchmarks(run, setting, direction):
-    bench_attention.bench_attention(run.measure, setting, bench_attention.Case(1, 2, 16, 8), direction)
-    dropout = bench_attention.Case(1, 2, 16, 8, Hkv=1, dropout=0.2)
-    bench_attention.bench_attention(run.measure, setting, dropout, direction)
-    bench_embedding.bench_embedding(run.measure, setting, bench_embedding.Case(2, 8, 30, 16, zipf=True), direction)
-    bench_layer_norm.bench_layer_norm(run.measure, setting, bench_layer_norm.Case(8, 16), direction)
-    bench_layer_norm.bench_add_layer_norm(run.measure, setting, bench_layer_norm.Case(8, 16, 0.1), direction)
-    bench_cross_entropy.bench_cross_entropy(run.measure, setting, bench_cross_entropy.Case(8, 33), direction)
-    bench_cross_entropy.bench_linear_cross_entropy(
-        run.measure, setting, bench_cross_entropy.Linear(8, 16, 33), direction
-    )
+    for shape in (
+        AttentionShape(1, 2, 16, 8),
+        AttentionShape(1, 2, 16, 8, Hkv=1, dropout=0.2),
+        EmbeddingShape(2, 8, 30, 16, zipf=True),
+        LayerNormShape(8, 16),
+        AddLayerNormShape(8, 16, 0.1),
+        CrossEntropyShape(8, 33),
+        LinearCrossEntropyShape(8, 16, 33),
+    ):
+        run.measure_contenders(op_work(setting, shape, direction))
     assert peer_names(run) == {"sdpa flash", "sdpa math", "torch"}
     assert run.absent["attention"]["flash-attn"] == "its kernels run on CUDA devices only"
     assert "flex attention, B1 H2 T16 D8 causal, " + direction in run.absent["attention"]
-    assert {row["direction"] for row in run.rows} == {direction}
-    assert [row["parity_error_ratio"] is None for row in run.rows if ", dropout" in row["shape"]].count(False) == 2
+    assert {row.direction for row in run.rows} == {direction}
+    assert [row.parity_error_ratio is None for row in run.rows if ", dropout" in row.shape].count(False) == 2
 
 
 def test_decoding_benchmark(run, setting):
-    case = bench_attention.Case(1, 2, 16, 8, one_query=True)
-    run.measure(bench_attention.work(setting, case, "forward"))
-    assert "sdpa flash" in {row["implementation"] for row in run.rows}
-    assert run.rows[0]["flops"] == 4 * 2 * 16 * 8
+    run.measure_contenders(op_work(setting, AttentionShape(1, 2, 16, 8, one_query=True), "forward"))
+    assert "sdpa flash" in {row.implementation for row in run.rows}
+    assert run.rows[0].flops == 4 * 2 * 16 * 8
 
 
 def test_training_step_benchmark(run, checkouts):
-    run.measure(bench_train_step.work(bench_train_step.Case(B=2, T=8, L=1, H=2, C=16, V=33), checkouts))
-    assert {row["implementation"] for row in run.rows} == {
+    run.measure_contenders(train_step_work(checkouts, TrainStepShape(B=2, T=8, L=1, H=2, C=16, V=33)))
+    assert {row.implementation for row in run.rows} == {
         "fastgpt", "nanoGPT", "lecture", "transformers sdpa", "transformers eager",
     }  # fmt: skip
-    assert run.rows[0]["extra"]["tokens_per_s"] > 0 and run.rows[0]["parity_error_ratio"] <= 2.0
+    assert run.rows[0].extra["tokens_per_s"] > 0 and run.rows[0].parity_error_ratio <= 2.0
 
 
 def test_generation_benchmark(run, checkouts):
-    run.measure(bench_generate.work(bench_generate.Case(B=1, T=40, L=1, H=2, C=16, V=33, new=5), checkouts))
-    names = [row["implementation"] for row in run.rows]
+    run.measure_contenders(generate_work(checkouts, GenerationShape(B=1, T=40, L=1, H=2, C=16, V=33, new=5)))
+    names = [row.implementation for row in run.rows]
     assert names == ["fastgpt", "nanoGPT", "transformers sdpa", "transformers eager"]
-    assert run.rows[0]["parity_error_ratio"] <= 2.0 and run.rows[0]["extra"]["tokens_per_s"] > 0
+    assert run.rows[0].parity_error_ratio <= 2.0 and run.rows[0].extra["tokens_per_s"] > 0
 
 
 def test_time_to_loss_benchmark(run, checkouts, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_time_to_loss, "EVAL_INTERVAL", 2)
     monkeypatch.setattr(bench_time_to_loss, "EVAL_BATCHES", 1)
     (tmp_path / "text.txt").write_text("To be, or not to be: that is the question. " * 100)
-    case = bench_time_to_loss.Case("shakespeare-char-cpu", 9.0)
-    run.measure(bench_time_to_loss.work(case, checkouts, Corpus.load(str(tmp_path / "text.txt"))))
-    assert {row["implementation"] for row in run.rows} == {"fastgpt", "nanoGPT"}
-    assert all(row["extra"]["val_loss"] <= 9.0 and row["rounds"] == 3 for row in run.rows)
+    goal, corpus = bench_time_to_loss.Goal("shakespeare-char-cpu", 9.0), Corpus.load(str(tmp_path / "text.txt"))
+    run.measure_contenders(bench_time_to_loss.time_to_loss_work(checkouts, goal, corpus))
+    assert {row.implementation for row in run.rows} == {"fastgpt", "nanoGPT"}
+    assert all(row.extra["val_loss"] <= 9.0 and row.rounds == 3 for row in run.rows)
 
 
 def test_import_benchmark(run, monkeypatch):
     statements = {"fastgpt": "import json", "transformers": "import package_that_is_nowhere", "csv": "import csv"}
     monkeypatch.setattr(bench_import, "STATEMENTS", statements)
     monkeypatch.setattr(bench_import, "PROGRAM", bench_import.PROGRAM.replace("import torch", "import abc"))
-    bench_import.bench_import(run.measure)
-    assert [row["implementation"] for row in run.rows] == ["fastgpt", "csv"]
+    bench_import.bench_import(run.measure_contenders)
+    assert [row.implementation for row in run.rows] == ["fastgpt", "csv"]
     assert "is not installed" in run.absent["import"]["transformers"]
-    assert run.rows[0]["extra"]["import_torch_ms"] >= 0.0
+    assert run.rows[0].extra["import_torch_ms"] >= 0.0
 
 
 # --- as it is started ------------------------------------------------------------------------------------------------
 
 SMALL = """
-import pytest
-from fastgpt.benchmarks.harness import peers
-from fastgpt.benchmarks.harness.suite import op_work
-CASES = {"cpu": [(4, 8), (5, 8)], "cuda": []}
-def bench_small(bench, setting, case):
-    make = lambda draw: {"tokens": draw.index(11, *case), "token_table": draw.normal(11, 16)}
-    torchs = peers.Peer(lambda tokens, table: table[tokens])
-    bench(op_work(setting, "embedding", f"B{case[0]}", "forward", arguments=make, few=make,
-                  peers={"torch": lambda: torchs}))
+import dataclasses
+from fastgpt.benchmarks.harness import op_work, peers
+@dataclasses.dataclass(frozen=True)
+class SmallShape(op_work.OpShape):
+    op = "embedding"
+    B: int
+    def __str__(self):
+        return f"B{self.B}"
+    def arguments(self, draw):
+        return {"tokens": draw.index(11, self.B, 8), "token_table": draw.normal(11, 16)}
+    def few(self):
+        return self
+    def peers(self, device):
+        return {"torch": lambda: peers.Peer(lambda tokens, table: table[tokens])}
+    def elements_moved(self, backward):
+        return 1
+bench_small = op_work.op_benchmark(cpu=[SmallShape(4), SmallShape(5)], cuda=[], directions=["forward"])
 """
 GIVEN_CEILINGS = """
-from fastgpt.benchmarks.harness import measure, suite
-suite.measure_ceilings = lambda device: measure.Ceilings(1e10, 1e11, "float32")
+from fastgpt.benchmarks.harness import measure
+measure.measure_ceilings = lambda device: measure.Ceilings(1e10, 1e11, "float32")
 """
 WRONG = """
 from fastgpt.ops import backend, embedding
@@ -399,21 +400,22 @@ def start(folder: Path, *options: str, setup: str = "") -> subprocess.CompletedP
 def test_a_session_writes_rows_and_hands_its_times_to_pytest_benchmark(tmp_path):
     done = start(tmp_path, "--benchmark-json", str(tmp_path / "raw.json"))
     assert done.returncode == 0, done.stdout + done.stderr
-    written, (run,) = rows.read(tmp_path / "rows.jsonl")
-    assert [(r["shape"], r["implementation"]) for r in written] == [
+    found = rows.read([tmp_path / "rows.jsonl"])
+    written, (run,) = found.rows, found.runs
+    assert [(r.shape, r.implementation) for r in written] == [
         ("B4", "fastgpt"), ("B4", "torch"), ("B5", "fastgpt"), ("B5", "torch"),
     ]  # fmt: skip
     raw = json.loads((tmp_path / "raw.json").read_text(encoding="utf-8"))["benchmarks"]
     assert [b["name"] for b in raw] == ["fastgpt", "torch"] * 2 and len({b["fullname"] for b in raw}) == 4
     for row, entry in zip(written, raw, strict=True):
-        assert len(entry["stats"]["data"]) == row["rounds"]
-        assert entry["stats"]["median"] * 1e3 == pytest.approx(row["median_ms"], rel=1e-3)
-    assert run["ops"] == ["embedding"] and "torch takes" in done.stdout
+        assert len(entry["stats"]["data"]) == row.rounds
+        assert entry["stats"]["median"] * 1e3 == pytest.approx(row.median_ms, rel=1e-3)
+    assert run.ops == ["embedding"] and "torch takes" in done.stdout
 
 
 def test_quick_takes_the_first_case(tmp_path):
     assert start(tmp_path, "--quick").returncode == 0
-    assert {row["shape"] for row in rows.read(tmp_path / "rows.jsonl")[0]} == {"B4"}
+    assert {row.shape for row in rows.read([tmp_path / "rows.jsonl"]).rows} == {"B4"}
 
 
 def test_disabled_it_checks_and_times_nothing(tmp_path):

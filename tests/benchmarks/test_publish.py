@@ -15,12 +15,16 @@ import pytest
 import torch
 
 from fastgpt import ops
-from fastgpt.benchmarks.harness import peers, suite
-from fastgpt.benchmarks.harness.measure import Ceilings, Spread
-from fastgpt.benchmarks.harness.suite import Setting, Suite, op_work
-from fastgpt.benchmarks.publish import compare, quotes, reader, report
+from fastgpt.benchmarks.bench_layer_norm import LayerNormShape
+from fastgpt.benchmarks.harness import measure, peers
+from fastgpt.benchmarks.harness.measure import Ceilings
+from fastgpt.benchmarks.harness.op_work import op_work
+from fastgpt.benchmarks.harness.suite import Setting, Suite
+from fastgpt.benchmarks.publish import compare, quotes, report, rows
+from fastgpt.benchmarks.publish.rows import Spread
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 MACHINE = {
     "device": "A CPU",
     "cpu_capability": "AVX2",
@@ -29,6 +33,9 @@ MACHINE = {
     "torch": "2.13.0",
     "triton": "3.9.0",
 }
+
+
+NEEDED = ("op", "shape", "dtype", "implementation", "direction", "device", "median_ms")
 
 
 def row(implementation: str = "fastgpt", median_ms: float = 10.0, ratio: float | None = None, **changed) -> dict:
@@ -59,9 +66,9 @@ def write(path: Path, *lines: dict) -> Path:
     return path
 
 
-def comparison(tmp_path: Path, base: list[dict], head: list[dict]) -> compare.Comparison:
+def comparison(tmp_path: Path, base: list[dict], head: list[dict]) -> compare.RunComparison:
     paths = write(tmp_path / "base.jsonl", *base), write(tmp_path / "head.jsonl", *head)
-    return compare.compare(*(reader.read([path]) for path in paths))
+    return compare.compare_runs(*(rows.read([path]) for path in paths))
 
 
 def command(*arguments: object) -> int:
@@ -90,25 +97,40 @@ def command(*arguments: object) -> int:
 def test_a_malformed_line_is_named_with_its_file(line, message, tmp_path):
     path = write(tmp_path / "some.jsonl", row(), row("torch"))
     path.write_text(path.read_text(encoding="utf-8") + "\n" + line + "\n")  # blank lines count, and are no rows
-    with pytest.raises(reader.ResultsError, match=rf"some\.jsonl, line 4: {message}"):
-        reader.read([path])
+    with pytest.raises(rows.ResultsError, match=rf"some\.jsonl, line 4: {message}"):
+        rows.read([path])
 
 
 def test_files_that_are_none(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     (tmp_path / "empty").mkdir()
     for path, message in (("bytes.jsonl", "not UTF-8"), ("none.jsonl", "no such file"), ("empty", "no results")):
-        with pytest.raises(reader.ResultsError, match=f"{path}: .*{message}"):
-            reader.read([tmp_path / path])
+        with pytest.raises(rows.ResultsError, match=f"{path}: .*{message}"):
+            rows.read([tmp_path / path])
 
 
 def test_a_folder_is_all_its_files_and_later_rows_replace_earlier_ones(tmp_path):
     write(tmp_path / "a.jsonl", row(median_ms=1.0), run_line())
     write(tmp_path / "b.jsonl", row(median_ms=2.0), row(median_ms=3.0, cuda="13.0"))
     (tmp_path / "notes.txt").write_text("no rows")
-    found = reader.read([tmp_path])
-    assert [r["median_ms"] for r in found.rows] == [2.0, 3.0] and len(found.runs) == 1
-    assert found.devices() == ["A CPU, AVX2, 2 threads", "A CPU"], "on a GPU the host's threads do not matter"
+    found = rows.read([tmp_path])
+    assert [r.median_ms for r in found.rows] == [2.0, 3.0] and len(found.runs) == 1
+    assert found.machines() == ["A CPU, AVX2, 2 threads", "A CPU"], "on a GPU the host's threads do not matter"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.stem)
+def test_a_row_that_is_read_and_written_again_is_the_same_line(file, tmp_path):
+    """The committed rows, and keys that a newer version may have added."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    newer = json.dumps(json.loads(lines[-1]) | {"watts": 300.5})
+    for line in [*lines, newer]:
+        assert rows.from_json(line).to_json() == line
+    again = tmp_path / "again.jsonl"
+    again.write_text("\n".join(lines), encoding="utf-8")
+    first = rows.read([again]).rows[0]
+    rows.write(again, [first], rows.Run(device="A CPU", ops=["a new one"]))
+    written = again.read_text(encoding="utf-8").splitlines()
+    assert len(written) == len(lines) + 1 and set(lines) < set(written) and written[-1] == first.to_json()
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -166,11 +188,11 @@ def test_one_round_decides_nothing(tmp_path):
     assert (change.verdict, change.factor) == ("undecided", 3.0)
 
 
-def test_missing_and_new_cases_and_other_devices_are_listed(tmp_path):
+def test_missing_and_new_cases_and_other_machines_are_listed(tmp_path):
     base = [row(), row(shape="gone"), row(device="An older CPU"), row("torch", shape="a peer alone")]
     found = comparison(tmp_path, base, [row(), row(op="attention")])
     assert [case[2] for case in found.missing] == ["gone"] and [case[1] for case in found.new] == ["attention"]
-    assert found.other_devices == ["An older CPU, AVX2, 2 threads"] and not found.slower
+    assert found.other_machines == ["An older CPU, AVX2, 2 threads"] and not found.slower
     text = compare.summary(found, 0.1)
     for said in (
         "missing in HEAD:\n- embedding / gone / float32 / forward",
@@ -248,20 +270,20 @@ class Machine:
 def measured(path: Path, monkeypatch, *, seed: int, ours: float) -> Path:
     """Rows of a small comparison by the suite, in which torch takes 2 seconds and our layer norm as many as given."""
 
-    def arguments(draw):
-        return {"x": draw.normal(4, 8), "weight": draw.normal(8), "bias": draw.normal(8)}
-
     machine = Machine(seed)
+
+    class Shape(LayerNormShape):
+        def peers(self, device):
+            function = super().peers(device)["torch"]().function
+            return {"torch": lambda: peers.Peer(machine.taking(2.0, function))}
+
     setting = Setting(torch.device("cpu"), seconds=0.0, min_rounds=15, min_time=0.0)
     session = Suite(setting, path)
-    torchs = {"torch": lambda: peers.Peer(machine.taking(2.0, peers.layer_norm(setting.device)["torch"]().function))}
     with monkeypatch.context() as patch:
-        patch.setattr(suite, "clock_of", lambda device: machine)
-        patch.setattr(suite, "measure_ceilings", lambda device: Ceilings(1e10, 1e11, "float32"))
+        patch.setattr(measure, "clock_of", lambda device: machine)
+        patch.setattr(measure, "measure_ceilings", lambda device: Ceilings(1e10, 1e11, "float32"))
         patch.setattr(ops, "layer_norm", machine.taking(ours, ops.layer_norm))
-        session.measure(
-            op_work(setting, "layer_norm", "4 x 8", "forward", arguments=arguments, few=arguments, peers=torchs)
-        )
+        session.measure_contenders(op_work(setting, Shape(4, 8), "forward"))
     return path
 
 
@@ -277,7 +299,7 @@ def test_a_slow_kernel_is_caught_and_two_honest_runs_are_not(tmp_path, monkeypat
 # --- reporting -------------------------------------------------------------------------------------------------------
 
 
-def some_results(tmp_path: Path) -> reader.Results:
+def some_results(tmp_path: Path) -> rows.Results:
     work = {"bytes": 4e6, "flops": 1e6, "roofline_fraction": 0.5}
     more = {"peak_bytes": 12_300_000, "parity_error_ratio": 0.9312, "extra": {"gb_per_s": 7.5049, "steps": None}}
     lines = [
@@ -289,7 +311,7 @@ def some_results(tmp_path: Path) -> reader.Results:
         row("torch", 10.1, 1.01, shape="B1|T1"),
         row(op="import", direction="import", median_ms=1234.5, p20_ms=None, p80_ms=None, rounds=1),
     ]
-    return reader.read([write(tmp_path / "rows.jsonl", *lines)])
+    return rows.read([write(tmp_path / "rows.jsonl", *lines)])
 
 
 def test_the_markdown_says_what_the_rows_say(tmp_path):
@@ -325,8 +347,7 @@ def test_the_page_and_its_pictures(tmp_path):
 
 
 def test_the_bars_are_the_ratios(tmp_path):
-    rows = [r for r in some_results(tmp_path).rows if r["op"] == "embedding"]
-    (axes,) = report.ratio_figure("embedding", rows).axes
+    (axes,) = report.ratio_figure("embedding", some_results(tmp_path).of_op("embedding")).axes
     assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx([2.0, 1.6, 1.01])
     spans = [list(line.get_xdata()) for line in axes.lines]
     assert spans[:3] == [pytest.approx([r * 0.97, r * 1.03]) for r in (2.0, 1.6, 1.01)], "noise bounds"
@@ -343,16 +364,16 @@ def test_the_roofline_has_its_runs_ceilings_and_a_point_for_ours_and_the_best_pe
 
 
 def test_rows_with_nothing_but_a_time_make_a_report(tmp_path):
-    bare = {key: row()[key] for key in ("kind", *reader.NAMES, "median_ms")}
-    found = reader.read([write(tmp_path / "rows.jsonl", bare, run_line(ceilings=None, absent=None))])
+    bare = {key: row()[key] for key in ("kind", *NEEDED)}
+    found = rows.read([write(tmp_path / "rows.jsonl", bare, run_line(ceilings=None, absent=None))])
     assert ["B4 T64", "10"] in cells_of(report.markdown(found))
     assert report.write(found, tmp_path / "out").exists()
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_no_rows_is_an_error(tmp_path):
-    with pytest.raises(reader.ResultsError, match="no rows"):
-        report.write(reader.read([write(tmp_path / "rows.jsonl", run_line())]), tmp_path / "out")
+    with pytest.raises(rows.ResultsError, match="no rows"):
+        report.write(rows.read([write(tmp_path / "rows.jsonl", run_line())]), tmp_path / "out")
 
 
 # --- quoting ---------------------------------------------------------------------------------------------------------

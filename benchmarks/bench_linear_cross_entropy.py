@@ -1,0 +1,61 @@
+"""linear_cross_entropy: the head's product and the loss in one op, which never holds all of the logits at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.benchmarks.harness.op_work import OpShape, op_benchmark
+from fastgpt.benchmarks.harness.peers import Makers, gpu_peer, torch_peers
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropyShape(OpShape):
+    """x (rows, C), weight (V, C), targets (rows,)."""
+
+    op = "linear_cross_entropy"
+
+    rows: int
+    C: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.C} V{self.V}"
+
+    def arguments(self, draw) -> dict[str, Tensor]:
+        return {
+            "x": draw.normal(self.rows, self.C),
+            "weight": draw.normal(self.V, self.C) / self.C**0.5,
+            "targets": draw.index(self.V, self.rows),
+        }
+
+    def few(self) -> LinearCrossEntropyShape:
+        return replace(self, rows=min(self.rows, 200), C=min(self.C, 64))
+
+    def elements_moved(self, backward: bool) -> int:
+        passes = 2 if backward else 1  # x and the head; their gradients
+        return passes * (self.rows + self.V) * self.C
+
+    def flops(self, backward: bool) -> int:
+        return (6 if backward else 2) * self.rows * self.C * self.V
+
+    def peers(self, device: torch.device) -> Makers:
+        def torchs(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, weight), targets)
+
+        liger = "liger_kernel.transformers.functional.liger_fused_linear_cross_entropy"
+        quack = "quack.linear_cross_entropy.chunked_linear_cross_entropy"
+        return {
+            **torch_peers(torchs),
+            "liger-kernel": gpu_peer(device, "liger-kernel", liger),
+            "quack-kernels": gpu_peer(device, "quack-kernels", quack),
+        }
+
+
+bench_linear_cross_entropy = op_benchmark(
+    cpu=[LinearCrossEntropyShape(1024, 512, 50304)],
+    cuda=[LinearCrossEntropyShape(8192, 768, 50304), LinearCrossEntropyShape(4096, 4096, 128256)],
+)
