@@ -436,14 +436,19 @@ def study(args: Sequence[str]) -> None:
     if not args or args[0] not in studies.STUDIES:
         what = f"no study is called {args[0]!r}" if args else "which study?"
         raise UsageError(f"{what}; there are {', '.join(studies.STUDIES)}")
-    module = studies.load(args[0])
-    studies.run(args[0], _parse(module.Settings, args[1:], f"study {args[0]}", module.Settings.QUICK))
+    from .studies.settings import STUDY_SETTINGS
+
+    kind = STUDY_SETTINGS[args[0]]
+    studies.run(args[0], _parse(kind, args[1:], f"study {args[0]}", kind.QUICK))
 
 
 def learn(args: Sequence[str]) -> None:
-    from .studies import learn as stages
+    from .studies.settings import LearnSettings
 
-    stages.run(_parse(stages.Settings, args, "learn", stages.Settings.QUICK))
+    settings = _parse(LearnSettings, args, "learn", LearnSettings.QUICK)
+    from .studies.learn import run
+
+    run(settings)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from fastgpt.__main__ import format_warning
 from fastgpt.cli import COMMANDS, main
 from fastgpt.ops.backend import BACKENDS, OPS
 from fastgpt.studies import learn
+from fastgpt.studies.settings import STUDY_SETTINGS
 from fastgpt.training.run_folder import read_metrics
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
@@ -175,6 +176,16 @@ def test_help_version_and_no_command(capsys):
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
         assert "--help" in capsys.readouterr().out
+
+
+def test_the_options_of_every_study_are_those_its_help_shows():
+    assert {name: studies.load(name).Settings for name in studies.STUDIES} == STUDY_SETTINGS
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "learn", *(f"study {name}" for name in studies.STUDIES)])
+def test_help_needs_no_torch(command):
+    code = f"import sys; from fastgpt.cli import main; assert main({[*command.split(), '--help']}) == 0; "
+    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, capture_output=True)
 
 
 ENCODING = sys.getfilesystemencoding()

@@ -56,6 +56,8 @@ class StudySettings:
     device: str = "auto"
     config: str | None = None
 
+    QUICK: ClassVar[dict[str, Any]] = {}
+
 
 @dataclass
 class DepthSettings(StudySettings):
@@ -185,3 +187,13 @@ class LearningRateSettings(StudySettings):
     repeats: int = 2
 
     QUICK: ClassVar[dict[str, Any]] = {"rates": "1e-4,1e-2", "widths": "16,32", "steps": 4, "repeats": 1}
+
+
+STUDY_SETTINGS: dict[str, type[StudySettings]] = {
+    "depth": DepthSettings,
+    "normalisation": NormalisationSettings,
+    "parallelism": ParallelismSettings,
+    "attention": AttentionSettings,
+    "embeddings": EmbeddingsSettings,
+    "learning-rate": LearningRateSettings,
+}
