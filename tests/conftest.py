@@ -22,9 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.register_assert_rewrite(
-    "helpers", "altered_models", "triton_checks"
-)  # their assertions, too, show the values compared
+# The assertions of the modules that tests share show the compared values, too.
+pytest.register_assert_rewrite(*(file.stem for file in Path(__file__).with_name("shared").glob("*.py")))
 
 # Where the Triton kernels run: on the GPU if there is one, else on Triton's interpreter, which is chosen when a kernel
 # is decorated.

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from triton_checks import check_against_oracle
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.ops import reference
 from fastgpt.ops.backend import unavailable
+from triton_checks import check_against_oracle
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from triton_checks import DEVICE, check_against_oracle, outputs_and_gradients
 
 from fastgpt import BackendError, ops, use_backend
 from fastgpt.ops import reference
+from triton_checks import DEVICE, check_against_oracle, outputs_and_gradients
 
 kernels = pytest.importorskip("fastgpt.triton_kernels.attention")
 decode, persistent_programs = kernels._decode, kernels.persistent_programs

@@ -7,10 +7,10 @@ from itertools import product
 
 import pytest
 import torch
-from triton_checks import DEVICE, check_against_oracle, outputs_and_gradients
 
 from fastgpt import BackendError, ops
 from fastgpt.ops.dropout import philox_keep_mask
+from triton_checks import DEVICE, check_against_oracle, outputs_and_gradients
 
 kernels = pytest.importorskip("fastgpt.triton_kernels.layer_norm")
 

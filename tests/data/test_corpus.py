@@ -1,0 +1,53 @@
+"""A corpus: a text that is split, encoded and long enough."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastgpt.data.corpus import Corpus
+from fastgpt.data.sources import DataError
+from fastgpt.tokenizer import BPETokenizer, CharTokenizer
+from helpers import PANGRAM
+
+
+def test_corpus_is_split_and_mapped(text_file) -> None:
+    corpus = Corpus.load(text_file, "char", block_size=16)
+    assert isinstance(corpus.train, np.memmap) and corpus.train.dtype == np.uint16
+    assert len(corpus.train) == len(PANGRAM) * 9 // 10
+    assert corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.val])) == PANGRAM
+    with pytest.raises(ValueError, match="read-only"):
+        corpus.train[0] = 1
+
+
+def test_corpus_with_bpe(text_file) -> None:
+    corpus = Corpus.load(str(text_file), "bpe", vocab_size=270, block_size=4)
+    assert isinstance(corpus.tokenizer, BPETokenizer) and corpus.tokenizer.vocab_size == 270
+    assert corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.val])) == PANGRAM
+    with pytest.raises(ValueError, match="vocab_size"):
+        Corpus.load(text_file, "bpe")
+    with pytest.raises(ValueError, match="'word'"):
+        Corpus.load(text_file, "word")
+
+
+def test_large_vocabularies_take_uint32(text_file) -> None:
+    everything = "".join(chr(i) for i in range(70_000) if not 0xD800 <= i < 0xE000) + "".join(
+        map(chr, range(70_000, 73_000))
+    )
+    corpus = Corpus.load(text_file, CharTokenizer(everything))
+    assert corpus.train.dtype == np.uint32
+
+
+def test_too_short_texts(tmp_path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("ab" * 50)
+    Corpus.load(file, block_size=9)
+    for block_size, words in ((10, "val split of .*short.txt.* has 10 tokens"), (100, "short.txt.* has 100 tokens")):
+        with pytest.raises(DataError, match=words) as error:
+            Corpus.load(file, block_size=block_size)
+        assert "smaller block_size" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_character_in_a_corpus(text_file) -> None:
+    with pytest.raises(ValueError, match="'t' at position 0"):
+        Corpus.load(text_file, CharTokenizer.train("abc"))
