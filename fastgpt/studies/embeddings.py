@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..language_model import LanguageModel
-from ..report import pyplot
 from .attention import SMALL
 from .experiment import StudyError, at_least, label, load_run, trained_model
+from .pictures import panels
 from .settings import EmbeddingsSettings as Settings
 
 SHOWN = 200  # points in the picture: the first, which in files of word vectors are the most frequent
@@ -226,17 +226,22 @@ def show(results: dict[str, Any], page: Any) -> None:
         f"{results['vectors']:,} vectors of {results['width']} numbers, of {results['source']}{trained}. Nearest to a "
         f"vector is the one with the largest cosine of the angle between the two."
     )
-    page.table(["word", "nearest (cosine)"], [[row["word"], _listed(row["neighbours"])] for row in results["rows"]])
+    page.table(
+        ["word", "nearest (cosine)"], [[row["word"], _neighbours_text(row["neighbours"])] for row in results["rows"]]
+    )
     if results["analogies"]:
         page.table(
             ["analogy", "nearest (cosine)"],
-            [[f"{row['a']} - {row['b']} + {row['c']}", _listed(row["answers"])] for row in results["analogies"]],
+            [
+                [f"{row['a']} - {row['b']} + {row['c']}", _neighbours_text(row["answers"])]
+                for row in results["analogies"]
+            ],
         )
-    page.picture("map", "The vectors' first two principal components", lambda: _draw(results))
+    page.picture("map", "The vectors' first two principal components", lambda: _draw_map(results))
     page.paragraph(_findings(results))
 
 
-def _listed(neighbours: list[list[Any]]) -> str:
+def _neighbours_text(neighbours: list[list[Any]]) -> str:
     return " · ".join(f"{word} {cosine:.2f}" for word, cosine in neighbours)
 
 
@@ -265,8 +270,8 @@ def _findings(results: dict[str, Any]) -> str:
     return text
 
 
-def _draw(results: dict[str, Any]) -> Any:
-    figure, axes = pyplot().subplots(figsize=(7, 5.5), constrained_layout=True)
+def _draw_map(results: dict[str, Any]) -> Any:
+    figure, [[axes]] = panels(7, 5.5)
     asked = {row["word"] for row in results["rows"]}
     x, y = ([point[i] for point in results["points"]] for i in (1, 2))
     axes.plot(x, y, ".", color="tab:blue", ms=2, alpha=0.4)
@@ -275,5 +280,4 @@ def _draw(results: dict[str, Any]) -> Any:
         axes.annotate(word, (a, b), fontsize=9, color=colour, parse_math=False, ha="center", va="center")
     first, second = results["explained"]
     axes.set(xlabel=f"first component ({first:.0%} of the variance)", ylabel=f"second ({second:.0%})")
-    axes.grid(alpha=0.3)
     return figure

@@ -19,6 +19,7 @@ import numpy as np
 from ..data.show import show_layouts
 from ..files import atomic_path
 from ..report import Report, markdown_table, pyplot
+from .pictures import panels
 from .stages import LADDER, find_stage
 from .words import provenance
 
@@ -146,12 +147,11 @@ def final_losses(results: dict[str, Any]) -> Any:
 
 
 def curves(results: dict[str, Any]) -> Any:
-    figure, axes = pyplot().subplots(figsize=(7, 4.4), constrained_layout=True)
+    figure, [[axes]] = panels(7, 4.4)
     for row, colour in zip(results["stages"], _colours(results), strict=True):
         points = [(step, loss) for step, loss in row["curve"] if step > 0]  # all start at ln(vocabulary)
         axes.plot(*zip(*points, strict=True), label=row["name"], color=colour, marker="o", ms=3, lw=1.4)
     axes.set(xlabel="step", ylabel="validation loss (nats per character)")
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     return figure
 

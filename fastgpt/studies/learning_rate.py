@@ -7,7 +7,6 @@ higher rate than the best: whatever it does then, it does not train.
 
 from __future__ import annotations
 
-import math
 import statistics
 from typing import Any
 
@@ -25,8 +24,9 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .pictures import or_nan, panels
 from .settings import LearningRateSettings as Settings
-from .words import LEARNED
+from .words import LEARNED, find_row, frequencies_text, learned_bound, listed
 
 BLOCK_SIZE = 64
 BATCH_SIZE = 12
@@ -42,7 +42,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     rows = []
     for cfg in models:
         for rate in rates:
-            runs = [_one(settings, corpus, cfg, rate, settings.seed + i) for i in range(settings.repeats)]
+            runs = [_train_at(settings, corpus, cfg, rate, settings.seed + i) for i in range(settings.repeats)]
             losses = [run["loss"] for run in runs]
             rows.append({"width": cfg.n_embd, "lr": rate, "losses": losses, "curve": runs[0]["curve"]})
             print(f"width {cfg.n_embd}, rate {rate:g}: {losses}", flush=True)
@@ -58,7 +58,7 @@ def _config(corpus: Corpus, width: int) -> GPTConfig:
     )
 
 
-def _one(settings: Settings, corpus: Corpus, cfg: GPTConfig, rate: float, seed: int) -> dict[str, Any]:
+def _train_at(settings: Settings, corpus: Corpus, cfg: GPTConfig, rate: float, seed: int) -> dict[str, Any]:
     model = new_gpt(cfg, seed).to(resolve_device(settings.device))
     train_cfg = TrainConfig(
         batch_size=BATCH_SIZE,
@@ -85,13 +85,12 @@ def show(results: dict[str, Any], page: Any) -> None:
     page.paragraph(
         f"Each size is trained at each rate for {settings['steps']} steps of {BATCH_SIZE} blocks of {BLOCK_SIZE} "
         f"characters of {results['data']['name']}; the validation loss at the end is the mean over "
-        f"seeds ({settings['repeats']}). Knowing how often each character occurs gives "
-        f"{results['data']['frequency_loss']:.3f}; a rate above the best one with which any seed ends less than "
-        f"{LEARNED} below that, or not finite, is called diverged."
+        f"seeds ({settings['repeats']}). {frequencies_text(results)}. A rate above the best one is called diverged "
+        f"where any seed ends less than {LEARNED} below that, or with a loss that is not finite."
     )
     page.table(
         ["learning rate", *(f"{results['parameters'][str(w)]:,} parameters" for w in widths)],
-        [[f"{rate:g}", *(_mean(_find(results, width, rate)) for width in widths)] for rate in rates],
+        [[f"{rate:g}", *(_mean(_runs_at(results, width, rate)) for width in widths)] for rate in rates],
     )
     page.picture("final", "Validation loss at the end against the learning rate", lambda: _draw_final(results))
     page.picture("curves", "Training loss, one panel a size", lambda: _draw_curves(results))
@@ -100,8 +99,8 @@ def show(results: dict[str, Any], page: Any) -> None:
     page.paragraph(_across(results, widths, rates))
 
 
-def _find(results: dict[str, Any], width: int, rate: float) -> dict[str, Any]:
-    return next(row for row in results["rows"] if (row["width"], row["lr"]) == (width, rate))
+def _runs_at(results: dict[str, Any], width: int, rate: float) -> dict[str, Any]:
+    return find_row(results["rows"], width=width, lr=rate)
 
 
 def _mean(row: dict[str, Any]) -> float | None:
@@ -116,7 +115,7 @@ def _spread(row: dict[str, Any]) -> float:
 
 def _means(results: dict[str, Any], width: int, rates: list[float]) -> dict[float, float]:
     """The mean loss by rate, of the rates that have one."""
-    return {rate: mean for rate in rates if (mean := _mean(_find(results, width, rate))) is not None}
+    return {rate: mean for rate in rates if (mean := _mean(_runs_at(results, width, rate))) is not None}
 
 
 def _best(results: dict[str, Any], width: int, rates: list[float]) -> float | None:
@@ -126,8 +125,8 @@ def _best(results: dict[str, Any], width: int, rates: list[float]) -> float | No
 
 def _diverged(results: dict[str, Any], width: int, rates: list[float]) -> list[float]:
     """Rates above the best one at which a seed's loss is not finite or no better than the tokens' frequencies."""
-    best, bound = _best(results, width, rates), results["data"]["frequency_loss"] - LEARNED
-    rows = [_find(results, width, rate) for rate in rates if best is None or rate > best]
+    best, bound = _best(results, width, rates), learned_bound(results)
+    rows = [_runs_at(results, width, rate) for rate in rates if best is None or rate > best]
     return [row["lr"] for row in rows if any(loss is None or loss >= bound for loss in row["losses"])]
 
 
@@ -138,14 +137,14 @@ def _findings(results: dict[str, Any], width: int, rates: list[float]) -> str:
         return f"{n:,} parameters: no rate ended with a finite loss."
     means = _means(results, width, rates)
     loss = means[best]
-    apart = {rate: _spread(_find(results, width, rate)) for rate in means}
+    apart = {rate: _spread(_runs_at(results, width, rate)) for rate in means}
     near = [rate for rate in means if rate != best and means[rate] - loss <= max(apart[rate], apart[best])]
     text = f"{n:,} parameters: the lowest loss, {loss:.3f}, is at {best:g}"
     if near:
-        text += f"; no further from it than two seeds of one rate from each other: {_listed(near)}"
+        text += f"; the seeds differ too much to tell it from the losses at {_rates(near)}"
     ends = [rate for rate in (rates[0], rates[-1]) if rate != best and rate in means]
     text += "".join(f"; at {rate:g} it is {means[rate] - loss:+.3f}" for rate in ends)
-    return f"{text}. Diverged at {_listed(diverged)}." if diverged else f"{text}. None of the rates diverged."
+    return f"{text}. Diverged at {_rates(diverged)}." if diverged else f"{text}. None of the rates diverged."
 
 
 def _across(results: dict[str, Any], widths: list[int], rates: list[float]) -> str:
@@ -155,22 +154,22 @@ def _across(results: dict[str, Any], widths: list[int], rates: list[float]) -> s
     small, large = widths[0], widths[-1]
     relation = "the same as" if best[large] == best[small] else "below" if best[large] < best[small] else "above"
     first = {width: _diverged(results, width, rates)[:1] for width in widths}
-    limits = "; ".join(f"{results['parameters'][str(w)]:,}: {_listed(first[w]) or 'none'}" for w in widths)
+    limits = "; ".join(f"{results['parameters'][str(w)]:,}: {_rates(first[w])}" for w in widths)
     return (
         f"Of the rates tried, the best for the largest model, {best[large]:g}, is {relation} the best for the "
         f"smallest, {best[small]:g}. The lowest rate at which training diverged, by parameters: {limits}."
     )
 
 
-def _listed(rates: list[float]) -> str:
-    return ", ".join(f"{rate:g}" for rate in rates)
+def _rates(rates: list[float]) -> str:
+    return listed(f"{rate:g}" for rate in rates)
 
 
 def _draw_final(results: dict[str, Any]) -> Any:
-    figure, axes = pyplot().subplots(figsize=(6.5, 3.8), constrained_layout=True)
+    figure, [[axes]] = panels(6.5, 3.8)
     for width in sorted({row["width"] for row in results["rows"]}):
         rows = [row for row in results["rows"] if row["width"] == width]
-        means = [math.nan if (mean := _mean(row)) is None else mean for row in rows]
+        means = or_nan([_mean(row) for row in rows])
         (line,) = axes.plot(
             [row["lr"] for row in rows], means, "o-", ms=4, label=f"{results['parameters'][str(width)]:,} parameters"
         )
@@ -179,26 +178,22 @@ def _draw_final(results: dict[str, Any]) -> Any:
     bound = results["data"]["frequency_loss"]
     axes.axhline(bound, color="grey", ls=":", lw=0.8, label="frequencies only")
     axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", ylim=(None, bound + 0.6))
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
 
 
 def _draw_curves(results: dict[str, Any]) -> Any:
     widths = sorted({row["width"] for row in results["rows"]})
-    figure, axes = pyplot().subplots(
-        1, len(widths), figsize=(3.2 * len(widths), 3.6), sharey=True, constrained_layout=True, squeeze=False
-    )
+    figure, axes = panels(3.2 * len(widths), 3.6, columns=len(widths), sharey=True)
     colours = pyplot().get_cmap("viridis")
     rates = sorted({row["lr"] for row in results["rows"]})
     for panel, width in zip(axes[0], widths, strict=True):
         for i, rate in enumerate(rates):
-            points = [(x, y) for x, y in _find(results, width, rate)["curve"] if y is not None]
+            points = [(x, y) for x, y in _runs_at(results, width, rate)["curve"] if y is not None]
             if points:
                 colour = colours(i / max(1, len(rates) - 1) * 0.95)
                 panel.plot(*zip(*points, strict=True), color=colour, label=f"{rate:g}")
         panel.set(xlabel="step", title=f"{results['parameters'][str(width)]:,} parameters")
-        panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("training loss")
     axes[0][0].set_ylim(top=results["data"]["frequency_loss"] + 1.5)  # for all of them, now that all are drawn
     axes[0][-1].legend(title="learning rate", fontsize="x-small", title_fontsize="small")

@@ -28,7 +28,6 @@ from ..config import GPTConfig, TrainConfig
 from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..model import GPT
-from ..report import pyplot
 from .experiment import (
     at_least,
     described,
@@ -40,8 +39,9 @@ from .experiment import (
     training,
     validation_loss,
 )
+from .pictures import panels
 from .settings import ParallelismSettings as Settings
-from .words import LEARNED
+from .words import LEARNED, counted, find_row, frequencies_text, learned_bound, listed
 
 KINDS = ("gpt", "rnn", "gru", "lstm")
 NAMES = {"gpt": "GPT", "rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
@@ -194,7 +194,7 @@ def show(results: dict[str, Any], page: Any) -> None:
             [
                 batch,
                 context,
-                *(_find(rows, kind, context, batch, d)["ms"] for d in DIRECTIONS for kind in KINDS),
+                *(_timing(rows, kind, context, batch, d)["ms"] for d in DIRECTIONS for kind in KINDS),
                 *(sequential_steps(kind, results["layers"], context) for kind in ("gpt", "rnn")),
             ]
             for batch, context in itertools.product(batches, contexts)
@@ -209,19 +209,18 @@ def show(results: dict[str, Any], page: Any) -> None:
         ["model", "learning rate", "tokens", "seconds", "validation loss", "tokens/s in training"],
         [
             [NAMES[r["model"]], f"{r['lr']:g}", r["tokens"], r["seconds"], r["loss"], r["tokens"] / r["seconds"]]
-            for r in (row for kind in KINDS for row in _curve(results, kind)[-1:])
+            for r in (row for kind in KINDS for row in _best_curve(results, kind)[-1:])
         ],
     )
-    page.picture("loss", "Validation loss against tokens and against seconds", lambda: _draw_losses(results))
-    page.paragraph(_training(results))
+    page.picture("loss", "Validation loss against tokens and against seconds", lambda: _draw_training(results))
+    page.paragraph(_losses_in_words(results))
 
 
-def _find(rows: list[dict[str, Any]], kind: str, context: int, batch: int, direction: str) -> dict[str, Any]:
-    key = (kind, context, batch, direction)
-    return next(row for row in rows if (row["model"], row["context"], row["batch"], row["direction"]) == key)
+def _timing(rows: list[dict[str, Any]], kind: str, context: int, batch: int, direction: str) -> dict[str, Any]:
+    return find_row(rows, model=kind, context=context, batch=batch, direction=direction)
 
 
-def _curve(results: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+def _best_curve(results: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """Loss by tokens and seconds at the rate with which the model ends lowest; empty where it never ends finite."""
     rows = [row for row in results["losses"] if row["model"] == kind]
     last = max(row["step"] for row in rows)
@@ -243,7 +242,7 @@ def crossings(contexts: list[int], ratios: list[float]) -> list[float]:
 def _crossovers(rows: list[dict[str, Any]], contexts: list[int], batch: int, direction: str) -> str:
     """Who is fastest at each context, and where the GPT and each other model change places."""
     fastest = [
-        NAMES[min(KINDS, key=lambda kind: _find(rows, kind, context, batch, direction)["ms"])] for context in contexts
+        NAMES[min(KINDS, key=lambda kind: _timing(rows, kind, context, batch, direction)["ms"])] for context in contexts
     ]
     spans = []
     for name, group in itertools.groupby(zip(fastest, contexts, strict=True), key=lambda pair: pair[0]):
@@ -251,7 +250,7 @@ def _crossovers(rows: list[dict[str, Any]], contexts: list[int], batch: int, dir
         spans.append(f"{name} at {span[0]}" + (f" to {span[-1]}" if len(span) > 1 else ""))
     parts = []
     for kind in KINDS[1:]:
-        times = [[_find(rows, k, context, batch, direction)["ms"] for context in contexts] for k in ("gpt", kind)]
+        times = [[_timing(rows, k, context, batch, direction)["ms"] for context in contexts] for k in ("gpt", kind)]
         ratios = [gpt / other for gpt, other in zip(*times, strict=True)]
         at = crossings(contexts, ratios)
         if at:
@@ -262,10 +261,7 @@ def _crossovers(rows: list[dict[str, Any]], contexts: list[int], batch: int, dir
         else:
             places = f"{'slower' if ratios[0] >= 1.0 else 'faster'} than the {NAMES[kind]} at every context"
         parts.append(f"{places} (times of the GPT over it: {ratios[0]:.2f} to {ratios[-1]:.2f})")
-    return (
-        f"{batch} row{'s' if batch > 1 else ''}, {direction}. Fastest: {', '.join(spans)}. The GPT is "
-        f"{'; '.join(parts)}."
-    )
+    return f"{counted(batch, 'row')}, {direction}. Fastest: {', '.join(spans)}. The GPT is {'; '.join(parts)}."
 
 
 def _growth(rows: list[dict[str, Any]], contexts: list[int], batch: int) -> str:
@@ -274,7 +270,7 @@ def _growth(rows: list[dict[str, Any]], contexts: list[int], batch: int) -> str:
         return "One context was measured, so nothing is said about growth."
     parts = []
     for kind in KINDS:
-        speeds = [_find(rows, kind, context, batch, DIRECTIONS[1])["tokens_per_s"] for context in contexts]
+        speeds = [_timing(rows, kind, context, batch, DIRECTIONS[1])["tokens_per_s"] for context in contexts]
         best = max(range(len(contexts)), key=lambda i: speeds[i])
         parts.append(
             f"{NAMES[kind]} {speeds[0]:,.0f} at {contexts[0]} and {speeds[-1]:,.0f} at {contexts[-1]}, its most "
@@ -293,8 +289,8 @@ def _noise(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _training(results: dict[str, Any]) -> str:
-    curves = {kind: _curve(results, kind) for kind in KINDS}
+def _losses_in_words(results: dict[str, Any]) -> str:
+    curves = {kind: _best_curve(results, kind) for kind in KINDS}
     if not all(curves.values()):
         return "A model ended without a finite loss, so losses are not compared."
     last = {kind: curve[-1] for kind, curve in curves.items()}
@@ -304,10 +300,8 @@ def _training(results: dict[str, Any]) -> str:
     by_seconds = min(KINDS, key=lambda kind: at_budget[kind])
     tokens = ", ".join(f"{NAMES[kind]} {last[kind]['loss']:.3f}" for kind in KINDS)
     seconds = ", ".join(f"{NAMES[kind]} {at_budget[kind]:.3f}" for kind in KINDS)
-    frequencies = results["data"]["frequency_loss"]
-    slow = [NAMES[kind] for kind in KINDS if last[kind]["loss"] > frequencies - LEARNED]
-    behind = f" At the end less than {LEARNED} below knowing each character's frequency ({frequencies:.3f}): "
-    behind = f"{behind}{', '.join(slow)}." if slow else ""
+    slow = [NAMES[kind] for kind in KINDS if last[kind]["loss"] > learned_bound(results)]
+    behind = f" {frequencies_text(results)}; less than {LEARNED} below that ended: {listed(slow)}." if slow else ""
     return (
         f"Trained on the same {last['gpt']['tokens']:,} tokens ({BATCH_SIZE} blocks of {BLOCK_SIZE} characters of "
         f"{results['data']['name']} a step, one seed, each model at the best of the rates "
@@ -330,34 +324,30 @@ COLOURS = {"gpt": "tab:blue", "rnn": "tab:orange", "gru": "tab:green", "lstm": "
 
 
 def _draw_speed(rows: list[dict[str, Any]], contexts: list[int], batches: list[int]) -> Any:
-    figure, axes = pyplot().subplots(
-        1, len(batches), figsize=(4.2 * len(batches), 3.8), sharey=True, constrained_layout=True, squeeze=False
-    )
+    figure, axes = panels(4.2 * len(batches), 3.8, columns=len(batches), sharey=True)
     for panel, batch in zip(axes[0], batches, strict=True):
         for kind, direction in itertools.product(KINDS, DIRECTIONS):
-            speeds = [_find(rows, kind, context, batch, direction)["tokens_per_s"] for context in contexts]
+            speeds = [_timing(rows, kind, context, batch, direction)["tokens_per_s"] for context in contexts]
             forward = direction == "forward"
             style = {"color": COLOURS[kind], "ls": "--" if forward else "-", "marker": "o", "ms": 3}
             panel.plot(contexts, speeds, label=f"{NAMES[kind]}, {direction}", **style)
-        panel.set(xscale="log", yscale="log", xlabel="context", title=f"{batch} row{'s' if batch > 1 else ''}")
+        panel.set(xscale="log", yscale="log", xlabel="context", title=counted(batch, "row"))
         panel.set_xticks(contexts, [str(context) for context in contexts], fontsize=7)
         panel.minorticks_off()
-        panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens per second")
     lines = axes[0][0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=4, fontsize="x-small", handlelength=4)  # room for dashes
     return figure
 
 
-def _draw_losses(results: dict[str, Any]) -> Any:
-    figure, axes = pyplot().subplots(1, 2, figsize=(8, 3.5), sharey=True, constrained_layout=True)
+def _draw_training(results: dict[str, Any]) -> Any:
+    figure, [axes] = panels(8, 3.5, columns=2, sharey=True)
     for panel, key in zip(axes, ("tokens", "seconds"), strict=True):
         for kind in KINDS:
-            curve = _curve(results, kind)
+            curve = _best_curve(results, kind)
             at = [row[key] / (1000 if key == "tokens" else 1) for row in curve]
             panel.plot(at, [row["loss"] for row in curve], "o-", ms=3, color=COLOURS[kind], label=NAMES[kind])
         panel.set_xlabel("thousands of training tokens" if key == "tokens" else "seconds of training")
-        panel.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss")
     axes[1].legend()
     return figure

@@ -227,11 +227,11 @@ def test_a_model_is_shown_at_its_best_rate(reports):
     found = results(reports, "parallelism")
     for row in found["losses"]:
         row["loss"] = 1.0 if row["lr"] == {"gpt": 1e-3}.get(row["model"], 3e-3) else None
-    assert {row["lr"] for row in parallelism._curve(found, "gpt")} == {1e-3}
-    assert {row["lr"] for row in parallelism._curve(found, "lstm")} == {3e-3}
+    assert {row["lr"] for row in parallelism._best_curve(found, "gpt")} == {1e-3}
+    assert {row["lr"] for row in parallelism._best_curve(found, "lstm")} == {3e-3}
     for row in found["losses"]:
         row["loss"] = None
-    assert "without a finite loss" in parallelism._training(found)
+    assert "without a finite loss" in parallelism._losses_in_words(found)
     Page(found)
 
 
