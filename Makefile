@@ -1,4 +1,4 @@
-# make demo: install, train on Shakespeare for about two minutes, sample. make test: everything CI runs.
+# make demo installs, trains on Shakespeare for about two minutes, and samples. make test runs what CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -28,7 +28,7 @@ demo: install
 test: install lint types
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# The tests again beside busy loops, on one core, with three threads, in another locale, folder and home: each a run.
+# Runs all tests several times: beside busy loops, on one core, with three threads, in another locale, folder and home.
 test-conditions: install
 	$(BIN)/python tests/conditions.py
 
@@ -42,30 +42,30 @@ types: install
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
-# Against PyTorch, torch.compile and transformers; NANOGPT=DIR and LECTURE=FILE name the other two's sources. Rows go to
-# benchmarks/results/. Under 10 minutes on two cores.
+# Measures FastGPT against PyTorch, torch.compile and transformers, and writes rows to benchmarks/results/. NANOGPT=DIR
+# and LECTURE=FILE add nanoGPT and the lecture's gpt.py. Takes under 10 minutes on two cores.
 bench: install
 	$(BIN)/python -m pytest benchmarks $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(LECTURE),--lecture "$(LECTURE)")
 
-# On a machine with a GPU, with the PyTorch that is installed there: no network, nothing downloaded.
+# For a machine with a GPU: uses the PyTorch that is installed there and needs no network.
 gpu-check:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
 
-# What the rows in OUT say: tables and pictures in OUT/report, the tables alone in OUT/table.md.
+# Renders the rows in OUT: tables and pictures into OUT/report, the tables alone into OUT/table.md.
 report:
 	$(HERE) -m fastgpt bench --report --results $(OUT) --out $(OUT)/report > $(OUT)/table.md
 
-# Is FastGPT slower in OUT than in BASE? Fails if so; rows of devices that BASE does not have are left alone.
+# Fails if FastGPT is slower in OUT than in BASE. Rows of devices that BASE does not have are not compared.
 compare:
 	$(HERE) -m fastgpt.benchmarks.publish.compare $(BASE) $(OUT) --if-comparable --out $(OUT)/compare.md
 
-# docs/results.md, its pictures, and the figures that the README quotes, from benchmarks/results.
+# Writes docs/results.md, its pictures, and the figures that documents quote, from the rows in benchmarks/results.
 results: install
 	$(BIN)/fastgpt bench --report --results benchmarks/results --out docs > /dev/null
-	$(BIN)/python -m fastgpt.benchmarks.publish.quotes README.md docs/kernels-native.md
+	$(BIN)/python -m fastgpt.benchmarks.publish.quotes README.md docs/*.md
 
-# The CPU row kernels of every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Runs the CPU row kernels of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize:
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -ffp-contract=fast -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \

@@ -1,14 +1,15 @@
-"""Packages and where they lie, and the compiled extension; the rest is in pyproject.toml.
+"""Builds the compiled extension and maps the folders of the packages; all other metadata is in pyproject.toml.
 
-The extension is three modules, each optional, each built alone so that one may fail without the others:
-fastgpt._build_info (pybind11), fastgpt._C (CPU) and fastgpt._C_cuda. Whatever stands in the way (no torch at build
-time, no compiler, an error of the compiler), the installation is the Python package, which runs without them; the
-reason is kept in fastgpt/_build_error.txt, where `fastgpt doctor` finds it.
+The extension is three modules: fastgpt._build_info (pybind11), fastgpt._C (CPU) and fastgpt._C_cuda. Each is optional
+and built alone, so that one may fail without the others. If a module cannot be built (no torch at build time, no
+compiler, an error of the compiler), the Python package is installed all the same and works without it. The reason is
+written to fastgpt/_build_error.txt, from which `fastgpt doctor` prints it.
 
-FASTGPT_NATIVE=0        build none of them
-FASTGPT_NATIVE=require  a module that cannot be built fails the installation
-FASTGPT_CUDA=1          try the CUDA module, and say what is missing for it; 0: leave it out.
-                        Otherwise it is built where nvcc is found and torch has CUDA, with or without a GPU.
+FASTGPT_NATIVE=0        builds no module
+FASTGPT_NATIVE=require  fails the installation if a module cannot be built
+FASTGPT_CUDA=1          tries the CUDA module and prints what is missing for it
+FASTGPT_CUDA=0          leaves the CUDA module out
+Without FASTGPT_CUDA the CUDA module is built where nvcc is found and torch has CUDA, with or without a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-if int(setuptools.__version__.partition(".")[0]) < 77:  # they refuse pyproject.toml's licence, and name no remedy
+if int(setuptools.__version__.partition(".")[0]) < 77:  # they reject pyproject.toml's licence and name no remedy
     sys.exit(
         f"FastGPT is built by setuptools 77 or newer, and this is {setuptools.__version__}; "
         "pip install --upgrade setuptools brings a newer one"
@@ -39,17 +40,17 @@ if int(setuptools.__version__.partition(".")[0]) < 77:  # they refuse pyproject.
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("FASTGPT_NATIVE", "auto")
 CUDA = os.environ.get("FASTGPT_CUDA", "auto")
-ARCHITECTURES = "8.0;9.0;10.0+PTX"  # A100, H100, B200, and whatever comes later through PTX
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # A100, H100, B200; newer GPUs compile the PTX
 ERROR_FILE = "_build_error.txt"
 
 # Py_LIMITED_API: one build for every Python from 3.10 on; TORCH_TARGET_VERSION: for every torch from 2.11 on.
 DEFINES = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-# A fused multiply-add is one rounding less; errno of exp and log is never read.
+# A fused multiply-add rounds once instead of twice. No code reads the errno of exp and log.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
-# An error's text begins with the file it comes from: that of the source tree, not of the machine that built it.
+# Error messages begin with the path of a source file: without this option, the path on the machine that built it.
 CXX_FLAGS.append(f"-fmacro-prefix-map={ROOT}/=")
 if platform.machine().lower() in ("x86_64", "amd64"):
-    # GCC would move data through MMX registers, after which long double arithmetic is broken in the whole process.
+    # With MMX, GCC may move data through registers that long double arithmetic shares, and breaks it process-wide.
     CXX_FLAGS.append("-mno-mmx")
 CPU_SOURCES = [
     "bindings",
@@ -62,7 +63,7 @@ CPU_SOURCES = [
     "kernels",
     "kernels_generic",
 ]
-CPU_SOURCES += ["kernels_avx2", "kernels_avx512"]  # empty on other processors
+CPU_SOURCES += ["kernels_avx2", "kernels_avx512"]  # these files compile to nothing for other processors
 CUDA_SOURCES = ["bindings_cuda.cpp", "cross_entropy.cu", "embedding.cu"]
 
 
@@ -83,7 +84,7 @@ def first_line(command: list[str]) -> str:
 
 
 def find_cuda() -> str | None:
-    """The CUDA toolkit, by the way of an nvcc that lies in one: torch takes any nvcc's grandparent for it."""
+    """The folder of a CUDA toolkit with both nvcc and headers. (torch accepts the grandparent folder of any nvcc.)"""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     nvcc = shutil.which("nvcc")
     if nvcc:
@@ -96,7 +97,7 @@ def find_cuda() -> str | None:
 
 @contextlib.contextmanager
 def recorded_output() -> Iterator[list[str]]:
-    """Everything that is written to stdout and stderr, subprocesses included; passed on to stderr at the end."""
+    """Collects what this process and its subprocesses write to stdout and stderr; prints it to stderr at the end."""
     lines: list[str] = []
     sys.stdout.flush()
     sys.stderr.flush()
@@ -119,7 +120,7 @@ def recorded_output() -> Iterator[list[str]]:
 
 
 def compiler_error(lines: list[str], error: BaseException) -> str:
-    """The first line in which a compiler or linker says what is wrong."""
+    """The first line of a compiler's or linker's output that reports an error."""
     for line in lines:
         if re.search(r"\berror\b|not found", line, re.IGNORECASE) and not re.match(r"ninja:|FAILED|\[", line):
             return line.strip()
@@ -127,7 +128,7 @@ def compiler_error(lines: list[str], error: BaseException) -> str:
 
 
 class Optional(build_ext):
-    """build_ext that goes on where a module cannot be built, and writes down why."""
+    """A build_ext that continues after a module that cannot be built, and writes the reason to a file."""
 
     errors: list[str]
 
@@ -144,8 +145,8 @@ class Optional(build_ext):
         modules, folder = self.extensions, self.build_temp
         for module in modules:
             self.extensions = [module]
-            self.build_temp = os.path.join(folder, module.name)  # two modules have a cross_entropy.o
-            kept, module.optional = module.optional, False  # setuptools would drop the error, and the reason with it
+            self.build_temp = os.path.join(folder, module.name)  # two modules compile a cross_entropy.o
+            kept, module.optional = module.optional, False  # for an optional module setuptools discards the error
             with self.optional(module.name):
                 super().build_extensions()
             module.optional = kept
@@ -168,7 +169,7 @@ class Optional(build_ext):
 
 
 class BuildPython(build_py):
-    """build_py that leaves the reason where no module is even tried."""
+    """A build_py that writes the reason where building a module was not attempted."""
 
     def run(self) -> None:
         super().run()
@@ -185,20 +186,20 @@ def write_errors(folder: Path, errors: list[str]) -> None:
 
 
 def modules() -> tuple[list, type]:
-    """The extension modules to try, and the build_ext that builds them. Raises where none can be."""
+    """The extension modules to build and the build_ext class for them. Raises where no module can be built."""
     if NATIVE == "0":
         raise RuntimeError("switched off by FASTGPT_NATIVE=0")
     if NATIVE not in ("auto", "require"):
         raise RuntimeError(f"FASTGPT_NATIVE: expected 0, auto or require, got {NATIVE!r}")
-    os.environ["LC_ALL"] = "C"  # compilers translate their messages, and `compiler_error` reads English
+    os.environ["LC_ALL"] = "C"  # compilers translate their messages, but `compiler_error` searches for English words
     cuda_home = find_cuda()
     if cuda_home:
-        os.environ["CUDA_HOME"] = cuda_home  # before torch looks for it
+        os.environ["CUDA_HOME"] = cuda_home  # torch.utils.cpp_extension reads it when it is imported
     try:
         import torch
     except ModuleNotFoundError:
         raise RuntimeError(
-            "torch was not there when FastGPT was built, or hidden by pip; "
+            "torch was not installed when FastGPT was built, or pip hid it from the build; "
             "pip install --no-build-isolation . builds the extension for the torch that is installed"
         ) from None
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
@@ -217,7 +218,7 @@ def modules() -> tuple[list, type]:
         "CUDA_ARCHITECTURES": architectures,
         "SOURCE_HASH": source_hash(),
     }
-    # Through a header, not -D: strings with spaces pass through two shells and ninja.
+    # Written to a header instead of -D options, because strings with spaces would pass through two shells and ninja.
     header = ROOT / "build" / "build_facts.h"
     header.parent.mkdir(exist_ok=True)
     quoted = (f'#define FASTGPT_{name} "{value.replace(chr(34), chr(39))}"\n' for name, value in facts.items())
@@ -225,7 +226,7 @@ def modules() -> tuple[list, type]:
 
     def module(kind, name: str, sources: list[str], flags, **more):
         made = kind(f"fastgpt.{name}", sources, extra_compile_args=flags, extra_link_args=["-s"], **more)
-        made.optional = NATIVE != "require"  # an editable installation does not insist on a file that was not built
+        made.optional = NATIVE != "require"  # an editable installation then accepts a missing file
         return made
 
     cpu = [f"csrc/{name}.cpp" for name in CPU_SOURCES]
@@ -235,7 +236,8 @@ def modules() -> tuple[list, type]:
         module(cpp_extension.CppExtension, "_C", cpu, {"cxx": CXX_FLAGS + DEFINES}, py_limited_api=True),
     ]
     if with_cuda:
-        nvcc_flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-UNDEBUG", "--threads=2", *DEFINES]  # assert: range checks
+        # -UNDEBUG keeps the assertions, which check the range of targets and tokens.
+        nvcc_flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-UNDEBUG", "--threads=2", *DEFINES]
         flags = {"cxx": CXX_FLAGS + DEFINES, "nvcc": nvcc_flags}
         cuda = [f"csrc/{file}" for file in CUDA_SOURCES]
         try:
@@ -260,7 +262,7 @@ command: type = Optional
 extensions: list = []
 try:
     extensions, command = modules()
-except Exception as error:  # whatever it is, the Python package installs
+except Exception as error:  # for any reason: the Python package is installed without the extension
     if NATIVE == "require":
         raise
     not_tried.append(f"the extension: {error}")

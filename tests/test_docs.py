@@ -63,6 +63,8 @@ def test_links_lead_to_files_and_to_what_they_name(document):
 def test_the_files_that_are_named_are_there(document):
     """In backticks, from the root of the repository or from the package."""
     for name in FILE.findall(document.read_text(encoding="utf-8")):
+        if "X" in name:
+            continue  # it stands for an op's name, and test_readme.py looks the files up
         in_a_users_folder = name.startswith("runs/")
         assert in_a_users_folder or (ROOT / name).exists() or (ROOT / "fastgpt" / name).exists(), name
 

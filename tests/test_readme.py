@@ -1,4 +1,4 @@
-"""What the README shows is run: its commands, its example, its file tree, and the targets of `make`."""
+"""What the README and docs/ show is run or looked up: commands, examples, the map of files, links and figures."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt import GPT, GPTConfig, ops
 from fastgpt.benchmarks.publish import quotes, report
 from fastgpt.benchmarks.publish.rows import read
+from fastgpt.ops import reference
 from fastgpt.ops.backend import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
+README = DOCUMENTS["README.md"]
+WRITTEN_BY_HAND = ["README.md", "CONTRIBUTING.md", "getting-started.md", "backends.md", "benchmarks.md"]
 SPEECH = "ROMEO. But soft, what light through yonder window breaks?\nJULIET. It is KING HENRY, 1599!\n\n"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def shell_commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+def shell_commands(text: str) -> list[list[str]]:
+    lines = [line for block in blocks("sh", text) for line in block.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -35,58 +42,81 @@ def run(words: list[str], cwd: Path) -> str:
     return done.stdout
 
 
-def as_module(words: list[str]) -> list[str]:
-    return [sys.executable, "-m", *words]
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+QUICKER = {  # what makes a command short enough for a test
+    "train": ["--max-steps", "3", "--eval-batches", "1"],
+    "learn": ["--steps", "1"],
+    "study": ["--steps", "1"],
+}
+ELSEWHERE = ("parity", "bench")  # they are run by test_parity.py and test_bench_command.py
+COMMANDS_OF = {
+    "README.md": ["doctor", "train", "sample", "train", "data", "learn", "study"],
+    "getting-started.md": ["train", "sample", "train", "data", "train"],
+    "backends.md": ["doctor"],
+}
 
 
 @pytest.fixture
 def small(tmp_path) -> Path:
-    """A folder in which `shakespeare` is one short file and a run is a few steps long."""
+    """A folder with one short text, which stands in for Shakespeare's."""
     (tmp_path / "shakespeare.txt").write_text(SPEECH * 40)
     return tmp_path
 
 
 def shortened(words: list[str], folder: Path) -> list[str]:
-    """The same command on little text and few steps; everything else stays as the reader would type it."""
-    words = [str(folder / "shakespeare.txt") if w.endswith("shakespeare") and words[i] == "--data" else w
-             for i, w in enumerate(words[1:])]  # fmt: skip
-    words = [sys.executable, "-m", "fastgpt", *words]
-    if words[3] == "train":
-        if "--max-steps" in words:
-            del words[(i := words.index("--max-steps")) : i + 2]
-        words += ["--max-steps", "6" if "--resume" in words else "3", "--eval-batches", "1"]
-    if words[3] == "learn":
-        words += ["--steps", "1"]
-    return words
+    """The same `fastgpt` command on little text and in few steps; all else stays as the reader would type it."""
+    command, options = words[1], words[2:]
+    if "--data" in options:
+        options[options.index("--data") + 1] = str(folder / "shakespeare.txt")
+    if "--max-steps" in options:
+        del options[(i := options.index("--max-steps")) : i + 2]
+    options += QUICKER.get(command, [])
+    if "--resume" in options:
+        options[options.index("--max-steps") + 1] = "6"
+    return [sys.executable, "-m", "fastgpt", command, *options]
 
 
-def test_the_commands_of_the_readme_run_in_order(small):
-    commands = [words for words in shell_commands() if words[0] == "fastgpt" and words[1] not in ("parity", "bench")]
-    assert [words[1] for words in commands] == ["train", "sample", "train", "doctor", "data", "learn"]
-    outputs = [run(shortened(words, small), small) for words in commands]
-    assert "step 3:" in outputs[0]
-    assert outputs[1].startswith("ROMEO. ") and len(outputs[1]) == len("ROMEO. ") + 200 + 1
-    assert "step 6:" in outputs[2]
-    assert "attention: runs on" in outputs[3]
-    assert "blocks: 8 tokens" in outputs[4]
-    assert "| scaled up |" in outputs[5] and (small / "runs/learn/report.html").exists()
+@pytest.mark.parametrize("document", COMMANDS_OF)
+def test_the_commands_of_a_document_run_in_order(document, small):
+    text = DOCUMENTS[document]
+    for settings in blocks("toml", text):
+        (small / "run.toml").write_text(settings.replace('"tinyshakespeare"', '"shakespeare.txt"'))
+    commands = [w for w in shell_commands(text) if w[0] == "fastgpt" and w[1] not in ELSEWHERE]
+    assert [words[1] for words in commands] == COMMANDS_OF[document]
+    for words in commands:
+        output = run(shortened(words, small), small)
+        match words[1]:
+            case "train":
+                assert f"step {6 if '--resume' in words else 3}:" in output
+            case "sample":
+                assert output.startswith("ROMEO. ") and len(output) == len("ROMEO. ") + 200 + 1
+            case "doctor":
+                assert "attention: runs on" in output
+            case "data":
+                assert "blocks: 8 tokens" in output
+            case "learn":
+                assert "| scaled up |" in output and (small / "runs/learn/report.html").exists()
+            case "study":
+                assert (small / "runs/study-attention/report.html").exists()
 
 
-def test_the_other_commands_exist():
+@pytest.mark.parametrize("document", WRITTEN_BY_HAND)
+def test_every_command_is_one_that_exists(document):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for words in shell_commands():
+    for words in shell_commands(DOCUMENTS[document]):
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
         elif words[0] == "pip":
             extras = (".", ".[plot,data]", ".[bench]")
             assert words[1] == "install" and words[-1] in extras and words[2:-1] in ([], ["--no-build-isolation"])
-        else:
-            assert words[0] == "fastgpt"
+        elif words[0] != "fastgpt":
+            assert Path(words[0]).name == "python" and words[1] == "-m", words
 
 
 def test_make_demo_trains_and_samples_as_written(small):
     """The recipe of `make demo`, taken from make itself; only the text and the number of steps are smaller."""
-    touched = ["-o", str(Path(".venv/installed"))]  # as if the environment were there
+    touched = ["-o", str(Path(".venv/installed"))]  # as if the environment existed
     recipe = run(["make", "-n", *touched, "-C", str(ROOT), "demo"], ROOT)
     commands = [shlex.split(line) for line in recipe.splitlines() if "fastgpt" in line.split(" ")[0]]
     assert [words[1] for words in commands] == ["train", "sample"]
@@ -103,7 +133,10 @@ def test_make_test_is_what_ci_runs():
         assert tool in recipe
 
 
-def test_the_example_prints_what_it_says(tmp_path):
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_print_what_they_say(tmp_path):
     example, ops_alone = blocks("python")
     assert len(example.strip().splitlines()) <= 10
     (tmp_path / "example.py").write_text(example)
@@ -114,17 +147,86 @@ def test_the_example_prints_what_it_says(tmp_path):
     assert all(f"ops.{op}(" in ops_alone for op in OPS)
 
 
-def test_the_file_tree_is_the_files():
-    tree = README.split("## The files")[1].split("```")[1]
-    listed = set(re.findall(r"^  ([\w/]+\.py) ", tree, flags=re.MULTILINE))
-    package = ROOT / "fastgpt"
-    there = {str(p.relative_to(package)) for p in package.rglob("*.py") if not p.name.startswith("__")}
-    assert listed == there
+def test_the_example_of_backends_runs(tmp_path):
+    (example,) = blocks("python", DOCUMENTS["backends.md"])
+    (tmp_path / "example.py").write_text(example)
+    assert run([sys.executable, "example.py"], tmp_path).startswith("attention: runs on")
 
 
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).is_file(), target
+def test_the_example_of_gpt2_weights_reads_and_writes_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = GPTConfig.preset("gpt2", n_layer=1, n_head=1, n_embd=8, vocab_size=16, block_size=8)
+    GPT(tiny).save_pretrained("gpt2", format="huggingface")
+    (example,) = blocks("python", DOCUMENTS["getting-started.md"])
+    exec(example, {"GPT": GPT})
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+# --- the map of files -------------------------------------------------------------------------------------------------
+
+
+def listed_files() -> list[str]:
+    """The names of Python files in the README's tree, each with its folders. A line's names are in the folder it names,
+    or else in the folder above it."""
+    listed: list[str] = []
+    folders: list[str] = []
+    for line in README.split("## Files")[1].split("```text\n")[1].split("```")[0].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        first = line.split()[0]
+        if first.endswith("/"):
+            folders.append(first)
+        listed += ["".join(folders) + name for name in re.findall(r"[\w*]+\.py\b", line)]
+    return listed
+
+
+def test_the_map_lists_every_python_file_once():
+    found = [path for name in listed_files() for path in ROOT.glob(name)]
+    assert len(found) == len(set(found)), "a file is listed twice"
+    there = {p for folder in ("fastgpt", "triton_kernels", "benchmarks") for p in (ROOT / folder).rglob("*.py")}
+    assert {str(p.relative_to(ROOT)) for p in there - set(found) if not p.name.startswith("__")} == set(), "not listed"
+    for name in listed_files():
+        assert any(ROOT.glob(name)), f"{name}: listed, but there is no such file"
+
+
+def test_the_folders_of_the_map_exist():
+    tree = README.split("## Files")[1].split("```text\n")[1].split("```")[0]
+    for folder in re.findall(r"^([\w]+/)", tree, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name in tree, f"docs/{page.name} is not listed"
+
+
+def test_everything_of_an_op_is_where_the_map_says():
+    """`X` in the README's table stands for an op's name; add_layer_norm is in the files of layer_norm."""
+    table = README.split("## Files")[1].split("```text")[0]
+    paths = re.findall(r"`([\w/*.]+\.py|[\w/]+X\*)`", table)
+    assert len(paths) >= 8
+    stems = [op for op in OPS if op != "add_layer_norm"]
+    for path in paths:
+        found = [stem for stem in stems if any(ROOT.glob(path.replace("X", stem)))]
+        assert found, path
+        if path in ("fastgpt/ops/X.py", "tests/ops/test_X.py", "benchmarks/bench_X.py"):
+            assert set(stems) - set(found) <= {"linear_cross_entropy"}, path
+    for op in OPS:
+        assert callable(getattr(ops, op)) and callable(getattr(reference, op))
+
+
+# --- links and figures ------------------------------------------------------------------------------------------------
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_sections_that_links_name_exist(document):
+    """test_docs.py looks for the files."""
+    folder = ROOT if document in ("README.md", "CONTRIBUTING.md") else ROOT / "docs"
+    for path, section in re.findall(r"\]\(([^)#:]*\.md)#([^)]+)\)", DOCUMENTS[document]):
+        headings = re.findall(r"^#+ (.+)$", (folder / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert section in map(anchor, headings), f"{path}#{section}"
 
 
 QUOTED = r"<!-- results: \S+ \S+ -->.*?<!-- end of results -->"
@@ -133,26 +235,47 @@ FIGURE = r"\d[\d.,]*(?: ms| s| seconds| minutes|x| times| nats| tokens/s| GB/s| 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_what_is_quoted_is_what_was_measured():
-    assert len(re.findall(QUOTED, README, flags=re.DOTALL)) == README.count("<!-- results: ") > 0
-    assert quotes.with_quotes(README, RESULTS) == README, "make results"
-    kernels = (ROOT / "docs" / "kernels-native.md").read_text(encoding="utf-8")
-    assert "<!-- results: " in kernels and quotes.with_quotes(kernels, RESULTS) == kernels, "make results"
-    for block in re.findall(QUOTED, README, flags=re.DOTALL):
+def test_every_result_is_quoted_somewhere():
+    quoted = re.findall(r"<!-- results: (\S+) \S+ -->", "".join(DOCUMENTS.values()))
+    assert sorted(quoted) == sorted(quotes.QUOTES)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_is_quoted_is_what_was_measured(document):
+    text = DOCUMENTS[document]
+    found = re.findall(QUOTED, text, flags=re.DOTALL)
+    assert len(found) == text.count("<!-- results: ")
+    assert quotes.with_quotes(text, RESULTS) == text, "make results"
+    for block in found:
         assert re.search(FIGURE, block) and re.search(r"torch \d", block) and re.search(r"commit\s[0-9a-f]{10}", block)
 
 
-def test_no_figure_is_written_by_hand():
-    written = re.sub(QUOTED, "", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL), flags=re.DOTALL)
-    assert re.findall(FIGURE, written) == []
-    others = {
+DECIMALS = {  # the only ones in the words of a document, and what each is
+    "README.md": {"3.11": "Python"},
+    "CONTRIBUTING.md": {"1.5": "GB of memory for a worker of pytest"},
+    "getting-started.md": {
         "3.11": "Python",
-        "0.8": "million parameters of the demo",
         "2.11": "PyTorch",
+        "0.8": "million parameters of the demo",
         "1.88": "nanoGPT's README",
         "1.1": "MB of data",
-    }
-    assert re.findall(r"\b\d+\.\d+\b", written) == list(others)
+        "0.6": "the package shakespeare",
+    },
+    "backends.md": {"8.0": "compute capability"},
+    "benchmarks.md": {},
+}
+
+
+@pytest.mark.parametrize("document", WRITTEN_BY_HAND)
+def test_no_figure_is_written_by_hand(document):
+    text = re.sub(QUOTED, "", DOCUMENTS[document], flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(FIGURE, text) == []
+    assert set(re.findall(r"\b\d+\.\d+\b", text)) == set(DECIMALS[document])
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 200
 
 
 def test_the_results_page_is_what_the_rows_say():
