@@ -5,20 +5,11 @@ and PyTorch is imported then: `fastgpt --help` needs no PyTorch, and a script pa
 there already, the ops are registered with it at once, so that an exported program finds them; else by `fastgpt.ops`.
 """
 
-import os as _os
 import sys as _sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "BackendError", "GPTConfig", "ops", "use_backend"]
-
-# In a source tree that is not installed, triton_kernels/ lies beside this package instead of inside it.
-_here = _os.path.dirname(_os.path.realpath(__file__))
-_beside = _os.path.join(_os.path.dirname(_here), "triton_kernels")
-if not _os.path.isdir(_os.path.join(_here, "triton_kernels")) and _os.path.isfile(
-    _os.path.join(_beside, "__init__.py")
-):
-    __path__.append(_os.path.dirname(_here))
 
 if TYPE_CHECKING:  # type checkers and editors read these lines, and would take any name from a __getattr__
     from . import ops as ops

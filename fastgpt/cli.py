@@ -483,7 +483,12 @@ class Bench:
 
 def bench(args: Sequence[str]) -> int:
     settings = _parse(Bench, args, "bench")
-    from .benchmarks import command
+    try:
+        from .benchmarks import command
+    except ModuleNotFoundError as error:
+        if error.name != "fastgpt.benchmarks":
+            raise
+        raise ImportError("this source tree is not installed; run pip install -e . in it") from None
 
     if settings.report:
         for name in ("only", "quick", "nanogpt", "lecture", "data"):

@@ -9,14 +9,13 @@ cache is its state, which has the same size for a text of any length.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .config import GPTConfig
+from .config import GPTConfig, as_int_argument
 
 # Between these a temperature and its reciprocal are normal float32 numbers; a GPU may take smaller ones for zero.
 COLDEST, HOTTEST = 2.0**-126, 2.0**126
@@ -105,16 +104,6 @@ def _check_finite(largest: Tensor, what: str) -> None:
             raise ValueError(f"{what}: in row {row}, {kind}; expected finite numbers, or -inf for some of the tokens")
 
 
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least or _is_bool(value):
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    return number
-
-
 def _number(name: str, value: Any) -> float:
     """`value`, a real number of Python or NumPy or a tensor of one number, as a float; nan for anything else."""
     if _is_bool(value) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
@@ -137,11 +126,11 @@ def _checked(
         raise ValueError("idx: expected token ids of shape (B, T), int64")
     if idx.shape[1] == 0:
         raise ValueError("idx: the prompt is empty; give at least one token")
-    n = _integer("max_new_tokens", max_new_tokens, 0)
+    n = as_int_argument("max_new_tokens", max_new_tokens, 0)
     degree = _number("temperature", temperature)
     if not 0.0 <= degree < math.inf:
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature!r}")
-    k = None if top_k is None else _integer("top_k", top_k, 1)
+    k = None if top_k is None else as_int_argument("top_k", top_k, 1)
     p = None if top_p is None else _number("top_p", top_p)
     if p is not None and not 0.0 < p <= 1.0:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")

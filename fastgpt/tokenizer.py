@@ -29,6 +29,8 @@ from .config import as_int
 from .files import expand_path
 
 _END_OF_TEXT = "<|endoftext|>"
+# How blanks are drawn where a text is shown.
+VISIBLE = {ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥"}  # for str.translate
 _PIECE_CHARS = 1 << 16
 _PIECES_PER_CALL = 64
 # In training each merge runs through every pre-token it occurs in, so the time is quadratic in the length of a

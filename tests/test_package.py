@@ -110,6 +110,33 @@ torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, t))
     assert python(code, cwd=tmp_path, PYTHONPATH=str(site)).startswith(str(site))
 
 
+def test_the_repositorys_root_is_not_part_of_the_package():
+    """Otherwise every folder and file of the source tree could be imported under FastGPT's name."""
+    code = (
+        "import importlib.util as u; print([n for n in ('setup', 'fastgpt', 'tests') if u.find_spec(f'fastgpt.{n}')])"
+    )
+    assert python(code, cwd=ROOT) == "[]"
+
+
+def test_a_source_tree_that_is_not_installed_says_so(tmp_path):
+    (tmp_path / "fastgpt").symlink_to(ROOT / "fastgpt")
+    code = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
+import torch
+from fastgpt import ops
+from fastgpt.cli import main
+print(ops.layer_norm(torch.ones(2), torch.ones(2)).tolist())
+print(ops.explain("layer_norm", torch.ones(2), torch.ones(2)))
+print(main(["bench", "--quick"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "[0.0, 0.0]" in done.stdout and done.stdout.endswith("1\n")
+    assert "this source tree is not installed; run pip install -e . in it" in done.stderr
+    assert "this source tree is not installed" in done.stdout
+
+
 def imported(code: str, before: str = "pass") -> set[str]:
     """The modules that `code` imports in a new process, beyond those that are there after `before`."""
     code = f"import sys\n{before}\nthere = set(sys.modules)\n{code}\nprint('\\n', *(set(sys.modules) - there))"

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config import as_int_argument
 from ..tokenizer import CharTokenizer, Tokenizer
 from .cache import cached_bpe, cached_tokens
 from .layouts import (
     Examples,
     Names,
-    _integer,
     boundary_token,
     check_block,
     check_names_fit,
@@ -57,7 +57,7 @@ class Corpus:
         `block_size` is the block that will be cut: a split that is too short for one is refused now, not at step 250.
         So is a name that does not fit one, where the layout is "names".
         """
-        block_size = _integer("block_size", block_size, least=1)
+        block_size = as_int_argument("block_size", block_size, least=1)
         layout_class(layout)
         text = load_text(source)
         shown = repr(os.fspath(source))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import as_int
+from ..config import LAYOUTS, as_int_argument
 from ..tokenizer import Tokenizer
 from .sources import DataError, by_hash
 
@@ -64,24 +64,13 @@ def check_names_fit(names: list[str], tokens: np.ndarray, boundary: int, block_s
     _check_name(f"name {names[longest]!r} of {shown}", int(lengths[longest]), block_size)
 
 
-def _integer(name: str, value: Any, least: int | None = None) -> int:
-    """`value` as an int; ValueError where it is none, or less than `least`, which is 1 if anything."""
-    try:
-        number = as_int(value)
-        if least is None or number >= least:
-            return number
-    except TypeError:
-        pass
-    raise ValueError(f"{name}: expected {'an' if least is None else 'a positive'} integer, got {value!r}")
-
-
 def check_varied(text: str, shown: str) -> None:
     if len(set(text)) == 1:
         raise DataError(f"{shown} has one distinct character, {text[0]!r}: give a text with something to predict")
 
 
 def check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
-    block_size = _integer("block_size", block_size, least=1)
+    block_size = as_int_argument("block_size", block_size, least=1)
     if len(tokens) <= block_size:
         raise DataError(
             f"{name} has {len(tokens)} tokens, and a block of {block_size} needs {block_size + 1} "
@@ -107,7 +96,7 @@ class Examples:
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
-        self.tokens, self.block_size = tokens, _integer("block_size", block_size, least=1)
+        self.tokens, self.block_size = tokens, as_int_argument("block_size", block_size, least=1)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -117,10 +106,10 @@ class Examples:
         raise NotImplementedError
 
     def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Examples at random. Depends on its arguments only, so step 1000 needs none of the steps before it."""
-        batch_size = _integer("batch_size", batch_size, least=1)
-        key = np.array([_integer("seed", seed) & _UINT64, _integer("step", step) & _UINT64], dtype=np.uint64)
-        generator = np.random.Generator(np.random.Philox(key=key))
+        """Examples at random. They follow from the arguments alone, so step 1000 needs none of the steps before it."""
+        batch_size = as_int_argument("batch_size", batch_size, least=1)
+        key = [as_int_argument(name, value) & _UINT64 for name, value in (("seed", seed), ("step", step))]
+        generator = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
         return self.cut(generator.integers(0, len(self), size=batch_size))
 
     def evenly_spaced(self, n: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +117,7 @@ class Examples:
 
         A loss over these changes with the model only, so two runs, or two steps, can be compared.
         """
-        n = _integer("n_blocks", n, least=1)
+        n = as_int_argument("n_blocks", n, least=1)
         return self.cut(np.arange(n) * (len(self) - 1) // max(n - 1, 1))
 
 
@@ -187,13 +176,13 @@ class Names(Examples):
 
 
 IGNORED = -100  # the cross-entropy's ignore_index
-_LAYOUTS: dict[str, type[Examples]] = {"blocks": Blocks, "windows": Windows, "names": Names}
+_CLASS_OF: dict[str, type[Examples]] = dict(zip(LAYOUTS, (Blocks, Windows, Names), strict=True))
 
 
 def layout_class(layout: str) -> Any:
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
-    return _LAYOUTS[layout]
+    if layout not in _CLASS_OF:
+        raise ValueError(f"layout: expected one of {', '.join(_CLASS_OF)}, got {layout!r}")
+    return _CLASS_OF[layout]
 
 
 def _tensors(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .layouts import Examples, _integer
+from ..config import as_int_argument
+from .layouts import Examples
 
 
 class Prefetcher:
@@ -34,11 +35,11 @@ class Prefetcher:
         device: str | torch.device = "cpu",
         depth: int = 2,
     ) -> None:
-        self._examples, self._seed = examples, _integer("seed", seed)
-        self._batch_size = _integer("batch_size", batch_size, least=1)
-        self._next_step = _integer("start_step", start_step)
-        self._steps_per_call = _integer("steps_per_call", steps_per_call, least=1)
-        self._depth = _integer("depth", depth, least=1)
+        self._examples, self._seed = examples, as_int_argument("seed", seed)
+        self._batch_size = as_int_argument("batch_size", batch_size, least=1)
+        self._next_step = as_int_argument("start_step", start_step)
+        self._steps_per_call = as_int_argument("steps_per_call", steps_per_call, least=1)
+        self._depth = as_int_argument("depth", depth, least=1)
         self._device = torch.device(device)
         self._ready: deque[tuple[Tensor, Tensor]] = deque()
         self._error: BaseException | None = None

@@ -5,7 +5,7 @@
         To        -> ␣
         ...
 
-What cannot be seen is drawn: ␣ is a space, ↵ a newline, which in the names layout starts and ends every name.
+What cannot be seen is drawn: ␣ is a space, ⏎ a newline, which in the names layout starts and ends every name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..data.layouts import (
     names_of,
 )
 from ..data.sources import DataError, load_text
-from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from ..tokenizer import VISIBLE, BPETokenizer, CharTokenizer, Tokenizer
 
 TEXT = """To be, or not to be, that is the question:
 Whether 'tis nobler in the mind to suffer
@@ -38,7 +38,6 @@ And by opposing end them.
 NAMES = "hamlet\nophelia\nhoratio\nlaertes\nclaudius\ngertrude\npolonius\nyorick\nosric\nbernardo\n"
 
 _WIDTH = 64  # characters of a context that are shown; of a longer one the end
-_VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 _ABOUT = {
     "blocks": "{T} tokens from anywhere in the text, and after each the next one; every prefix is an example",
     "windows": "a window of {T} tokens, slid over the text a token at a time, and the one that follows it",
@@ -66,7 +65,7 @@ def show_layouts(source: str | None, layout: str | None, block_size: int | None,
             if layout or name != "names":
                 raise
             parts.append(f"names: not from this text ({error})")
-    return "\n\n".join([*parts, "␣ is a space, ↵ a newline; in names it is the start token and the end token"])
+    return "\n\n".join([*parts, "␣ is a space, ⏎ a newline; in names it is the start token and the end token"])
 
 
 def _show(source: str | None, layout: str, block_size: int | None, tokenizer: str, seed: int) -> str:
@@ -107,4 +106,4 @@ def _lines(x: Tensor, y: Tensor, tokenizer: Tokenizer) -> list[str]:
 
 
 def _visible(tokenizer: Tokenizer, ids: Tensor) -> str:
-    return tokenizer.decode(ids).translate(_VISIBLE)
+    return tokenizer.decode(ids).translate(VISIBLE)

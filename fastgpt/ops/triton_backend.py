@@ -17,6 +17,8 @@ def _smoke_test(device_type: str) -> None:
         from ..triton_kernels import layer_norm
         from ..triton_kernels.target import INTERPRETING
     except ImportError as error:
+        if error.name == "fastgpt.triton_kernels":
+            raise RuntimeError("this source tree is not installed; run pip install -e . in it") from error
         raise RuntimeError(f"Triton cannot be imported: {error}") from error
     if device_type == "cpu" and not INTERPRETING:
         raise RuntimeError("there is no GPU for these tensors, and Triton's interpreter is off (TRITON_INTERPRET=1)")

@@ -19,7 +19,7 @@ from ..data.layouts import evaluation_blocks, random_batch
 from ..language_model import LanguageModel
 from ..machine import facts, resolve_device, short_commit
 from ..model import GPT
-from ..tokenizer import BPETokenizer, Tokenizer
+from ..tokenizer import VISIBLE, BPETokenizer, Tokenizer
 from ..training.runs import load_model
 from ..training.step import Precision, learning_rate, make_optimizer, mean_loss, training_step
 
@@ -91,8 +91,7 @@ def label(tokenizer: Tokenizer, token: int) -> str:
         text = raw.decode()
     except UnicodeDecodeError:
         return "".join(f"<{byte:02x}>" for byte in raw)
-    signs = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-    return "".join(signs.get(char, char if char.isprintable() else f"<{ord(char):x}>") for char in text)
+    return "".join(c if c.isprintable() else f"<{ord(c):x}>" for c in text.translate(VISIBLE))
 
 
 def trained_model(settings: Any, cfg: GPTConfig, steps: int) -> tuple[GPT, Tokenizer, float]:

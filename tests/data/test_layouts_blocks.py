@@ -70,7 +70,7 @@ def test_bad_sizes() -> None:
     with pytest.raises(ValueError, match="depth"):
         Prefetcher(Blocks(TOKENS, 8), 1, 0, depth=0)
     for bad in (True, 1.0, "1", None):
-        with pytest.raises(ValueError, match=f"batch_size: expected a positive integer, got {bad!r}"):
+        with pytest.raises(ValueError, match=f"batch_size: expected an integer of at least 1, got {bad!r}"):
             random_batch(TOKENS, 8, bad, 0, 0)
         with pytest.raises(ValueError, match=f"seed: expected an integer, got {bad!r}"):
             random_batch(TOKENS, 8, 1, bad, 0)

@@ -16,7 +16,7 @@ def test_data_show_prints_one_example_of_each(capsys) -> None:
     blocks, windows, names = lines
     assert [len(context.strip()) for context, _ in blocks] == list(range(1, 10))
     assert len(windows) == 1 and len(windows[0][0].strip()) == 9
-    assert names[0][0].strip() == "↵" and names[-1][1] == "↵" and "↵" not in names[-1][0].strip()[1:]
+    assert names[0][0].strip() == "⏎" and names[-1][1] == "⏎" and "⏎" not in names[-1][0].strip()[1:]
     for (context, target), (longer, _) in chain(pairwise(blocks), pairwise(names)):
         assert longer.strip() == context.strip() + target
 
@@ -25,7 +25,7 @@ def test_data_show_counts_the_windows(tmp_path, capsys) -> None:
     (tmp_path / "data.txt").write_text("a b\tc\n" * 10, encoding="utf-8")
     assert main(["data", "show", "--data", str(tmp_path / "data.txt"), "--layout", "windows", "--block-size", "6"]) == 0
     out = capsys.readouterr().out
-    assert "54 examples (60 tokens - 6)" in out and all(mark in out for mark in "␣↵⇥")
+    assert "54 examples (60 tokens - 6)" in out and all(mark in out for mark in "␣⏎⇥")
 
 
 def test_data_show_shows_the_end_of_a_long_context(tmp_path, capsys) -> None:
@@ -47,7 +47,7 @@ def test_data_show_says_why_not(tmp_path, capsys) -> None:
     assert main([*show, "--layout", "windows", "--block-size", "99"]) == 1
     assert "data.txt' has 26 tokens, and a block of 99 needs 100" in capsys.readouterr().err
     assert main([*show, "--block-size", "0"]) == 1
-    assert "block_size: expected a positive integer" in capsys.readouterr().err
+    assert "block_size: expected an integer of at least 1" in capsys.readouterr().err
     assert main([*show, "--layout", "rows"]) == 2
     assert main(["data", "hide"]) == 2
     (tmp_path / "data.txt").write_text("a" * 99, encoding="utf-8")
