@@ -32,9 +32,13 @@ test: install lint types
 test-conditions: install
 	$(BIN)/python tests/conditions.py
 
+# The import linter reads one folder: the package put together as it is installed.
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	rm -rf build/imports && mkdir -p build/imports
+	cp -R fastgpt build/imports/ && cp -R triton_kernels benchmarks build/imports/fastgpt/
+	cd build/imports && $(abspath $(BIN))/lint-imports --no-cache ../../pyproject.toml
 
 types: install
 	$(BIN)/mypy fastgpt
