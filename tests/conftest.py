@@ -69,11 +69,16 @@ def _memory_bytes() -> int:
 
 
 # The files that take longest: begun first, so that no worker is left alone with one of them at the end.
-LONGEST = ["test_triton_compile.py", "test_parity.py", "test_native_build.py", "test_readme.py", "test_package.py"]
+LONGEST = [
+    *("triton_kernels/test_offline.py", "test_parity.py", "test_setup.py", "csrc/test_cuda.py", "test_readme.py"),
+    *("test_package.py", "training/test_loop_resume.py", "benchmarks/test_conftest.py", "ops/test_native.py"),
+]
+TESTS = Path(__file__).resolve().parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    order = {TESTS / file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.hookimpl(wrapper=True)

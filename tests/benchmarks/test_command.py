@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.benchmarks import bench_recipe, command, gpu_check
+from fastgpt.benchmarks import bench_recipe, command
 from fastgpt.benchmarks.harness import measure, models
 from fastgpt.benchmarks.harness.suite import Setting, Suite
 from fastgpt.benchmarks.publish import rows
 from fastgpt.cli import main
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows_file(path: Path) -> Path:
@@ -128,9 +126,3 @@ def test_the_recipe_is_a_training_run_and_its_last_validation(tmp_path, monkeypa
     for other in (Setting(torch.device("cpu"), data="shakespeare"), Setting(torch.device("cpu"), quick=True)):
         with pytest.raises(pytest.skip.Exception, match="it takes minutes"):
             bench_recipe.bench_recipe(suite.measure_contenders, other, "shakespeare-char-cpu")
-
-
-def test_the_gpu_check_runs_every_benchmark_and_the_ops_first():
-    order = gpu_check.benchmarks_in_order()
-    assert sorted(order) == command.benchmark_names()
-    assert order.index("linear_cross_entropy") < order.index("train_step")

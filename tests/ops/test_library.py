@@ -4,51 +4,19 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Iterator
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
-import fastgpt
 from fastgpt.ops import library
+from names_in_source import FILES, NEEDS_SOURCE, ROOT, dotted, names_used, parse
 
-ROOT = Path(fastgpt.__file__).resolve().parent.parent
 LIBRARY = ROOT / "fastgpt" / "ops" / "library.py"
-FILES = [
-    *(file for folder in ("fastgpt", "benchmarks", "triton_kernels") for file in sorted((ROOT / folder).rglob("*.py"))),
-    ROOT / "setup.py",
-]
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}  # os._exit, and of named tuples
-NEEDS_SOURCE = pytest.mark.skipif(not (ROOT / "triton_kernels").is_dir(), reason="the source tree is not here")
 
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__") and name not in DOCUMENTED
-
-
-def dotted(node: ast.expr) -> str:
-    """`torch._C.name` as written; what is no plain name is shown as an ellipsis."""
-    if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else "..."
-
-
-def names_used(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, name) of every attribute and import from elsewhere; of a.b.c only the whole, not a.b too."""
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and id(node) not in inner:
-            yield node.lineno, dotted(node)
-        elif isinstance(node, ast.Import):
-            yield from ((node.lineno, name.name) for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from ((node.lineno, f"{node.module}.{name.name}") for name in node.names)
-        elif isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "hasattr", "setattr"):
-            name = node.args[1]
-            if isinstance(name, ast.Constant):
-                yield node.lineno, f"{dotted(node.args[0])}.{name.value}"
 
 
 def own_names(trees: list[ast.AST]) -> set[str]:
@@ -64,10 +32,6 @@ def own_names(trees: list[ast.AST]) -> set[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and dotted(node.value) == "self":
             own.add(node.attr)
     return own
-
-
-def parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def private_names(tree: ast.AST, own: set[str]) -> dict[str, int]:
@@ -160,24 +124,3 @@ def test_apply_of_a_function_is_the_one_that_functions_end_in() -> None:
     assert torch.autograd.Function.__mro__[1] is single, "the class below torch.autograd.Function is another one"
     function = type("double", (torch.autograd.Function,), {"forward": staticmethod(lambda ctx, x: x * 2)})
     assert library._apply_of(function)(torch.ones(2)).tolist() == [2.0, 2.0]
-
-
-@NEEDS_SOURCE
-def test_undocumented_names_of_triton_stand_in_one_file() -> None:
-    target = pytest.importorskip("fastgpt.triton_kernels.target")
-    used: dict[str, set[str]] = {}
-    for file in FILES:
-        for _, name in names_used(parse(file)):
-            if name.startswith("triton.") and name.count(".") > 1 and not name.startswith("triton.language"):
-                used.setdefault(file.name, set()).add(name)
-    assert used == {"target.py": set(target.UNDOCUMENTED_NAMES)}
-
-
-def test_triton_has() -> None:
-    target = pytest.importorskip("fastgpt.triton_kernels.target")
-    for name, (oldest, newest) in target.UNDOCUMENTED_NAMES.items():
-        module = "triton.knobs" if name.startswith("triton.knobs") else name.rpartition(".")[0]
-        try:
-            operator.attrgetter(name.removeprefix(f"{module}."))(import_module(module))
-        except (ImportError, AttributeError):
-            pytest.fail(f"triton {import_module('triton').__version__} has no {name}; {oldest} to {newest} had it")

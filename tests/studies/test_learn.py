@@ -1,11 +1,10 @@
-"""The ladder from bigram to GPT: what each stage changes, its report, and the page and figures that are committed."""
+"""`fastgpt learn`: the report of the stages, and the page and figures that are committed."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import html
-import importlib
 import json
 import re
 from itertools import pairwise
@@ -14,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from fastgpt.cli import main
-from fastgpt.config import GPTConfig
 from fastgpt.model import Block
 from fastgpt.studies import learn
 from fastgpt.studies.learn_page import findings, refreshed, table_rows
-from fastgpt.studies.stages import LADDER, STAGES, code_of, config_of, find_stage, statements_using
+from fastgpt.studies.stages import LADDER, STAGES, code_of, config_of, find_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "from-bigram-to-gpt.md"
@@ -51,70 +49,12 @@ def out(small, text_file, tmp_path_factory) -> Path:
     return out
 
 
-# ---- the stages ----
-
-
-def test_each_stage_changes_one_idea_and_the_last_is_a_gpt():
-    assert [s.name for s in STAGES if s.after is None] == ["bigram"]
-    for s in STAGES[1:]:
-        before, now = (dataclasses.asdict(config_of(x, 65)) for x in (find_stage(s.after), s))
-        assert {k for k, v in now.items() if before[k] != v} == set(s.changes), s.name
-        assert (s.model != find_stage(s.after).model) != bool(s.changes), "either the model changes or its settings"
-    assert all(find_stage(b).after == a for a, b in pairwise(LADDER))
-    assert config_of(STAGES[-1], 65) == GPTConfig(
-        vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.1, tie_weights=False
-    )
-
-
-def test_the_budget_is_one():
-    settings = learn.Settings(steps=50)
-    configs = [learn.train_config_of(settings, s, config_of(s, 65)) for s in STAGES]
-    tokens = {c.batch_size * config_of(s, 65).block_size for c, s in zip(configs, STAGES, strict=True)}
-    assert tokens == {learn.TOKENS_PER_STEP}
-    rest = {dataclasses.replace(c, batch_size=1, lr=1.0, min_lr=0.1) for c in configs}
-    assert len(rest) == 1
-    assert {c.lr for c in configs[:-1]} == {0.015} and configs[-1].lr == 0.003
-
-
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_the_code_shown_is_the_source_at_that_line(stage):
-    """It fails where a function or a name that the stage is about was renamed."""
-    found = code_of(stage)
-    assert found
-    for file, number, text in found:
-        assert (ROOT / "fastgpt" / file).read_text(encoding="utf-8").splitlines()[number - 1].strip() == text.strip()
-
-
-def test_statements_are_found_however_the_source_is_formatted(tmp_path, monkeypatch):
-    """The functions of two files with the same statements, one of them on many lines."""
-    plain = "def f(x, size):\n    y = g(x, width=size.width)\n    if y.width:\n        return y\n    return x.height\n"
-    broken = plain.replace("g(x, width=size.width)", "g(\n        x,\n        width=size.width,\n    )")
-    monkeypatch.setattr("fastgpt.studies.stages.PACKAGE", tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    for name, source in (("plain_source", plain), ("broken_source", broken)):
-        (tmp_path / f"{name}.py").write_text(source)
-    first = importlib.import_module("plain_source").f
-    second = importlib.import_module("broken_source").f
-    assert statements_using(first, ["width"]) == [("plain_source.py", 2, "y = g(x, width=size.width)")]
-    lines = ["y = g(", "    x,", "    width=size.width,", ")"]
-    assert statements_using(second, ["width"]) == [("broken_source.py", 2 + i, line) for i, line in enumerate(lines)]
-    assert [line for _, _, line in statements_using(first, ["height", "y"])][1:] == ["return y", "return x.height"]
-
-
-def test_a_name_that_is_gone_is_an_error():
-    with pytest.raises(LookupError, match=r"Block\.forward in model\.py: no statement uses gone, missing"):
-        statements_using(Block.forward, ["missing", "attn", "gone"])
-
-
 def test_a_stage_whose_code_is_gone_stops_the_command_before_it_trains(monkeypatch, text_file, tmp_path):
     gone = dataclasses.replace(STAGES[-1], code=((Block.forward, "gone"),))
     monkeypatch.setattr(learn, "STAGES", (*STAGES[:-1], gone))
     with pytest.raises(LookupError, match="gone"):
         learn.run(learn.Settings(data=str(text_file), out=str(tmp_path / "out"), steps=1))
     assert not (tmp_path / "out").exists()
-
-
-# ---- the command ----
 
 
 def test_learn_writes_a_report_of_every_stage(out):
@@ -164,9 +104,6 @@ def test_bad_input(text, options, message, code, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# ---- what is said ----
-
-
 def test_findings_follow_the_numbers():
     assert "the loss falls with every stage." in findings(RESULTS)[0]
     other = copy.deepcopy(RESULTS)
@@ -180,9 +117,6 @@ def test_findings_follow_the_numbers():
     assert "the loss of post-norm is 0.500 lower than that of pre-norm" in said[2]
     assert "Dropout costs 0." in findings(RESULTS)[3] and "Dropout gains 0.250" in said[3]
     assert " lower." in findings(RESULTS)[4] and "higher: a larger model needs more than" in said[4]
-
-
-# ---- what is committed ----
 
 
 def test_on_tinyshakespeare_the_ladder_falls_to_the_gpt():

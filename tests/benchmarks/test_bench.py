@@ -1,0 +1,117 @@
+"""Every benchmark, on small shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgpt.benchmarks import bench_import, bench_time_to_loss
+from fastgpt.benchmarks.bench_attention import AttentionShape
+from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
+from fastgpt.benchmarks.bench_embedding import EmbeddingShape
+from fastgpt.benchmarks.bench_generate import GenerationShape, generate_work
+from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShape
+from fastgpt.benchmarks.bench_linear_cross_entropy import LinearCrossEntropyShape
+from fastgpt.benchmarks.bench_train_step import TrainStepShape, train_step_work
+from fastgpt.benchmarks.harness import measure, suite
+from fastgpt.benchmarks.harness.op_work import op_work
+from fastgpt.benchmarks.publish import rows
+from fastgpt.data.corpus import Corpus
+
+CPU = torch.device("cpu")
+CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
+MODEL = """
+import torch
+class GPTLanguageModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(vocab_size, vocab_size)
+    def forward(self, x, y=None):
+        logits = self.table(x)
+        return logits, None if y is None else torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+"""
+NANOGPT = MODEL.replace("GPTLanguageModel", "GPT").replace("__init__(self):", "__init__(self, c):").replace(
+    "vocab_size", "c.vocab_size"
+) + """
+    def generate(self, x, n):
+        return torch.cat([x, x.new_zeros(1, n)], dim=1)
+class GPTConfig:
+    def __init__(self, **settings):
+        self.__dict__.update(settings)
+"""  # fmt: skip
+
+
+@pytest.fixture
+def checkouts(tmp_path, setting) -> suite.Setting:
+    """Stand-ins for the two checkouts; the lecture's script would train, and must not run."""
+    (tmp_path / "model.py").write_text(NANOGPT)
+    (tmp_path / "gpt.py").write_text(MODEL + "\nraise SystemExit('the script ran')\n")
+    given = {"nanogpt": str(tmp_path), "lecture": str(tmp_path / "gpt.py")}
+    return suite.Setting(CPU, seconds=0.0, min_rounds=3, min_time=0.0, **given)
+
+
+def peer_names(run: suite.Suite) -> set[str]:
+    assert rows.read([run.path]).rows == run.rows
+    ours = [row for row in run.rows if row.implementation == "fastgpt"]
+    assert all(row.median_ms > 0 and row.verdict and row.backend in ("torch", "native") for row in ours)
+    return {row.implementation for row in run.rows} - {"fastgpt"}
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_op_benchmarks(run, setting, direction):
+    for shape in (
+        AttentionShape(1, 2, 16, 8),
+        AttentionShape(1, 2, 16, 8, Hkv=1, dropout=0.2),
+        EmbeddingShape(2, 8, 30, 16, zipf=True),
+        LayerNormShape(8, 16),
+        AddLayerNormShape(8, 16, 0.1),
+        CrossEntropyShape(8, 33),
+        LinearCrossEntropyShape(8, 16, 33),
+    ):
+        run.measure_contenders(op_work(setting, shape, direction))
+    assert peer_names(run) == {"sdpa flash", "sdpa math", "torch"}
+    assert run.absent["attention"]["flash-attn"] == "its kernels run on CUDA devices only"
+    assert "flex attention, B1 H2 T16 D8 causal, " + direction in run.absent["attention"]
+    assert {row.direction for row in run.rows} == {direction}
+    assert [row.parity_error_ratio is None for row in run.rows if ", dropout" in row.shape].count(False) == 2
+
+
+def test_decoding_benchmark(run, setting):
+    run.measure_contenders(op_work(setting, AttentionShape(1, 2, 16, 8, one_query=True), "forward"))
+    assert "sdpa flash" in {row.implementation for row in run.rows}
+    assert run.rows[0].flops == 4 * 2 * 16 * 8
+
+
+def test_training_step_benchmark(run, checkouts):
+    run.measure_contenders(train_step_work(checkouts, TrainStepShape(B=2, T=8, L=1, H=2, C=16, V=33)))
+    assert {row.implementation for row in run.rows} == {
+        "fastgpt", "nanoGPT", "lecture", "transformers sdpa", "transformers eager",
+    }  # fmt: skip
+    assert run.rows[0].extra["tokens_per_s"] > 0 and run.rows[0].parity_error_ratio <= 2.0
+
+
+def test_generation_benchmark(run, checkouts):
+    run.measure_contenders(generate_work(checkouts, GenerationShape(B=1, T=40, L=1, H=2, C=16, V=33, new=5)))
+    names = [row.implementation for row in run.rows]
+    assert names == ["fastgpt", "nanoGPT", "transformers sdpa", "transformers eager"]
+    assert run.rows[0].parity_error_ratio <= 2.0 and run.rows[0].extra["tokens_per_s"] > 0
+
+
+def test_time_to_loss_benchmark(run, checkouts, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_time_to_loss, "EVAL_INTERVAL", 2)
+    monkeypatch.setattr(bench_time_to_loss, "EVAL_BATCHES", 1)
+    (tmp_path / "text.txt").write_text("To be, or not to be: that is the question. " * 100)
+    goal, corpus = bench_time_to_loss.Goal("shakespeare-char-cpu", 9.0), Corpus.load(str(tmp_path / "text.txt"))
+    run.measure_contenders(bench_time_to_loss.time_to_loss_work(checkouts, goal, corpus))
+    assert {row.implementation for row in run.rows} == {"fastgpt", "nanoGPT"}
+    assert all(row.extra["val_loss"] <= 9.0 and row.rounds == 3 for row in run.rows)
+
+
+def test_import_benchmark(run, monkeypatch):
+    statements = {"fastgpt": "import json", "transformers": "import package_that_is_nowhere", "csv": "import csv"}
+    monkeypatch.setattr(bench_import, "STATEMENTS", statements)
+    monkeypatch.setattr(bench_import, "PROGRAM", bench_import.PROGRAM.replace("import torch", "import abc"))
+    bench_import.bench_import(run.measure_contenders)
+    assert [row.implementation for row in run.rows] == ["fastgpt", "csv"]
+    assert "is not installed" in run.absent["import"]["transformers"]
+    assert run.rows[0].extra["import_torch_ms"] >= 0.0

@@ -1,0 +1,96 @@
+"""The suite: its rows, who is left out and why, and that a wrong result is never timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fastgpt import machine
+from fastgpt.benchmarks.bench_attention import AttentionShape
+from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
+from fastgpt.benchmarks.harness import measure, models, peers, suite
+from fastgpt.benchmarks.publish import rows
+
+CPU = torch.device("cpu")
+CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
+
+
+def work(**changes) -> suite.Work:
+    calls = {"fastgpt": lambda: None, "torch": lambda: None}
+    given = {"op": "thing", "shape": "1", "direction": "forward", "dtype": "float32", "contenders": calls}
+    return suite.Work(**{**given, "error_ratio": lambda name: 1.0, **changes})
+
+
+def test_the_best_ceilings_of_a_run_count_for_all_its_rows(run, monkeypatch):
+    found = iter([measure.Ceilings(1e9, 1e12, "float32"), measure.Ceilings(4e9, 1e11, "float32")])
+    monkeypatch.setattr(measure, "measure_ceilings", lambda device: next(found))
+    monkeypatch.setattr(measure, "interleave", lambda contenders, clock, **options: {"fastgpt": [1.0]})
+    for shape in "12":
+        run.measure_contenders(work(shape=shape, n_bytes=1e9, contenders={"fastgpt": lambda: None}))
+    assert [row.roofline_fraction for row in rows.read([run.path]).rows] == [0.25, 0.25]
+    assert run.ceilings == measure.Ceilings(4e9, 1e12, "float32")
+
+
+def test_rows_say_who_is_faster(run):
+    times = {"fastgpt": [1.0, 2.0, 1.0], "A": [2.0, 4.0, 2.0], "B": [0.5, 4.0, 0.5]}
+    done = work(n_bytes=1e9, flops=1e9, tokens=10, backend="native")
+    ours, a, b = suite.make_rows(done, times, {"fastgpt": 0.5}, {"A": 7}, CEILINGS, {"device": "A CPU"})
+    assert (ours.implementation, ours.backend, ours.best_peer) == ("fastgpt", "native", "B")
+    assert (ours.ratio, ours.verdict) == (0.5, "noise")
+    assert (a.ratio, a.ratio_p20, a.verdict, a.best_peer, a.backend) == (2.0, 2.0, "faster", None, None)
+    assert (b.ratio, b.ratio_p80) == (0.5, 1.4)
+    assert (ours.median_ms, ours.rounds, ours.roofline_fraction) == (1000.0, 3, 1.0)
+    assert ours.extra == {"gb_per_s": 1.0, "tflop_per_s": 0.001, "tokens_per_s": 10.0}
+    assert (ours.parity_error_ratio, a.parity_error_ratio, a.peak_bytes) == (0.5, None, 7)
+
+
+def test_without_peers_there_is_no_ratio(run):
+    run.measure_contenders(work(contenders={"fastgpt": lambda: None}))
+    (row,) = run.rows
+    assert (row.ratio, row.best_peer, row.verdict) == (None, None, None)
+
+
+def test_every_line_has_every_key_the_facts_of_the_machine_last():
+    facts = machine.facts(CPU)
+    (row,) = suite.make_rows(work(), {"fastgpt": [1.0]}, {}, {}, CEILINGS, facts)
+    assert list(json.loads(row.to_json()))[-len(facts) :] == list(facts)
+    keys = {field.name for field in dataclasses.fields(rows.Row)} - {"other_keys"}
+    assert set(json.loads(row.to_json())) == keys | {"kind"}
+    assert list(json.loads(rows.Run(**facts).to_json())) == ["kind", "ops", "ceilings", "absent", *facts]
+
+
+def test_a_peer_that_fails_or_computes_something_else_is_left_out(run):
+    def fails():
+        raise RuntimeError("no kernel for this\nand more")
+
+    ratios = {"fastgpt": 1.0, "wrong": 21.0, "rough": 19.0, "unknown": None, "fails": 1.0}
+    calls = {name: fails if name == "fails" else lambda: None for name in ratios}
+    run.measure_contenders(work(contenders=calls, error_ratio=ratios.get, absent={"elsewhere": "not installed"}))
+    assert [row.implementation for row in run.rows] == ["fastgpt", "rough", "unknown"]
+    absent = run.absent["thing"]
+    assert absent["elsewhere"] == "not installed" and absent["fails, 1, forward"] == "no kernel for this"
+    assert "21 times" in absent["wrong, 1, forward"]
+    (written,) = rows.read([run.path]).runs
+    assert written.absent == run.absent and written.ceilings["bytes_per_s"] == 1e9 and written.ops == ["thing"]
+
+
+@pytest.mark.parametrize("ratio", [2.01, float("inf"), float("nan")])
+def test_a_wrong_result_is_not_timed(run, ratio):
+    ran = []
+    with pytest.raises(suite.ParityError, match="no time is kept"):
+        run.measure_contenders(work(contenders={"fastgpt": lambda: ran.append(1)}, error_ratio=lambda name: ratio))
+    assert not ran and not run.rows and not run.path.exists()
+
+
+def test_peers_that_are_not_here_say_why(tmp_path):
+    shape = models.ModelShape(B=1, T=8, L=1, H=1, C=8, V=11)
+    _, absent = models.make_models(shape, suite.Setting(CPU, lecture=str(tmp_path / "nothing.py")))
+    assert absent["nanoGPT"] == "give a checkout: --nanogpt DIR" and "is not a file" in absent["lecture"]
+    for shape, peer in ((CrossEntropyShape(8, 33), "liger-kernel"), (AttentionShape(1, 2, 16, 8), "sdpa cudnn")):
+        with pytest.raises(peers.Absent, match="CUDA devices only"):
+            shape.peers(CPU)[peer]()
+    with pytest.raises(peers.Absent, match="flash-attn is not installed"):
+        peers.import_peer("package_that_is_nowhere", "flash-attn")

@@ -1,0 +1,118 @@
+"""The compiled extension: what it says of itself, when it is loaded, and why it is missing where it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import doctor
+from fastgpt.ops import native
+from fastgpt.ops.backend import unavailable
+from helpers import run_command
+
+REASON = unavailable("native", "cpu")
+built = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+TRITON = importlib.util.find_spec("triton")  # its wheel carries a disassembler
+
+
+@built
+def test_build_info() -> None:
+    info = native.build_info()
+    assert info["torch"].split(".")[0].isdigit() and "-O3" in info["flags"] and info["compiler"] != "unknown"
+    from fastgpt import _build_info
+
+    features = _build_info.cpu_features()
+    used = native.load("cpu").instruction_set()
+    assert used in ("avx512", "avx2", "generic")
+    assert used == "generic" or any(feature.startswith(used) for feature in features)
+
+
+@built
+def test_doctor_shows_the_instruction_set() -> None:
+    text = doctor.report()
+    assert re.search(r"backend native: works \((avx512|avx2|generic), built by ", text), text
+
+
+@built
+def test_importing_fastgpt_does_not_load_the_extension() -> None:
+    code = "import sys, fastgpt; assert 'fastgpt._C' not in sys.modules, 'loaded'"
+    run_command(sys.executable, "-c", code, cwd=Path.cwd())
+
+
+@built
+def test_an_exported_program_finds_the_kernels_in_a_new_process(tmp_path: Path) -> None:
+    from fastgpt import GPT, GPTConfig
+
+    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16)).eval()
+    tokens = torch.randint(11, (2, 8))
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens, tokens))
+        expected = model(tokens, tokens)
+    assert {"fastgpt.embedding_native.default", "fastgpt.cross_entropy_native.default"} <= {
+        str(node.target) for node in program.graph.nodes
+    }
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((tokens, *expected), tmp_path / "results.pt")
+    code = """
+import sys, torch, fastgpt
+tokens, logits, loss = torch.load("results.pt")
+program = torch.export.load("program.pt2").module()
+assert "fastgpt._C" not in sys.modules
+found = program(tokens, tokens)
+assert torch.equal(found[0], logits) and torch.equal(found[1], loss)
+try:
+    torch.ops.fastgpt.linear_native(torch.eye(2).to_sparse(), torch.eye(2), None)
+except NotImplementedError as error:
+    assert "fastgpt::linear_native has no kernel for these tensors on cpu" in str(error)
+else:
+    raise AssertionError("a sparse tensor was taken")
+"""
+    run_command(sys.executable, "-c", code, cwd=tmp_path)
+
+
+BACKENDS = [name for name, there in (("native", REASON is None), ("triton", TRITON is not None)) if there]
+FIRST_CALLS = {
+    "fake tensors": "with FakeTensorMode(): embed(torch.zeros(3, 4))",
+    "default dtype": "torch.set_default_dtype(torch.float64); embed(torch.zeros(3, 4, dtype=torch.float32))",
+    "trace": "graph = make_fx(embed)(torch.zeros(3, 4)); assert len(graph.graph.nodes) <= 4, graph.code",
+    "gradient": "torch.func.grad(lambda table: embed(table).sum())(torch.zeros(3, 4))",
+}
+
+
+@pytest.mark.parametrize("context", FIRST_CALLS)
+def test_where_the_first_call_is_made_does_not_decide_for_the_process(context: str) -> None:
+    """Triton too, whose test launches a kernel."""
+    code = f"""
+import torch, fastgpt
+from fastgpt import ops
+from fastgpt.ops.backend import unavailable
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+def embed(table):
+    unavailable("triton", "cpu")
+    return ops.embedding(torch.zeros(1, 2, dtype=torch.int64), table)
+{FIRST_CALLS[context]}
+for backend in {BACKENDS}:
+    assert unavailable(backend, "cpu") is None, unavailable(backend, "cpu")
+"""
+    run_command(sys.executable, "-c", code, cwd=Path.cwd(), TRITON_INTERPRET="1")
+
+
+def test_a_missing_module_says_why(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setitem(native.MODULES, "cpu", "_not_there")
+    with pytest.raises(ImportError, match="this installation was made without it"):
+        native.load("cpu")
+    (tmp_path / "_build_error.txt").write_text("fastgpt._not_there: tensor.h:1: error: no\n")
+    with pytest.raises(ImportError, match=r"fastgpt\._not_there is not built: tensor\.h:1: error: no"):
+        native.load("cpu")
+    (tmp_path / "_build_error.txt").write_text("the extension: there was no torch\n")
+    with pytest.raises(ImportError, match=r"fastgpt\._not_there is not built: there was no torch"):
+        native.load("cpu")
+    with pytest.raises(ImportError, match="no kernels for mps"):
+        native.load("mps")

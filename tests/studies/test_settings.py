@@ -1,0 +1,24 @@
+"""The settings of the studies: where they come from, and what --quick changes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastgpt.cli import main
+from fastgpt.studies import STUDIES, learning_rate, load
+
+
+def test_settings_come_from_command_line_then_file_then_quick(text_file, tmp_path):
+    (tmp_path / "study.toml").write_text('quick = true\nwidths = "16"\nsteps = 3\n')
+    arguments = ["--config", str(tmp_path / "study.toml"), "--steps", "2", "--data", str(text_file)]
+    assert main(["study", "learning-rate", *arguments, "--out", str(tmp_path / "out")]) == 0
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    quick = learning_rate.Settings.QUICK
+    assert (settings["steps"], settings["widths"], settings["repeats"]) == (2, "16", quick["repeats"])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_quick_changes_settings_that_exist(name):
+    load(name).Settings(**load(name).Settings.QUICK)
