@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import __version__, cli, config, studies
+from fastgpt import __version__, cli, config, settings, studies
 from fastgpt.__main__ import format_warning
-from fastgpt.cli import COMMANDS, main
+from fastgpt.cli import COMMANDS, Command, Group, main
 from fastgpt.ops.backend import BACKENDS, OPS
-from fastgpt.studies import learn
 from fastgpt.studies.settings import STUDY_SETTINGS
 from fastgpt.training.run_folder import read_metrics
 
@@ -190,7 +189,6 @@ def test_help_needs_no_torch(command):
 
 ENCODING = sys.getfilesystemencoding()
 BAD_USAGE = [
-    (["fly"], "unknown command 'fly'"),
     (["train"], "--data is missing"),
     (["train", "--data", "x"], "--out is missing"),
     (["train", "--data", "DATA", "--out", "OUT", "--preset", "gpt5"], "preset: expected one of"),
@@ -238,8 +236,8 @@ FAILED = [
     (["sample", "--checkpoint", "missing"], "missing: no such file"),
     (["sample", "--checkpoint", "DATA"], "not a complete safetensors file"),
     (["sample", "--checkpoint", "RUN", "--prompt", "☃"], "--prompt: character '☃' at position 0"),
-    (["sample", "--checkpoint", "RUN", "--prompt", "-x"], "--prompt: character '-' at position 0"),
-    (["train", "--data", "-x", "--out", "OUT"], "'-x' does not exist"),
+    (["sample", "--checkpoint", "RUN", "--prompt=-x"], "--prompt: character '-' at position 0"),
+    (["train", "--data=-x", "--out", "OUT"], "'-x' does not exist"),
     (["parity", "--out", "/proc/report.json"], "'/proc/report.json'"),
     (["bench", "--only", "embedding", "--out", "DATA/rows.jsonl"], "DATA/rows.jsonl: cannot be written"),
     (["sample", "--checkpoint", "FOLDER"], "holds no checkpoint; expected the folder of a run"),
@@ -268,7 +266,7 @@ def test_errors_are_one_line_with_the_right_code_and_change_nothing(
     assert main(replaced) == code
     captured = capsys.readouterr()
     assert message.replace("DATA", str(text_file)) in captured.err
-    if "Unrecognized" not in captured.err and "Error parsing" not in captured.err and "unknown command" not in message:
+    if "Unrecognized" not in captured.err and "Error parsing" not in captured.err:
         assert captured.err.count("\n") == 1, "one line"
     assert files(run) == before
     assert not (tmp_path / "out").exists()
@@ -325,10 +323,15 @@ def test_output_into_a_closed_pipe_is_not_a_traceback(run):
 # --- paths ---
 
 
-def settings_classes() -> dict[str, type]:
-    made = cli._settings_class(cli._train_fields(), cli._TRAIN_HELP)
-    commands = {"train": made, "sample": cli.Sample, "data": cli.DataShow, "parity": cli.Parity, "bench": cli.Bench}
-    return {**commands, "learn": learn.Settings, **{name: studies.load(name).Settings for name in studies.STUDIES}}
+def settings_classes(commands: dict[str, Command | Group] = COMMANDS, prefix: str = "") -> dict[str, type]:
+    """The settings of every command, by the words that call it: "train", "study depth"."""
+    found: dict[str, type] = {}
+    for name, command in commands.items():
+        if isinstance(command, Group):
+            found |= settings_classes(command.commands, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = command.settings
+    return found
 
 
 def test_every_setting_that_is_a_path_is_known_as_one():
@@ -340,10 +343,10 @@ def test_every_setting_that_is_a_path_is_known_as_one():
                 re.findall(r"^ +(\w+): (?:.*\b)?(?:files?|folders?|checkout|gpt\.py)\b", base.__doc__ or "", re.M)
             )
     names = {field.name for cls in settings_classes().values() for field in dataclasses.fields(cls)}
-    assert said & names == set(cli.PATHS)
+    assert said & names == set(settings.PATHS)
 
 
-@pytest.mark.parametrize("name", sorted(cli.PATHS))
+@pytest.mark.parametrize("name", sorted(settings.PATHS))
 def test_home_is_expanded_in_every_path_of_every_command(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "empty.toml").write_text("")
@@ -353,12 +356,12 @@ def test_home_is_expanded_in_every_path_of_every_command(name, tmp_path, monkeyp
         file = "~/empty.toml" if name == "config" else "~/a/b"
         expected = str(tmp_path / file[2:])
         for arguments in ([f"--{name}={file}"], [f"--{name}", file]):
-            value = getattr(cli._parse(cls, arguments, command), name)
+            value = getattr(cli.parse([*command.split(), *arguments]), name)
             assert value == ((expected,) if name == "results" else expected)
         if name != "config":
             text = f'["{file}"]' if name == "results" else f'"{file}"'
             (tmp_path / "path.toml").write_text(f"{name} = {text}\n")
-            value = getattr(cli._parse(cls, ["--config=~/path.toml"], command), name)
+            value = getattr(cli.parse([*command.split(), "--config=~/path.toml"]), name)
             assert value == ((expected,) if name == "results" else expected)
 
 
@@ -403,14 +406,42 @@ def test_files_may_begin_with_a_byte_order_mark(run, tmp_path, capsys):
 
 
 def test_a_value_may_begin_with_a_dash():
-    def parsed(*arguments: str) -> cli.Sample:
-        return cli._parse(cli.Sample, arguments, "sample")
-
     for text in ("-x", "--x", "-", "--", "- a", "-1", "--prompt=x", "a=b"):
-        assert parsed("--prompt=" + text).prompt == text
-        assert text == "--prompt=x" or parsed("--top-k", "3", "--prompt", text, "--seed", "4").prompt == text
-    assert parsed("--max_new_tokens", "3", "--top-p", "0.5").max_new_tokens == 3
-    assert cli._parse(cli.Bench, ["--only", "a", "b", "--quick"], "bench").only == ("a", "b")
+        assert cli.parse(["sample", "--prompt=" + text, "--seed", "4"]).prompt == text
+    assert cli.parse(["sample", "--max_new_tokens", "3", "--top-p", "0.5"]).max_new_tokens == 3
+    assert cli.parse(["bench", "--only", "a", "b", "--quick"]).only == ("a", "b")
+
+
+def test_the_presets_are_those_that_help_names(capsys):
+    assert main(["train", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"settings to start from ({', '.join(config.PRESETS)})" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("smaple", "fastgpt: unknown command 'smaple'; did you mean 'sample'?\n"),
+        ("study dpeth", "fastgpt study: unknown command 'dpeth'; did you mean 'depth'?\n"),
+        ("data sohw", "fastgpt data: unknown command 'sohw'; did you mean 'show'?\n"),
+        ("fly", "fastgpt: unknown command 'fly'; there are train, sample, data, learn, study, doctor, parity, bench\n"),
+    ],
+)
+def test_a_mistyped_command_is_told_which_one_it_may_be(words, message, capsys):
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == message
+
+
+def test_a_mistyped_option_is_told_which_one_it_may_be(capsys):
+    assert main(["sample", "--promt", "x"]) == 2
+    assert "Perhaps you meant" in (said := capsys.readouterr().err) and "--prompt" in said
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_shell_can_complete_commands_and_options(shell, capsys):
+    assert main(["--tyro-print-completion", shell]) == 0
+    said = capsys.readouterr().out
+    assert "fastgpt" in said and "learning-rate" in said and "max-new-tokens" in said
 
 
 def test_a_missing_value_is_not_the_next_option(run, capsys):
@@ -556,7 +587,7 @@ def test_ctrl_c_amid_a_command_is_one_line(tmp_path):
             finally:
                 print("tidied up")
 
-        cli.COMMANDS["doctor"] = (slow, "")
+        cli.COMMANDS["doctor"] = cli.COMMANDS["doctor"]._replace(run=slow)
         sys.argv = ["fastgpt", "doctor"]
         sys.exit(__main__.main())
     """
@@ -570,7 +601,7 @@ def test_ctrl_c_after_a_command_changes_nothing(tmp_path):
         from fastgpt import __main__, cli
 
         atexit.register(lambda: exec({SLOW.replace("60", "1")!r}))
-        cli.COMMANDS["doctor"] = (lambda arguments: 0, "")
+        cli.COMMANDS["doctor"] = cli.COMMANDS["doctor"]._replace(run=lambda settings: 0)
         sys.argv = ["fastgpt", "doctor"]
         sys.exit(__main__.main())
     """

@@ -57,8 +57,8 @@ def test_numbers():
 
 
 BAD_USAGE = [
-    ([], "which study?"),
-    (["sleep"], "no study is called 'sleep'; there are depth, "),
+    ([], "a command is missing after 'study'; there are depth, "),
+    (["sleep"], "unknown command 'sleep'; there are depth, "),
     (["depth", "--depths", "2,x"], "depths: expected whole numbers above 0"),
     (["depth", "--repeats", "1"], "repeats: expected at least 2, got 1"),
     (["learning-rate", "--rates", "0"], "rates: expected numbers above 0"),

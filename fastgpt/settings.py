@@ -1,0 +1,301 @@
+"""The settings of each command, and where their values come from. Importing this needs no PyTorch.
+
+A value is taken from the first of these that gives one: the command line; the TOML file of --config; for `train` the
+run that is resumed, then the preset; for the studies and `learn` the small sizes of --quick; the default.
+
+The docstring of a class is the help of its command, and its field names are the options: `max_steps` is --max-steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import BACKENDS, SOURCES, ConfigError, GPTConfig, TrainConfig, check_types, from_dict, preset
+from .files import expand_path
+
+# The settings that name files or folders, in whatever command they are.
+PATHS = frozenset({"checkpoint", "config", "data", "lecture", "nanogpt", "out", "results", "tokenizer", "vectors"})
+_NOT_PATHS = (*SOURCES, "char", "bpe")  # values of --data and --tokenizer that are names
+
+
+class UsageError(ValueError):
+    """Wrong use of a command."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is made of, besides its model's shape and its training.
+
+    Args:
+        preset: settings to start from (shakespeare-char, shakespeare-char-cpu, gpt2, gpt2-medium, gpt2-large, gpt2-xl).
+        config: a TOML file with any of these settings.
+        model: gpt, bigram, positional-bigram, rnn, gru or lstm; they take what they need of the settings below.
+        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
+        out: the run's folder.
+        resume: go on with the run in --out.
+        backend: auto, torch, triton or native.
+        tokenizer: char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
+    """
+
+    preset: str | None = None
+    config: str | None = None
+    model: str = "gpt"
+    data: str | None = None
+    out: str | None = None
+    resume: bool = False
+    backend: str = "auto"
+    tokenizer: str = "char"
+
+
+@dataclass(frozen=True)
+class TrainSettings(TrainConfig, GPTConfig, RunSettings):
+    """Train a GPT, or another model, on text.
+
+    Args:
+        vocab_size: number of tokens of a bpe tokenizer.
+    """
+
+    vocab_size: int | None = None  # type: ignore[assignment]  # a GPTConfig's is known: it is the tokenizer's
+
+    def __post_init__(self) -> None:
+        """Values are checked by `train_config` and `model_config`, when all sources have given theirs."""
+
+    def train_config(self) -> TrainConfig:
+        return from_dict(TrainConfig, self._part(TrainConfig))
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        return from_dict(GPTConfig, {**self._part(GPTConfig), "vocab_size": vocab_size})
+
+    def recorded(self) -> dict[str, Any]:
+        """What config.toml keeps. Paths are absolute: the run may be resumed from another working directory."""
+        values = dataclasses.asdict(self)
+        for name in ("config", "resume", "preset"):
+            del values[name]
+        return values | {name: absolute(values[name]) for name in ("data", "tokenizer")}
+
+    def _part(self, kind: type) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Continue a prompt with a trained model, token by token.
+
+    Args:
+        checkpoint: a run's folder (its best checkpoint), or one .safetensors checkpoint.
+        prompt: the text to continue; a text that begins with "-" is given as --prompt=TEXT.
+        max_new_tokens: tokens to add.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the fewest tokens whose probability reaches p.
+        seed: repeats a sample.
+        device: auto, cpu, cuda, ...
+        backend: auto, torch, triton or native.
+        config: a TOML file with any of these settings.
+    """
+
+    checkpoint: str | None = None
+    prompt: str = "\n"
+    max_new_tokens: int = 500
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    device: str = "auto"
+    backend: str = "auto"
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class DataShowSettings:
+    """Print one example of each layout of the data, context -> target.
+
+    Args:
+        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names; without it, a few lines of its own.
+        layout: blocks, windows or names; without it, all of them.
+        block_size: tokens of a block; without it 8, and for names as many as the longest one needs.
+        tokenizer: char, or a folder with GPT-2's vocab.json and merges.txt.
+        seed: which example.
+        config: a TOML file with any of these settings.
+    """
+
+    data: str | None = None
+    layout: str | None = None
+    block_size: int | None = None
+    tokenizer: str = "char"
+    seed: int = 1337
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class DoctorSettings:
+    """Show what runs here: device, versions, and for each op the backend and why not each faster one."""
+
+
+@dataclass(frozen=True)
+class ParitySettings:
+    """Measure every op, backend and dtype against its formula in float64.
+
+    Args:
+        device: cpu or cuda.
+        out: a JSON file to write the rows to.
+        config: a TOML file with any of these settings.
+    """
+
+    device: str = "cpu"
+    out: str | None = None
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Measure FastGPT and the things one would use instead, here, or report on what was measured.
+
+    Args:
+        only: some of the benchmarks instead of all: attention, layer_norm, ...
+        device: auto (a GPU if there is one), cpu or cuda.
+        out: where the rows go, a *.jsonl file or a folder (default: runs/bench); with --report the folder of the report
+            (default: runs/bench-report).
+        quick: the first case of each benchmark, few rounds.
+        nanogpt: a checkout of karpathy/nanoGPT to compare with.
+        lecture: gpt.py of karpathy/ng-video-lecture to compare with.
+        data: text for the time to a loss, as in fastgpt train.
+        report: measure nothing; render rows to results.md with pictures, and to one HTML page.
+        results: what --report reads, files or folders of rows (default: runs/bench).
+        config: a TOML file with any of these settings.
+    """
+
+    only: tuple[str, ...] = ()
+    device: str = "auto"
+    out: str | None = None
+    quick: bool = False
+    nanogpt: str | None = None
+    lecture: str | None = None
+    data: str | None = None
+    report: bool = False
+    results: tuple[str, ...] = ()
+    config: str | None = None
+
+
+# ---- where values come from ----
+
+
+def with_sources(given: Any) -> Any:
+    """The defaults under a command line: the values of all other sources that `given`, its first reading, names."""
+    kind = type(given)
+    given = expanded(given)
+    path = getattr(given, "config", None)
+    in_file = read_toml(path, kind, f"--config {path}") if path else {}
+    if isinstance(given, TrainSettings):
+        values = _under_a_run(given, in_file)
+    else:
+        quick = getattr(given, "quick", False) or in_file.get("quick") is True
+        values = dict(getattr(kind, "QUICK", {})) if quick else {}
+    defaults = kind(**(values | in_file))
+    check_types(defaults)
+    return defaults
+
+
+def _under_a_run(given: TrainSettings, in_file: dict[str, Any]) -> dict[str, Any]:
+    """The values of the preset and of the run that is resumed."""
+    values: dict[str, Any] = {}
+    name, out = given.preset or in_file.get("preset"), given.out or in_file.get("out")
+    if name is not None:
+        model, train = preset(name)
+        values |= model | train
+        values.pop("vocab_size", None)  # the data's tokenizer says how many tokens there are
+    if out and (given.resume or in_file.get("resume")):
+        if given.preset:
+            raise UsageError(f"--preset: the run in {out} has its settings already; leave it out, or start another run")
+        values |= _settings_of_run(Path(out))
+    return values
+
+
+def _settings_of_run(out: Path) -> dict[str, Any]:
+    stored = out / "config.toml"
+    if not stored.exists():
+        raise RuntimeError(f"{out}: holds no run to resume; leave --resume out to start one")
+    return read_toml(str(stored), TrainSettings, str(stored))
+
+
+def check_tokenizer(settings: TrainSettings) -> None:
+    """Refuse a size that the tokenizer cannot have, and another tokenizer than that of a run that is resumed."""
+    if settings.resume and settings.out:
+        run = _settings_of_run(Path(settings.out))
+        for name in ("tokenizer", "vocab_size"):
+            was, now = run.get(name), getattr(settings, name)
+            if absolute(str(now)) != absolute(str(was)):
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option}: the run in {settings.out} has {was}, not {now}; it cannot be changed")
+    if settings.tokenizer == "char" and settings.vocab_size is not None:
+        raise UsageError("--vocab-size: the characters of the data are the vocabulary; it goes with --tokenizer bpe")
+    if settings.tokenizer == "bpe" and settings.vocab_size is None:
+        raise UsageError("--vocab-size: --tokenizer bpe needs it, 512 for example")
+
+
+def read_toml(path: str, kind: type, shown: str) -> dict[str, Any]:
+    """The settings in the TOML file `path`, which errors call `shown`; each must be a field of the dataclass `kind`."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors begin with a byte order mark
+    except OSError as error:
+        raise UsageError(f"{shown}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown}: not a TOML file: not UTF-8 ({error}); save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{shown}: not a TOML file: {error}") from None
+    known = {field.name for field in dataclasses.fields(kind)} - {"config"}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise UsageError(f"{shown}: [{name}] is a table; write the settings themselves, without tables")
+        if name not in known:
+            raise UsageError(f"{shown}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
+    return {name: _expanded(name, tuple(v) if isinstance(v, list) else v) for name, v in values.items()}
+
+
+# ---- values ----
+
+
+def expanded(settings: Any) -> Any:
+    """`settings` with the ~ of each path replaced. An empty path is refused: it would be the working directory."""
+    changes = {name: _expanded(name, value) for name, value in vars(settings).items() if name in PATHS}
+    return dataclasses.replace(settings, **changes)
+
+
+def _expanded(name: str, value: Any) -> Any:
+    if name not in PATHS or value is None:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_expanded(name, part) for part in value)
+    if value == "":
+        raise UsageError(f"--{name}: is empty; give a path, or leave it out")
+    try:
+        return str(expand_path(value)) if isinstance(value, str) and value.startswith("~") else value
+    except ConfigError as error:
+        raise UsageError(f"--{name}: {error}") from None
+
+
+def absolute(path: str) -> str:
+    """`path` as an absolute one; the names of texts and of tokenizers stay as they are."""
+    return path if path in _NOT_PATHS else str(Path(path).resolve())
+
+
+def check_common(settings: Any) -> None:
+    """The settings that several commands have: a seed of 63 bits, and a backend that exists."""
+    seed, backend = getattr(settings, "seed", None), getattr(settings, "backend", "auto")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UsageError(f"--seed: expected an integer in [0, 2**63), got {seed}")
+    if backend not in ("auto", *BACKENDS):
+        expected = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise UsageError(f"--backend: unknown backend {backend!r}; expected one of {expected}")
+
+
+def required(settings: Any, command: str, *names: str) -> list[str]:
+    """The values of the settings called `names`, each of which the command needs."""
+    for name in names:
+        if getattr(settings, name) is None:
+            raise UsageError(f"--{name} is missing; see fastgpt {command} --help")
+    return [getattr(settings, name) for name in names]
