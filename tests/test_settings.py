@@ -1,0 +1,114 @@
+"""Where the value of a setting comes from: the command line, a TOML file, a preset; and the errors of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fastgpt import cli, settings
+from fastgpt.cli import COMMANDS, Command, Group, main
+
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_settings_come_from_command_line_then_file_then_preset(text_file, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'preset = "shakespeare-char-cpu"\ndata = "{text_file}"\nout = "{tmp_path / "out"}"\n'
+        "n_layer = 1\nn_embd = 8\nn_head = 2\nmax_steps = 2\nbatch_size = 3\neval_batches = 1\ndropout = 0\n"
+    )
+    assert main(["train", "--config", str(file), "--n-embd", "12"]) == 0
+    stored = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
+    assert (stored["n_embd"], stored["n_layer"], stored["block_size"]) == (12, 1, 64)
+    capsys.readouterr()
+    settings = tmp_path / "sample.toml"
+    settings.write_text(f'checkpoint = "{tmp_path / "out"}"\nmax_new_tokens = 3\n')
+    assert main(["sample", "--config", str(settings)]) == 0
+    assert len(capsys.readouterr().out) == 1 + 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize = 3\n", "unknown setting 'batchsize'"),
+        ("lr = \n", "not a TOML file"),
+        ('lr = "fast"\n', "lr: expected a number, got 'fast'"),
+        ("bias = 1\n", "bias: expected true or false"),
+        ("data = 3\n", "data: expected text"),
+        ("seed = 2024-01-01\n", "seed: expected an integer, got datetime.date(2024, 1, 1)"),
+        ("seed = 1e400\n", "seed: expected an integer, got inf"),
+        ("lr = nan\n", "lr: expected a finite number"),
+        ("[train]\nlr = 0.1\n", "[train] is a table; write the settings themselves"),
+        ("data = {file = 'x'}\n", "[data] is a table"),
+        ("data = ['x']\n", "data: expected text, got ('x',)"),
+        ('data = ""\n', "--data: is empty"),
+        ("data = 'caf\udce9'\n", "run.toml: not a TOML file: not UTF-8"),
+    ],
+)
+def test_bad_settings_files(text, message, tmp_path, capsys):
+    (tmp_path / "run.toml").write_bytes(text.encode(errors="surrogateescape"))
+    arguments = ["--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")]
+    if "data" not in text:
+        arguments += ["--data", "x.txt"]
+    assert main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def settings_classes(commands: dict[str, Command | Group] = COMMANDS, prefix: str = "") -> dict[str, type]:
+    """The settings of every command, by the words that call it: "train", "study depth"."""
+    found: dict[str, type] = {}
+    for name, command in commands.items():
+        if isinstance(command, Group):
+            found |= settings_classes(command.commands, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = command.settings
+    return found
+
+
+def test_every_setting_that_is_a_path_is_known_as_one():
+    """What help says is a file, a folder or a checkout; a new setting of that kind is to be added to PATHS."""
+    said = set()
+    for cls in settings_classes().values():
+        for base in cls.__mro__:
+            said |= set(
+                re.findall(r"^ +(\w+): (?:.*\b)?(?:files?|folders?|checkout|gpt\.py)\b", base.__doc__ or "", re.M)
+            )
+    names = {field.name for cls in settings_classes().values() for field in dataclasses.fields(cls)}
+    assert said & names == set(settings.PATHS)
+
+
+@pytest.mark.parametrize("name", sorted(settings.PATHS))
+def test_home_is_expanded_in_every_path_of_every_command(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty.toml").write_text("")
+    for command, cls in settings_classes().items():
+        if name not in {field.name for field in dataclasses.fields(cls)}:
+            continue
+        file = "~/empty.toml" if name == "config" else "~/a/b"
+        expected = str(tmp_path / file[2:])
+        for arguments in ([f"--{name}={file}"], [f"--{name}", file]):
+            value = getattr(cli.parse([*command.split(), *arguments]), name)
+            assert value == ((expected,) if name == "results" else expected)
+        if name != "config":
+            text = f'["{file}"]' if name == "results" else f'"{file}"'
+            (tmp_path / "path.toml").write_text(f"{name} = {text}\n")
+            value = getattr(cli.parse([*command.split(), "--config=~/path.toml"]), name)
+            assert value == ((expected,) if name == "results" else expected)
+
+
+def test_a_value_may_begin_with_a_dash():
+    for text in ("-x", "--x", "-", "--", "- a", "-1", "--prompt=x", "a=b"):
+        assert cli.parse(["sample", "--prompt=" + text, "--seed", "4"]).prompt == text
+    assert cli.parse(["sample", "--max_new_tokens", "3", "--top-p", "0.5"]).max_new_tokens == 3
+    assert cli.parse(["bench", "--only", "a", "b", "--quick"]).only == ("a", "b")
