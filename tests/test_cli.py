@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from fastgpt import __version__, config, studies
-from fastgpt.__main__ import format_warning
+from command_line import SMALL, TEXT
+from fastgpt import __version__, studies
 from fastgpt.cli import COMMANDS, main
-from fastgpt.ops.backend import BACKENDS, OPS
-from fastgpt.studies.settings import STUDY_SETTINGS
+from fastgpt.ops.backend import OPS
 from fastgpt.training.run_folder import read_metrics
-
-TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
-SMALL = "--block-size 16 --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --max-steps 6 --eval-interval 3".split()
-SMALL += "--eval-batches 1 --log-interval 3 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +151,6 @@ def test_help_version_and_no_command(capsys):
         assert "--help" in capsys.readouterr().out
 
 
-def test_the_options_of_every_study_are_those_its_help_shows():
-    assert {name: studies.load(name).Settings for name in studies.STUDIES} == STUDY_SETTINGS
-
-
 @pytest.mark.parametrize("command", ["train", "sample", "learn", *(f"study {name}" for name in studies.STUDIES)])
 def test_help_needs_no_torch(command):
     code = f"import sys; from fastgpt.cli import main; assert main({[*command.split(), '--help']}) == 0; "
@@ -206,6 +193,7 @@ BAD_USAGE = [
     (["train", "--out", "RUN", "--resume", "--preset", "gpt2"], "--preset: the run in"),
     (["train", "--out", "RUN", "--resume", "--tokenizer", "bpe"], "--tokenizer: the run in"),
 ]
+
 FAILED = [
     (["train", "--data", "missing.txt", "--out", "OUT"], "'missing.txt' does not exist"),
     (["train", "--data", "DATA", "--out", "RUN", "--block-size", "16"], "already holds a run; add --resume"),
@@ -275,34 +263,6 @@ def test_output_into_a_closed_pipe_is_not_a_traceback(run):
     assert done.stderr == "" and len(done.stdout) == 5
 
 
-def test_home_is_expanded_for_a_run_and_its_resumption(text_file, tmp_path, monkeypatch, capsys):
-    home, here = tmp_path / "home", tmp_path / "here"
-    home.mkdir(), here.mkdir()
-    shutil.copy(text_file, home / "text.txt")
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(here)
-    assert main(["train", "--data=~/text.txt", "--out=~/run", *SMALL]) == 0
-    stored = tomllib.loads((home / "run" / "config.toml").read_text())
-    assert stored["data"] == str(home / "text.txt") and stored["out"] == str(home / "run")
-    (home / "more.toml").write_text('out = "~/run"\nresume = true\nmax_steps = 9\n')
-    assert main(["train", "--config=~/more.toml"]) == 0
-    assert main(["sample", "--checkpoint=~/run", "--max-new-tokens", "2"]) == 0
-    assert list(here.iterdir()) == [], "no folder is called ~"
-
-
-def test_a_run_that_was_moved_resumes_from_another_directory(text_file, tmp_path, monkeypatch, capsys):
-    (tmp_path / "a").mkdir(), (tmp_path / "b" / "c").mkdir(parents=True)
-    shutil.copy(text_file, tmp_path / "text.txt")
-    monkeypatch.chdir(tmp_path / "a")
-    assert main(["train", "--data", "../b/../text.txt", "--out", "../a/run", *SMALL]) == 0
-    shutil.move(tmp_path / "a" / "run", tmp_path / "b" / "moved")
-    monkeypatch.chdir(tmp_path / "b" / "c")
-    capsys.readouterr()
-    assert main(["train", "--out", "../moved", "--resume", "--max-steps", "9"]) == 0
-    said = capsys.readouterr().out
-    assert "data:" not in said and "tokenizer:" not in said and "step 9:" in said
-
-
 def test_files_may_begin_with_a_byte_order_mark(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     for file in (copy / "config.toml", tmp_path / "more.toml"):
@@ -310,12 +270,6 @@ def test_files_may_begin_with_a_byte_order_mark(run, tmp_path, capsys):
         file.write_text("\ufeff" + text, encoding="utf-8")
     assert main(["train", "--out", str(copy), "--resume", "--config", str(tmp_path / "more.toml")]) == 0
     assert "max_steps: 6 -> 7" in capsys.readouterr().out
-
-
-def test_the_presets_are_those_that_help_names(capsys):
-    assert main(["train", "--help"]) == 0
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"settings to start from ({', '.join(config.PRESETS)})" in said
 
 
 @pytest.mark.parametrize(
@@ -356,64 +310,6 @@ def test_the_largest_seed_works(run, text_file, tmp_path, capsys):
     assert main(["data", "show", "--seed", seed]) == 0
 
 
-def test_the_backends_are_those_of_the_ops():
-    assert config.BACKENDS == BACKENDS
-
-
-@pytest.fixture(scope="module")
-def unicode_run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("unicode")
-    (folder / "text.txt").write_text("☃é€ ж" * 300, encoding="utf-8")
-    assert main(["train", "--data", str(folder / "text.txt"), "--out", str(folder / "run"), *SMALL]) == 0
-    return folder / "run"
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "utf-16", "koi8-r"])
-@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
-def test_a_console_gets_the_characters_it_lacks_escaped(encoding, errors, unicode_run, monkeypatch):
-    def said(encoding: str, errors: str) -> str:
-        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
-        monkeypatch.setattr(sys, "stdout", stream)
-        arguments = "--prompt ☃é --max-new-tokens 40 --seed 5 --temperature 3".split()
-        assert main(["sample", "--checkpoint", str(unicode_run), *arguments]) == 0
-        assert (stream.errors == errors) == encoding.startswith("utf"), "what can take any text stays as it is"
-        return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
-
-    whole = said("utf-8", "strict")
-    assert len(whole) == 2 + 40 + 1
-    assert said(encoding, errors) == whole.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def fastgpt(arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", f"{sys.executable} -m fastgpt {arguments}"], capture_output=True, **options)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-@pytest.mark.parametrize("command", ["--help", "data show", "train --help"])
-def test_a_full_disk_under_stdout_is_one_line(command):
-    done = fastgpt(f"{command} > /dev/full", text=True)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
-
-
-@pytest.mark.parametrize("command", ["--help", "data show", "train --help"])
-def test_a_closed_stdout_or_a_reader_that_has_gone_is_no_failure(command):
-    for shell in (f"{command} >&-", f"{command} >&- 2>&-", f"{command} | true; exit ${{PIPESTATUS[0]}}"):
-        done = fastgpt(shell, text=True)
-        assert (done.returncode, done.stderr, done.stdout) == (0, "", ""), shell
-
-
-def test_training_whose_reader_has_gone_has_not_done_its_work(text_file, tmp_path):
-    def arguments(out: str) -> str:
-        return f"train --data {text_file} --out {tmp_path / out} {' '.join(SMALL)}"
-
-    done = fastgpt(f"{arguments('first')} | true; exit ${{PIPESTATUS[0]}}", text=True)
-    assert done.returncode == 1
-    assert done.stderr == "fastgpt train: stopped: whatever read its output has gone\n"
-    assert fastgpt(f"{arguments('second')} >&-").returncode == 0, "one that is closed takes everything"
-    assert len(read_metrics(tmp_path / "second" / "metrics.jsonl")) == 5
-
-
 def test_a_bpe_tokenizer_without_its_size_is_bad_usage(text_file, tmp_path, capsys):
     assert main(["train", "--data", str(text_file), "--out", str(tmp_path / "run"), "--tokenizer", "bpe", *SMALL]) == 2
     assert capsys.readouterr().err == "fastgpt train: --vocab-size: --tokenizer bpe needs it, 512 for example\n"
@@ -423,94 +319,3 @@ def test_a_prompt_that_a_study_cannot_encode_is_named(text_file, tmp_path, capsy
     arguments = ["--quick", "--prompt", "#", "--data", str(text_file), "--out", str(tmp_path / "study")]
     assert main(["study", "attention", *arguments]) == 1
     assert capsys.readouterr().err.startswith("fastgpt study: --prompt: character '#'")
-
-
-def test_a_warning_is_one_line_without_a_place_in_the_source(text_file, tmp_path):
-    arguments = f"train --data {text_file} --out {tmp_path / 'run'} {' '.join(SMALL)}"
-    done = fastgpt(arguments, text=True, env={**os.environ, "FASTGPT_CACHE": str(text_file / "no folder")})
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    (about_the_cache,) = [line for line in lines if "FASTGPT_CACHE" in line]
-    assert about_the_cache.startswith("fastgpt: warning: ")
-    assert not [line for line in lines if ".py:" in line]
-
-
-def test_a_warning_that_is_not_for_the_user_keeps_its_place_in_the_source():
-    shown = format_warning("old", DeprecationWarning, "elsewhere.py", 3, "call()")
-    assert shown == "elsewhere.py:3: DeprecationWarning: old\n  call()\n"
-    assert format_warning("fastgpt: new", UserWarning, "elsewhere.py", 3) == "fastgpt: warning: new\n"
-
-
-def interrupted(code: str, folder: Path, *command: str) -> subprocess.CompletedProcess:
-    """The end of a process that prints "busy" somewhere in `code` and then gets a SIGINT."""
-    (folder / "program.py").write_text(textwrap.dedent(code))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
-    arguments = command or ("program.py",)
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "busy\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-
-SLOW = "import time\nprint('busy', flush=True)\ntime.sleep(60)\n"
-
-
-@pytest.mark.parametrize(
-    "end", ["finally: pass", "except BaseException: pass", "except BaseException: raise ImportError"]
-)
-def test_ctrl_c_amid_the_import_of_torch_is_one_line(end, tmp_path):
-    """A torch that takes long, and does with an exception what C code might do with it."""
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(f"try:\n{textwrap.indent(SLOW, '    ')}{end}\n")
-    done = interrupted("", tmp_path, "-m", "fastgpt", "doctor")
-    assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "", "fastgpt: stopped")
-
-
-def test_ctrl_c_amid_a_command_is_one_line(tmp_path):
-    code = f"""
-        import sys
-        from fastgpt import __main__, cli
-
-        def slow(arguments):
-            try:
-                exec({SLOW!r})
-            finally:
-                print("tidied up")
-
-        cli.COMMANDS["doctor"] = cli.COMMANDS["doctor"]._replace(run=slow)
-        sys.argv = ["fastgpt", "doctor"]
-        sys.exit(__main__.main())
-    """
-    done = interrupted(code, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "tidied up\n", "fastgpt doctor: stopped")
-
-
-def test_ctrl_c_after_a_command_changes_nothing(tmp_path):
-    code = f"""
-        import atexit, sys
-        from fastgpt import __main__, cli
-
-        atexit.register(lambda: exec({SLOW.replace("60", "1")!r}))
-        cli.COMMANDS["doctor"] = cli.COMMANDS["doctor"]._replace(run=lambda settings: 0)
-        sys.argv = ["fastgpt", "doctor"]
-        sys.exit(__main__.main())
-    """
-    done = interrupted(code, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path):
-    code = """
-        import signal, sys
-        from fastgpt import __main__
-
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.argv = ["fastgpt", "--version"]
-        __main__.main()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True)

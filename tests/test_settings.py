@@ -1,18 +1,20 @@
-"""Where the value of a setting comes from: the command line, a TOML file, a preset; and the errors of both."""
+"""Settings: what the command line, a file, a run and a preset give, and which of them counts."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from fastgpt import cli, settings
+from command_line import SMALL, TEXT
+from fastgpt import cli, config, settings, studies
 from fastgpt.cli import COMMANDS, Command, Group, main
-
-TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
+from fastgpt.ops.backend import BACKENDS
+from fastgpt.studies.settings import STUDY_SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,10 @@ def test_settings_come_from_command_line_then_file_then_preset(text_file, tmp_pa
     settings.write_text(f'checkpoint = "{tmp_path / "out"}"\nmax_new_tokens = 3\n')
     assert main(["sample", "--config", str(settings)]) == 0
     assert len(capsys.readouterr().out) == 1 + 3 + 1
+
+
+def test_the_options_of_every_study_are_those_its_help_shows():
+    assert {name: studies.load(name).Settings for name in studies.STUDIES} == STUDY_SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,9 @@ def test_bad_settings_files(text, message, tmp_path, capsys):
         arguments += ["--data", "x.txt"]
     assert main(["train", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+# --- paths ---
 
 
 def settings_classes(commands: dict[str, Command | Group] = COMMANDS, prefix: str = "") -> dict[str, type]:
@@ -107,8 +116,49 @@ def test_home_is_expanded_in_every_path_of_every_command(name, tmp_path, monkeyp
             assert value == ((expected,) if name == "results" else expected)
 
 
+def test_home_is_expanded_for_a_run_and_its_resumption(text_file, tmp_path, monkeypatch, capsys):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    shutil.copy(text_file, home / "text.txt")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert main(["train", "--data=~/text.txt", "--out=~/run", *SMALL]) == 0
+    stored = tomllib.loads((home / "run" / "config.toml").read_text())
+    assert stored["data"] == str(home / "text.txt") and stored["out"] == str(home / "run")
+    (home / "more.toml").write_text('out = "~/run"\nresume = true\nmax_steps = 9\n')
+    assert main(["train", "--config=~/more.toml"]) == 0
+    assert main(["sample", "--checkpoint=~/run", "--max-new-tokens", "2"]) == 0
+    assert list(here.iterdir()) == [], "no folder is called ~"
+
+
+def test_a_run_that_was_moved_resumes_from_another_directory(text_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").mkdir(), (tmp_path / "b" / "c").mkdir(parents=True)
+    shutil.copy(text_file, tmp_path / "text.txt")
+    monkeypatch.chdir(tmp_path / "a")
+    assert main(["train", "--data", "../b/../text.txt", "--out", "../a/run", *SMALL]) == 0
+    shutil.move(tmp_path / "a" / "run", tmp_path / "b" / "moved")
+    monkeypatch.chdir(tmp_path / "b" / "c")
+    capsys.readouterr()
+    assert main(["train", "--out", "../moved", "--resume", "--max-steps", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "data:" not in said and "tokenizer:" not in said and "step 9:" in said
+
+
+# --- values ---
+
+
 def test_a_value_may_begin_with_a_dash():
     for text in ("-x", "--x", "-", "--", "- a", "-1", "--prompt=x", "a=b"):
         assert cli.parse(["sample", "--prompt=" + text, "--seed", "4"]).prompt == text
     assert cli.parse(["sample", "--max_new_tokens", "3", "--top-p", "0.5"]).max_new_tokens == 3
     assert cli.parse(["bench", "--only", "a", "b", "--quick"]).only == ("a", "b")
+
+
+def test_the_presets_are_those_that_help_names(capsys):
+    assert main(["train", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"settings to start from ({', '.join(config.PRESETS)})" in said
+
+
+def test_the_backends_are_those_of_the_ops():
+    assert config.BACKENDS == BACKENDS
