@@ -15,10 +15,10 @@ Without FASTGPT_CUDA the CUDA module is built where nvcc is found and torch has 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -42,6 +42,7 @@ NATIVE = os.environ.get("FASTGPT_NATIVE", "auto")
 CUDA = os.environ.get("FASTGPT_CUDA", "auto")
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # A100, H100, B200; newer GPUs compile the PTX
 ERROR_FILE = "_build_error.txt"
+source_hash = runpy.run_path(str(ROOT / "fastgpt" / "ops" / "source_hash.py"))["source_hash"]
 
 # Py_LIMITED_API: one build for every Python from 3.10 on; TORCH_TARGET_VERSION: for every torch from 2.11 on.
 DEFINES = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -65,14 +66,6 @@ CPU_SOURCES = [
 ]
 CPU_SOURCES += ["kernels_avx2", "kernels_avx512"]  # these files compile to nothing for other processors
 CUDA_SOURCES = ["bindings_cuda.cpp", "cross_entropy.cu", "embedding.cu"]
-
-
-def source_hash() -> str:
-    """What `doctor` compares with the sources beside it, to tell a module that was not rebuilt."""
-    digest = hashlib.sha256()
-    for file in sorted((ROOT / "csrc").iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def first_line(command: list[str]) -> str:
@@ -216,7 +209,7 @@ def modules() -> tuple[list, type]:
         "TORCH": torch.__version__,
         "CUDA_VERSION": torch.version.cuda or "" if with_cuda else "",
         "CUDA_ARCHITECTURES": architectures,
-        "SOURCE_HASH": source_hash(),
+        "SOURCE_HASH": source_hash(ROOT / "csrc"),
     }
     # Written to a header instead of -D options, because strings with spaces would pass through two shells and ninja.
     header = ROOT / "build" / "build_facts.h"

@@ -16,7 +16,7 @@ TRITON_OPS = ("attention", "layer_norm", "add_layer_norm")
 def prefer_triton(monkeypatch):
     """Let "auto" take Triton on this device, as it does on CUDA: on a CPU it is otherwise taken only when named."""
     for op in TRITON_OPS:
-        monkeypatch.setitem(backend.PREFERENCE[DEVICE], op, ("triton", "torch"))
+        monkeypatch.setitem(backend.PREFERENCE[op], DEVICE, ("triton", "torch"))
 
 
 def train(steps: int = 10, **model_changes) -> tuple[list[float], list[torch.Tensor]]:

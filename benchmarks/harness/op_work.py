@@ -116,7 +116,7 @@ def op_work(setting: Setting, shape: OpShape, direction: str) -> Work:
 
 def _fallback(device_type: str, taken: Explanation) -> str | None:
     """What a reader of the times has to know where FastGPT has kernels for the device and PyTorch was measured."""
-    ours = PREFERENCE[device_type][taken.op][0]
+    ours = PREFERENCE[taken.op][device_type][0]
     if taken.backend == ours:
         return None
     reason = taken.reasons.get(ours, f"backend {taken.backend} was asked for")

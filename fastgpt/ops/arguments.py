@@ -1,4 +1,4 @@
-"""The checks every op makes of its arguments: the error names the argument, what it is and what was expected."""
+"""The checks that every op makes of its arguments. An error names the argument, what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def as_number(name: str, value: Any) -> Any:
-    """`value`, any real number, as one of Python's; a symbolic one stays as it is."""
+    """`value`, a real number of any library, as Python's; a symbolic one stays as it is."""
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return value
     if isinstance(value, numbers.Real):
@@ -78,7 +78,7 @@ def as_int64(name: str, value: Any, expected: str = "an int") -> int:
 
 
 def as_dropout(dropout_p: Any, seed: Any) -> tuple[float, int | Tensor | None]:
-    """(dropout_p, seed), checked."""
+    """Returns both as Python's numbers; `seed` may also be a tensor or None."""
     dropout_p = as_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
@@ -96,7 +96,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def as_label_smoothing(label_smoothing: Any) -> float:
-    """`label_smoothing`, checked."""
+    """`label_smoothing` as a number of Python's."""
     label_smoothing = as_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
@@ -104,15 +104,17 @@ def as_label_smoothing(label_smoothing: Any) -> float:
 
 
 def same_number_hint(tensor: Tensor, expected: torch.Size) -> str:
-    """What to do with targets that are as many as expected, in another shape."""
+    """Advice for the error about targets of a wrong shape, where their number is right; otherwise empty."""
     if tensor.numel() != expected.numel():
         return ""
-    return f"; they are as many: pass targets.{'flatten()' if len(expected) == 1 else f'view{tuple(expected)}'}"
+    return (
+        f"; the number of them is right: pass targets.{'flatten()' if len(expected) == 1 else f'view{tuple(expected)}'}"
+    )
 
 
 def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: int | None = None) -> IndexError:
     """The error for the first of `indices` outside [low, high) that is not `ignore`: its value and its position."""
-    indices = indices.long()  # `ignore` may be no int32
+    indices = indices.long()  # `ignore` may be outside the range of int32
     bad = (indices < low) | (indices >= high)
     if ignore is not None:
         bad &= indices != ignore
@@ -121,13 +123,13 @@ def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: 
     return IndexError(f"{name}: value {value} at position {position} is outside [{low}, {high})")
 
 
-@assume_constant_result  # torch 2.11 cannot trace the question
+@assume_constant_result  # torch 2.11 cannot trace is_autocast_available
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype autocast asks for on the device of `tensor`; None where it is off, or the device (meta) has none."""
+    """The dtype of autocast on the device of `tensor`; None where autocast is off, or the device (meta) has none."""
     device_type = "cpu" if tensor.is_cpu else tensor.device.type
     if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return None

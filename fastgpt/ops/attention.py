@@ -13,8 +13,7 @@ from ..config import MAX_HEAD_SIZE
 from .arguments import as_dropout, as_number, autocast_dtype, check_bool, check_float, check_like
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
-from .flops import register_flops
-from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
+from .library import define_op, inside_transform, refuse_forward_mode
 from .reference import causal_mask
 from .triton_backend import seed_tensor
 
@@ -72,7 +71,7 @@ def attention(
     return dispatch("attention", backend, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 
-def _torch(
+def attention_on_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -82,23 +81,24 @@ def _torch(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """PyTorch's fused kernel where it gives the defined result, the explicit formula for the dropout it cannot do."""
+    """PyTorch's fused kernel where its result is the defined one; else the formula, for a dropout it cannot do."""
     Tq, Tk = q.shape[2], k.shape[2]
-    if q.shape[1] == 0:  # no heads: the kernel of torch 2.11 ends the process, dividing by their number
+    if q.shape[1] == 0:  # torch 2.11's kernel would divide by the number of heads, and end the process
         return q @ k.transpose(-2, -1) @ v
     if is_causal and Tq > Tk:  # the first rows see no key
         blind = Tq - Tk
-        if dropout_p == 0.0 or seed is None:  # a seeded mask is keyed by the number of the row: the rows stay together
-            seen = _torch(q[:, :, blind:], k, v, is_causal=True, scale=scale, dropout_p=dropout_p)
+        if dropout_p == 0.0 or seed is None:  # a seeded mask depends on the row's number, so no row is cut off
+            rows = q[:, :, blind:]
+            seen = attention_on_torch(rows, k, v, is_causal=True, scale=scale, dropout_p=dropout_p)
             return F.pad(seen, (0, 0, blind, 0))
     if dropout_p > 0.0 and (seed is not None or q.device.type == "cpu"):
         if autocast_dtype(q) is None:
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
-        with torch.autocast(q.device.type, enabled=False):  # it would take the float32 products back to half
+        with torch.autocast(q.device.type, enabled=False):  # it would make the float32 products in half precision
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
-    if scale is not None and scale <= 0.0:  # PyTorch's CPU kernel multiplies its mask's -inf by it
+    if scale is not None and scale <= 0.0:  # PyTorch's CPU kernel multiplies the mask's -inf by the scale
         q, scale = (q * 0.0, 1.0) if scale == 0.0 else (-q, -scale)
-    # Decided by `if`, not by passing comparisons on: where sizes are symbolic, a comparison is not a bool.
+    # `if` makes a bool of each comparison: where sizes are symbolic, a comparison is not one.
     mask, square = None, False
     if is_causal and Tq > 1:
         if Tq == Tk:
@@ -122,14 +122,14 @@ def _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed):
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
     out_dtype = q.dtype
-    if out_dtype in (torch.float16, torch.bfloat16):  # scores of half precision overflow, or lose what softmax needs
+    if out_dtype in (torch.float16, torch.bfloat16):  # scores in half precision overflow, or are too coarse for softmax
         q, k, v = q.float(), k.float(), v.float()
     if k.shape[1] != H:
         k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(D) if scale is None else scale)  # (B, H, Tq, Tk)
     if is_causal:
         mask = causal_mask(Tq, Tk, q.device)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: a row of -inf would give NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # a row of -inf would give NaN
     weights = torch.softmax(scores, dim=-1)
     if is_causal and Tq > Tk:
         weights = weights.masked_fill(~mask, 0.0)
@@ -141,31 +141,49 @@ def _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed):
     return (weights @ v).to(out_dtype)
 
 
-register("attention", "torch", _torch)
-
-
 # --- the triton backend: triton_kernels/attention.py ------------------------------------------------------------------
 
-library.define(
-    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p) "
-    "-> (Tensor, Tensor)"
-)
-library.define(
-    "attention_triton_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, "
-    "bool is_causal, float scale, float dropout_p, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
-)
 
-
-def _triton_forward(q, k, v, seed, is_causal, scale, dropout_p):
+def _forward(q, k, v, seed, is_causal, scale, dropout_p):
     from ..triton_kernels import attention
 
     return attention.forward(q, k, v, is_causal, scale, dropout_p, seed)
 
 
-def _triton_backward(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, output_mask):
+def _forward_fake(q, k, v, seed, is_causal, scale, dropout_p):
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _gradients(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, output_mask):
     from ..triton_kernels import attention
 
     return attention.backward(grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, output_mask)
+
+
+def _gradients_fake(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, output_mask):
+    return tuple(_empty_heads(x) if asked else x.new_empty(0) for x, asked in zip((q, k, v), output_mask, strict=True))
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    """The shape of `like`, (B, H, T, D), in the layout the kernels write: (B, T, H, D)."""
+    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, seed, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, seed)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) -> tuple:
+    if grad_out is None:
+        return (None,) * 7
+    q, k, v, out, lse, seed = ctx.saved_tensors
+    asked = ctx.needs_input_grad[:3]
+    grads = _attention_triton_backward(grad_out, q, k, v, out, lse, seed, *ctx.options, asked)
+    return *(grad if needed else None for grad, needed in zip(grads, asked, strict=True)), None, None, None, None
 
 
 def _flops(q: Any, k: Any, *rest: Any, **options: Any) -> Any:
@@ -174,54 +192,31 @@ def _flops(q: Any, k: Any, *rest: Any, **options: Any) -> Any:
 
 
 def _backward_flops(grad_out: Any, q: Any, k: Any, *rest: Any, **options: Any) -> Any:
-    """Up to five products: the scores once more, and the gradients of the weights, q, k and v as they are asked for."""
+    """Up to five products: the scores again, and the gradients of the weights, q, k and v that are asked for."""
     needs_q, needs_k, needs_v = rest[-1]
     return (1 + needs_v + (needs_q or needs_k) + needs_q + needs_k) * (_flops(q, k) // 2)
 
 
-register_flops("attention_triton", _flops)
-register_flops("attention_triton_backward", _backward_flops)
-library.impl("attention_triton", _triton_forward, "CompositeExplicitAutograd")
-library.impl("attention_triton_backward", _triton_backward, "CompositeExplicitAutograd")
+_attention_triton_backward = define_op(
+    "attention_triton_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, "
+    "bool is_causal, float scale, float dropout_p, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    forward=_gradients,
+    fake=_gradients_fake,
+    is_gradient=True,
+    flops=_backward_flops,
+)
+_attention_triton = define_op(
+    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p) "
+    "-> (Tensor, Tensor)",
+    forward=_forward,
+    fake=_forward_fake,
+    save=_save,
+    backward=_backward,
+    flops=_flops,
+)
 
 
-def _empty_heads(like: Tensor) -> Tensor:
-    """The shape of `like`, (B, H, T, D), in the layout the kernels write: (B, T, H, D)."""
-    return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
-
-
-@torch.library.register_fake("fastgpt::attention_triton", lib=library)
-def _triton_forward_fake(q, k, v, seed, is_causal, scale, dropout_p):
-    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.register_fake("fastgpt::attention_triton_backward", lib=library)
-def _triton_backward_fake(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, output_mask):
-    return tuple(_empty_heads(x) if asked else x.new_empty(0) for x, asked in zip((q, k, v), output_mask, strict=True))
-
-
-def _triton_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, seed, *ctx.options = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, seed)
-
-
-def _triton_autograd(ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) -> tuple:
-    if grad_out is None:
-        return (None,) * 7
-    q, k, v, out, lse, seed = ctx.saved_tensors
-    asked = ctx.needs_input_grad[:3]
-    grads = torch.ops.fastgpt.attention_triton_backward(grad_out, q, k, v, out, lse, seed, *ctx.options, asked)
-    return *(grad if needed else None for grad, needed in zip(grads, asked, strict=True)), None, None, None, None
-
-
-_attention_triton = register_autograd("attention_triton", _triton_autograd, _triton_setup_context)
-raise_on_double_backward("attention_triton_backward")
-
-
-def _triton(
+def attention_on_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -237,12 +232,15 @@ def _triton(
     return _attention_triton(q, k, v, key, is_causal, scale, dropout_p)[0]
 
 
-def _triton_supports(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> str | None:
+def _triton_serves(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> str | None:
     if q.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
     if scale is not None and scale <= 0.0:
-        return "scale must be positive: it is folded into the exponential, whose largest score is found before"
+        return (
+            "scale must be positive: the kernels find the largest score first, and multiply by scale in the exponential"
+        )
     return inside_transform()
 
 
-register("attention", "triton", _triton, _triton_supports)
+register("attention", "torch", attention_on_torch)
+register("attention", "triton", attention_on_triton, _triton_serves)

@@ -1,13 +1,14 @@
-"""Which implementation of an op runs: one preference table, three ways to override it, one way to ask.
+"""Which implementation of an op runs: a table of preferences, three ways to override it, and `explain` to ask for it.
 
 An op's file registers its implementations with :func:`register`. A call then picks one:
 
 1. ``backend="name"`` of the call, else ``with use_backend("name")``, else ``FASTGPT_BACKEND``, else ``"auto"``;
-2. ``"auto"`` walks ``PREFERENCE[device][op]``, fastest first, and takes the first backend that can serve;
+2. ``"auto"`` walks ``PREFERENCE[op][device]``, fastest first, and takes the first backend that can serve;
 3. a named backend that cannot serve raises :class:`BackendError` with its reason.
 
-Whether a backend works *here* (driver, compiler, build) is found out by running it once, see :func:`unavailable`;
-whether it serves *this call* (dtype, shape) is its own ``supports`` function, which returns None or a reason.
+Whether a backend works on this machine (driver, compiler, build) is found out by running it once, see
+:func:`unavailable`. Whether it serves a certain call (dtype, shape) is answered by the ``supports`` function that was
+registered with it, which returns None or a reason.
 """
 
 from __future__ import annotations
@@ -26,26 +27,16 @@ import torch
 from ..config import BACKENDS
 from .library import assume_constant_result
 
-# Fastest first. A device that is not listed runs on "torch".
+# The backends of each op on each device, fastest first. On a device that is not listed, an op runs on "torch".
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "cuda": {
-        "attention": ("triton", "torch"),
-        "layer_norm": ("triton", "torch"),
-        "add_layer_norm": ("triton", "torch"),
-        "embedding": ("native", "torch"),
-        "cross_entropy": ("native", "torch"),
-        "linear_cross_entropy": ("native", "torch"),
-    },
-    "cpu": {
-        "attention": ("torch",),
-        "layer_norm": ("torch",),
-        "add_layer_norm": ("torch",),
-        "embedding": ("native", "torch"),
-        "cross_entropy": ("native", "torch"),
-        "linear_cross_entropy": ("native", "torch"),
-    },
+    "attention": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "add_layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "embedding": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
+    "cross_entropy": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
+    "linear_cross_entropy": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
 }
-OPS = tuple(PREFERENCE["cpu"])
+OPS = tuple(PREFERENCE)
 
 
 class BackendError(ValueError):
@@ -79,11 +70,11 @@ def register_smoke_test(backend: str, run_once: Callable[[str], None]) -> None:
 
 
 def _run_smoke_test(backend: str, device_type: str) -> None:
-    """In a thread of its own, which no trace, mode, transform or autocast of the caller reaches."""
+    """Run it in a thread of its own, where no trace, mode, transform or autocast of the caller is active."""
     from concurrent.futures import ThreadPoolExecutor
 
     is_cuda = device_type == "cuda"
-    device = torch.cuda.current_device() if is_cuda else None  # a thread's own, too
+    device = torch.cuda.current_device() if is_cuda else None  # each thread has its own current device
 
     def run() -> None:
         with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
@@ -95,7 +86,7 @@ def _run_smoke_test(backend: str, device_type: str) -> None:
 
 @assume_constant_result
 def unavailable(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run on `device_type` on this machine, or None if it ran. The answer is kept."""
+    """Why `backend` cannot run on `device_type` on this machine, or None if it ran. It is tried once per process."""
     key = (backend, device_type)
     if key not in _availability:
         if backend == "torch":
@@ -106,7 +97,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
             try:
                 _run_smoke_test(backend, device_type)
                 _availability[key] = None
-            except Exception as error:  # whatever a driver, compiler or loader raises is the answer to the question
+            except Exception as error:  # a driver, a compiler or a loader may raise anything
                 _availability[key] = str(error).strip().split("\n")[0] or type(error).__name__
     return _availability[key]
 
@@ -119,7 +110,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_override = os.environ.get("FASTGPT_BACKEND") or "auto"  # checked at its first use: an import has nobody to tell
+_override = os.environ.get("FASTGPT_BACKEND") or "auto"  # validated at first use, so that the error reaches a caller
 
 
 class use_backend:
@@ -145,39 +136,46 @@ class use_backend:
 
 
 def requested(backend: str = "auto") -> str:
-    """The backend a call with ``backend=backend`` asks for, once `use_backend` and FASTGPT_BACKEND are counted in."""
+    """The backend that a call with ``backend=backend`` asks for: by name, by `use_backend` or by FASTGPT_BACKEND."""
     return _checked(backend, "backend") if backend != "auto" else _checked(_override, "FASTGPT_BACKEND")
 
 
 def implements(backend: str, op: str) -> bool:
-    """Whether there is an implementation of `op` on `backend` at all, here or elsewhere."""
+    """Whether `op` has an implementation on `backend`, which may not run on this machine."""
     return (op, backend) in _registry
 
 
-def _reason_against(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -> str | None:
-    implementation = _registry.get((op, backend))
-    if implementation is None:
-        return f"{op} has no {backend} implementation"
-    return unavailable(backend, device_type) or implementation.supports(*args, **kwargs)
+def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -> tuple[str, dict[str, str]]:
+    """The backend on which ``op(*args, **kwargs)`` runs, and for each faster one the reason why it does not run there.
+
+    Raises BackendError where a backend that was asked for by name cannot serve.
+    """
+    asked_for = backend != "auto" or _override != "auto"
+    names = (requested(backend),) if asked_for else PREFERENCE[op].get(device_type, ("torch",))
+    reasons: dict[str, str] = {}
+    for name in names:
+        if name == "torch":  # it serves every call
+            break
+        implementation = _registry.get((op, name))
+        if implementation is None:
+            reason: str | None = f"{op} has no {name} implementation"
+        else:
+            reason = unavailable(name, device_type) or implementation.supports(*args, **kwargs)
+        if reason is None:
+            return name, reasons
+        if asked_for:
+            raise BackendError(f"backend={name!r} was asked for, but cannot run {op} here: {reason}")
+        reasons[name] = reason
+    return "torch", reasons
 
 
 def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
-    """Run `op` on the backend this call takes; the device is that of the first argument, a tensor."""
-    device_type = "cpu" if args[0].is_cpu else args[0].device.type  # a device's type costs 10 us out of cold caches
-    if backend != "auto" or _override != "auto":
-        name = requested(backend)
-        reason = _reason_against(op, name, device_type, args, kwargs)
-        if reason is not None:
-            raise BackendError(f"backend={name!r} was asked for, but cannot run {op} here: {reason}")
-        return _registry[op, name].run(*args, **kwargs)
-    for name in PREFERENCE.get(device_type, {}).get(op, ("torch",)):
-        if name == "torch":  # serves everything
-            break
-        reason = _reason_against(op, name, device_type, args, kwargs)
-        if reason is None:
-            return _registry[op, name].run(*args, **kwargs)
-        _say_once(op, name, reason)
-    return _registry[op, "torch"].run(*args, **kwargs)
+    """Run `op` on the backend that `choose` names; the device is that of the first argument, a tensor."""
+    device_type = "cpu" if args[0].is_cpu else args[0].device.type  # a device's type takes 10 us with cold caches
+    name, reasons = choose(op, backend, device_type, args, kwargs)
+    for unused, reason in reasons.items():
+        _say_once(op, unused, reason)
+    return _registry[op, name].run(*args, **kwargs)
 
 
 def _say_once(op: str, backend: str, reason: str) -> None:
@@ -189,7 +187,7 @@ def _say_once(op: str, backend: str, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of :func:`explain`: `backend` is taken; `reasons` says why each backend of ours before it is not."""
+    """The answer of :func:`explain`: the call runs on `backend`; `reasons` says for each faster one why it does not."""
 
     op: str
     backend: str
@@ -202,7 +200,7 @@ class Explanation:
 
 
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explanation:
-    """Which backend the call ``op(*args, **kwargs)`` takes, and where that is "torch", why no kernel of ours.
+    """Which backend the call ``op(*args, **kwargs)`` runs on, and where that is "torch", why none of our kernels.
 
     `op` is an op's name; the other arguments are those of the op itself, tensors included. Nothing is computed.
     Raises ValueError for an unknown op and BackendError where a backend asked for by name cannot serve.
@@ -217,22 +215,11 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explan
     except TypeError as error:
         raise TypeError(f"explain({op!r}, ...) takes the arguments of {op}: {error}") from None
     device_type = tensors[0].device.type
-    name = requested(backend)
-    if name != "auto":
-        reason = _reason_against(op, name, device_type, args, kwargs)
-        if reason is not None:
-            raise BackendError(f"backend={name!r} was asked for, but cannot run {op} here: {reason}")
-        return Explanation(op, name, {})
-    reasons: dict[str, str] = {}
-    for name in PREFERENCE.get(device_type, {}).get(op, ("torch",)):
-        if name == "torch":
-            break
-        reason = _reason_against(op, name, device_type, args, kwargs)
-        if reason is None:
-            return Explanation(op, name, reasons)
-        reasons[name] = reason
+    taken, reasons = choose(op, backend, device_type, args, kwargs)
+    if taken != "torch" or requested(backend) != "auto":
+        return Explanation(op, taken, reasons)
     for name in BACKENDS:
         if name != "torch" and name not in reasons and implements(name, op):
             reason = unavailable(name, device_type)
-            reasons[name] = reason or f"on {device_type} it is for tests, and taken only where it is asked for"
+            reasons[name] = reason or f"on {device_type} it is for tests, and used only where it is asked for"
     return Explanation(op, "torch", reasons)

@@ -24,7 +24,7 @@ def philox_4x32(counter: tuple, key: tuple) -> tuple:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        p0 = c0 * _MULTIPLIERS[0]  # wraps past 2**63: the bits are right, and the mask below drops the sign's copies
+        p0 = c0 * _MULTIPLIERS[0]  # wraps past 2**63: the low 64 bits are right, and `& _LOW` removes the sign's copies
         p1 = c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (((p1 >> 32) & _LOW) ^ c1 ^ k0), p1 & _LOW, (((p0 >> 32) & _LOW) ^ c3 ^ k1), p0 & _LOW
         k0 = (k0 + _KEY_STEPS[0]) & _LOW
@@ -45,7 +45,7 @@ def philox_keep_mask(seed: int | Tensor, p: float, n_rows: int, n_cols: int, dev
     zero = torch.zeros_like(rows)
     words = philox_4x32((groups, rows & _LOW, (rows >> 32) & _LOW, zero), (seed & _LOW, (seed >> 32) & _LOW))
     by_lane = torch.stack([w.expand(n_rows, groups.shape[1]) for w in words], dim=-1)
-    # Not a slice, which where n_cols is symbolic asks whether it is the whole, and has a graph for either answer.
+    # A slice would ask whether n_cols is the whole width, and torch.compile would make a graph for either answer.
     by_column = by_lane.reshape(n_rows, 4 * groups.shape[1]).index_select(1, torch.arange(n_cols, device=device))
     return (by_column >> 1) >= drop_threshold(p)
 
@@ -53,8 +53,8 @@ def philox_keep_mask(seed: int | Tensor, p: float, n_rows: int, n_cols: int, dev
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Zero elements of x with probability p and scale the rest by 1 / (1 - p); the mask comes from torch's generator.
 
-    On a CPU, where `torch.nn.functional.dropout` draws its mask at 9 - 16 ns an element on one thread, four 16-bit
-    lanes are cut from every 64-bit draw, which is about eight times as fast. p is then a multiple of 2**-16.
+    On a CPU, `torch.nn.functional.dropout` takes 9 to 16 ns for each element of its mask, on one thread. Here every
+    64-bit draw gives the masks of four elements, which is about eight times as fast; p becomes a multiple of 2**-16.
     """
     if p == 0.0:
         return x

@@ -1,7 +1,7 @@
 """Token embedding plus position embedding: two gathers and an add in one op.
 
-The native backend (csrc/embedding.*) stores each output row once, and sums the gradient rows of one token in a
-fixed order: tokens are grouped by a stable counting sort, so there are no atomics and the bits never change.
+The native backend (csrc/embedding.*) writes each output row once. It groups the tokens by a stable sort, and sums the
+gradient rows of each token in that order, without atomics, so that the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -15,14 +15,7 @@ from torch import Tensor
 from . import native
 from .arguments import as_int64, check_float, check_index, check_like, first_out_of_range
 from .backend import dispatch, register
-from .library import (
-    below_autograd,
-    inside_transform,
-    library,
-    raise_on_double_backward,
-    refuse_forward_mode,
-    register_autograd,
-)
+from .library import below_autograd, define_op, inside_transform, refuse_forward_mode
 
 
 def embedding(
@@ -70,7 +63,7 @@ def embedding(
     return dispatch("embedding", backend, tokens, token_table, position_table, position_offset=position_offset)
 
 
-def _torch(
+def embedding_on_torch(
     tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
 ) -> Tensor:
     try:
@@ -82,75 +75,78 @@ def _torch(
     return x + position_table[position_offset : position_offset + tokens.shape[1]]
 
 
-# --- the native backend ----------------------------------------------------------------------------------------------
+# --- the native backend: csrc/embedding.cpp, csrc/embedding.cu --------------------------------------------------------
 
-library.define(
-    "embedding_native(Tensor tokens, Tensor token_table, Tensor? position_table, SymInt position_offset) -> Tensor"
-)
-library.define(
-    "embedding_native_backward(Tensor grad, Tensor tokens, SymInt vocab_size, SymInt n_positions, "
-    "SymInt position_offset, bool with_tokens, bool with_positions) -> (Tensor, Tensor)"
-)
-library.define("embedding_sum_sorted(Tensor grad, Tensor sorted, Tensor order, SymInt vocab_size) -> Tensor")
-library.define("embedding_sum_positions(Tensor grad, SymInt n_positions, SymInt position_offset) -> Tensor")
-native.load_at_first_call(
-    library, "embedding_native", "embedding_native_backward", "embedding_sum_sorted", "embedding_sum_positions"
-)
+
+def _fake(tokens, token_table, position_table, position_offset):
+    return token_table.new_empty((*tokens.shape, token_table.shape[1]))
+
+
+def _gradients_fake(grad, tokens, vocab_size, n_positions, position_offset, with_tokens, with_positions):
+    C = grad.shape[2]
+    d_tokens = grad.new_empty((vocab_size if with_tokens else 0, C))
+    return d_tokens, grad.new_empty((n_positions if with_positions else 0, C))
 
 
 @torch.no_grad()
-def _native_backward_cuda(grad, tokens, vocab_size, n_positions, position_offset, with_tokens, with_positions):
+def _gradients_on_cuda(grad, tokens, vocab_size, n_positions, position_offset, with_tokens, with_positions):
     """On a GPU the tokens are sorted by PyTorch, stably, and the kernels sum runs of equal ones."""
     grad = grad.contiguous()
     C = grad.shape[2]
     d_tokens, d_positions = grad.new_empty((0, C)), grad.new_empty((0, C))
     if with_tokens:
         in_order, order = torch.sort(tokens.reshape(-1), stable=True)
-        d_tokens = torch.ops.fastgpt.embedding_sum_sorted(grad.view(tokens.numel(), C), in_order, order, vocab_size)
+        d_tokens = _sum_sorted(grad.view(tokens.numel(), C), in_order, order, vocab_size)
     if with_positions:
-        d_positions = torch.ops.fastgpt.embedding_sum_positions(grad, n_positions, position_offset)
+        d_positions = _sum_positions(grad, n_positions, position_offset)
     return d_tokens, d_positions
 
 
-library.impl("embedding_native_backward", _native_backward_cuda, "CUDA")
-
-
-@torch.library.register_fake("fastgpt::embedding_native", lib=library)
-def _native_fake(tokens, token_table, position_table, position_offset):
-    return token_table.new_empty((*tokens.shape, token_table.shape[1]))
-
-
-@torch.library.register_fake("fastgpt::embedding_native_backward", lib=library)
-def _native_backward_fake(grad, tokens, vocab_size, n_positions, position_offset, with_tokens, with_positions):
-    C = grad.shape[2]
-    return grad.new_empty((vocab_size if with_tokens else 0, C)), grad.new_empty(
-        (n_positions if with_positions else 0, C)
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     tokens, token_table, position_table, ctx.position_offset = inputs
     ctx.vocab_size = token_table.shape[0]
     ctx.n_positions = 0 if position_table is None else position_table.shape[0]
     ctx.save_for_backward(tokens)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     (tokens,) = ctx.saved_tensors
     _, with_tokens, with_positions, _ = ctx.needs_input_grad
-    backward = torch.ops.fastgpt.embedding_native_backward.default
     sizes = ctx.vocab_size, ctx.n_positions, ctx.position_offset
     arguments = (grad, tokens, *sizes, with_tokens, with_positions)
-    plain = type(grad) is Tensor and not torch.is_grad_enabled()  # not traced, and not to be derived again
-    d_tokens, d_positions = below_autograd(backward, *arguments) if plain else backward(*arguments)
+    plain = type(grad) is Tensor and not torch.is_grad_enabled()  # it is neither traced nor differentiated again
+    d_tokens, d_positions = below_autograd(_gradients, *arguments) if plain else _gradients(*arguments)
     return None, d_tokens if with_tokens else None, d_positions if with_positions else None, None
 
 
-raise_on_double_backward("embedding_native_backward")
-_embedding_native = register_autograd("embedding_native", _autograd, _setup_context)
+_sum_sorted = define_op(
+    "embedding_sum_sorted(Tensor grad, Tensor sorted, Tensor order, SymInt vocab_size) -> Tensor",
+    forward=native.load_at_first_call("embedding_sum_sorted"),
+    fake=lambda grad, in_order, order, vocab_size: grad.new_empty((vocab_size, grad.shape[1])),
+)
+_sum_positions = define_op(
+    "embedding_sum_positions(Tensor grad, SymInt n_positions, SymInt position_offset) -> Tensor",
+    forward=native.load_at_first_call("embedding_sum_positions"),
+    fake=lambda grad, n_positions, position_offset: grad.new_empty((n_positions, grad.shape[2])),
+)
+_gradients = define_op(
+    "embedding_native_backward(Tensor grad, Tensor tokens, SymInt vocab_size, SymInt n_positions, "
+    "SymInt position_offset, bool with_tokens, bool with_positions) -> (Tensor, Tensor)",
+    forward=native.load_at_first_call("embedding_native_backward"),
+    forward_on_cuda=_gradients_on_cuda,
+    fake=_gradients_fake,
+    is_gradient=True,
+)
+_embedding_native = define_op(
+    "embedding_native(Tensor tokens, Tensor token_table, Tensor? position_table, SymInt position_offset) -> Tensor",
+    forward=native.load_at_first_call("embedding_native"),
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
 
 
-def _native(
+def embedding_on_native(
     tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
 ) -> Tensor:
     refuse_forward_mode("embedding", token_table, position_table)
@@ -160,7 +156,7 @@ def _native(
         raise first_out_of_range("tokens", tokens, 0, token_table.shape[0]) from None
 
 
-def _native_supports(
+def _native_serves(
     tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
 ) -> str | None:
     if token_table.dtype == torch.float64:
@@ -168,5 +164,5 @@ def _native_supports(
     return inside_transform()
 
 
-register("embedding", "torch", _torch)
-register("embedding", "native", _native, _native_supports)
+register("embedding", "torch", embedding_on_torch)
+register("embedding", "native", embedding_on_native, _native_serves)

@@ -1,7 +1,8 @@
-"""What the registered ops cost, for `torch.utils.flop_counter.FlopCounterMode`: a multiply-add is two operations.
+"""How many operations each registered op takes, for `torch.utils.flop_counter.FlopCounterMode`.
 
-As in PyTorch's own formulas, matrix products alone are counted, and causal attention as if nothing were masked. The
-counter imports triton, which `import fastgpt` must not: formulas wait here until somebody imports the counter.
+As in PyTorch's own formulas, a multiply-add is two operations, only matrix products are counted, and causal attention
+counts as if nothing were masked. The counter's module imports triton, which `import fastgpt` must not do. The formulas
+are therefore kept here, and registered when the counter's module is imported.
 """
 
 from __future__ import annotations
@@ -17,21 +18,19 @@ from typing import Any
 
 import torch
 
-from .library import library
-
 _COUNTER = "torch.utils.flop_counter"
 _waiting: dict[str, Callable[..., Any]] = {}
 
 
 def register_flops(op: str, formula: Callable[..., Any]) -> None:
-    """Let the counter know `fastgpt::op`. `formula` takes the op's arguments, a shape in place of each tensor."""
+    """Tell the counter of `fastgpt::op`. `formula` takes the op's arguments, a shape in place of each tensor."""
     _waiting[op] = formula
     if (counter := sys.modules.get(_COUNTER)) is not None:
         _register_waiting(counter)
 
 
 def product_flops(x_shape: Any, weight_shape: Any) -> Any:
-    """x (..., K) times the transpose of weight (N, K)."""
+    """Operations of x (..., K) times the transpose of weight (N, K)."""
     return 2 * prod(x_shape) * weight_shape[0]
 
 
@@ -42,7 +41,7 @@ def _register_waiting(counter: ModuleType) -> None:
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Finds the counter as Python would have, and registers the formulas once its module has been executed."""
+    """Finds the counter's module as Python does, and registers the formulas after it has been executed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name != _COUNTER:
@@ -62,10 +61,3 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
 
 if _COUNTER not in sys.modules:
     sys.meta_path.insert(0, _RegisterAfterImport())
-
-# An op that makes the products of its gradient in the forward pass, where they are cheapest, calls this one in backward
-# under a mode that watches, so that they are counted where they belong. It does nothing.
-library.define("products_made_before(Tensor like, SymInt flops) -> ()")
-library.impl("products_made_before", lambda like, flops: None, "CompositeExplicitAutograd")
-torch.library.register_fake("fastgpt::products_made_before", lambda like, flops: None, lib=library)
-register_flops("products_made_before", lambda like, flops, **options: flops)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .arguments import as_dropout, as_number, autocast_dtype, check_float, check_like
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
-from .library import inside_transform, library, raise_on_double_backward, refuse_forward_mode, register_autograd
+from .library import define_op, inside_transform, refuse_forward_mode
 from .triton_backend import seed_tensor
 
 MAX_TRITON_WIDTH = 16384  # a row has to fit into the registers of one program
@@ -72,10 +72,10 @@ def add_layer_norm(
 
 
 def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, eps: float) -> float:
-    """`dtype` is that of what is normalised. Returns eps as a number."""
+    """Check weight, bias and eps, where the rows that are normalised have `dtype`. Returns eps as a number."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., C) with C at least 1, got {tuple(x.shape)}")
-    same_dtype = autocast_dtype(x) is None  # autocast casts, or mixes, as PyTorch's own op does
+    same_dtype = autocast_dtype(x) is None  # under autocast PyTorch's own op takes mixed dtypes, too
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             if name == "weight":
@@ -95,11 +95,11 @@ def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | 
     return eps
 
 
-def _torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm_on_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def _torch_add(
+def add_layer_norm_on_torch(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -116,47 +116,21 @@ def _torch_add(
     else:
         x = dropout(x, dropout_p)
     h = residual + x
-    return _torch(h, weight, bias, eps), h
-
-
-register("layer_norm", "torch", _torch)
-register("add_layer_norm", "torch", _torch_add)
+    return layer_norm_on_torch(h, weight, bias, eps), h
 
 
 # --- the triton backend: triton_kernels/layer_norm.py -----------------------------------------------------------------
 #
-# One op serves both: without `residual` it is layer_norm, and its second output is empty.
-
-library.define(
-    "layer_norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
-    "Tensor? seed, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)"
-)
-library.define(
-    "layer_norm_triton_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor stats, "
-    "float dropout_p, Tensor? seed, ScalarType residual_dtype, ScalarType x_dtype, bool[4] output_mask) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+# One registered op serves both: without `residual` it is layer_norm, and its second result is empty.
 
 
-def _triton_forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
+def _forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
     from ..triton_kernels import layer_norm
 
     return layer_norm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype)
 
 
-def _triton_backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
-    from ..triton_kernels import layer_norm
-
-    dtypes = (residual_dtype, x_dtype)
-    return layer_norm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask)
-
-
-library.impl("layer_norm_triton", _triton_forward, "CompositeExplicitAutograd")
-library.impl("layer_norm_triton_backward", _triton_backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastgpt::layer_norm_triton", lib=library)
-def _triton_forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
+def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
     n_rows = x.numel() // x.shape[-1]
     h = x.new_empty(0)
     if residual is not None:
@@ -164,8 +138,14 @@ def _triton_forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dt
     return x.new_empty(x.shape, dtype=out_dtype), h, x.new_empty((2, n_rows), dtype=torch.float32)
 
 
-@torch.library.register_fake("fastgpt::layer_norm_triton_backward", lib=library)
-def _triton_backward_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
+def _gradients(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
+    from ..triton_kernels import layer_norm
+
+    dtypes = (residual_dtype, x_dtype)
+    return layer_norm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask)
+
+
+def _gradients_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
     needs_x, needs_residual, needs_weight, needs_bias = output_mask
     x_is_residual = dropout_p == 0.0 and x_dtype == residual_dtype
     grad_residual = x.new_empty(x.shape if needs_residual or (needs_x and x_is_residual) else 0, dtype=residual_dtype)
@@ -173,25 +153,25 @@ def _triton_backward_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, r
     return grad_residual, grad_x, weight.new_empty((int(needs_weight) + int(needs_bias), *weight.shape))
 
 
-def _triton_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, residual, weight, _, _, dropout_p, seed, ctx.out_dtype = inputs
     _, h, stats = output
     ctx.mark_non_differentiable(*((h, stats) if residual is None else (stats,)))
-    ctx.set_materialize_grads(False)  # where only one of y and h is used, the other's gradient is not read as zeros
-    ctx.dropout_p = 0.0 if residual is None else dropout_p  # there is nothing to drop where nothing is added
+    ctx.set_materialize_grads(False)  # where only one of y and h is used, the kernel reads no gradient of zeros
+    ctx.dropout_p = 0.0 if residual is None else dropout_p  # without a residual nothing is dropped
     ctx.x_dtype = x.dtype
     ctx.residual_dtype = x.dtype if residual is None else residual.dtype
     ctx.save_for_backward(x if residual is None else h, weight, stats, seed)
 
 
-def _triton_autograd(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *unused: Tensor | None) -> tuple:
+def _backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *unused: Tensor | None) -> tuple:
     x, weight, stats, seed = ctx.saved_tensors
     if grad_y is None and grad_h is None:
         return (None,) * 8
     if grad_y is None:
         grad_y = torch.zeros(x.shape, dtype=ctx.out_dtype, device=x.device)
     asked = ctx.needs_input_grad[:4]
-    grad_residual, grad_x, grad_affine = torch.ops.fastgpt.layer_norm_triton_backward(
+    grad_residual, grad_x, grad_affine = _layer_norm_triton_backward(
         grad_y, grad_h, x, weight, stats, ctx.dropout_p, seed, ctx.residual_dtype, ctx.x_dtype, asked
     )
     needs_x, needs_residual, needs_weight, needs_bias = asked
@@ -206,8 +186,22 @@ def _triton_autograd(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *un
     )
 
 
-_layer_norm_triton = register_autograd("layer_norm_triton", _triton_autograd, _triton_setup_context)
-raise_on_double_backward("layer_norm_triton_backward")
+_layer_norm_triton_backward = define_op(
+    "layer_norm_triton_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor stats, "
+    "float dropout_p, Tensor? seed, ScalarType residual_dtype, ScalarType x_dtype, bool[4] output_mask) "
+    "-> (Tensor, Tensor, Tensor)",
+    forward=_gradients,
+    fake=_gradients_fake,
+    is_gradient=True,
+)
+_layer_norm_triton = define_op(
+    "layer_norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
+    "Tensor? seed, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    forward=_forward,
+    fake=_forward_fake,
+    save=_save,
+    backward=_backward,
+)
 
 
 def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -215,13 +209,13 @@ def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cuda" and torch.is_autocast_enabled("cuda") else h_dtype
 
 
-def _triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     out_dtype = _out_dtype(x.dtype, x.device.type)
     refuse_forward_mode("layer_norm", x, weight, bias)
     return _layer_norm_triton(x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
 
 
-def _triton_add(
+def add_layer_norm_on_triton(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -238,7 +232,7 @@ def _triton_add(
     return y, h
 
 
-def _triton_supports(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def _triton_serves(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> str | None:
     if x.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
     if x.shape[-1] > MAX_TRITON_WIDTH:
@@ -246,9 +240,11 @@ def _triton_supports(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> st
     return inside_transform()
 
 
-def _triton_add_supports(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    return _triton_supports(residual if residual.dtype == torch.float64 else x, *args)
+def _triton_serves_add(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return _triton_serves(residual if residual.dtype == torch.float64 else x, *args)
 
 
-register("layer_norm", "triton", _triton, _triton_supports)
-register("add_layer_norm", "triton", _triton_add, _triton_add_supports)
+register("layer_norm", "torch", layer_norm_on_torch)
+register("layer_norm", "triton", layer_norm_on_triton, _triton_serves)
+register("add_layer_norm", "torch", add_layer_norm_on_torch)
+register("add_layer_norm", "triton", add_layer_norm_on_triton, _triton_serves_add)

@@ -1,4 +1,4 @@
-"""The `torch.library` namespace `fastgpt::`, and every private name of PyTorch that the package uses.
+"""How an op of the `torch.library` namespace `fastgpt::` is registered, and every private name of PyTorch that is used.
 
 Schemas are defined in Python, so the ops exist without compiled code.
 """
@@ -11,13 +11,121 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .flops import register_flops
+
 library = torch.library.Library("fastgpt", "DEF")
+
+
+def define_op(
+    schema: str,
+    *,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    forward_on_cuda: Callable[..., Any] | None = None,
+    backward: Callable[..., tuple] | None = None,
+    save: Callable[[Any, tuple, Any], None] | None = None,
+    first_only: bool = False,
+    is_gradient: bool = False,
+    flops: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register the op ``fastgpt::schema``, and return the function by which the package calls it.
+
+    Args:
+        schema: name, arguments and results, in the notation of torch.library.
+        forward: computes the results on every device; a kernel of the extension is `native.load_at_first_call(name)`.
+        fake: the results' shapes, dtypes and strides alone, for tensors without data.
+        forward_on_cuda: takes the place of `forward` on CUDA.
+        backward: (ctx, gradients of the results) -> gradients of the arguments. None: the op has no derivative.
+        save: (ctx, arguments, results) keeps in ctx what `backward` needs.
+        first_only: the results after the first are for `backward` alone, and have no gradient. The returned function
+            gives the first result alone, because each result of an autograd.Function costs time.
+        is_gradient: the op computes a gradient. Differentiating it raises an error: PyTorch would treat its result as
+            a constant, and a second derivative would be silently wrong.
+        flops: (arguments, a shape in place of each tensor) -> operations; see `flops.py`.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, forward, "CompositeExplicitAutograd")
+    if forward_on_cuda is not None:
+        library.impl(name, forward_on_cuda, "CUDA")
+    torch.library.register_fake(f"fastgpt::{name}", fake, lib=library)
+    if flops is not None:
+        register_flops(name, flops)
+    if is_gradient:
+        _raise_on_double_backward(name)
+    if backward is None or save is None:
+        return getattr(torch.ops.fastgpt, name).default
+    return _define_derivative(name, backward, save, first_only)
+
+
+def _raise_on_double_backward(name: str) -> None:
+    def save(ctx: Any, inputs: tuple, output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"fastgpt::{name} computes a gradient and cannot be differentiated: double backward is not supported; "
+            "the formulas of fastgpt.ops.reference have every derivative"
+        )
+
+    torch.library.register_autograd(f"fastgpt::{name}", backward, setup_context=save, lib=library)
+
+
+def _define_derivative(
+    name: str, backward: Callable[..., tuple], save: Callable[[Any, tuple, Any], None], first_only: bool
+) -> Callable[..., Any]:
+    """Register the derivative at the dispatcher, and return what calls the op with less work than the dispatcher does.
+
+    The dispatcher serves torch.compile and whoever calls torch.ops.fastgpt directly. In eager mode an
+    autograd.Function runs the same `forward` and `backward`, which costs less time.
+    """
+
+    def save_at_dispatcher(ctx: Any, inputs: tuple, output: Any) -> None:
+        if first_only:
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)  # or autograd fills zeros for them, as large as they are
+        save(ctx, inputs, output)
+
+    torch.library.register_autograd(f"fastgpt::{name}", backward, setup_context=save_at_dispatcher, lib=library)
+    run = getattr(torch.ops.fastgpt, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = below_autograd(run, *args)
+        save(ctx, args, output)
+        return output[0] if first_only else output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    apply = _apply_of(type(name, (torch.autograd.Function,), methods))
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            output = run(*args)
+        elif torch.is_grad_enabled() and _any_requires_grad(args):
+            return apply(*args)
+        else:
+            output = below_autograd(run, *args)
+        return output[0] if first_only else output
+
+    return call
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise where forward-mode AD (`torch.func.jvp`) reaches an op of ours: PyTorch would take its derivative for 0."""
+    if not in_forward_mode():
+        return
+    unknown = torch.compiler.is_compiling()  # a tensor that is being traced shows no tangent
+    for tensor in tensors:
+        if tensor is not None and (unknown or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None):
+            raise NotImplementedError(
+                f"{op}: forward-mode derivatives are not supported; the formulas of fastgpt.ops.reference have them"
+            )
+
 
 # --- private names of PyTorch -----------------------------------------------------------------------------------------
 #
-# PyTorch promises none of these names. They are used in this file alone, each with the oldest and the newest torch in
-# which it was seen to do what is needed here. tests/ops/test_library.py holds the list complete and says
-# which one is gone.
+# PyTorch promises none of these names. They are used in this file alone. Beside each stand the oldest and the newest
+# torch in which it was seen to do what is needed here. tests/ops/test_library.py fails where the list is not complete, and
+# where this torch lacks one of them.
 
 PRIVATE_NAMES = {
     "torch._C._AutoDispatchBelowAutograd": ("2.11.0", "2.14.1"),
@@ -39,7 +147,7 @@ PRIVATE_NAMES = {
 
 
 def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
-    """op(*args), past the autograd that was registered for it: in Python, that costs more than a small op computes."""
+    """op(*args) without the derivative that was registered for it, whose Python code takes longer than a small op."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -50,7 +158,7 @@ def _any_requires_grad(args: tuple) -> bool:
 
 
 def inside_transform() -> str | None:
-    """Why an op with `register_autograd` cannot serve here: PyTorch has no torch.func rules for such ops."""
+    """Why an op of ours cannot serve here, or None: PyTorch has no torch.func rules for the derivatives of such ops."""
     if torch._C._are_functorch_transforms_active():
         return "it does not work inside torch.func transforms"
     return None
@@ -67,15 +175,15 @@ def in_forward_mode() -> bool:
 
 
 def _apply_of(function: Any) -> Callable[..., Any]:
-    """`function.apply` of an autograd.Function, which is used outside of torch.func's transforms alone.
+    """`function.apply` of an autograd.Function that is never called inside torch.func's transforms.
 
-    Function.apply first unpacks what such transforms wrapped; this is the one that it ends in.
+    Function.apply first unpacks the tensors that such transforms wrapped. This is the method that it calls after that.
     """
     return super(torch.autograd.Function, function).apply
 
 
 def hooks_of(module: nn.Module) -> str | None:
-    """Whose hooks run where `module` is called, in words; None where none do."""
+    """In words, whose hooks run when `module` is called; None where there are none."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
     if torch.nn.modules.module._has_any_global_hook():
@@ -84,100 +192,26 @@ def hooks_of(module: nn.Module) -> str | None:
 
 
 def no_parameter(module: nn.Module, name: str) -> str | None:
-    """Why ``module.name`` is not a parameter of the module's own, a dense one or None; None where it is."""
-    if name not in module._parameters:  # but a property, or an attribute that something sets
+    """Why ``module.name`` is neither a dense parameter of the module's own nor empty; None where it is one of them."""
+    if name not in module._parameters:  # it is a property, or an attribute that something sets
         return f"its {name} is computed from something else"
     kind = type(module._parameters[name])
     return None if kind in _PLAIN_TENSORS else f"its {name} is a {kind.__name__}"
 
 
-# FakeTensor stands for a plain one in torch.export.
+# In torch.export a FakeTensor takes the place of a plain tensor.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, torch._subclasses.fake_tensor.FakeTensor, type(None))
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a mode watches every op that is called: a FLOP counter, a profiler of ops, fake tensors."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def assume_constant_result(function: _Function) -> _Function:
-    """torch.compiler.assume_constant_result, which would import all of torch._dynamo with this package."""
+    """Does what torch.compiler.assume_constant_result does, which would import all of torch._dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-# --- registration -----------------------------------------------------------------------------------------------------
-
-
-def raise_on_double_backward(op: str) -> None:
-    """Give `fastgpt::op`, which computes a gradient, a derivative that says there is none.
-
-    Without one, PyTorch would treat the op's result as a constant, and a second derivative would be silently wrong.
-    """
-
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"fastgpt::{op} is a gradient and has none of its own: double backward is not supported; "
-            "the formulas of fastgpt.ops.reference have every derivative"
-        )
-
-    torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_context, lib=library)
-
-
-def register_autograd(
-    op: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple, Any], None], first_only: bool = False
-) -> Callable[..., Any]:
-    """Give `fastgpt::op` its derivative, and return what to call it by.
-
-    At the dispatcher, for torch.compile and everybody who calls torch.ops.fastgpt directly. Plain eager code takes the
-    same forward and backward through an autograd.Function, which costs less.
-
-    `first_only`: the other outputs are for backward, and have no gradient. What is returned gives the first alone: each
-    output of an autograd.Function costs something.
-    """
-
-    def setup_all(ctx: Any, inputs: tuple, output: Any) -> None:
-        if first_only:
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.set_materialize_grads(False)  # or autograd fills zeros for them, as large as they are
-        setup_context(ctx, inputs, output)
-
-    torch.library.register_autograd(f"fastgpt::{op}", backward, setup_context=setup_all, lib=library)
-    run = getattr(torch.ops.fastgpt, op).default
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = below_autograd(run, *args)
-        setup_context(ctx, args, output)
-        return output[0] if first_only else output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    apply = _apply_of(type(op, (torch.autograd.Function,), methods))
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            output = run(*args)
-        elif torch.is_grad_enabled() and _any_requires_grad(args):
-            return apply(*args)
-        else:
-            output = below_autograd(run, *args)
-        return output[0] if first_only else output
-
-    return call
-
-
-def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Raise where forward-mode AD (`torch.func.jvp`) reaches a registered op: PyTorch takes its derivative for 0."""
-    if not in_forward_mode():
-        return
-    unknown = torch.compiler.is_compiling()  # a tensor that is being traced shows no tangent
-    for tensor in tensors:
-        if tensor is not None and (unknown or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None):
-            raise NotImplementedError(
-                f"{op}: forward-mode derivatives are not supported; the formulas of fastgpt.ops.reference have them"
-            )
-
-
-def in_dispatch_mode() -> bool:
-    """Whether a mode watches every op that is called: a FLOP counter, a profiler of ops, fake tensors."""
-    return torch._C._len_torch_dispatch_stack() > 0

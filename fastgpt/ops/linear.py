@@ -1,8 +1,8 @@
-"""x W^T + b where x has few rows, as in generation: the weights are read once, as fast as the memory gives them.
+"""x W^T + b with a faster kernel for few rows, as in generation, whose time is that of reading the weights once.
 
-Not an op of the package's surface: `linear` is `torch.nn.functional.linear`, which the extension's kernel takes over
-where it was measured to be the faster one (csrc/linear_rows.h, `native.FASTER_THAN_LIBRARY`): without gradients, for a
-handful of rows, on the processors that `linear_choice` names. FASTGPT_BACKEND=native takes it on others, too.
+It is not one of the public ops. `linear` is `torch.nn.functional.linear`, except where the extension's kernel was
+measured to be faster (csrc/linear_rows.h, `native.FASTER_THAN_LIBRARY`): without gradients, for a few rows, on the
+processors that `linear_choice` names. FASTGPT_BACKEND=native uses the kernel on other processors, too.
 """
 
 from __future__ import annotations
@@ -17,30 +17,25 @@ from torch.nn import Parameter
 from . import native
 from .arguments import autocast_dtype
 from .backend import requested, unavailable
-from .flops import product_flops, register_flops
-from .library import below_autograd, in_forward_mode, inside_transform, library
+from .flops import product_flops
+from .library import below_autograd, define_op, in_forward_mode, inside_transform
 
-# Up to here the kernel was ahead at every shape measured. In bfloat16 the library has instructions for products that
-# the kernel does not use.
+# Up to this many rows the kernel was faster at every shape measured. For bfloat16 the library uses instructions for
+# matrix products that the kernel does not use.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 8}
 
-library.define("linear_native(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-native.load_at_first_call(library, "linear_native")
-register_flops("linear_native", lambda x, weight, bias, **options: product_flops(x, weight))
 
-
-@torch.library.register_fake("fastgpt::linear_native", lib=library)
-def _linear_fake(x, weight, bias):
+def _fake(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, _ = inputs
     with_x, with_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if with_weight else None, weight if with_x else None)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
     with_x, with_weight, with_bias = ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
@@ -49,19 +44,26 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple:
     return d_x, d_weight, rows.sum(0) if with_bias else None
 
 
-torch.library.register_autograd("fastgpt::linear_native", _autograd, setup_context=_setup_context, lib=library)
-_run = torch.ops.fastgpt.linear_native.default
+define_op(
+    "linear_native(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    forward=native.load_at_first_call("linear_native"),
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    flops=lambda x, weight, bias, **options: product_flops(x, weight),
+)
+_linear_native = torch.ops.fastgpt.linear_native.default  # called without gradients alone
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) -> (..., N); see `torch.nn.functional.linear`."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _native_serves(x, weight, bias):
         return F.linear(x, weight, bias)
-    return below_autograd(_run, x, weight, bias)
+    return below_autograd(_linear_native, x, weight, bias)
 
 
 def linear_choice() -> tuple[bool, str]:
-    """Whether a few rows take the extension's kernel on this machine, and in words why, or why not."""
+    """Whether few rows run on the extension's kernel on this machine, and in words why, or why not."""
     reason = _reason_against()
     if reason is not None:
         return False, reason
@@ -95,7 +97,7 @@ def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Of no class that has a product of its own, dense, on the CPU."""
+    """Whether `tensor` is dense, on the CPU, and of no subclass, which may define its own product."""
     return (
         type(tensor) in (Tensor, Parameter)
         and tensor.is_cpu

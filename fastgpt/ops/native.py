@@ -1,11 +1,11 @@
-"""The compiled extension: loaded when a call first asks for it, tried once, and the reason where it is not there."""
+"""The compiled extension: how it is loaded at the first call, tried once, and why it cannot be used where it cannot."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from .backend import register_smoke_test
+from .source_hash import source_hash
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
 
 
 def build_error(module: str) -> str | None:
-    """What the installation wrote down where `module` could not be built."""
+    """The reason that the installation wrote down because it could not build `module`; None where it wrote none."""
     try:
         lines = (PACKAGE / "_build_error.txt").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -46,9 +47,9 @@ def load(device_type: str) -> ModuleType:
         ) from None
 
 
-# Kernels that stand in for PyTorch's matrix library, and the makers on whose processors they were measured to be faster
-# than MKL. Elsewhere the library is taken. A short measurement at first use would serve more machines, but it could
-# decide differently in the next process, and a resumed run would no longer end in the same bits.
+# The kernels that replace PyTorch's matrix library, each with the makers on whose processors it was measured to be
+# faster than MKL. On other processors the library is used. A short measurement at the first call would serve more
+# machines, but it could decide differently in the next process, and a resumed run would no longer end in the same bits.
 FASTER_THAN_LIBRARY = {"matmul": ("amd",), "linear": ("amd",)}
 
 
@@ -77,14 +78,13 @@ def cpu_maker() -> str:
     return load("cpu").cpu_maker()
 
 
-def load_at_first_call(library: torch.library.Library, *ops: str) -> None:
-    """Let `torch.ops.fastgpt` find the kernels when somebody else than this package calls it: an exported program, say.
+def load_at_first_call(op: str) -> Callable[..., Any]:
+    """An implementation of `fastgpt::op` in Python that loads the extension, and calls the extension's kernel.
 
-    What is registered here serves until the extension is loaded, whose kernels come before it.
+    An exported program, say, calls the op without this package, which would have loaded the extension. Once it is
+    loaded, PyTorch prefers its kernels to this implementation.
     """
-
-    for op in ops:
-        library.impl(op, functools.partial(_load_and_call, op), "CompositeExplicitAutograd")
+    return functools.partial(_load_and_call, op)
 
 
 def _load_and_call(op: str, *args: Any) -> Any:
@@ -96,7 +96,7 @@ def _load_and_call(op: str, *args: Any) -> Any:
 
 
 def build_info() -> dict[str, str]:
-    """Compiler, flags, torch and CUDA of the build; "unknown" where that module is missing too."""
+    """Compiler, flags, torch and CUDA of the build; each "unknown" where fastgpt._build_info is missing, too."""
     try:
         return importlib.import_module("fastgpt._build_info").build_info()
     except ImportError:
@@ -108,14 +108,11 @@ def is_stale() -> bool:
     sources = PACKAGE.parent / "csrc"
     if not (sources / "kernels.h").is_file():
         return False
-    digest = hashlib.sha256()
-    for file in sorted(sources.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return build_info()["source_hash"] not in (digest.hexdigest()[:16], "unknown")
+    return build_info()["source_hash"] not in (source_hash(sources), "unknown")
 
 
 def describe(device_type: str) -> str:
-    """One line for `fastgpt doctor`: instructions in use and how it was built, or why it is not there."""
+    """One line for `fastgpt doctor`: the instructions in use and how the extension was built, or why it is missing."""
     try:
         module = load(device_type)
     except ImportError as error:

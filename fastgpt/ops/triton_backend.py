@@ -1,6 +1,6 @@
-"""What the Triton implementations of the ops share: the smoke test, and the seed as the kernels take it.
+"""Shared by the ops' Triton implementations: the test that Triton runs here, and the seed as the kernels take it.
 
-Importing this does not import triton; the first call that may run it does.
+Importing this module does not import triton. The first call that may run a Triton kernel does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _smoke_test(device_type: str) -> None:
 def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     """The Philox key as a 0-dim int64 tensor on `device`, drawn from torch's generator where the caller gave none.
 
-    A tensor, so that a replayed CUDA graph draws a new one and a compiled graph is not bound to its value.
+    It is a tensor so that a replayed CUDA graph draws a new key, and a compiled graph does not depend on its value.
     """
     if dropout_p == 0.0:
         return None

@@ -33,7 +33,7 @@ def pretend(monkeypatch):
         for name in ("_registry", "_smoke_tests", "_availability"):
             monkeypatch.setattr(module, name, dict(getattr(module, name)))
         monkeypatch.setattr(module, "_warned", set())
-        monkeypatch.setitem(module.PREFERENCE["cpu"], "layer_norm", ("native", "torch"))
+        monkeypatch.setitem(module.PREFERENCE["layer_norm"], "cpu", ("native", "torch"))
         module._availability.pop(("native", "cpu"), None)
         module.register_smoke_test("native", smoke_test)
         module.register(
@@ -152,8 +152,8 @@ def test_wrong_environment_is_one_line_of_the_command() -> None:
 def test_every_op_runs_on_torch_on_every_device() -> None:
     for op in module.OPS:
         for device in ("cpu", "cuda"):
-            assert module.PREFERENCE[device][op][-1] == "torch"
+            assert module.PREFERENCE[op][device][-1] == "torch"
         ours = "native" if op in ("embedding", "cross_entropy", "linear_cross_entropy") else "triton"
-        assert module.PREFERENCE["cuda"][op][0] == ours and module.implements(ours, op)
+        assert module.PREFERENCE[op]["cuda"][0] == ours and module.implements(ours, op)
         assert (op, "torch") in module._registry
         assert getattr(fastgpt.ops, op).__doc__
