@@ -173,8 +173,9 @@ def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on the backend that `choose` names; the device is that of the first argument, a tensor."""
     device_type = "cpu" if args[0].is_cpu else args[0].device.type  # a device's type takes 10 us with cold caches
     name, reasons = choose(op, backend, device_type, args, kwargs)
-    for unused, reason in reasons.items():
-        _say_once(op, unused, reason)
+    if reasons:
+        for unused, reason in reasons.items():
+            _say_once(op, unused, reason)
     return _registry[op, name].run(*args, **kwargs)
 
 

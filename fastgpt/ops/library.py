@@ -124,8 +124,8 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
 # --- private names of PyTorch -----------------------------------------------------------------------------------------
 #
 # PyTorch promises none of these names. They are used in this file alone. Beside each stand the oldest and the newest
-# torch in which it was seen to do what is needed here. tests/ops/test_library.py fails where the list is not complete, and
-# where this torch lacks one of them.
+# torch in which it was seen to do what is needed here. tests/ops/test_library.py fails where the list is not complete,
+# and where this torch lacks one of them.
 
 PRIVATE_NAMES = {
     "torch._C._AutoDispatchBelowAutograd": ("2.11.0", "2.14.1"),
