@@ -1,4 +1,5 @@
-// fastgpt._C: the CPU implementations of the ops that Python has defined, and which instructions they use.
+// fastgpt._C: registers the CPU implementations of the ops that Python has defined, and lets Python ask and choose
+// which instructions they use.
 //
 // It uses libtorch's stable ABI only, so that one build works with every torch from 2.11 on.
 #include <Python.h>

@@ -1,4 +1,5 @@
-// fastgpt._C_cuda: loading it registers the kernels of the .cu files.
+// fastgpt._C_cuda: a module without functions. Loading it registers the CUDA implementations of the ops, see the .cu
+// files.
 #include <Python.h>
 
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -1,4 +1,5 @@
-// fastgpt._build_info: how the extension was built, and what this processor can do.
+// fastgpt._build_info: how the extension was built, and which vector instructions this processor has. It does not need
+// libtorch, so that Python can ask how the extension was built where the extension itself cannot be loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

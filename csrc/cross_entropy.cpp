@@ -1,3 +1,5 @@
+// Cross-entropy on the CPU (cross_entropy.h): checks the arguments, divides the rows among threads and adds up the
+// losses. The formulas and kernels are in cross_entropy_rows.h.
 #include "cross_entropy.h"
 
 #include <cmath>
@@ -13,7 +15,7 @@ struct Call {
   Tensor logits, targets;
   std::optional<Tensor> weight;
   CrossEntropyRows rows{};
-  int64_t n, counted;  // rows, and those that are not ignored
+  int64_t n, counted;  // the number of rows, and of those that are not ignored
   Storage storage;
 
   Call(const Tensor& given_logits, const Tensor& given_targets, const std::optional<Tensor>& given_weight,
@@ -45,7 +47,7 @@ struct Call {
     counted = check_range("targets", rows.targets, n, rows.classes, &ignore_index);
   }
 
-  // What "mean" divides by: the sum of the counted targets' weights.
+  // The divisor of the reduction "mean": the sum of the class weights of the targets that are not ignored.
   double denominator() const {
     if (!rows.class_weight) return static_cast<double>(counted);
     double sum = 0.0;

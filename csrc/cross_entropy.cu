@@ -1,14 +1,24 @@
-// Cross-entropy on the GPU: online softmax, loss and gradient from one read and one write.
+// Cross-entropy on the GPU: the loss, and the logits' gradient, from one read and one write of main memory.
+// cross_entropy_rows.h has the formulas.
 //
-// Between the statistics and the gradient a row is held where it fits: a short one in registers, one vector a thread, a
-// long one in shared memory: of one block, or from sm_90 on of a cluster, up to eight blocks, each with its part of the
-// row: 1.8 MB on an H100. A thread reads back only what it wrote, so that costs no barrier. (Eight vectors a thread in
-// registers were tried first: they spilled.) The blocks of a cluster tell each other three numbers, the maximum, the
-// sum of exp and the smoothing term, by writing them into each other's shared memory. A still longer row is read twice,
-// the second time from the L2 cache where that is large enough. A row that needs one pass alone is not held.
+// What is fused: the maximum and the sum of exp of a row, computed in one pass by the online softmax (Milakov and
+// Gimelshein 2018), the loss and the gradient. The gradient needs the maximum and the sum of the whole row. Between the
+// two passes, a row is kept where it fits:
 //
-// Rows of odd length start at any 2- or 4-byte boundary: up to the first 16-byte boundary, and after the last, values
-// go one by one.
+//     IN_REGISTERS        a short row, in one block of 32 threads: each thread keeps a vector of 16 bytes
+//     IN_SHARED_MEMORY    a long row, in the shared memory of one block
+//     IN_CLUSTER          a longer row, from sm_90 on, in the shared memories of a cluster of up to eight blocks, each
+//                         with a part of the row: up to 1.8 MB on an H100
+//     NOWHERE             a row that is longer still is read twice, the second time from the L2 cache where that has
+//                         room for it; a row that needs one pass only is not kept either
+//
+// A thread reads from shared memory only values of the row that it has written itself, so this needs no barrier. The
+// blocks of a cluster exchange three numbers, the maximum, the sum of exp and the smoothing term, by writing them to
+// each other's shared memory. Keeping eight vectors in the registers of each thread was tried first, and registers
+// spilled.
+//
+// A row may start at any multiple of 2 or 4 bytes, because rows may have any length. Its values before the first
+// multiple of 16 bytes, and after the last one, are computed one by one.
 #include "device.cuh"
 
 #include <cooperative_groups.h>
@@ -21,6 +31,7 @@
 namespace fastgpt {
 namespace {
 
+// The arguments of cross_entropy_kernel.
 struct Rows {
   const void* logits;  // (rows, classes)
   void* gradient;      // (rows, classes), contiguous, or null; may be the logits
@@ -28,17 +39,19 @@ struct Rows {
   const int64_t* targets;
   int64_t ignore_index;
   const float* class_weight;      // (classes), or null for 1
-  const float* class_weight_sum;  // null: classes
+  const float* class_weight_sum;  // null where class_weight is; then the sum is `classes`
   float label_smoothing;
   const float* row_scale;  // d(result) / d(loss of the row), or null for 1
   int64_t row_scale_stride;
-  const float* denominator;  // null: 1
+  const float* denominator;  // divides row_scale; or null for 1
   float* loss;               // (rows), or null
-  // (rows, 2): maximum, log of the sum of exp(x - maximum); not computed where known, else written, unless null
+  // (rows, 2): the maximum, and the log of the sum of exp(x - maximum). Where the known ones are not null, they are
+  // read. Else they are computed, and written to `statistics` unless that is null.
   const float* known_statistics;
   float* statistics;
 };
 
+// The maximum of some values, and the sum of exp(value - max) over them.
 struct Online {
   float max, sum;
 };
@@ -58,7 +71,7 @@ __device__ __forceinline__ Online of_lane(Online own, int offset) {
   return {of_lane(own.max, offset), of_lane(own.sum, offset)};
 }
 
-// The blocks of a row, where it has one.
+// The blocks of a row, where one block has the whole row.
 struct OneBlock {
   __device__ static constexpr unsigned rank() { return 0; }
   __device__ static constexpr unsigned size() { return 1; }
@@ -72,7 +85,7 @@ struct OneBlock {
 
 constexpr unsigned LARGEST_CLUSTER = 8;  // the largest that every chip with clusters takes
 
-// The blocks of a row, where they are a cluster. Each block of it calls all of these, in the same order.
+// The blocks of a row, where they are a cluster. Every block of the cluster calls these functions, in the same order.
 #if __CUDA_ARCH__ >= 900
 struct Cluster {
   cooperative_groups::cluster_group blocks = cooperative_groups::this_cluster();
@@ -80,12 +93,14 @@ struct Cluster {
   __device__ unsigned rank() const { return blocks.block_rank(); }
   __device__ unsigned size() const { return blocks.num_blocks(); }
 
-  // Between arrive and wait every block begins to run: only then it has shared memory to write to.
+  // After wait(), all blocks of the cluster have begun to run. Before that, the shared memory of another block must not
+  // be written to.
   __device__ void arrive() const { blocks.barrier_arrive(); }
   __device__ void wait() const { blocks.barrier_wait(); }
 
-  // The row's value from each block's, which all threads of the block have; once for each type of value. Blocks write
-  // to each other before the barrier and read their own memory after it, so that one may end while others still read.
+  // Merges the values of the blocks to the value of the row. `own` is the block's value, the same in all of its
+  // threads. Each type has one array, so this is called at most once for each type. Blocks write to each other's memory
+  // before the barrier and read only their own after it, so a block may end while others still read.
   template <class Part>
   __device__ Part join(Part own) const {
     __shared__ Part parts[LARGEST_CLUSTER];
@@ -98,11 +113,12 @@ struct Cluster {
 };
 #else
 struct Cluster : OneBlock {
-  __device__ Cluster() { __trap(); }  // can_cluster() lets no launch come here
+  __device__ Cluster() { __trap(); }  // never runs, because can_cluster() allows no such launch
 };
 #endif
 
-// The row's value from each thread's, given to every thread: lanes, then warps, then blocks, always in the same order.
+// Merges the values of the threads to the value of the row, which every thread gets: first those of the lanes, then of
+// the warps, then of the blocks, always in the same order.
 template <int THREADS, class Blocks, class Part>
 __device__ Part reduce(const Blocks& blocks, Part own) {
   for (int offset = 16; offset > 0; offset /= 2) merge(own, of_lane(own, offset));
@@ -116,9 +132,10 @@ __device__ Part reduce(const Blocks& blocks, Part own) {
   return blocks.join(own);
 }
 
+// Where a row is kept between two passes: see the top of this file.
 enum Held { IN_REGISTERS, IN_SHARED_MEMORY, IN_CLUSTER, NOWHERE };
 
-constexpr int BLOCK = 512;  // threads; 32 where a vector a thread holds the row
+constexpr int BLOCK = 512;  // threads of a block, except IN_REGISTERS, where it has 32
 
 template <class T, int THREADS, Held HELD>
 __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entropy_kernel(const Rows a) {
@@ -129,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   T* out = a.gradient ? static_cast<T*>(a.gradient) + row * n : nullptr;
   const int64_t target = a.targets[row];
   const int tid = threadIdx.x;
-  const bool first = tid == 0 && blocks.rank() == 0;  // the one that writes what there is one of per row
+  const bool first = tid == 0 && blocks.rank() == 0;  // writes the values of which a row has one
   const int64_t row_tid = blocks.rank() * THREADS + tid, row_threads = blocks.size() * THREADS;
 
   if (target == a.ignore_index) {
@@ -141,21 +158,22 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   }
   assert(target >= 0 && target < n && "target out of range");
 
-  // [0, head) one by one, vectors, [end, n) one by one. A gradient that is not aligned like the logits goes one by one.
+  // The values [0, head) are computed one by one, then vectors of them, then [end, n) one by one. Where the gradient is
+  // not aligned like the logits, all values are computed one by one.
   const bool together = out == nullptr || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
   const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
   const int64_t head = together ? min(past == 0 ? int64_t{0} : SIZE - past, n) : n;
   const int64_t vectors = (n - head) / SIZE;
   const int64_t end = head + vectors * SIZE;
-  const auto odd = [&](const auto& visit) {  // this thread's share of the values outside the vectors
+  const auto odd = [&](const auto& visit) {  // visits this thread's values outside the vectors
     for (int64_t i = row_tid; i < head; i += row_threads) visit(i);
     for (int64_t i = end + row_tid; i < n; i += row_threads) visit(i);
   };
 
-  using Index = std::conditional_t<HELD == NOWHERE, int64_t, int>;  // what is held can be counted in an int
+  using Index = std::conditional_t<HELD == NOWHERE, int64_t, int>;  // an int counts the vectors of a kept row
   const int64_t part = (vectors + blocks.size() - 1) / blocks.size(), before = min(blocks.rank() * part, vectors);
-  const int64_t origin = head + before * SIZE;                        // this block's vectors begin here
-  const auto mine = static_cast<Index>(min(part, vectors - before));  // and are so many, perhaps none
+  const int64_t origin = head + before * SIZE;                        // where the vectors of this block begin
+  const auto mine = static_cast<Index>(min(part, vectors - before));  // how many they are, perhaps none
   extern __shared__ uint4 shared[];
   auto* held = reinterpret_cast<Vec16<T>*>(shared);
   Vec16<T> own_vector;
@@ -165,12 +183,13 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   } else if constexpr (HELD != NOWHERE) {
 #pragma unroll 4
     for (Index v = tid; v < mine; v += THREADS)
-      __pipeline_memcpy_async(&held[v], x + origin + v * SIZE, sizeof(Vec16<T>));  // not through registers
+      __pipeline_memcpy_async(&held[v], x + origin + v * SIZE, sizeof(Vec16<T>));  // bypasses registers
     __pipeline_commit();
     __pipeline_wait_prior(0);
   }
   blocks.wait();
-  const auto each_vector = [&](const auto& visit) {  // and the place in the row where it begins
+  // Calls visit(i, v) for each vector v of this thread; i is the place in the row where v begins.
+  const auto each_vector = [&](const auto& visit) {
     if constexpr (HELD == IN_REGISTERS) {
       if (tid < mine) visit(origin + tid * SIZE, own_vector);
     } else {
@@ -197,7 +216,8 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
       merge(own, {largest, sum});
     });
     odd([&](int64_t i) {
-      const float value = to_float(x[i]);  // not NaN - NaN where it is infinite
+      // exp(value - value) is 1, but NaN for NaN and for +inf, as it should be. It would be NaN for -inf, which adds 0.
+      const float value = to_float(x[i]);
       merge(own, {value, value == -INFINITY ? 0.0f : __expf(value - value)});
     });
     own = reduce<THREADS>(blocks, own);
@@ -229,7 +249,8 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   }
   if (out == nullptr) return;
 
-  // In place: everyone has read x[target] before it is overwritten. Elsewhere a barrier of `reduce` saw to that.
+  // The gradient may overwrite the logits, so that all threads must have read x[target] before. Where there are more
+  // threads than 32, a barrier of `reduce` has ensured that.
   if constexpr (THREADS == 32) __syncwarp();
   float g = a.row_scale ? a.row_scale[row * a.row_scale_stride] : 1.0f;
   if (a.denominator) g /= *a.denominator;
@@ -251,7 +272,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   odd([&](int64_t i) { out[i] = gradient(to_float(x[i]), i); });
 }
 
-// The weight of each row in the mean; a target out of range stops here, before anything is read by it.
+// The weight of each row in the mean. A target out of range fails here, before memory is read at the place it names.
 __global__ void row_weights_kernel(const int64_t* targets, const float* class_weight, float* weights, int64_t n,
                                    int64_t classes, int64_t ignore_index) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -262,11 +283,13 @@ __global__ void row_weights_kernel(const int64_t* targets, const float* class_we
   weights[row] = !counted ? 0.0f : class_weight ? class_weight[target] : 1.0f;
 }
 
+// The mean, from the sum of the losses; NaN where the weights add up to 0, as in PyTorch.
 __global__ void divide_kernel(float* loss, const float* denominator) {
   *loss = *denominator == 0.0f ? NAN : *loss / *denominator;
 }
 
-// gradient *= scale; nothing at all where scale is 1, which only the device knows. Zeros stay, as in ignored rows.
+// gradient *= scale. Where scale is 1, which only the device knows, the gradient is neither read nor written. Zeros
+// stay zeros whatever the scale is, because those of ignored rows have to.
 template <class T>
 __global__ void __launch_bounds__(256) scale_kernel(T* gradient, const float* scale, int64_t n) {
   const float factor = *scale;
@@ -295,11 +318,12 @@ int64_t attribute(cudaDeviceAttr which) {
   return value;
 }
 
-constexpr int64_t STATIC_BYTES = 1024;  // more than the reductions have in shared memory
+constexpr int64_t STATIC_BYTES = 1024;  // more than the arrays of `reduce` and `join` take of the shared memory
 
 using Kernel = void (*)(Rows);
 
-// A launch of `blocks` per row, each with `bytes` of shared memory, as clusters where that is more than one.
+// The configuration of a launch: `blocks` blocks for each row, which are a cluster where they are more than one, and
+// `bytes` of shared memory for each block.
 struct Launch {
   cudaLaunchAttribute shape{};
   cudaLaunchConfig_t config{};
@@ -315,21 +339,23 @@ struct Launch {
     config.attrs = &shape;
     config.numAttrs = blocks > 1;
   }
-  Launch(const Launch&) = delete;  // config points into it
+  Launch(const Launch&) = delete;  // config points to shape
 };
 
-// Whether these clusters can run: the chip has them, the kernel's code was compiled for them (not for sm_80 and then
-// translated for this chip), and so many blocks with so much memory find room side by side.
+// Whether these clusters can run. The chip must have clusters, the kernel's code must be compiled for a chip that has
+// them (not for sm_80, and then translated for this chip), and the chip must have room for a cluster of so many blocks
+// with so much shared memory.
 bool can_cluster(Kernel kernel, const Launch& grid) {
   cudaFuncAttributes code{};
   STD_CUDA_CHECK(cudaFuncGetAttributes(&code, kernel));
   if (attribute(cudaDevAttrClusterLaunch) == 0 || code.ptxVersion < 90) return false;
   int clusters = 0;
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &grid.config) == cudaSuccess) return clusters > 0;
-  cudaGetLastError();  // or the next check would find it
+  cudaGetLastError();  // clears the error, which the next check would report otherwise
   return false;
 }
 
+// The kernel for rows that so many blocks keep in their shared memories; 0 is for rows that are kept nowhere.
 template <class T>
 Kernel kernel_for(unsigned blocks_of_a_row) {
   switch (blocks_of_a_row) {
@@ -344,9 +370,10 @@ Kernel kernel_for(unsigned blocks_of_a_row) {
 
 int64_t bytes_of_part(int64_t vectors, unsigned blocks) { return (vectors + blocks - 1) / blocks * 16; }
 
-// How many blocks hold a row of so many vectors in their shared memories: the fewest such that a multiprocessor has
-// room for two of them, so that one computes, or waits for its cluster, while the other moves memory. Where eight are
-// too few for that, the fewest such that it has room for one; 0 where the row is longer still. Reasoned, not timed.
+// How many blocks keep a row of so many vectors in their shared memories: the fewest such that a multiprocessor has
+// room for two of these blocks, so that one of them computes, or waits for its cluster, while the other one moves
+// memory. Where eight blocks are too few for that, the fewest such that a multiprocessor has room for one block.
+// The result is 0 where eight are too few even for that. This choice was not timed.
 template <class T>
 unsigned blocks_to_hold(int64_t vectors, int64_t rows) {
   const int64_t one = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - STATIC_BYTES;
@@ -381,6 +408,7 @@ void launch(const Rows& rows, int64_t n, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// The rows of a call in the form that the kernel takes, and the tensors that they point into.
 struct Call {
   Tensor logits, targets;
   std::optional<Tensor> weight, weight_sum, denominator;
@@ -413,6 +441,7 @@ struct Call {
     }
   }
 
+  // For the reduction "mean": the denominator is the sum of the weights of the rows.
   void divide_by_weights() {
     Tensor weights = torch::stable::new_empty(logits, {n}, ScalarType::Float);
     if (n > 0) {
@@ -429,7 +458,7 @@ struct Call {
   }
 };
 
-constexpr int64_t NONE = 0, MEAN = 1;  // PyTorch's numbers of the reductions
+constexpr int64_t NONE = 0, MEAN = 1;  // the numbers that PyTorch gives the reductions
 
 }  // namespace
 
@@ -506,7 +535,7 @@ void scale_gradient(Tensor gradient, const Tensor& scale) {
                   "gradient, scale: expected a contiguous gradient and one float32");
   const int64_t n = gradient.numel();
   if (n == 0) return;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((n + 2047) / 2048, 132 * 16));  // a few waves of any GPU
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>((n + 2047) / 2048, 132 * 16));  // a few waves at most
   by_type(gradient, "gradient", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     scale_kernel<T><<<blocks, 256, 0, current_stream(gradient)>>>(

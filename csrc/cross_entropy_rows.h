@@ -1,6 +1,12 @@
-// Cross-entropy, row by row: the loss, and the logits' gradient, from one read and one write of main memory.
+// Cross-entropy, row by row: the loss, and the logits' gradient, from one read and one write of main memory. For a row
+// x of C logits with target y, class weights w and label smoothing s (Szegedy et al. 2016, arXiv:1512.00567):
 //
-// The log of the sum of exp of a row is computed in blocks that stay in the first-level cache: first the maximum of a
+//     log p[j] = (x[j] - max) - log(sum over k of exp(x[k] - max))
+//     loss = -(1 - s) w[y] log p[y] - s / C * sum over j of w[j] log p[j]
+//     dloss / dx[j] = ((1 - s) w[y] + s / C * sum over k of w[k]) p[j] - s / C * w[j] - (1 - s) w[y] (j == y)
+//
+// What is fused: the statistics of a row (its maximum and the log of its sum of exp), the loss and the gradient. The
+// log of the sum of exp of a row is computed in blocks that stay in the first-level cache: first the maximum of a
 // block, then its sum of exp(x - maximum), then both are merged into those of the row (online softmax, Milakov and
 // Gimelshein 2018). This takes one exp for each value, in whatever order the values come. The gradient then reads the
 // row again, from the second-level cache, and computes exp a second time. To keep the first exp instead, a row would
@@ -18,7 +24,7 @@ namespace {
 constexpr int64_t BLOCK = 2048;  // values; 8 KB of float32, a quarter of the smallest first-level cache
 
 struct Statistics {
-  float max, log_sum;  // of the row; the log of the sum of exp(x - max)
+  float max, log_sum;  // the maximum of a row, and the log of its sum of exp(x - max)
 };
 
 template <class T>
@@ -60,7 +66,7 @@ Statistics row_statistics(const T* x, int64_t n) {
   return {row_max, row_max == -INFINITY ? row_sum + NAN : std::log(row_sum)};
 }
 
-// sum over j of w[j] * (log_sum - (x[j] - max)): what label smoothing adds, before its factor
+// The sum of -w[j] log p[j] over j, which label smoothing multiplies by s / C and adds to the loss.
 template <class T>
 float smoothing_loss(const T* x, int64_t n, Statistics row, const float* class_weight) {
   Vec sum0 = Vec{}, sum1 = Vec{};
@@ -79,7 +85,7 @@ float smoothing_loss(const T* x, int64_t n, Statistics row, const float* class_w
   return sum;
 }
 
-// out[j] = exp(x[j] - max - log_sum) * scale - smooth * w[j]; out may be x
+// out[j] = p[j] * scale - smooth * w[j]. The output may overwrite x. The caller computes the entry of the target.
 template <class T, bool SMOOTH, bool STREAM>
 void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale, float smooth,
                       const float* class_weight) {
@@ -112,11 +118,12 @@ void softmax_gradient(const T* x, T* out, int64_t n, Statistics row, float scale
 }
 
 // Short rows of float32 without smoothing: LANES rows at a time, all of which stay in the first-level cache. What each
-// row needs once (a maximum, a sum, a log, the entry of the target) is computed for all of them by one vector operation.
-// The last n % LANES columns, where they are few, are computed in the same way, a column at a time; where they are many,
-// the last vector of a row overlaps the one before. The values of exp are stored in the memory of the gradient and scaled
-// there, so that each is computed once. (In 16 bits they would be rounded twice.) The gradient may be the logits. WHOLE
-// is the number of columns in whole vectors where the caller knows it, so that the loops have a constant length; else 0.
+// row needs once (a maximum, a sum, a log, the entry of the target) is computed for all of them by one vector
+// operation. The last n % LANES columns, where they are few, are computed in the same way, a column at a time; where
+// they are many, the last vector of a row overlaps the one before. The values of exp are stored in the memory of the
+// gradient and scaled there, so that each is computed once. (In 16 bits they would be rounded twice.) The gradient may
+// be the logits. WHOLE is the number of columns in whole vectors where the caller knows it, so that the loops have a
+// constant length; else 0.
 template <bool WITH_GRADIENT, int64_t WHOLE>
 void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const Exp exp;
@@ -124,17 +131,18 @@ void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const int64_t whole = WHOLE > 0 ? WHOLE : n / LANES * LANES;
   const int tail = whole > 0 && n - whole > LANES / 4 ? 0 : static_cast<int>(n - whole);  // columns
   const bool overlaps = whole + tail < n;
-  const Mask seen = lane_numbers() < static_cast<int32_t>(whole + LANES - n);  // lanes of the overlapping vector
+  // Lanes of the overlapping vector whose values are in the whole vectors, too.
+  const Mask seen = lane_numbers() < static_cast<int32_t>(whole + LANES - n);
 
   for (int64_t start = begin; start < end; start += LANES) {
     const int count = static_cast<int>(end - start < LANES ? end - start : LANES);
     const float* logits = static_cast<const float*>(a.logits) + start * a.logits_stride;
     float* gradient = WITH_GRADIENT ? static_cast<float*>(a.gradient) + start * a.gradient_stride : nullptr;
     const int64_t* targets = a.targets + start;
-    float columns[LANES][LANES];  // the tail's: columns[j][r] belongs to row r
+    float columns[LANES][LANES];  // of the tail: columns[j][r] is value whole + j of row r
     float counted[LANES] = {}, at_target[LANES] = {}, weight[LANES] = {}, scale[LANES] = {}, max[LANES], factor[LANES];
-    Vec parts[LANES];  // of row r, lane by lane: first the maximum, then the sum
-    Vec last[LANES];   // the overlapping vectors
+    Vec parts[LANES];  // of row r: at first the maximum in each lane, later the sum
+    Vec last[LANES];   // of row r: the vector that overlaps the one before
     for (int r = 0; r < count; ++r) {
       const float* x = logits + r * a.logits_stride;
       const bool counts = targets[r] != a.ignore_index;
@@ -207,7 +215,8 @@ void short_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
 
 template <bool WITH_GRADIENT>
 void short_rows_of(const CrossEntropyRows& a, int64_t begin, int64_t end) {
-  if (a.classes / LANES * LANES == 64) return short_rows<WITH_GRADIENT, 64>(a, begin, end);  // the characters of English
+  // A vocabulary of characters often has this size: Shakespeare's has 65 characters.
+  if (a.classes / LANES * LANES == 64) return short_rows<WITH_GRADIENT, 64>(a, begin, end);
   short_rows<WITH_GRADIENT, 0>(a, begin, end);
 }
 

@@ -1,4 +1,5 @@
-// What the CUDA kernels share: 16-byte vectors of each storage type, block reductions, streams.
+// What the CUDA kernels share: conversions to and from float32, vectors of 16 bytes, the current stream, and the choice
+// of a template by a tensor's dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -44,7 +45,7 @@ __device__ __forceinline__ __half from_float<__half>(float value) {
   return __float2half_rn(value);
 }
 
-// 16 bytes, the widest load a thread makes.
+// 16 bytes of values, which a thread loads or stores by one instruction.
 template <class T>
 struct alignas(16) Vec16 {
   static constexpr int SIZE = 16 / sizeof(T);
@@ -68,7 +69,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Calls run(null pointer of the tensor's storage type).
+// Calls `run` with a null pointer to the C++ type of the tensor's values, by which `run` chooses a kernel's template.
 template <class Run>
 void by_type(const Tensor& tensor, const char* name, const Run& run) {
   switch (tensor.scalar_type()) {

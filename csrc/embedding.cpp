@@ -1,3 +1,5 @@
+// Token and position embedding on the CPU (embedding.h): checks the arguments and divides the work among threads. The
+// formulas and kernels are in embedding_rows.h.
 #include "embedding.h"
 
 #include <algorithm>
@@ -9,12 +11,12 @@ namespace {
 constexpr int64_t VALUES_PER_TASK = 16384;  // for fewer, waking a thread takes longer than it saves
 constexpr int64_t STRIP = 128;  // columns that one task sums: 512 bytes of float32, long enough for the prefetcher
 
-constexpr int64_t NARROWEST = 64;       // columns a thread takes in the one pass: four cache lines of a row
-constexpr int64_t SMALL_TABLES = 512 << 10;  // bytes of float32 sums per thread: half a second-level cache
+constexpr int64_t NARROWEST = 64;       // columns of a thread in the single pass, at least: four cache lines of a row
+constexpr int64_t SMALL_TABLES = 512 << 10;  // bytes of float32 sums of a thread, at most: half a second-level cache
 
 int64_t grain(int64_t columns) { return (VALUES_PER_TASK + columns - 1) / std::max<int64_t>(columns, 1); }
 
-// visit(row) for every row of (sequences, length), in the order in which gradient rows are added.
+// Calls visit(row) for every row of (sequences, length), in the order in which gradient rows are added.
 template <class Visit>
 void in_order(int64_t sequences, int64_t length, const Visit& visit) {
   int64_t first = 0;
@@ -24,11 +26,11 @@ void in_order(int64_t sequences, int64_t length, const Visit& visit) {
   for (int64_t row = first * length; row < sequences * length; ++row) visit(row);
 }
 
-// The rows of each token that occurs, in that order: a stable counting sort.
+// The rows of each token that occurs, in the order of in_order(), by a stable counting sort.
 struct Segments {
-  std::vector<int64_t> order;   // (N): rows, grouped by token
-  std::vector<int64_t> starts;  // (U + 1): where in `order` the u-th group begins
-  std::vector<int64_t> token;   // (U): its token
+  std::vector<int64_t> order;   // (N): all rows, grouped by token
+  std::vector<int64_t> starts;  // (U + 1): where in `order` the u-th group begins; N at the end
+  std::vector<int64_t> token;   // (U): the token of the u-th group
 
   Segments(const int64_t* tokens, int64_t sequences, int64_t length, int64_t vocab_size) {
     const int64_t n = sequences * length;
@@ -142,8 +144,8 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
     const Segments segments(indices.const_data_ptr<int64_t>(), B, T, vocab_size);
     char* out = static_cast<char*>(token_grad.mutable_data_ptr());
     // A task is one strip of columns of one token, and costs as much as the token has occurrences. Laid end to end, the
-    // tasks fill [0, strips * N). A thread is given an equal part of this range and does the tasks that begin in it. Even
-    // a token that is half of the text is shared by `strips` threads.
+    // tasks fill [0, strips * N). A thread is given an equal part of this range and does the tasks that begin in it.
+    // Even a token that is half of the text is shared by `strips` threads.
     torch::stable::parallel_for(0, strips * N, grain(STRIP), [&](int64_t begin, int64_t end) {
       for (int64_t strip = begin / N; strip <= (end - 1) / N; ++strip) {
         const int64_t first = std::max(begin - strip * N, int64_t{0}), last = std::min(end - strip * N, N);

@@ -1,9 +1,13 @@
-// Token and position embedding on the GPU. Forward: 16 bytes a thread, token row plus position row, stored once.
+// Token and position embedding on the GPU, and the gradients of the two tables. embedding_rows.h has the formulas.
 //
-// Backward without atomics: the tokens are sorted (stably, by PyTorch), and the sorted sequence is cut into chunks of
-// 64. A block sums the runs of equal tokens in its chunk in float32, in order. A run inside one chunk is written at
-// once; one that crosses chunks leaves partial sums, which a second kernel adds up in order. So a token that is half of
-// the text keeps as many blocks busy as any other text of that length, and the bits never change.
+// What is fused, forward: both look-ups and the addition. A thread reads 16 bytes of a token row and of a position row,
+// and writes their sum once.
+//
+// Backward has no atomic operations. PyTorch sorts the tokens with a stable sort, and the sorted tokens are cut into
+// chunks of 64. A block of threads takes one chunk and adds up the gradient rows of each run of equal tokens in it, in
+// float32 and in order. The sum of a run inside one chunk is written to the gradient at once. A run that crosses chunks
+// leaves a partial sum for each of them, and a second kernel adds these up in order. So a token that is half of the
+// text keeps as many blocks busy as any other text of that length does, and the same inputs always give the same bits.
 #include "device.cuh"
 
 #include <type_traits>
@@ -12,9 +16,9 @@ namespace fastgpt {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int64_t CHUNK = 64;  // sorted tokens a block sums: long enough to hide the loads, short enough for many blocks
+constexpr int64_t CHUNK = 64;  // sorted tokens of a block: enough to hide the latency of loads, and many blocks
 
-// WIDTH: columns a thread handles: a 16-byte vector, or 1 where rows are not aligned.
+// The columns of one thread: WIDTH is as many as fit a vector of 16 bytes, or 1 where rows are not aligned to 16 bytes.
 template <class T, int WIDTH>
 struct Columns {
   float values[WIDTH];
@@ -40,6 +44,7 @@ struct Columns {
   }
 };
 
+// A block writes one row of the output.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(THREADS)
     gather_kernel(const int64_t* tokens, const T* token_table, const T* position_table, T* out, int64_t rows,
@@ -56,8 +61,9 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// partial: (chunks, 2, columns) float32: the sum of the run a chunk begins with, and of the one it ends with, where
-// they go on in its neighbours.
+// Sums the runs of equal tokens of a chunk. partial (chunks, 2, columns) float32 gets the sums of runs that cross
+// chunks: partial[chunk][0] is that of a run that began in an earlier chunk, and partial[chunk][1] that of a run that
+// begins in this chunk and goes on in the next one.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(THREADS)
     sum_runs_kernel(const T* grad, const int64_t* sorted, const int64_t* order, T* token_grad, float* partial, int64_t n,
@@ -85,15 +91,15 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// The block of the chunk in which a run begins that crosses chunks adds its parts up.
+// Adds up the partial sums of each run that crosses chunks. The block of the chunk in which the run begins does so.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(THREADS)
     join_runs_kernel(const int64_t* sorted, T* token_grad, const float* partial, int64_t n, int64_t columns) {
   const int64_t chunk = blockIdx.x, begin = chunk * CHUNK, end = begin + CHUNK;
   if (end >= n) return;
   const int64_t token = sorted[end - 1];
-  if (sorted[end] != token) return;  // no run leaves this chunk
-  if (begin > 0 && sorted[begin] == token && sorted[begin - 1] == token) return;  // it began earlier
+  if (sorted[end] != token) return;  // no run goes on in the next chunk
+  if (begin > 0 && sorted[begin] == token && sorted[begin - 1] == token) return;  // the run began in an earlier chunk
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * WIDTH;
   if (c >= columns) return;
   Columns<T, WIDTH> sum;
@@ -103,6 +109,7 @@ __global__ void __launch_bounds__(THREADS)
   sum.store(token_grad + token * columns + c);
 }
 
+// The gradient of a row of the position table: the sum over the batch, in order.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(THREADS)
     sum_batch_kernel(const T* grad, T* position_grad, int64_t batch, int64_t length, int64_t columns) {
@@ -120,7 +127,7 @@ dim3 grid(int64_t rows, int64_t columns, int width) {
   return {static_cast<unsigned>(rows), static_cast<unsigned>((columns + THREADS * width - 1) / (THREADS * width))};
 }
 
-// Calls run(null pointer of the storage type, its width as a constant).
+// Calls `run` as by_type() does, with the WIDTH of `Columns` as a second argument, a constant.
 template <class Run>
 void by_width(const Tensor& tensor, bool vectors, const Run& run) {
   by_type(tensor, "token_table", [&](auto* type) {
@@ -170,7 +177,8 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
   return out;
 }
 
-// grad (N, C), its tokens in ascending order and where each came from -> (vocab_size, C)
+// The gradient of the token table (vocab_size, C), from grad (N, C), the tokens in ascending order, and for each of
+// them the row of grad that it belongs to.
 Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order, int64_t vocab_size) {
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   STD_TORCH_CHECK(grad.dim() == 2 && grad.is_contiguous() && sorted.is_contiguous() && order.is_contiguous() &&
@@ -197,7 +205,8 @@ Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order,
   return token_grad;
 }
 
-// grad (B, T, C) -> (n_positions, C), summed over the batch into the rows from position_offset on
+// The gradient of the position table (n_positions, C): grad (B, T, C) summed over the batch, in the rows from
+// position_offset on, and zeros in the others.
 Tensor sum_positions(const Tensor& grad, int64_t n_positions, int64_t position_offset) {
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const int64_t B = grad.size(0), T = grad.size(1), C = grad.size(2);

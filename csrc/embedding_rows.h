@@ -1,6 +1,15 @@
-// Embedding, row by row. Forward: token row plus position row, stored once. Backward: the rows of one token are summed
-// in registers and written once; or, where both tables are small, in one pass over all rows into sums that stay in the
-// cache. Both add in the same order (SIDE_BY_SIDE): no atomics, the same bits for any number of threads.
+// Token and position embedding, row by row, and the gradients of the two tables (learned positions, as in GPT-2,
+// Radford et al. 2019):
+//
+//     out[b, t] = token_table[tokens[b, t]] + position_table[t]
+//     token_grad[v] = sum of grad[b, t] over all (b, t) with tokens[b, t] = v
+//     position_grad[t] = sum over b of grad[b, t]
+//
+// What is fused, forward: both look-ups and the addition, so that each output row is written once. Backward has two
+// ways. In general, the rows of one token are summed in registers, and the sum is written once. Where both tables are
+// small, one pass over all rows adds each row to the sums of both tables, which stay in the cache. Both ways add in the
+// same order (see SIDE_BY_SIDE in kernels.h) and without atomic operations, so the bits are the same for any number of
+// threads.
 #pragma once
 
 #include "kernels.h"
@@ -28,7 +37,7 @@ void gather_row(const T* token, const T* position, T* out, int64_t n) {
 
 template <class T>
 void gather_rows(const GatherRows& a, int64_t begin, int64_t end) {
-  // Streamed stores need every row aligned; the caller's buffer is, so it depends on the row length alone.
+  // Stores past the caches need every row to be aligned, that is the start of the output and the length of its rows.
   const bool aligned = reinterpret_cast<uintptr_t>(a.out) % stream_alignment<T>() == 0 && a.columns % LANES == 0;
   const bool around_caches = a.stream && aligned;
   for (int64_t row = begin; row < end; ++row) {
@@ -48,7 +57,7 @@ void gather_rows(const GatherRows& a, int64_t begin, int64_t end) {
   if (around_caches) finish_streams();
 }
 
-// One strip of VECTORS * LANES columns, its sums in registers over all the rows.
+// Sums VECTORS * LANES columns over all the rows. The sums stay in registers.
 template <class T, int VECTORS>
 void sum_strip(const SumRows& a, int64_t column) {
   const T* rows = static_cast<const T*>(a.rows) + column;
@@ -85,8 +94,8 @@ void write_sums(const float* sums, int64_t rows, int64_t width, void* out, int64
   }
 }
 
-// The rows of SEQUENCES sequences side by side, position by position: a position's sums are read and written once for
-// all of them.
+// Adds the rows of SEQUENCES sequences, position by position: all of them at one position, then all at the next one. So
+// the sums of a position are read and written once for all of the sequences.
 template <class T, int SEQUENCES, bool TOKENS, bool POSITIONS>
 void accumulate_sequences(const AccumulateRows& a, int64_t first) {
   const int64_t width = a.end - a.begin;
@@ -103,7 +112,7 @@ void accumulate_sequences(const AccumulateRows& a, int64_t first) {
     for (; i + LANES <= width; i += LANES) {
       Vec sum = POSITIONS ? load(position + i) : Vec{};
       for (int k = 0; k < SEQUENCES; ++k) {
-        __builtin_prefetch(values[k] + i + 2 * a.columns);  // two rows ahead: too many streams for the hardware to follow
+        __builtin_prefetch(values[k] + i + 2 * a.columns);  // two rows ahead; the hardware cannot follow so many rows
         const Vec v = load(values[k] + i);
         if constexpr (TOKENS) store(token[k] + i, load(token[k] + i) + v);
         if constexpr (POSITIONS) sum += v;

@@ -6,7 +6,8 @@
 namespace fastgpt {
 namespace {
 
-// How many indices are not `*ignored` (null: all are counted); -1 where one that counts lies outside [0, limit).
+// The number of indices that are not `*ignored`, or of all where `ignored` is null; -1 if any of these lies outside
+// [0, limit).
 inline int64_t count_indices(const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignored) {
   int64_t counted = 0, outside = 0;  // there is no early exit, so that the compiler vectorises the loop
   for (int64_t i = 0; i < n; ++i) {

@@ -1,4 +1,4 @@
-// Which row kernels run: the widest that this processor has.
+// Chooses the row kernels that run: those with the widest vectors that this processor has.
 #include "kernels.h"
 
 #include <cstring>
@@ -12,7 +12,7 @@ bool runs_here(const Kernels& table) {
   if (&table == &AVX512_KERNELS)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  // f16c has no name here before GCC 11; every processor with AVX2 has it.
+  // GCC before version 11 cannot be asked for f16c. Every processor with AVX2 has it.
   if (&table == &AVX2_KERNELS) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return true;

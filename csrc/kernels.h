@@ -9,7 +9,7 @@ namespace fastgpt {
 
 enum Storage { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, STORAGES = 3 };
 
-// Rows of logits -> losses, and gradients where `gradient` is set (it may be the logits themselves: in place).
+// The losses of rows of logits, and the gradients where `gradient` is not null. The gradients may overwrite the logits.
 struct CrossEntropyRows {
   const void* logits;  // (rows, classes), rows logits_stride values apart
   void* gradient;      // (rows, classes), or null
@@ -17,7 +17,7 @@ struct CrossEntropyRows {
   const int64_t* targets;  // (rows), each in [0, classes) or ignore_index
   int64_t ignore_index;
   const float* class_weight;  // (classes), or null for 1
-  float class_weight_sum;     // classes where class_weight is null
+  float class_weight_sum;     // the number of classes where class_weight is null
   float label_smoothing;
   const float* row_scale;  // d(result) / d(loss of the row); stride 0 where all rows share one
   int64_t row_scale_stride;
@@ -34,10 +34,10 @@ struct CrossEntropyRows {
 struct GatherRows {
   const int64_t* tokens;  // (rows), each a row of token_table
   const void* token_table;
-  const void* position_table;  // from the first position on, or null
+  const void* position_table;  // begins with the row of the first position; or null
   int64_t token_stride, position_stride, length, columns;
   void* out;  // (rows, columns)
-  bool stream;
+  bool stream;  // as in CrossEntropyRows
 };
 
 // Every kernel adds gradient rows in the same order: this many sequences at a time, position by position; the last few
@@ -53,8 +53,9 @@ struct SumRows {
   void* out;
 };
 
-// Columns [begin, end) of the rows, summed into both tables at once: for tables that stay in the second-level cache.
-// The sums are (vocab_size, end - begin) and (length, end - begin), zero at first; either may be null.
+// The gradients of both tables from one pass over columns [begin, end) of the rows, for tables whose sums stay in the
+// second-level cache. token_sums (vocab_size, end - begin) and position_sums (length, end - begin) are zeros at first,
+// and either may be null.
 struct AccumulateRows {
   const void* rows;
   const int64_t* tokens;
@@ -69,12 +70,12 @@ struct AccumulateRows {
 struct Matmul {
   const float *a, *b;
   float* c;
-  int64_t a_row, a_depth, b_depth, b_column, c_row;  // strides
+  int64_t a_row, a_depth, b_depth, b_column, c_row;  // strides, in values
   int64_t rows, columns, depth;
   bool accumulate;
 };
 
-// out[r][n] = x[r] . weight[n] + bias[n], for few rows r
+// out[r][n] = x[r] . weight[n] + bias[n], for a few rows r
 struct LinearRows {
   const float* x;      // (rows, depth)
   const void* weight;  // (columns, depth), rows weight_stride values apart
@@ -83,6 +84,7 @@ struct LinearRows {
   int64_t rows, depth, columns, weight_stride;
 };
 
+// The row kernels of one instruction set; those in arrays are one for each Storage.
 struct Kernels {
   const char* name;
   int64_t (*count_indices)(const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignored);
@@ -92,19 +94,20 @@ struct Kernels {
   void (*accumulate_rows[STORAGES])(const AccumulateRows&);
   void (*linear[STORAGES])(const LinearRows&, int64_t begin, int64_t end);
   void (*widen[STORAGES])(const void* from, float* to, int64_t count);
-  int64_t (*matmul_workspace)(const Matmul&);  // in values
+  int64_t (*matmul_workspace)(const Matmul&);  // the number of values in `workspace`
   void (*matmul)(const Matmul&, float* workspace);
 };
 
-extern const Kernels AVX512_KERNELS;  // each empty (its name null) where the compiler lacks the instructions
+// The first two are empty, with a null name, where the compiler cannot make such code.
+extern const Kernels AVX512_KERNELS;
 extern const Kernels AVX2_KERNELS;
 extern const Kernels GENERIC_KERNELS;
 
 // The kernels with the widest vectors that this processor has, found once. Tests and benchmarks ask for others by name.
 const Kernels& kernels();
-bool use_kernels(const char* name);
+bool use_kernels(const char* name);  // false where no kernels of this name run on this processor
 
-// "amd", "intel" or "other".
+// The maker of the processor: "amd", "intel" or "other".
 const char* cpu_maker();
 
 }  // namespace fastgpt

@@ -1,9 +1,10 @@
-// The row kernels for processors with AVX2.
+// The row kernels for processors with AVX2. The table is empty where the compiler cannot make this code.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-// Before the target is set: what the standard headers define inline must stay code for any processor.
+// The standard headers come before the target is set. The linker may keep this file's copy of a function that they
+// define inline, and processors without AVX2 have to be able to run it.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

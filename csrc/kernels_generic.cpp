@@ -1,4 +1,4 @@
-// The row kernels for every other processor, in vectors of four: SSE2, NEON, or what the compiler makes of them.
+// The row kernels for processors without AVX2: vectors of four values, as SSE2, NEON or what else the compiler has.
 #include <cmath>
 #include <cstring>
 #include <type_traits>

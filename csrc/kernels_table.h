@@ -1,4 +1,4 @@
-// The table of the row kernels of one instruction set. Included by one kernels_*.cpp each.
+// The table of the row kernels of one instruction set. Each kernels_*.cpp includes this file once, for its own set.
 //
 // The table must be a constant. Code that fills it at run time would be compiled for that instruction set, and
 // would run on processors that do not have it.

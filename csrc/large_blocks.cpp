@@ -1,3 +1,5 @@
+// The large result buffers of large_blocks.h, for Linux. On other systems take_block() has no memory to give, and
+// results are allocated like any other tensor.
 #include "large_blocks.h"
 
 #include <mutex>
@@ -22,7 +24,7 @@ struct Kept {
 };
 
 Kept& kept() {
-  static Kept* const blocks = new Kept;  // never destroyed: tensors may be freed after the statics
+  static Kept* const blocks = new Kept;  // never destroyed, because tensors may be freed after static objects
   return *blocks;
 }
 

@@ -1,9 +1,9 @@
 // Large result buffers on the CPU that are reused, so that not every call waits for the page faults of a new one.
 //
 // Writing to a new buffer of 200 MB for the first time takes longer than cross-entropy on it, because of 50,000 page
-// faults, each of which zeroes 4 KB. Huge pages make 100 faults of them, and reuse makes none. A block that is given back
-// is kept for the next call that needs about its size. It is marked MADV_FREE: the operating system may take its pages
-// when memory is short, and until then they are used again without a fault.
+// faults, each of which zeroes 4 KB. With huge pages there are 100 faults, and with pages that are used again there are
+// none. A block that is given back is kept for the next call that needs about its size. It is marked MADV_FREE: the
+// operating system may take its pages when memory is short, and until then they are used again without a fault.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace fastgpt {
 
-// In bytes. Smaller blocks malloc reuses itself; for larger ones it would ask the system for new pages at every call.
+// In bytes. malloc itself reuses smaller blocks. For larger ones it would ask the system for new pages at every call.
 constexpr int64_t SMALLEST_LARGE_BLOCK = int64_t{8} << 20;
 
 struct LargeBlock {

@@ -1,6 +1,7 @@
-// A few rows times a matrix W, which is read once and in order: the product takes as long as reading W from memory.
+// x W^T + b for a few rows x. W is read once and in order, so that the product takes as long as reading W from memory.
 //
 // Matrix libraries are made for many rows. For a single row, MKL on AMD's processors reads W at a third of that speed.
+// What is fused: the products, the bias, and the rounding to the dtype of the output.
 #pragma once
 
 #include "kernels.h"
@@ -9,7 +10,7 @@
 namespace fastgpt {
 namespace {
 
-constexpr int64_t AHEAD = 2048;          // bytes of W fetched ahead: the hardware's prefetcher stops at the ends of pages
+constexpr int64_t AHEAD = 2048;          // bytes of W fetched ahead; the hardware's prefetcher stops where a page ends
 constexpr int64_t ROWS_OF_WEIGHT = 16;   // they stay in the nearer caches until every row of x has used them
 
 // out[r][n] = x[r] . w[n] + b[n], for ROWS rows of x from `first` and n in [begin, end). CHAINS separate sums hide
@@ -43,6 +44,7 @@ void dot_products(const LinearRows& a, int64_t first, int64_t begin, int64_t end
   }
 }
 
+// Columns [begin, end) of the output, for all rows: four rows of x at a time.
 template <class T>
 void linear_rows(const LinearRows& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += ROWS_OF_WEIGHT) {
@@ -55,6 +57,7 @@ void linear_rows(const LinearRows& a, int64_t begin, int64_t end) {
   }
 }
 
+// Converts values to float32.
 template <class T>
 void widen(const void* from, float* to, int64_t count) {
   const T* values = static_cast<const T*>(from);

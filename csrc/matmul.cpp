@@ -1,3 +1,5 @@
+// The matrix product of matmul.h: checks the arguments and divides the longer side of the output among threads. The
+// kernel is in matmul_tiles.h.
 #include "matmul.h"
 
 #include <algorithm>
@@ -5,7 +7,7 @@
 
 namespace fastgpt {
 
-constexpr int64_t LINES_PER_TASK = 64;  // of the longer side of `out`: two panels of B at the widest
+constexpr int64_t LINES_PER_TASK = 64;  // rows or columns of `out`; two panels of B where vectors are widest
 
 void matmul(const Tensor& a, const Tensor& b, Tensor out, bool accumulate) {
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2 && a.size(1) == b.size(0) && a.size(0) == out.size(0) &&

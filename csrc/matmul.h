@@ -1,7 +1,7 @@
 // out (+)= a b on the CPU in float32, for linear_cross_entropy.
 //
-// PyTorch's wheels call Intel's MKL, which is hard to beat on Intel's processors. On AMD's it misses the peak by a tenth
-// to a fifth, most with the shape of a language model's head: few rows and a large vocabulary. There
+// PyTorch's wheels call Intel's MKL, which is hard to beat on Intel's processors. On AMD's it misses the peak by a
+// tenth to a fifth, most with the shape of a language model's head: few rows and a large vocabulary. There
 // fastgpt/ops/native.py takes this product instead.
 #pragma once
 

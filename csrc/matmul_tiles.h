@@ -1,8 +1,10 @@
-// A matrix product in float32, by packed panels and a register tile (Goto and van de Geijn 2008; BLIS, Van Zee 2015).
+// The matrix product c (+)= a b in float32, by packed panels and a tile of sums in registers (Goto and van de Geijn
+// 2008; BLIS, Van Zee and van de Geijn 2015).
 //
-// For linear_cross_entropy on processors whose maker does not make the matrix library that PyTorch calls: see matmul.h.
-// Panels of A, TILE_ROWS rows high, and of B, two vectors wide, are copied so that the tile's loop reads both in order:
-// each step is two loads of B, TILE_ROWS broadcasts of A, and 2 * TILE_ROWS fused multiply-adds into registers.
+// linear_cross_entropy uses it where it is faster than the library that PyTorch calls, see matmul.h. Panels of A of
+// TILE_ROWS rows, and panels of B two vectors wide, are copied (packed), so that the loop over the depth of a tile
+// reads both in order. Each step of the loop loads two vectors of B and broadcasts TILE_ROWS values of A, for each of
+// which it makes two fused multiply-adds into sums in registers.
 #pragma once
 
 #include <cstring>
@@ -14,15 +16,17 @@ namespace fastgpt {
 namespace {
 
 constexpr int TILE_COLUMNS = 2 * LANES;
-constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;  // 2 * TILE_ROWS sums and 3 more fill the registers
-constexpr int64_t CHAIN = 128;             // products added one after the other: a longer chain rounds worse than MKL
-constexpr int64_t DEPTH = 512;             // of a panel: of A's, 24 KB stay in the first-level cache
-constexpr int64_t RESIDENT = 288 * DEPTH;  // values of the smaller operand that stay in the second-level cache, 576 KB
-constexpr int64_t STREAMED = 128 * DEPTH;  // values of the larger one that pass by it, 256 KB
+// 2 * TILE_ROWS vectors of sums, two vectors of B and one of A are in registers at the same time.
+constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;
+constexpr int64_t CHAIN = 128;             // products added one after the other; more would have larger errors than MKL
+constexpr int64_t DEPTH = 512;             // of a panel; one of A then takes at most 24 KB of the first-level cache
+constexpr int64_t RESIDENT = 288 * DEPTH;  // values of the smaller operand packed at a time: 576 KB, in the L2 cache
+constexpr int64_t STREAMED = 128 * DEPTH;  // values of the larger operand packed at a time: 256 KB
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Equal blocks of at most `most` lines, whole panels each: without a last one that is hardly worth its packing.
+// The lines of each block, where `lines` are divided into blocks of whole panels and at most `most` lines. The blocks
+// are about equal, because a small last one would hardly be worth packing.
 constexpr int64_t equal_blocks(int64_t lines, int64_t most, int64_t panel) {
   const int64_t panels = (lines + panel - 1) / panel, most_panels = most / panel;
   const int64_t blocks = panels == 0 ? 1 : (panels + most_panels - 1) / most_panels;
@@ -58,7 +62,8 @@ inline void multiply_tile(const float* a, const float* b, int64_t depth, float* 
   }
 }
 
-// `count` lines of a matrix, `depth` values each, as panels of WIDTH lines: out[panel][p][line], 0 past the last line.
+// Copies `count` lines (rows of A or columns of B) of `depth` values each to panels of WIDTH lines. out[panel][p][line]
+// is value p of a line, and 0 past the last line.
 template <int WIDTH>
 void pack(const float* from, int64_t line_stride, int64_t depth_stride, int64_t count, int64_t depth, float* out) {
   for (int64_t first = 0; first < count; first += WIDTH, out += WIDTH * depth) {
@@ -67,7 +72,7 @@ void pack(const float* from, int64_t line_stride, int64_t depth_stride, int64_t 
     if (width == WIDTH && line_stride == 1) {
       for (int64_t p = 0; p < depth; ++p) std::memcpy(out + p * WIDTH, lines + p * depth_stride, 4 * WIDTH);
     } else if (width == WIDTH && depth_stride == 1) {
-      constexpr int64_t BATCH = 8;  // values of each line at a time: half a cache line in, BATCH panel rows out
+      constexpr int64_t BATCH = 8;  // values of each line at a time: half a cache line, to BATCH rows of the panel
       int64_t p = 0;
       for (; p + BATCH <= depth; p += BATCH)
         for (int i = 0; i < WIDTH; ++i)
@@ -82,7 +87,7 @@ void pack(const float* from, int64_t line_stride, int64_t depth_stride, int64_t 
   }
 }
 
-// All tiles of packed blocks of A (rows x depth) and B (depth x columns).
+// c (+)= a b, tile by tile, for packed blocks of A (rows, depth) and B (depth, columns).
 inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_t columns, int64_t depth, float* c,
                             int64_t c_stride, bool accumulate) {
   for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
@@ -97,8 +102,9 @@ inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_
         multiply(to, c_stride);
         continue;
       }
-      // In a copy of its own, which c begins: the sums are those of a whole tile, since which tiles are at an edge
-      // depends on the number of threads.
+      // A tile at the edge is computed as a whole one, in a copy that begins with the values of c. Its sums then have
+      // the bits of any other tile. They must not differ, because the number of threads decides which tiles are at an
+      // edge.
       float edge[TILE_ROWS * TILE_COLUMNS] = {};
       const int64_t height = smaller(TILE_ROWS, rows - i), width = smaller(TILE_COLUMNS, columns - j);
       const size_t row_bytes = sizeof(float) * static_cast<size_t>(width);
@@ -108,7 +114,9 @@ inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_
     }
 }
 
-// Rows and columns of one packed block. The operand with the shorter side is packed once per depth and stays.
+// The rows of a packed block of A, and the columns of one of B. A block of the operand with the shorter side (of A
+// where a_stays) is packed once for each slice of the depth and stays in the cache, while the blocks of the other one
+// pass.
 struct Blocks {
   int64_t rows, columns;
   bool a_stays;

@@ -1,8 +1,9 @@
-// One float vector per instruction set, in the compiler's own vector types: the same source gives AVX-512, AVX2, SSE2
-// and NEON code. Included by one kernels_*.cpp per instruction set, which sets FASTGPT_LANES and the target first.
+// Vectors of float32 for the row kernels: load, store, reductions, exp and log. They are written in the vector types of
+// GCC and Clang, so that one source compiles to AVX-512, AVX2, SSE2 and NEON. Each kernels_*.cpp includes this file for
+// one instruction set, after it has set FASTGPT_LANES (the number of values in a vector) and the compiler's target.
 //
-// Everything here has internal linkage: a function compiled for AVX-512 must never be the copy the linker keeps for
-// all.
+// Everything here is in an unnamed namespace. Otherwise the linker would keep one copy of a function for all
+// instruction sets. If that were the copy compiled for AVX-512, processors without AVX-512 could not run it.
 #pragma once
 
 #include <cstdint>
@@ -21,22 +22,23 @@ typedef uint32_t Bits __attribute__((vector_size(4 * FASTGPT_LANES)));
 typedef int32_t Mask __attribute__((vector_size(4 * FASTGPT_LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * FASTGPT_LANES)));
 
-inline Vec splat(float value) { return value - Vec{}; }  // value - 0 keeps -0, infinities and NaN as they are
+inline Vec splat(float value) { return value - Vec{}; }  // makes a vector; - 0 changes no value, not even -0 or NaN
 inline Mask lane_numbers() {
   Mask lanes;
   for (int i = 0; i < LANES; ++i) lanes[i] = i;
   return lanes;
 }
-#if defined(FASTGPT_AVX512)  // one instruction, where the compiler would take a comparison and a blend
+#if defined(FASTGPT_AVX512)  // one instruction; of the expression below, compilers make two
 inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
 #elif defined(FASTGPT_AVX2)
 inline Vec larger(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where one is NaN
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
 #endif
 inline Vec plus(Vec a, Vec b) { return a + b; }
 
-// Reductions over the lanes by halves: always in the same order.
+// The sum and the maximum of the lanes: the upper half of the vector is combined with the lower half, then the upper
+// half of the result with its lower half, and so on. The order is always the same.
 #if defined(FASTGPT_AVX512) || defined(FASTGPT_AVX2)
 inline float sum_lanes(__m256 v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -61,7 +63,8 @@ inline float max_lanes(Vec v) {
 }
 #endif
 
-// `a` and `b` folded into one vector: lanes without the bit HALF reduce a's pairs (i, i ^ HALF), the others b's.
+// Combines pairs of lanes, and two vectors into one. Lane i of the result is OP of the lanes i and i ^ HALF: of `a`
+// where i does not have the bit HALF, else of `b`.
 template <Vec OP(Vec, Vec), int HALF, int... I>
 inline Vec fold_lanes(Vec a, Vec b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
@@ -74,7 +77,8 @@ inline Vec fold_lanes(Vec a, Vec b, std::integer_sequence<int, I...>) {
   return OP(kept, moved);
 }
 
-// Lane i of the result is the reduction of the lanes of v[i]: LANES reductions for the price of a few.
+// Reduces each of LANES vectors to one value, which is lane i of the result for v[i], and overwrites v. This takes
+// LANES - 1 calls of OP. To reduce each vector by itself would take log2(LANES) calls for every one of them.
 template <Vec OP(Vec, Vec), int HALF = LANES / 2>
 inline Vec reduce_each(Vec* v) {
   for (int i = 0; i < HALF; ++i)
@@ -83,7 +87,7 @@ inline Vec reduce_each(Vec* v) {
   return v[0];
 }
 
-// --- load and store: float32 in registers, whatever lies in memory ---
+// --- load and store: values are float32 in registers; in memory they are float32, bfloat16 or float16 ---
 
 inline Vec load(const float* p) {
   Vec v;
@@ -102,7 +106,7 @@ inline Vec load(const BFloat16* p) {
   return v;
 }
 
-inline Half to_bfloat16(Vec v) {  // to nearest, ties to even; NaN stays NaN
+inline Half to_bfloat16(Vec v) {  // rounds to nearest, ties to even; NaN stays NaN
   Bits bits;
   std::memcpy(&bits, &v, sizeof bits);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -150,9 +154,9 @@ inline void store(Float16* p, Vec v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// The last n % LANES values of a row, without a branch per value: the last whole vector of the row, in which the lanes
-// that the loop over whole vectors has seen already are replaced by `fill`. Rows shorter than a vector go value by
-// value.
+// The last n % LANES values of a row of n values, in the last lanes of a vector; the other lanes are `fill`. To avoid a
+// branch for each value, the last LANES values of the row are loaded, and those that a loop over whole vectors has read
+// already are replaced. Only rows shorter than a vector are loaded value by value.
 template <class T>
 inline Vec load_tail(const T* row, int64_t n, float fill) {
   Vec v;
@@ -167,7 +171,7 @@ inline Vec load_tail(const T* row, int64_t n, float fill) {
   return v;
 }
 
-// Stores the lanes of `v` that load_tail read last into the end of the row.
+// Stores the last n % LANES lanes of `v`, where load_tail puts the values, at the end of a row of n values.
 inline void store_tail(float* row, int64_t n, Vec v) {
   float lane[LANES];
   std::memcpy(lane, &v, sizeof lane);
@@ -175,7 +179,7 @@ inline void store_tail(float* row, int64_t n, Vec v) {
   for (int64_t i = 0; i < count; ++i) row[n - count + i] = lane[LANES - count + i];
 }
 
-// The first n < LANES values of a row; the other lanes are `fill`.
+// The first n < LANES values at p, in the first lanes; the other lanes are `fill`.
 template <class T>
 inline Vec load_some(const T* p, int64_t n, float fill) {
   float lane[LANES];
@@ -193,7 +197,7 @@ inline void store_some(T* p, int64_t n, Vec v) {
   for (int64_t i = 0; i < n; ++i) from_float(lane[i], p[i]);
 }
 
-// (a[0], b[0]), (a[1], b[1]), ...: the first n <= LANES pairs
+// Stores the first n <= LANES of the pairs (a[0], b[0]), (a[1], b[1]), ...
 inline void store_pairs(float* p, int64_t n, Vec a, Vec b) {
   float lane[2][LANES];
   store(lane[0], a);
@@ -204,7 +208,10 @@ inline void store_pairs(float* p, int64_t n, Vec a, Vec b) {
   }
 }
 
-// --- stores that go round the caches: for results larger than the caches, a plain store first reads what it overwrites ---
+// --- stores past the caches ---
+//
+// A plain store first reads the cache line that it writes to. Where a result is larger than the caches, this read comes
+// from main memory, and stores that write past the caches (non-temporal stores) avoid it.
 
 template <class T>
 constexpr int64_t stream_alignment() {
@@ -212,7 +219,7 @@ constexpr int64_t stream_alignment() {
 }
 
 template <class T>
-inline void stream(T* p, Vec v) {  // p is a multiple of stream_alignment
+inline void stream(T* p, Vec v) {  // p is a multiple of stream_alignment()
 #if defined(FASTGPT_AVX512)
   if constexpr (std::is_same_v<T, float>) _mm512_stream_ps(p, (__m512)v);
   if constexpr (std::is_same_v<T, BFloat16>) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)to_bfloat16(v));
@@ -226,7 +233,8 @@ inline void stream(T* p, Vec v) {  // p is a multiple of stream_alignment
 #endif
 }
 
-inline void finish_streams() {  // streamed stores become visible to other threads only behind a fence
+// Stores past the caches are not ordered with others. After this fence, other threads see them before any later store.
+inline void finish_streams() {
 #if defined(FASTGPT_AVX512) || defined(FASTGPT_AVX2)
   _mm_sfence();
 #endif
@@ -234,34 +242,38 @@ inline void finish_streams() {  // streamed stores become visible to other threa
 
 // --- exp ---
 
-// exp(x) for x <= 0, softmax never asks for more. 0 for -inf, NaN for NaN. An object, made before a loop: it holds the
-// constants, so that each stays in a register.
+// Exp()(x) is exp(x) for x <= 0. Softmax needs no other values, because it subtracts the maximum first. exp(-inf) is 0,
+// and exp(NaN) is NaN. Exp is an object that is made before a loop and holds the constants, so that each stays in a
+// register.
 #if defined(FASTGPT_AVX512) || defined(FASTGPT_AVX2)
 
-// Hides where a constant comes from: the compiler would load it from memory again wherever it is used.
+// Hides from the compiler that v is a constant. Otherwise it would load v from memory again wherever v is used.
 template <class V>
 inline V in_register(V v) {
   asm("" : "+v"(v));
   return v;
 }
 
-constexpr int FRACTION_BITS = LANES == 16 ? 4 : 3;
-constexpr uint32_t POWERS[16] = {  // 2^(j / 16), bit by bit
+constexpr int FRACTION_BITS = LANES == 16 ? 4 : 3;  // log2(LANES)
+constexpr uint32_t POWERS[16] = {  // the bits of 2^(j / 16) as float32
     0x3f800000, 0x3f85aac3, 0x3f8b95c2, 0x3f91c3d3, 0x3f9837f0, 0x3f9ef532, 0x3fa5fed7, 0x3fad583f,
     0x3fb504f3, 0x3fbd08a4, 0x3fc5672a, 0x3fce248c, 0x3fd744fd, 0x3fe0ccdf, 0x3feac0c7, 0x3ff5257d};
 
-inline Bits power_table() {  // 2^(j / LANES), less the j that `k << (23 - FRACTION_BITS)` adds to entry j
+// Entry j is the bits of 2^(j / LANES), from which j << (23 - FRACTION_BITS) is subtracted, because Exp adds this again
+// when it adds all bits of k.
+inline Bits power_table() {
   Bits table;
   for (uint32_t j = 0; j < LANES; ++j) table[j] = POWERS[j * (16 / LANES)] - (j << (23 - FRACTION_BITS));
   return table;
 }
 
-// x = k ln 2 / LANES + r with |r| <= ln 2 / (2 LANES). exp(r) is a polynomial of degree 3 (minimax, relative error 2e-9
-// for 16 lanes, 3e-8 for 8). 2^(k / LANES) is looked up by the last bits of k in a table that is one register, and the
-// other bits of k are added to its exponent. In all at most 1.1e-7 for x >= -2, 1.6e-7 down to -20, 3.5e-7 down to -87.
+// Table-driven exp (Tang 1989). With x = k ln 2 / LANES + r and |r| <= ln 2 / (2 LANES), exp(x) = 2^(k / LANES) exp(r).
+// exp(r) is a polynomial of degree 3, a minimax fit with a relative error of 2e-9 for 16 lanes and 3e-8 for 8 lanes.
+// 2^(k / LANES) is found by the last bits of k in a table that fills one register; the other bits of k are added to its
+// exponent. The relative error of exp is at most 1.1e-7 for x >= -2, 1.6e-7 down to -20, and 3.5e-7 down to -87.
 class Exp {
  public:
-  Exp() {}  // written out: an implicit one would not be compiled for this target
+  Exp() {}  // written out, because an implicit constructor would not be compiled for this target
 
   Vec operator()(Vec x) const {
     const Vec y = larger(smallest, x);
@@ -282,8 +294,8 @@ class Exp {
   }
 
  private:
-  const Vec smallest = in_register(splat(-88.0296919f));  // -127 ln 2, whose power of two comes out as 0
-  const Vec shifter = in_register(splat(12582912.0f));    // 1.5 * 2^23: adding it rounds to an integer in the last bits
+  const Vec smallest = in_register(splat(-88.0296919f));  // -127 ln 2: here the bits of 2^(k / LANES) are those of 0
+  const Vec shifter = in_register(splat(12582912.0f));    // 1.5 * 2^23: the sum with it is rounded to an integer
   const Vec per_step = in_register(splat(LANES * 1.44269504f));
   const Vec step = in_register(splat(0.693147182f / LANES));
   const Vec c3 = in_register(splat(LANES == 16 ? 0.166667178f : 0.166668579f));
@@ -294,14 +306,15 @@ class Exp {
 
 #else
 
-// x = k ln 2 + r with |r| <= ln 2 / 2: exp(r) is a polynomial (coefficients: a minimax fit of (exp(r) - 1 - r) / r^2,
-// relative error of exp 3e-9), times 2^k. ln 2 is split in two so that k ln2_hi is exact.
+// With x = k ln 2 + r and |r| <= ln 2 / 2, exp(x) = 2^k exp(r). exp(r) is a polynomial whose coefficients are a minimax
+// fit of (exp(r) - 1 - r) / r^2; the relative error of exp(r) is 3e-9. ln 2 is split into two constants, so that k
+// times the first one is exact (Cody and Waite 1980).
 struct Exp {
   Vec operator()(Vec x) const {
-    const Vec smallest = splat(-87.0f);  // below, 2^k would leave float32's normal numbers: 0
+    const Vec smallest = splat(-87.0f);  // below it, 2^k would not be a normal float32; exp is 0
     const Mask vanishes = x < smallest;
     const Vec y = vanishes ? smallest : x;
-    const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the last bits
+    const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: the sum with it is rounded to an integer
     const Vec shifted = y * 1.44269504f + shifter;
     const Vec k = shifted - shifter;
     const Vec r = (y - k * 0.693359375f) + k * 2.12194440e-4f;
@@ -323,8 +336,9 @@ struct Exp {
 
 // --- log ---
 
-// log(x) for x >= 1 (a sum of exp of which one is 1), within a unit in the last place; NaN for NaN.
-// x = 2^k m with sqrt(1/2) <= m < sqrt(2); log(m) is Cephes' polynomial of degree 9 in m - 1.
+// log(x) for x >= 1, as a sum of exp(x - maximum) is, because the maximum itself adds 1. The error is at most a unit in
+// the last place, and log(NaN) is NaN. With x = 2^k m and sqrt(1/2) <= m < sqrt(2), log(x) = k ln 2 + log(m). log(m) is
+// the polynomial in m - 1 of logf in the Cephes library (Moshier), and ln 2 is split into two constants, as in Exp.
 inline Vec log_of_sum(Vec x) {
   Bits bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -1,4 +1,5 @@
-// One name for what torch 2.11 and later ones call differently in the stable ABI.
+// One name for the check of an error code in every torch from 2.11 on. The sources use STABLE_TORCH_ERROR_CODE_CHECK,
+// whose message says more. torch 2.11 does not have it, and there TORCH_ERROR_CODE_CHECK takes its place.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

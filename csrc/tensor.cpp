@@ -1,3 +1,4 @@
+// What tensor.h declares: the allocation of results, the threshold for stores past the caches, the check of indices.
 #include "tensor.h"
 
 #include <algorithm>
@@ -29,7 +30,7 @@ Tensor new_small(const std::vector<int64_t>& sizes, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const auto error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type,
                                               aoti_torch_device_type_cpu(), 0, &handle);
-  // The reason is not handed on; sizes that make sense fail for one alone.
+  // The stable ABI does not say why the allocation failed. For sizes that are valid, the reason is a lack of memory.
   STD_TORCH_CHECK(error == 0, "not enough memory: cannot allocate ", bytes_of(sizes, dtype), " bytes");
   return Tensor(handle);
 }
@@ -57,7 +58,7 @@ Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool ze
   return buffer;
 }
 
-// Atomic because a test may set it while another thread reads it.
+// Atomic, because a test may set it while another thread reads it.
 static std::atomic<int64_t> threshold{STREAM_THRESHOLD};
 
 int64_t stream_threshold() { return threshold.load(std::memory_order_relaxed); }
@@ -67,7 +68,7 @@ void set_stream_threshold(int64_t bytes) { threshold.store(bytes, std::memory_or
 int64_t check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore) {
   const int64_t counted = kernels().count_indices(indices, n, limit, ignore);
   if (counted >= 0) return counted;
-  int64_t i = 0;  // of the first bad one
+  int64_t i = 0;  // the position of the first index that is outside
   while (static_cast<uint64_t>(indices[i]) < static_cast<uint64_t>(limit) || (ignore && indices[i] == *ignore)) ++i;
   throw std::out_of_range(std::string(name) + ": value " + std::to_string(indices[i]) + " at flat position " +
                           std::to_string(i) + " is outside [0, " + std::to_string(limit) + ")");

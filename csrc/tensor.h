@@ -1,4 +1,5 @@
-// What the CPU ops share: the stable tensor type, its three storage types, large buffers, errors.
+// What the CPU ops share: the tensor type of libtorch's stable ABI, the three storage types, the allocation of results,
+// the threshold for stores past the caches, and the check of indices.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -40,12 +41,13 @@ Tensor new_small(const std::vector<int64_t>& sizes, ScalarType dtype);
 // The tensor itself where its values are contiguous, else a copy.
 inline Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
-// A matrix whose rows are contiguous; rows may lie apart.
+// The matrix itself where the values of each row are contiguous, with or without gaps between the rows; else a copy.
 inline Tensor with_contiguous_rows(const Tensor& matrix) {
   return matrix.size(1) > 1 && matrix.stride(1) != 1 ? torch::stable::contiguous(matrix) : matrix;
 }
 
-// A tensor on the CPU, uninitialised or zeros, with the dtype of `like` or `dtype`. Large ones are blocks of large_blocks.h.
+// A tensor on the CPU, uninitialised or zeros, with the dtype of `like` or with `dtype`. Large ones are blocks of
+// large_blocks.h.
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
                   std::optional<ScalarType> dtype = std::nullopt);
 
@@ -56,7 +58,8 @@ constexpr int64_t STREAM_THRESHOLD = int64_t{16} << 20;
 int64_t stream_threshold();
 void set_stream_threshold(int64_t bytes);  // for tests and comparisons
 
-// How many of n indices are not `ignore`. IndexError in Python for the first of them outside [0, limit).
+// The number of indices that are not `*ignore`. If any of these lies outside [0, limit), Python raises an IndexError
+// that names the first one.
 int64_t check_range(const char* name, const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignore);
 
 }  // namespace fastgpt

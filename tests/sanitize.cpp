@@ -1,7 +1,8 @@
-// The row kernels of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+// Runs the row kernels of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 //
-// Each buffer is exactly as long as its rows and lies at every offset from a vector's boundary, so that a load or store
-// past either end is seen. Results are compared with sums in double; the tests in Python compare them with the oracle.
+// Each buffer ends where its rows end, so that AddressSanitizer sees every access past the end. Rows begin at several
+// offsets from the start of the allocation, so that they are aligned to a vector and not; at offset 0 an access before
+// the start is seen, too. Results are compared with sums in double; the tests in Python compare them with the oracle.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -23,7 +24,7 @@ static void expect(bool ok, const char* what, const char* kernels_name, int64_t 
   std::printf("%s: wrong with %s at length %lld\n", what, kernels_name, static_cast<long long>(n));
 }
 
-// n values on the heap with nothing behind them, `offset` values past an allocation's start.
+// n values at the end of an allocation, `offset` values after its start.
 template <class T>
 struct Buffer {
   std::unique_ptr<T[]> memory;
@@ -73,7 +74,7 @@ static void cross_entropy(int64_t n, int64_t offset, bool in_place, bool stream,
     total += to_float(static_cast<T*>(rows.gradient)[i]);
   }
   expect(std::fabs(loss - expected) < 1e-4 * (1.0 + expected), "loss", kernels().name, n);
-  expect(std::fabs(total) < 0.05, "gradient", kernels().name, n);  // it sums to 0
+  expect(std::fabs(total) < 0.05, "gradient", kernels().name, n);  // the sum of a row is 0
 
   const int64_t ignored = -100;
   rows.targets = &ignored;
@@ -81,7 +82,7 @@ static void cross_entropy(int64_t n, int64_t offset, bool in_place, bool stream,
   expect(loss == 0.0f && to_float(static_cast<T*>(rows.gradient)[n - 1]) == 0.0f, "ignored row", kernels().name, n);
 }
 
-// Several vectors of rows and a rest, some of them ignored.
+// More rows than a whole number of vectors has lanes. Every sixth row is ignored.
 static void short_rows(int64_t n, bool in_place) {
   constexpr int64_t ROWS = 35;
   Buffer<float> logits(ROWS * n, 1), gradient(ROWS * n, 1), loss(ROWS, 0), statistics(2 * ROWS, 0);
@@ -152,7 +153,8 @@ static void embedding(int64_t columns, bool with_positions, bool stream) {
   }
 }
 
-// Nine sequences, eight of them side by side, in two parts of the columns.
+// Nine sequences, of which eight are added at a time and the last one alone. The columns are in two parts, as for two
+// threads.
 template <class T>
 static void embedding_sums(int64_t columns, bool with_tokens, bool with_positions) {
   constexpr int64_t V = 3, B = 9, LENGTH = 2;

@@ -1,1 +1,1 @@
-"""Triton source of FastGPT's kernels, installed as fastgpt.triton_kernels."""
+"""FastGPT's Triton kernels, installed as fastgpt.triton_kernels. attention.py and layer_norm.py launch them."""

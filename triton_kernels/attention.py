@@ -46,7 +46,7 @@ from .target import (
 
 MAX_DECODED_QUERIES = 8
 SHORT = 256  # longer sequences are loaded through tensor descriptors, where the chip has them
-_L2_SECTION_BYTES = 24 * 2**20  # of keys and values in use at one time: half of the L2 cache of an H100
+_L2_SECTION_BYTES = 24 * 2**20  # keys and values in use at one time: half of the L2 cache of an H100
 
 # --- launch configurations --------------------------------------------------------------------------------------------
 #
@@ -77,7 +77,10 @@ def _block_d(head_size: int) -> int:
 
 @lru_cache
 def forward_config(head_size: int, element_size: int, longest: int, descriptors: bool, dropout: bool) -> dict[str, int]:
-    """`longest` is max(Tq, Tk). A dropout mask takes registers, so the same tile is spread over more warps."""
+    """For `forward_kernel`. `longest` is max(Tq, Tk). With dropout a tile is spread over more warps.
+
+    A dropout mask takes registers, and each warp then has a smaller part of it.
+    """
     d = _block_d(head_size)
     if element_size == 4:
         return _float32_config(d, {128: 8, 256: 16}.get(d, 4))
@@ -92,9 +95,9 @@ def forward_config(head_size: int, element_size: int, longest: int, descriptors:
 def one_tile_forward_config(
     head_size: int, element_size: int, longest: int, dropout: bool, arch: int
 ) -> dict[str, int] | None:
-    """Of the kernel without a loop over keys; None where a multiprocessor does not hold two heads of this size.
+    """For `one_tile_forward_kernel`; None where a multiprocessor does not hold two heads of this size.
 
-    Two, because one head is fetched while the other one is multiplied.
+    It has to hold two, because one head is fetched while the other one is multiplied.
     """
     d = _block_d(head_size)
     block = max(16, next_power_of_2(longest))
@@ -107,7 +110,7 @@ def one_tile_forward_config(
 
 @lru_cache
 def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout: bool) -> dict[str, int]:
-    """As for `forward_config`."""
+    """For `grad_q_kernel`; the arguments are those of `forward_config`."""
     d = _block_d(head_size)
     if element_size == 4:
         return _float32_config(d, 4 if d <= 64 else 8)
@@ -122,7 +125,7 @@ def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout:
 def grad_kv_config(
     head_size: int, element_size: int, descriptors: bool, dropout: bool, group: int, arch: int
 ) -> dict[str, int]:
-    """`group` is the number of query heads that share a key head; `arch` is 80, 90 or 100."""
+    """For `grad_kv_kernel`. `group` is the number of query heads that share a key head; `arch` is 80, 90 or 100."""
     d = _block_d(head_size)
     if element_size == 4:
         return _float32_config(d, 4 if d <= 64 else 8)
@@ -137,7 +140,7 @@ def grad_kv_config(
 def one_tile_backward_config(
     head_size: int, element_size: int, longest: int, dropout: bool, arch: int
 ) -> dict[str, int] | None:
-    """Of the backward in a single pass; None where queries, keys and the three sums do not fit the registers."""
+    """For `one_tile_backward_kernel`; None where queries, keys and the three sums do not fit the registers."""
     d = _block_d(head_size)
     block = max(16, next_power_of_2(longest))
     largest = 64 * 32 if dropout or arch < 90 else 64 * 64
@@ -148,7 +151,7 @@ def one_tile_backward_config(
 
 @lru_cache
 def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, int]:
-    """`n_rows`: queries, times the query heads that share a key head. `fits_decode_tile` says how many there may be."""
+    """For `decode_kernel`. `n_rows`: queries times query heads of a key head, as many as `fits_decode_tile` allows."""
     d = _block_d(head_size)
     if element_size == 4:
         config = _config(0, 16, 8 if d <= 128 else 4, 1, d)
@@ -169,8 +172,8 @@ def persistent_programs(n_heads: int, n_tiles: int, num_warps: int, n_multiproce
     """The programs of the forward over long sequences, where each goes over several pairs of tiles; None elsewhere.
 
     There are as many as run at one time: 8 warps with 255 registers a thread fill a multiprocessor. None where the
-    pairs do not share out evenly enough and would leave programs without work for more than 1/20 of the time. One
-    program for each tile is then better: the chip starts the next one whenever another one ends.
+    pairs cannot be shared evenly enough, and programs would be without work for more than 1/20 of the time. One program
+    for each tile is then better, because the chip starts the next one whenever another one ends.
     """
     n_pairs, n_programs = n_heads * n_tiles // 2, 8 // num_warps * n_multiprocessors
     if n_tiles % 2 or n_pairs <= n_programs:
@@ -180,7 +183,10 @@ def persistent_programs(n_heads: int, n_tiles: int, num_warps: int, n_multiproce
 
 
 def one_tile_programs(n_heads: int, num_warps: int, n_multiprocessors: int) -> int:
-    """As many as run at one time: 12 warps with 170 registers a thread fill a multiprocessor. Each loops over heads."""
+    """The programs of `one_tile_forward_kernel`, each of which loops over heads.
+
+    There are as many as run at one time: 12 warps with 170 registers a thread fill a multiprocessor.
+    """
     return min(n_heads, 12 // num_warps * n_multiprocessors)
 
 
@@ -200,7 +206,7 @@ def decode_splits(n_key_heads: int, n_keys: int, block_n: int, n_multiprocessors
 def _dense_heads(x: Tensor) -> Tensor:
     """x itself where the D elements of a row lie side by side, as in every view of a (B, T, H, D) tensor; else a copy.
 
-    Also a copy where rows are 2^24 elements apart or more: offsets within a tile are 32 bits wide.
+    Where rows are 2^24 elements apart or more, it is a copy, too, because offsets within a tile have 32 bits.
     """
     return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**24 else x.contiguous()
 
@@ -229,8 +235,8 @@ def _precision(dtype: torch.dtype) -> str:
 def _takes_descriptors(longest: int, *tensors: Tensor) -> bool:
     """Whether the kernels load their tiles through tensor descriptors, by the Tensor Memory Accelerator of sm_90.
 
-    Making a descriptor takes microseconds, which only long sequences are worth. The accelerator asks for addresses and
-    strides that are multiples of 16 bytes.
+    Making a descriptor takes microseconds, which it saves only where sequences are long. The accelerator needs
+    addresses and strides that are multiples of 16 bytes.
     """
     x = tensors[0]
     return (

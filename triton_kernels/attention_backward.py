@@ -5,7 +5,7 @@ With P the softmax of the scores S = scale * q k^T, and M the dropout mask times
     dV = (P * M)^T dO        dP = (dO V^T) * M        delta = rowsum(P * dP) = rowsum(dO * O)
     dS = P * (dP - delta)    dQ = scale * dS K        dK = scale * dS^T Q
 
-P is made again, tile by tile, as exp(S - lse) with the logsumexp of each row that forward kept (FlashAttention-2,
+P is computed again, tile by tile, as exp(S - lse) with the logsumexp of each row that forward kept (FlashAttention-2,
 Dao 2023, arXiv:2307.08691, algorithm 2).
 
 What is fused: all of the above, in two passes, so that every sum belongs to one program. No atomic additions are
@@ -14,8 +14,8 @@ needed, and the same inputs give the same bits every time:
     dQ        a program holds BLOCK_M queries and goes over the keys; it also writes delta for the other pass
     dK, dV    a program holds BLOCK_N keys and goes over the queries of every query head that shares their key head
 
-Where queries and keys of a head fit one tile, a single pass makes all three gradients. A gradient that nobody asks for
-is not made: dQ alone takes the first pass only, and dV alone the second.
+Where queries and keys of a head fit one tile, a single pass computes all three gradients. A gradient that nobody asks
+for is not computed: dQ alone takes only the first pass, and dV alone only the second.
 
 Memory traffic, for a head of T queries and keys in 16 bits: each pass reads or writes 12 T D bytes (dQ: q, k, v, O, dO,
 dQ; dK, dV: q, k, v, dO, dK, dV) and 8 T of lse and delta. P and dS, written and read back, would add at least 8 T^2.
@@ -47,9 +47,9 @@ def _add_to_grad_kv(
 ):  # fmt: skip
     """(grad_k, grad_v, dS^T): adds one tile of queries to the sums of one tile of keys.
 
-    Scores are made transposed, (BLOCK_N, BLOCK_M), because the products with dO and q read them in that layout. dV is
-    finished before dP is begun, so that fewer tiles occupy registers at a time. dS^T is None where neither GRAD_K nor
-    GRAD_SCORES asks for it.
+    Scores are computed transposed, (BLOCK_N, BLOCK_M), because the products with dO and q read them in that layout. dV
+    is finished before dP is begun, so that fewer tiles occupy registers at a time. dS^T is None where neither GRAD_K
+    nor GRAD_SCORES asks for it.
     """
     weights = tl.exp2(dot(k, tl.trans(q), PRECISION) * score_scale - lse[None, :])
     if MASKED:

@@ -6,9 +6,9 @@ Every backend draws masks by this definition, so that a mask can be rebuilt and 
     counter = (column // 4, low, high 32 bits of row, 0)
     element (row, column) reads output word column % 4 as u, and is dropped when (u >> 1) < round(p * 2**31)
 
-One call serves four columns because its ten rounds take about eighty integer instructions; for each element of a tile
-that would be more than the rest of attention. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011.
+One call gives the words of four columns, because its ten rounds take about eighty integer instructions: a call for each
+element of a tile would take longer than the rest of attention. Source: Salmon et al., "Parallel random numbers: as easy
+as 1, 2, 3", SC 2011.
 """
 
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 def last_dropped(p: float) -> int:
     """The largest 31-bit word that drops an element; -1 drops none.
 
-    Kernels compare with this instead of the threshold round(p * 2**31), which may be 2**31 and not fit an int32.
+    Kernels compare with this instead of the threshold round(p * 2**31), because 2**31 does not fit an int32.
     """
     return round(p * 2**31) - 1
 

@@ -44,9 +44,9 @@ from .rounding import round_to
 from .target import COMPILE_OPTIONS, cdiv, device_of, multiprocessors, next_power_of_2
 
 MAX_FUSED_WIDTH = 4096
-# Of the backward pass: enough to keep memory busy, and few enough that adding up their partial sums costs little.
+# In the backward pass: enough to keep memory busy, and few enough that adding up their partial sums takes little time.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
-# The two kernels of wide rows. 128 columns are whole lines of 128 bytes in every dtype.
+# For the two backward kernels of wide rows. 128 columns are whole lines of 128 bytes in every dtype.
 WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **COMPILE_OPTIONS}
 AFFINE_GRAD_CONFIG = {"ROWS": 32, "BLOCK": 128, "num_warps": 8, **COMPILE_OPTIONS}
 
@@ -217,7 +217,7 @@ def _block(width: int) -> int:
 
 @lru_cache
 def forward_config(width: int) -> dict[str, int]:
-    """A warp holds 1024 elements, 32 in each lane. Rows up to that width belong to one warp: warps exchange nothing."""
+    """A warp holds 1024 elements, 32 in each lane. A row of up to 1024 is in one warp, so warps exchange nothing."""
     block = _block(width)
     rows = max(1, 1024 // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 1024), **COMPILE_OPTIONS}
@@ -225,7 +225,7 @@ def forward_config(width: int) -> dict[str, int]:
 
 @lru_cache
 def backward_config(width: int) -> dict[str, int]:
-    """Half as many elements in a lane, because the gradient, the weight and two sums take registers beside the row."""
+    """Half as many elements in a lane as forward, because the gradient, the weight and two sums take registers, too."""
     block = _block(width)
     rows = min(32, max(1, 2048 // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 512), **COMPILE_OPTIONS}

@@ -10,7 +10,7 @@ _INTERPRETING = tl.constexpr(INTERPRETING)
 
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
-    """x.to(DTYPE). The interpreter's cast to bfloat16 cuts off the low bits, with twice the error of the chip's."""
+    """x.to(DTYPE). The interpreter's own cast to bfloat16 cuts off the low bits, which doubles the error."""
     if _INTERPRETING and tl.bfloat16 == DTYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)

@@ -1,7 +1,7 @@
-"""What the CPU kernels choose by the machine, set to every value there is: each choice is right, wherever it is taken.
+"""What the CPU kernels choose by the machine, set to every value: each choice is right on any machine that takes it.
 
-The kernels choose by instruction set, by the processor's maker, by the number of threads, and by the size from which a
-result is stored round the caches. Nothing here depends on the machine that runs the tests, except that it must have the
+The kernels choose by instruction set, by the processor's maker, by the number of threads, and by the size above which a
+result is written past the caches. Nothing here depends on the machine that runs the tests, except that it must have the
 instructions.
 """
 
@@ -30,7 +30,7 @@ def threads(request):
 
 @pytest.fixture
 def set_machine(monkeypatch):
-    """set_machine(maker, stream_threshold): the maker, and the bytes from which results go round the caches."""
+    """set_machine(maker, stream_threshold): the maker, and the bytes above which results are stored past the caches."""
     extension = native.load("cpu")
     before = extension.stream_threshold()
 
@@ -44,17 +44,17 @@ def set_machine(monkeypatch):
 
 @pytest.mark.usefixtures("instructions", "threads")
 def test_parity_of_every_choice(set_machine) -> None:
-    """As of caches of no size, of a few kilobytes, and of more than any machine has; each maker's matrix product."""
+    """Thresholds of 0, of a few kilobytes and of more than any result has, each with another maker's choices."""
     for maker, stream_threshold in (("amd", 0), ("intel", 2**40), ("other", 4096)):
         set_machine(maker, stream_threshold)
         report = run_parity(backends=["native"], names=OPS, dtypes=DTYPES)
         assert report.rows and not report.failures and not report.skips, str(report)
 
 
-@pytest.mark.parametrize("size", [(3, 5, 7), (40, 130, 33)], ids=str)  # below and above what one thread is given
+@pytest.mark.parametrize("size", [(3, 5, 7), (40, 130, 33)], ids=str)  # below and above the size of one thread's task
 @pytest.mark.usefixtures("instructions")
 def test_the_same_bits_whatever_the_threads_and_the_cache(size, set_machine, monkeypatch) -> None:
-    """Neither the number of threads nor the streaming threshold changes a bit: they say who computes, and where to."""
+    """The threads and the threshold only decide which thread computes a value and how it is stored: no bit changes."""
     # PyTorch's own product may divide a sum among threads.
     monkeypatch.setattr(native, "reason_for_library", lambda kernel: None)
     B, T, C = size
@@ -102,7 +102,7 @@ def test_no_file_of_the_system_is_read(monkeypatch) -> None:
         raise AssertionError(f"asked the system: {args}")
 
     x, weight = torch.randn(300, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
-    ops.linear_cross_entropy(x, weight, torch.randint(50, (300,)))  # loads what it needs
+    ops.linear_cross_entropy(x, weight, torch.randint(50, (300,)))  # loads the modules that it needs
     for module, name in ((builtins, "open"), (os, "sysconf"), (os, "cpu_count")):
         monkeypatch.setattr(module, name, refuse)
     ops.linear_cross_entropy(x, weight, torch.randint(50, (300,))).backward()

@@ -39,7 +39,7 @@ def test_parity(instructions: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
 def test_every_length(instructions: str, dtype: torch.dtype) -> None:
-    """Around the vectors (4, 8, 16), their pairs, and the blocks of 2048: each tail, each head of a streamed row."""
+    """Lengths about those of one vector (4, 8, 16), two vectors and a block of 2048, so that every tail is computed."""
     for classes in (*range(1, 40), 63, 64, 65, 127, 2047, 2048, 2049, 2064, 4099, 50257):
         logits, targets = rows(3, classes, dtype, seed=classes)
         exact = logits.detach().double().requires_grad_()
@@ -54,7 +54,7 @@ def test_every_length(instructions: str, dtype: torch.dtype) -> None:
 
 
 def test_groups_of_short_rows(instructions: str) -> None:
-    """Float32 rows go a vector of them at a time: groups that are not full, ignored rows, every tail; in place too."""
+    """Float32 rows are computed in groups: groups that are full and not, ignored rows, every tail, in place and not."""
     for classes in (*range(1, 36), 65):
         for n in (1, 15, 16, 17, 37):
             logits, targets = rows(n, classes, seed=classes)
@@ -71,7 +71,7 @@ def test_groups_of_short_rows(instructions: str) -> None:
 
 
 def test_sixteen_bits_are_read_and_rounded_as_pytorch_does(instructions: str) -> None:
-    """Every 16-bit pattern through an op that only adds: a gather of rows with a zero position table."""
+    """Every 16-bit pattern, read and written by an op that only adds: an embedding with constant position rows."""
     for dtype in (torch.float16, torch.bfloat16):
         patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
         tokens = torch.arange(256)[None]
@@ -82,7 +82,7 @@ def test_sixteen_bits_are_read_and_rounded_as_pytorch_does(instructions: str) ->
 
 
 def test_streamed_rows() -> None:
-    """A gradient larger than the last cache is stored round it; rows of 50,257 start at every alignment."""
+    """A gradient above the threshold is written past the caches. Rows of 50,257 values start at every alignment."""
     n = native.load("cpu").stream_threshold() // (4 * 50257) + 3
     logits, targets = rows(n, 50257)
     _, gradient = loss_and_gradient(logits, targets)
@@ -131,7 +131,7 @@ def test_user_tensors_are_not_changed() -> None:
     (first,) = torch.autograd.grad(loss * 2, logits, retain_graph=True)
     kept = first.clone()
     (second,) = torch.autograd.grad(loss * 3, logits)
-    assert torch.equal(first, kept)  # the buffer that was handed out is not used again
+    assert torch.equal(first, kept)  # the second gradient has a buffer of its own
     torch.testing.assert_close(second, first * 1.5)
     assert torch.equal(logits.detach(), before[0]) and torch.equal(targets, before[1])
 
@@ -199,6 +199,7 @@ def test_autocast() -> None:
 @pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
 @pytest.mark.parametrize("classes", [1, 3, 16, 64, 65, 70, 4099])
 def test_long_double_works_after_it(instructions: str, classes: int, dtype: torch.dtype) -> None:
+    """Had a kernel used an MMX register, long double arithmetic would give NaN afterwards."""
     logits, targets = rows(37, classes, dtype)
     targets[5] = -100
     for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(classes).to(dtype)}, {"reduction": "none"}):
@@ -208,7 +209,7 @@ def test_long_double_works_after_it(instructions: str, classes: int, dtype: torc
 
 @pytest.mark.parametrize("upstream", [torch.nan, torch.inf, -torch.inf, 0.0])
 def test_upstream_gradients_that_are_not_finite(upstream: float) -> None:
-    """A counted row whose gradient is 0, and an ignored one: 0 * inf is NaN in the first alone, in both passes."""
+    """A counted row whose gradient is 0 becomes NaN when multiplied by inf, an ignored row stays 0: in both passes."""
     logits = torch.tensor([[200.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]], requires_grad=True)
     targets = torch.tensor([0, -100])
     expected = torch.autograd.grad(F.cross_entropy(logits, targets), logits, torch.tensor(upstream))[0]
@@ -281,7 +282,7 @@ def test_compile(reduction: str) -> None:
     logits, targets = rows(4, 6)
     square, own = torch.randn(6, 6), torch.arange(4)
 
-    def step(logits):  # logits is x and head of the last loss at once
+    def step(logits):  # in the last loss, logits is both x and head
         loss = ops.cross_entropy(logits * 2, targets, reduction=reduction, backend="native").sum() * 3
         loss = loss + ops.linear_cross_entropy(logits, square, targets, reduction=reduction, backend="native").sum()
         return loss + ops.linear_cross_entropy(logits, logits, own, reduction=reduction, backend="native").sum()

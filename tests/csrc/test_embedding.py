@@ -27,7 +27,7 @@ def test_parity(instructions: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_width(instructions: str, dtype: torch.dtype) -> None:
-    """Around the vectors and around the strips of 128 columns."""
+    """Widths about those of a vector and of a strip of 128 columns."""
     tokens = torch.tensor([[0, 3, 3], [4, 3, 0]])
     for C in (0, 1, 3, 4, 5, 8, 15, 16, 17, 33, 127, 128, 129, 300):
         token_table, position_table = tables(5, 4, C, dtype)
@@ -61,7 +61,7 @@ def test_duplicates_are_summed_in_float32(kind: str) -> None:
 
 
 def test_large_buffers() -> None:
-    """Over 8 MB a result lies in a block that is kept and reused: its old contents must never show."""
+    """A result above 8 MB is in a block of memory that is used again. What the block held before must never appear."""
     token_table, _ = tables(50304, 1, 64)
     tokens = torch.randint(50304, (64, 1024))
     for seed in range(3):

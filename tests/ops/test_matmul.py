@@ -38,7 +38,7 @@ def test_against_float64(instructions: str, size: tuple[int, int, int], accumula
     theirs = float(((a @ b + (before if accumulate else 0.0)).double() - exact).abs().max())
     for left in (a, a.t().contiguous().t(), a.repeat_interleave(2, 1)[:, ::2]):
         for right in (b, b.t().contiguous().t(), b.repeat_interleave(3, 1)[:, ::3]):
-            wide = torch.full((M, N + 5), torch.nan)  # rows further apart than they are long
+            wide = torch.full((M, N + 5), torch.nan)  # there are gaps between the rows
             out = wide[:, 2 : 2 + N]
             out.copy_(before if accumulate else torch.full_like(before, torch.nan))
             _product(left, right, out, accumulate)
@@ -48,7 +48,7 @@ def test_against_float64(instructions: str, size: tuple[int, int, int], accumula
 
 @pytest.mark.parametrize("K", [64, 384, 512, 2048])
 def test_rounds_no_worse_than_the_library(instructions: str, K: int) -> None:
-    """A long chain of additions does: the root mean square of the error is at most a quarter above PyTorch's."""
+    """The root mean square error, which grows with the chain of additions, is at most a quarter above PyTorch's."""
     generator = torch.Generator().manual_seed(K)
     a, b = torch.randn(60, K, generator=generator), torch.randn(K, 96, generator=generator)
     exact = a.double() @ b.double()
@@ -107,7 +107,7 @@ def test_wrong_arguments_are_refused(a: torch.Tensor, b: torch.Tensor, out: torc
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_linear_cross_entropy_with_either_product(monkeypatch: pytest.MonkeyPatch, ours: bool) -> None:
-    """Whatever this processor prefers, the loss and its gradients are the unfused ones, with a bias as without."""
+    """With either product, the loss and its gradients are those of the unfused ops, with and without a bias."""
     x, weight = torch.randn(600, 24, requires_grad=True), torch.randn(70, 24, requires_grad=True)
     targets = torch.randint(70, (600,))
     for bias in (None, torch.randn(70, requires_grad=True)):
