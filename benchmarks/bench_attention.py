@@ -3,12 +3,10 @@
 PyTorch's attention is called by the name of its kernel, because "SDPA" alone may be any of four.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,36 +50,35 @@ class AttentionShape(OpShape):
         sizes = self.heads_and_tokens.items()
         return {name: draw.normal(self.B, T, H, self.D).transpose(1, 2) for name, (H, T) in sizes}
 
-    def few(self) -> AttentionShape:
+    def few(self) -> Self:
         return replace(self, B=1, T=min(self.T, 384))
 
     def elements_moved(self, backward: bool) -> int:
         q, k, v = (H * T for H, T in self.heads_and_tokens.values())
-        forward = 2 * q + k + v  # q, out; k, v
-        return (
-            self.B * self.D * (forward + (4 * q + 2 * k + 2 * v if backward else 0))
-        )  # q, out, dout, dq; k, v, dk, dv
+        elements = 2 * q + k + v  # q, out; k, v
+        if backward:
+            elements += 4 * q + 2 * k + 2 * v  # q, out, dout, dq; k, v, dk, dv
+        return self.B * self.D * elements
 
     def flops(self, backward: bool) -> float:
         pairs = self.B * self.H * (self.T if self.one_query else self.T**2 / 2)
         return 4 * pairs * self.D * (3.5 if backward else 1.0)
 
     def peers(self, device: torch.device) -> Makers:
+        flash_2, flash_3 = "flash_attn.flash_attn_func", "flash_attn_interface.flash_attn_func"
         return {
             "sdpa flash": partial(self._sdpa, device, SDPBackend.FLASH_ATTENTION),
             "sdpa cudnn": partial(self._sdpa, device, SDPBackend.CUDNN_ATTENTION),
             "sdpa efficient": partial(self._sdpa, device, SDPBackend.EFFICIENT_ATTENTION),
             "sdpa math": partial(self._sdpa, device, SDPBackend.MATH),
             "flex attention": self._flex,
-            "flash-attn": gpu_peer(device, "flash-attn", "flash_attn.flash_attn_func", self._flash_attn_2),
-            "flash-attn 3": gpu_peer(
-                device, "flash-attn 3", "flash_attn_interface.flash_attn_func", self._flash_attn_3
-            ),
+            "flash-attn": gpu_peer(device, "flash-attn", flash_2, partial(self._heads_last, dropout_p=self.dropout)),
+            "flash-attn 3": gpu_peer(device, "flash-attn 3", flash_3, self._flash_attn_3),
         }
 
     @property
     def peers_are_causal(self) -> bool:
-        """One query sees every key. Peers do not agree on what causal means there, so that they get no mask."""
+        """One query sees every key, and the peers disagree on what causal means there: they get no mask."""
         return not self.one_query
 
     def _sdpa(self, device: torch.device, backend: SDPBackend) -> Peer:
@@ -109,9 +106,6 @@ class AttentionShape(OpShape):
             return compiled(q, k, v, block_mask=masks.get(size), enable_gqa=bool(self.Hkv))
 
         return Peer(call)
-
-    def _flash_attn_2(self, function: Callable) -> Callable:
-        return self._heads_last(function, dropout_p=self.dropout)
 
     def _flash_attn_3(self, function: Callable) -> Callable:
         if self.dropout:

@@ -1,8 +1,7 @@
 """cross_entropy of logits that are in memory already; bench_linear_cross_entropy.py has the op that computes them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ class CrossEntropyShape(OpShape):
     def arguments(self, draw) -> dict[str, Tensor]:
         return {"logits": draw.normal(self.rows, self.V), "targets": draw.index(self.V, self.rows)}
 
-    def few(self) -> CrossEntropyShape:
+    def few(self) -> Self:
         return replace(self, rows=64)
 
     def elements_moved(self, backward: bool) -> int:

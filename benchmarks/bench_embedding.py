@@ -1,10 +1,8 @@
 """Token and position embedding: the gather and its gradient, with tokens as frequent as words are (Zipf), or evenly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +35,15 @@ class EmbeddingShape(OpShape):
         tables = {"token_table": draw.normal(self.V, self.C), "position_table": draw.normal(self.T, self.C)}
         return {"tokens": tokens, **tables}
 
-    def few(self) -> EmbeddingShape:
+    def few(self) -> Self:
         return replace(self, B=2, T=min(self.T, 256), V=min(self.V, 5003))
 
     def elements_moved(self, backward: bool) -> int:
         tokens = self.B * self.T
-        forward = 2 * tokens * self.C  # a row is read, a row is written
-        # Backward reads the upstream gradient and writes the table's.
-        return forward + ((tokens + self.V) * self.C if backward else 0)
+        rows = 2 * tokens  # read from the table, written to the output
+        if backward:
+            rows += tokens + self.V  # the upstream gradient is read, the table's gradient written
+        return rows * self.C
 
     def peers(self, device: torch.device) -> Makers:
         def torchs(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
@@ -57,15 +56,10 @@ class EmbeddingShape(OpShape):
         return {**torch_peers(torchs), "liger-kernel": gpu_peer(device, "liger-kernel", path, liger)}
 
 
-bench_embedding = op_benchmark(
-    cpu=[
-        EmbeddingShape(B=4, T=1024, V=50304, C=768, zipf=True),
-        EmbeddingShape(B=4, T=1024, V=50304, C=768),
-        EmbeddingShape(B=64, T=256, V=65, C=384, zipf=True),
-    ],
-    cuda=[
-        EmbeddingShape(B=16, T=1024, V=50304, C=768, zipf=True),
-        EmbeddingShape(B=16, T=1024, V=50304, C=768),
-        EmbeddingShape(B=64, T=256, V=65, C=384, zipf=True),
-    ],
-)
+def _shapes(B: int) -> list[EmbeddingShape]:
+    """GPT-2's tables with B sequences, then the character model's."""
+    gpt2 = EmbeddingShape(B=B, T=1024, V=50304, C=768)
+    return [replace(gpt2, zipf=True), gpt2, EmbeddingShape(B=64, T=256, V=65, C=384, zipf=True)]
+
+
+bench_embedding = op_benchmark(cpu=_shapes(B=4), cuda=_shapes(B=16))

@@ -3,11 +3,9 @@
 FastGPT and transformers keep the keys and values of earlier tokens; nanoGPT computes them again at every step.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -29,15 +27,13 @@ class GenerationShape(ModelShape):
         return f"L{self.L} H{self.H} C{self.C} V{self.V}, prompt {PROMPT}, {self.new} new tokens"
 
 
+_CHARACTERS = GenerationShape(B=1, T=256, L=6, H=6, C=384, V=65)
+_GPT2 = GenerationShape(B=1, T=1024, L=12, H=12, C=768, V=50257)
+
+
 @pytest.mark.shapes(
-    cpu=[
-        GenerationShape(B=1, T=256, L=6, H=6, C=384, V=65, new=64),
-        GenerationShape(B=1, T=1024, L=12, H=12, C=768, V=50257, new=16),
-    ],
-    cuda=[
-        GenerationShape(B=1, T=1024, L=12, H=12, C=768, V=50257, new=128),
-        GenerationShape(B=1, T=256, L=6, H=6, C=384, V=65, new=128),
-    ],
+    cpu=[replace(_CHARACTERS, new=64), replace(_GPT2, new=16)],
+    cuda=[replace(_GPT2, new=128), replace(_CHARACTERS, new=128)],
 )
 def bench_generate(run_work, setting, shape):
     run_work(generate_work(setting, shape))

@@ -1,7 +1,5 @@
 """Seconds that an import takes beyond `import torch`, which every contender needs. Each runs in a new process."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from importlib.util import find_spec

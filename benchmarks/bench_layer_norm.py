@@ -1,10 +1,9 @@
 """layer_norm, and add_layer_norm: the residual add before it, with its dropout, in one pass over memory."""
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ class LayerNormShape(OpShape):
     """x (rows, width), weight (width,), bias (width,)."""
 
     op = "layer_norm"
+    inputs = ("x",)
 
     rows: int
     width: int
@@ -27,10 +27,10 @@ class LayerNormShape(OpShape):
         return f"{self.rows} x {self.width}"
 
     def arguments(self, draw) -> dict[str, Tensor]:
-        x = {"x": draw.normal(self.rows, self.width)}
+        x = {name: draw.normal(self.rows, self.width) for name in self.inputs}
         return x | {name: draw.normal(self.width) for name in ("weight", "bias")}
 
-    def few(self) -> LayerNormShape:
+    def few(self) -> Self:
         return replace(self, rows=256)
 
     def elements_moved(self, backward: bool) -> int:
@@ -46,20 +46,13 @@ class LayerNormShape(OpShape):
 
         def quack(function: Callable) -> Callable:
             """Forward alone: QuACK has no autograd function for LayerNorm. Its weights are float32."""
-            converted: dict[int, tuple[Tensor, Tensor]] = {}  # once, because the kernel does not convert them
-
-            def wide(tensor: Tensor) -> Tensor:
-                if id(tensor) not in converted:
-                    converted[id(tensor)] = (tensor, tensor.float())
-                return converted[id(tensor)][1]
-
+            wide = functools.cache(Tensor.float)  # once for each tensor, because the kernel does not convert them
             return lambda x, weight, bias: function(x, wide(weight), wide(bias), eps=1e-5)
 
+        path = "liger_kernel.ops.layer_norm.LigerLayerNormFunction"
         return {
             **torch_peers(torchs),
-            "liger-kernel": gpu_peer(
-                device, "liger-kernel", "liger_kernel.ops.layer_norm.LigerLayerNormFunction", liger
-            ),
+            "liger-kernel": gpu_peer(device, "liger-kernel", path, liger),
             "quack-kernels": gpu_peer(device, "quack-kernels", "quack.rmsnorm.layernorm_fwd", quack),
         }
 
@@ -69,6 +62,7 @@ class AddLayerNormShape(LayerNormShape):
     """The same with a residual (rows, width) after x."""
 
     op = "add_layer_norm"
+    inputs = ("x", "residual")
 
     dropout: float = 0.0
 
@@ -78,10 +72,6 @@ class AddLayerNormShape(LayerNormShape):
     @property
     def options(self) -> dict[str, Any]:
         return {"dropout_p": self.dropout}
-
-    def arguments(self, draw) -> dict[str, Tensor]:
-        rows = {name: draw.normal(self.rows, self.width) for name in ("x", "residual")}
-        return rows | {name: draw.normal(self.width) for name in ("weight", "bias")}
 
     def elements_moved(self, backward: bool) -> int:
         passes = 4  # x, residual, y, h
@@ -100,21 +90,13 @@ class AddLayerNormShape(LayerNormShape):
 bench_layer_norm = op_benchmark(
     cpu=[LayerNormShape(4096, 768)],
     cuda=[
-        LayerNormShape(32768, 768),
-        LayerNormShape(16384, 384),
-        LayerNormShape(8192, 1024),
-        LayerNormShape(4096, 4096),
-        LayerNormShape(4096, 16384),
+        LayerNormShape(rows, width)
+        for rows, width in [(32768, 768), (16384, 384), (8192, 1024), (4096, 4096), (4096, 16384)]
     ],
 )
 
 
 bench_add_layer_norm = op_benchmark(
     cpu=[AddLayerNormShape(4096, 768, dropout=0.2), AddLayerNormShape(4096, 768)],
-    cuda=[
-        AddLayerNormShape(32768, 768, dropout=0.2),
-        AddLayerNormShape(32768, 768),
-        AddLayerNormShape(4096, 4096, dropout=0.2),
-        AddLayerNormShape(4096, 4096),
-    ],
+    cuda=[AddLayerNormShape(*size, dropout) for size in [(32768, 768), (4096, 4096)] for dropout in (0.2, 0.0)],
 )

@@ -1,8 +1,7 @@
 """linear_cross_entropy: the head's product and the loss in one op, which never holds all of the logits at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ class LinearCrossEntropyShape(OpShape):
             "targets": draw.index(self.V, self.rows),
         }
 
-    def few(self) -> LinearCrossEntropyShape:
+    def few(self) -> Self:
         return replace(self, rows=min(self.rows, 200), C=min(self.C, 64))
 
     def elements_moved(self, backward: bool) -> int:

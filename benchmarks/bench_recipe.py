@@ -4,8 +4,6 @@ It takes minutes, so it runs only where it is asked for by the name of its text:
 that name. One run is one round: it has no spread, and only the loss in nanoGPT's README to compare with.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 

@@ -4,8 +4,6 @@ Both see the same batches in the same order, the same learning rates, optimizer 
 same blocks, every EVAL_INTERVAL steps. Only the steps are timed; every round has another seed. --data names the text.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable

@@ -4,8 +4,6 @@ All have the same shape and dropout, and are trained by FastGPT's own `training_
 clipping; float32 on a CPU, bfloat16 autocast on a GPU. A shape that is compiled gives torch.compile to all of them.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, replace
 
@@ -27,23 +25,20 @@ class TrainStepShape(ModelShape):
         return super().__str__() + (", torch.compile" if self.compiled else "")
 
 
-_CHARACTERS = TrainStepShape(B=12, T=64, L=4, H=4, C=128, V=65)
+_SMALL = TrainStepShape(B=12, T=64, L=4, H=4, C=128, V=65)
+_CHARACTERS = TrainStepShape(B=64, T=256, L=6, H=6, C=384, V=65, dropout=0.2)
 _GPT2 = TrainStepShape(B=16, T=1024, L=12, H=12, C=768, V=50304)
 COMPILED = (OURS, "nanoGPT", "transformers sdpa")  # compiling the others would take minutes more
 
 
 @pytest.mark.shapes(
     cpu=[
-        _CHARACTERS,
-        replace(_CHARACTERS, compiled=True),
-        TrainStepShape(B=4, T=256, L=6, H=6, C=384, V=65, dropout=0.2),
+        _SMALL,
+        replace(_SMALL, compiled=True),
+        replace(_CHARACTERS, B=4),
         TrainStepShape(B=2, T=256, L=4, H=8, C=512, V=50304),
     ],
-    cuda=[
-        _GPT2,
-        TrainStepShape(B=64, T=256, L=6, H=6, C=384, V=65, dropout=0.2),
-        replace(_GPT2, compiled=True),
-    ],
+    cuda=[_GPT2, _CHARACTERS, replace(_GPT2, compiled=True)],
 )
 def bench_train_step(run_work, setting, shape):
     run_work(train_step_work(setting, shape))

@@ -1,7 +1,5 @@
 """What `fastgpt bench` does: run the suite, from a source tree or an installed wheel, or report on rows."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -28,17 +26,14 @@ def run_suite(only: Sequence[str], device: str, out: str | None, quick: bool, pa
     `out` is a file of rows (*.jsonl), or a folder for a file named after the device; None is runs/bench. `paths` are
     the suite's options that name checkouts and data.
     """
-    missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
-    if missing:
-        listed = " and ".join(name.replace("_", "-") for name in missing)
-        verb = "is" if len(missing) == 1 else "are"
-        raise BenchError(f"{listed} {verb} not installed: pip install 'fastgpt-kernels[bench]'")
+    for package in ("pytest", "pytest-benchmark"):
+        if find_spec(package.replace("-", "_")) is None:
+            raise BenchError(f"{package} is not installed: pip install 'fastgpt-kernels[bench]'")
     import pytest
 
-    options = [f"--device={device}"] + (["--quick"] if quick else [])
     rows = _rows_file(Path(out) if out else DEFAULT_ROWS, device)
     _check_writable(rows)
-    options += [f"--rows={rows}"]
+    options = [f"--device={device}", f"--rows={rows}", *(["--quick"] if quick else [])]
     options += [f"--{name}={path}" for name, path in paths.items() if path is not None]
     files = [str(HERE / f"bench_{name}.py") for name in only or benchmark_names()]
     # pytest reads the suite's settings, not those of the working directory's project, and writes nothing there.
@@ -70,10 +65,7 @@ def _rows_file(out: Path, device: str) -> Path:
 
 
 def write_report(results: Sequence[str], out: str | None) -> None:
-    """Write results.md, its pictures and report.html into the folder `out`, from files or folders of rows.
-
-    The tables are printed too.
-    """
+    """Write results.md, its pictures and report.html into the folder `out`, and print the tables."""
     from .publish.report import markdown, write
     from .publish.rows import read
 

@@ -10,8 +10,6 @@ A benchmark lists its shapes by kind of device, `@pytest.mark.shapes(cpu=[...], 
 (argument `shape`); --quick takes the first.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,8 @@ from fastgpt.benchmarks.harness.suite import OURS, Setting, Suite, Work
 from fastgpt.benchmarks.publish.rows import Row
 from fastgpt.machine import SOURCE_TREE, device_slug
 
+SUITE = pytest.StashKey[Suite]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastgpt")
@@ -31,18 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="the first shape of each benchmark, few rounds")
     group.addoption("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT, to compare with")
     group.addoption("--lecture", metavar="FILE", help="gpt.py of karpathy/ng-video-lecture, to compare with")
-    group.addoption(
-        "--data", metavar="TEXT", default="shakespeare", help="the text to train on, as in `fastgpt train --data`"
-    )
+    group.addoption("--data", metavar="TEXT", default="shakespeare", help="what to train on, as in `fastgpt train`")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.device == "auto":
         config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.option.device == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(
-            "--device cuda: this PyTorch finds no CUDA device; `fastgpt doctor` shows what it finds"
-        )
+        raise pytest.UsageError("--device cuda: this PyTorch finds no CUDA device; `fastgpt doctor` says more")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,11 +68,7 @@ def setting(pytestconfig: pytest.Config) -> Setting:
 def suite(pytestconfig: pytest.Config, setting: Setting) -> Suite:
     path = pytestconfig.option.rows
     path = Path(path).absolute() if path else default_rows(setting.device)
-    pytestconfig.stash[SUITE] = Suite(setting, path)
-    return pytestconfig.stash[SUITE]
-
-
-SUITE = pytest.StashKey[Suite]()
+    return pytestconfig.stash.setdefault(SUITE, Suite(setting, path))
 
 
 def default_rows(device: torch.device) -> Path:
@@ -127,9 +119,9 @@ def run_work(suite: Suite, benchmark) -> Callable[[Work], None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    suite = config.stash.get(SUITE, None)
-    if suite is None:
+    if SUITE not in config.stash:
         return
+    suite = config.stash[SUITE]
     terminalreporter.section("FastGPT against its best peer")
     lines = [_told(row) for row in suite.rows if row.implementation == OURS]
     for op, peers in suite.absent.items():

@@ -81,18 +81,11 @@ def main() -> int:
         limit = min(deadline, time.monotonic() + 60)
         steps.append(step(f"compute-sanitizer {tool}", command, limit, no_gpu or no_pytest or no_sanitizer))
     device = torch.device("cpu" if no_gpu else "cuda")
-    suite = [
-        "--device",
-        "cuda",
-        "--rows",
-        str(out / f"{machine.device_slug(device)}.jsonl"),
-        "--benchmark-max-time",
-        "0.3",
-    ]
+    rows = out / f"{machine.device_slug(device)}.jsonl"
+    suite = ["--device=cuda", f"--rows={rows}", "--benchmark-max-time=0.3"]
     for bench in benchmarks_in_order():
-        file = str(ROOT / "benchmarks" / f"bench_{bench}.py")
-        raw = ["--benchmark-json", str(out / f"bench_{bench}.json")]
-        command = [sys.executable, "-m", "pytest", file, *suite, *raw]
+        file, raw = ROOT / "benchmarks" / f"bench_{bench}.py", out / f"bench_{bench}.json"
+        command = [sys.executable, "-m", "pytest", str(file), *suite, f"--benchmark-json={raw}"]
         limit = min(deadline, time.monotonic() + BENCHMARK_LIMIT_S)
         steps.append(step(f"bench {bench}", command, limit, no_gpu or no_suite))
     written = {"environment": machine.facts(device), "steps": steps}

@@ -1,7 +1,5 @@
 """How wrong a contender is: its error against the float64 oracle, over PyTorch's own error plus half the tolerance."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math
@@ -44,14 +42,12 @@ class PeerCheck:
         exact = {name: parity.exact_copy(tensor) for name, tensor in drawn.items()}
         oracle = parity.outputs_and_gradients(getattr(reference, case.op), case, exact, case.options)
         torchs = parity.outputs_and_gradients(parity.YARDSTICKS[case.op], case, drawn, case.options)
-        errors = {
-            name: parity.max_error(torchs[name], value) + parity.tolerance(setting.dtype, value) / 2
-            for name, value in oracle.items()
-        }
+        tolerances = {name: parity.tolerance(setting.dtype, value) for name, value in oracle.items()}
+        errors = {name: parity.max_error(torchs[name], oracle[name]) + tol / 2 for name, tol in tolerances.items()}
         return drawn, oracle, errors
 
     def error_ratio(self, peer: Peer, direction: str) -> float:
-        """Of its outputs alone where no gradient is timed."""
+        """The largest error ratio of the peer's outputs, and of its gradients where they are timed."""
         drawn, oracle, errors = self.known
         if peer.overwrites:
             drawn = {name: tensor.clone() for name, tensor in drawn.items()}

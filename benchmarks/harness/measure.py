@@ -9,18 +9,16 @@ On a CPU the time is the wall clock's. On a GPU it is the device's own, between 
 is overwritten before each call, so that a kernel reads its inputs from memory as it would in a model.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Self
 
 import torch
 
@@ -36,23 +34,19 @@ L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 # --- clocks ----------------------------------------------------------------------------------------------------------
 
 
-class Clock(Protocol):
-    """Runs contenders one after the other, each `iterations` times; the seconds of each, all its iterations."""
-
-    def round(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]: ...
+# Runs calls one after the other, each as many times as the second list says; returns the seconds that each took in all.
+Clock = Callable[[Sequence[Call], Sequence[int]], list[float]]
 
 
-class WallClock:
+def wall_clock(calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
     """For a CPU, where a call has finished when it returns."""
-
-    def round(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
-        times = []
-        for call, n in zip(calls, iterations, strict=True):
-            start = time.perf_counter()
-            for _ in range(n):
-                call()
-            times.append(time.perf_counter() - start)
-        return times
+    times = []
+    for call, n in zip(calls, iterations, strict=True):
+        start = time.perf_counter()
+        for _ in range(n):
+            call()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 class DeviceClock:
@@ -61,7 +55,7 @@ class DeviceClock:
     def __init__(self) -> None:
         self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def round(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
+    def __call__(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
         events = []
         for call, n in zip(calls, iterations, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -75,45 +69,37 @@ class DeviceClock:
         return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-class ReportedClock:
+def reported_clock(calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
     """For work that knows its own time, such as a process that is started for it: a call returns its seconds."""
-
-    def round(self, calls: Sequence[Call], iterations: Sequence[int]) -> list[float]:
-        return [float(call()) for call in calls]  # type: ignore[arg-type]
+    return [float(call()) for call in calls]  # type: ignore[arg-type]
 
 
 def clock_of(device: torch.device) -> Clock:
-    return DeviceClock() if device.type == "cuda" else WallClock()
+    return DeviceClock() if device.type == "cuda" else wall_clock
 
 
 def interleave(
-    contenders: Mapping[str, Call],
-    clock: Clock,
-    *,
-    seconds: float = 1.0,
-    min_rounds: int = 5,
-    min_time: float = 0.0,
-    warmups: int = 1,
+    contenders: dict[str, Call], clock: Clock, *, seconds: float, min_rounds: int, warmups: int, min_time: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of one call, by contender and round.
 
     Every contender is called `warmups` times first. Then rounds are run for `seconds` per contender, at least
     `min_rounds` of them; a call that was faster than `min_time` is repeated within its turn until it takes as long.
     """
-    names, calls = list(contenders), list(contenders.values())
+    calls = list(contenders.values())
     iterations = [1] * len(calls)
     warm = [min_time] * len(calls)
     for _ in range(warmups):
-        warm = clock.round(calls, iterations)
+        warm = clock(calls, iterations)
     iterations = [max(1, math.ceil(min_time / max(t, 1e-9))) for t in warm]
     rounds: list[list[float]] = []
     order, draw = list(range(len(calls))), random.Random(0)
     stop = time.perf_counter() + seconds * len(calls)
     while len(rounds) < min_rounds or (time.perf_counter() < stop and len(rounds) < MAX_ROUNDS):
         draw.shuffle(order)
-        times = dict(zip(order, clock.round([calls[i] for i in order], [iterations[i] for i in order]), strict=True))
+        times = dict(zip(order, clock([calls[i] for i in order], [iterations[i] for i in order]), strict=True))
         rounds.append([times[i] / n for i, n in enumerate(iterations)])
-    return {name: list(times) for name, times in zip(names, zip(*rounds, strict=True), strict=True)}
+    return {name: list(times) for name, times in zip(contenders, zip(*rounds, strict=True), strict=True)}
 
 
 # --- what the times say ----------------------------------------------------------------------------------------------
@@ -149,18 +135,14 @@ class Ceilings:
     flops_per_s: float
     dtype: str  # of the matrix product
 
-    def floor_s(self, n_bytes: float | None, flops: float | None) -> float:
-        """The least seconds in which so many bytes can be moved and so many operations done."""
-        return max((n_bytes or 0) / self.bytes_per_s, (flops or 0) / self.flops_per_s)
-
     def fraction(self, seconds: float, n_bytes: float | None, flops: float | None) -> float | None:
         """The roofline's time over the time taken; above 1 where data came from caches. None where no work is given."""
-        floor = self.floor_s(n_bytes, flops)
-        return floor / seconds if floor > 0.0 else None
+        least = max((n_bytes or 0) / self.bytes_per_s, (flops or 0) / self.flops_per_s)
+        return least / seconds if least > 0.0 else None
 
-    def or_better(self, other: Ceilings) -> Ceilings:
+    def or_better(self, other: Self) -> Self:
         bytes_per_s, flops_per_s = max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s)
-        return Ceilings(bytes_per_s, flops_per_s, self.dtype)
+        return replace(self, bytes_per_s=bytes_per_s, flops_per_s=flops_per_s)
 
 
 # Bytes that are copied, far more than the caches hold, and rows, columns and dtype of a large square matrix product.
@@ -175,10 +157,9 @@ def measure_ceilings(device: torch.device, rounds: int = 3) -> Ceilings:
     matrix = torch.randn(size, size, dtype=dtype, device=device)
     product = torch.empty_like(matrix)
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(matrix, matrix, out=product)}
-    times = interleave(calls, clock_of(device), seconds=0.0, min_rounds=rounds)
-    return Ceilings(
-        2 * n_bytes / min(times["copy"]), 2 * size**3 / min(times["matmul"]), str(dtype).removeprefix("torch.")
-    )
+    times = interleave(calls, clock_of(device), seconds=0.0, min_rounds=rounds, warmups=1)
+    bytes_per_s, flops_per_s = 2 * n_bytes / min(times["copy"]), 2 * size**3 / min(times["matmul"])
+    return Ceilings(bytes_per_s, flops_per_s, str(dtype).removeprefix("torch."))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

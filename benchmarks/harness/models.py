@@ -1,10 +1,7 @@
 """The models that FastGPT's is compared with, each behind an adapter of a few lines: a module and its loss.
 
-All have the same sizes and dropout, start from one seed, and are trained by FastGPT's own `training_step`: the same
-fused AdamW and the same clipping; float32 on a CPU, bfloat16 autocast on a GPU.
+All have the same sizes and dropout; matrix products are float32 on a CPU, bfloat16 by autocast on a GPU.
 """
-
-from __future__ import annotations
 
 import ast
 import importlib.util
@@ -44,9 +41,8 @@ class ModelShape:
     def of_preset(cls, name: str, V: int) -> Self:
         model_settings, train_settings = preset(name)
         cfg = GPTConfig(vocab_size=V, **model_settings)
-        return cls(
-            train_settings["batch_size"], cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, V, dropout=cfg.dropout
-        )
+        sizes = cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, V
+        return cls(train_settings["batch_size"], *sizes, cfg.dropout)
 
     def __str__(self) -> str:
         dropout = f", dropout {self.dropout}" if self.dropout else ""
@@ -122,7 +118,7 @@ def transformers(shape: ModelShape, attention: str) -> Model:
 
 def model_makers(shape: ModelShape, setting: Setting) -> dict[str, Callable[[], Model]]:
     """What makes each model on the setting's device, initialised from PyTorch's seed as it is then."""
-    makers: dict[str, Callable[[], Model]] = {
+    makers = {
         OURS: partial(fastgpt_model, shape),
         "nanoGPT": partial(nanogpt, shape, setting.nanogpt),
         "lecture": partial(lecture, shape, setting.lecture, setting.device),

@@ -4,8 +4,6 @@ A benchmark is a short file: a subclass of `OpShape`, and the shapes to measure 
 `bench_softmax = op_benchmark(cpu=[...], cuda=[...])`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Sequence

@@ -1,11 +1,8 @@
-"""What the peers of an op have in common: how one is made, and why one is absent.
+"""How a peer is made, and why one is absent. An op's peers are in its benchmark's file, the model's in models.py.
 
 Every peer does the same work as FastGPT: same shapes, dtype and dropout. A peer that cannot be measured here (a package
-that is not installed, a checkout whose path was not given, a kernel for another device) is listed as absent, with the
-reason. The peers of an op are in the file of its benchmark; those of the model are in models.py.
+that is not installed, a checkout whose path was not given, a kernel for another device) is listed with the reason.
 """
-
-from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -64,10 +61,7 @@ def only_on_gpus(device: torch.device) -> None:
 def gpu_peer(
     device: torch.device, package: str, path: str, adapt: Callable[..., Any] | None = None, overwrites: bool = False
 ) -> Callable[[], Peer]:
-    """The maker of a function in a package whose kernels need a GPU, at `path` ("module.function").
-
-    `adapt` makes of it a function that takes the op's tensors.
-    """
+    """The maker of the function at `path`, in a package for GPUs; `adapt` makes it take the op's tensors."""
 
     def make() -> Peer:
         only_on_gpus(device)

@@ -5,10 +5,8 @@ tolerance (`fastgpt.parity` has the rule), `ParityError` is raised, nothing is t
 that cannot run here, or that computes something else, is left out, and the reason is written down with the run.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,14 +92,13 @@ class Suite:
         setting, device = self.setting, self.setting.device
         rounds = {"min_rounds": setting.min_rounds if work.min_rounds is None else work.min_rounds}
         if work.reports_seconds:
-            times = measure.interleave(contenders, measure.ReportedClock(), seconds=0.0, warmups=0, **rounds)
+            times = measure.interleave(contenders, measure.reported_clock, seconds=0.0, warmups=0, **rounds)
             peaks = {}
         else:
             rounds |= {"seconds": setting.seconds, "min_time": setting.min_time, "warmups": work.warmups}
             times = measure.interleave(contenders, measure.clock_of(device), **rounds)
             peaks = {name: measure.peak_bytes(call, device) for name, call in contenders.items()}
-        facts = self.facts | {"clocks_mhz": machine.clocks_mhz(device)}
-        self.rows += make_rows(work, times, error_ratios, peaks, self.ceilings, facts)
+        self.rows += self.make_rows(work, times, error_ratios, peaks)
         if self.path is not None:
             ops = list(dict.fromkeys(row.op for row in self.rows))
             run = Run(ops=ops, ceilings=dataclasses.asdict(self.ceilings), absent=self.absent, **self.facts)
@@ -137,6 +134,32 @@ class Suite:
             present[name] = work.contenders[name]
         return present, ratios
 
+    def make_rows(
+        self, work: Work, times: dict[str, list[float]], errors: dict[str, float | None], peaks: dict[str, int | None]
+    ) -> list[Row]:
+        """One row per contender, FastGPT's first."""
+        facts = self.facts | {"clocks_mhz": machine.clocks_mhz(self.setting.device)}
+        spreads = {name: measure.spread_of(values) for name, values in times.items()}
+        best = min((name for name in times if name != OURS), key=lambda name: spreads[name].median, default=None)
+        rows = []
+        for name, seconds in spreads.items():
+            is_ours = name == OURS
+            against = best if is_ours else name
+            ratio = None if against is None else measure.ratio_of(times[against], times[OURS])
+            rows.append(Row(
+                op=work.op, shape=work.shape, dtype=work.dtype, direction=work.direction, implementation=name,
+                backend=work.backend if is_ours else None, rounds=len(times[name]),
+                median_ms=_digits(seconds.median * 1e3), p20_ms=_digits(seconds.p20 * 1e3),
+                p80_ms=_digits(seconds.p80 * 1e3), ratio=_digits(ratio and ratio.median),
+                ratio_p20=_digits(ratio and ratio.p20), ratio_p80=_digits(ratio and ratio.p80),
+                best_peer=best if is_ours else None, verdict=measure.verdict_of(ratio) if ratio else None,
+                bytes=work.n_bytes, flops=work.flops,
+                roofline_fraction=_digits(self.ceilings.fraction(seconds.median, work.n_bytes, work.flops)),
+                peak_bytes=peaks.get(name), parity_error_ratio=_digits(errors.get(name)),
+                extra=_rates(work, seconds.median) | work.extra.get(name, {}), **facts,
+            ))  # fmt: skip
+        return rows
+
 
 def _checked_error_ratio(work: Work, name: str) -> float | None:
     ratio = work.error_ratio(name)
@@ -147,39 +170,6 @@ def _checked_error_ratio(work: Work, name: str) -> float | None:
             f"at most {limit:g} is allowed, and no time is kept"
         )
     return ratio
-
-
-def make_rows(
-    work: Work,
-    times: Mapping[str, list[float]],
-    error_ratios: Mapping[str, float | None],
-    peaks: Mapping[str, int | None],
-    ceilings: Ceilings,
-    facts: Mapping[str, Any],
-) -> list[Row]:
-    """One row per contender, FastGPT's first."""
-    spreads = {name: measure.spread_of(values) for name, values in times.items()}
-    best = min((name for name in times if name != OURS), key=lambda name: spreads[name].median, default=None)
-    rows = []
-    for name, seconds in spreads.items():
-        is_ours = name == OURS
-        against = best if is_ours else name
-        ratio = None if against is None else measure.ratio_of(times[against], times[OURS])
-        rows.append(
-            Row(
-                op=work.op, shape=work.shape, dtype=work.dtype, direction=work.direction, implementation=name,
-                backend=work.backend if is_ours else None, rounds=len(times[name]),
-                median_ms=_digits(seconds.median * 1e3), p20_ms=_digits(seconds.p20 * 1e3),
-                p80_ms=_digits(seconds.p80 * 1e3), ratio=_digits(ratio and ratio.median),
-                ratio_p20=_digits(ratio and ratio.p20), ratio_p80=_digits(ratio and ratio.p80),
-                best_peer=best if is_ours else None, verdict=measure.verdict_of(ratio) if ratio else None,
-                bytes=work.n_bytes, flops=work.flops,
-                roofline_fraction=_digits(ceilings.fraction(seconds.median, work.n_bytes, work.flops)),
-                peak_bytes=peaks.get(name), parity_error_ratio=_digits(error_ratios.get(name)),
-                extra=_rates(work, seconds.median) | work.extra.get(name, {}), **facts,
-            )
-        )  # fmt: skip
-    return rows
 
 
 def _rates(work: Work, seconds: float) -> dict[str, float | None]:

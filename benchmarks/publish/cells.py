@@ -1,7 +1,5 @@
 """How the figures of rows are written: three digits, the unit, and the spread beside the median."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -11,8 +11,6 @@ Exit codes: 0 no slowdown, 1 a slowdown, 2 bad usage: a file that cannot be read
 with --if-comparable).
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys
@@ -62,10 +60,9 @@ class RunComparison:
 
 def judge(base: Spread, head: Spread, threshold: float) -> str:
     """ "slower" or "faster" where the change is beyond the threshold and both spreads; else "same"."""
-    if head.median > base.median * (1 + threshold) and head.median > base.p80 and base.median < head.p20:
-        return "slower"
-    if base.median > head.median * (1 + threshold) and base.median > head.p80 and head.median < base.p20:
-        return "faster"
+    for verdict, fast, slow in (("slower", base, head), ("faster", head, base)):
+        if slow.median > fast.median * (1 + threshold) and slow.median > fast.p80 and fast.median < slow.p20:
+            return verdict
     return "same"
 
 

@@ -1,7 +1,5 @@
 """The report's pictures: bars of ratios for an op, and the roofline of a device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

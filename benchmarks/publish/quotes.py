@@ -12,13 +12,12 @@ names one of QUOTES and a file of benchmarks/results. A test compares the text b
 written there.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,8 @@ from . import cells
 from .rows import OURS, Results, ResultsError, Row, by_case, peers_of, read
 
 
-def train_step(results: Results) -> str:
-    """Milliseconds of a training step, and each peer's time as a multiple of them."""
-    return _beside_peers("train_step", "one training step", results)
-
-
-def generate(results: Results) -> str:
-    """Milliseconds of sampling a text, and each peer's time as a multiple of them."""
-    return _beside_peers("generate", "one sequence", results)
-
-
-def _beside_peers(op: str, what: str, results: Results) -> str:
+def beside_peers(op: str, what: str, results: Results) -> str:
+    """FastGPT's milliseconds in each case of the op, and each peer's time as a multiple of them."""
     rows = _rows_of(op, results)
     peers = peers_of(rows)
     body = []
@@ -127,8 +117,8 @@ def _origin(rows: Sequence[Row]) -> str:
 
 
 QUOTES: dict[str, Callable[[Results], str]] = {
-    "train_step": train_step,
-    "generate": generate,
+    "train_step": partial(beside_peers, "train_step", "one training step"),
+    "generate": partial(beside_peers, "generate", "one sequence"),
     "time_to_loss": time_to_loss,
     "recipe": recipe,
     "native_ops": native_ops,
@@ -149,9 +139,7 @@ def with_quotes(text: str, results: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="quotes", description="Rewrite the figures that documents quote from results."
-    )
+    parser = argparse.ArgumentParser(prog="quotes", description="Rewrite the figures that documents quote.")
     parser.add_argument("documents", type=Path, nargs="+", metavar="DOCUMENT.md")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="a folder of rows")
     options = parser.parse_args(argv)

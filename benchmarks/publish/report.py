@@ -6,10 +6,8 @@ Both have the same tables and pictures. For each machine: FastGPT against the be
 all its peers, then the fastest copy and matrix product of the machine, then the peers that were not measured.
 """
 
-from __future__ import annotations
-
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +20,7 @@ from . import cells
 from .pictures import ratio_figure, roofline_figure
 from .rows import OURS, Results, ResultsError, Row, by_case, peers_of
 
-RATES = {"gb_per_s": ("GB/s", 1), "tflop_per_s": ("TFLOP/s", 1), "tokens_per_s": ("tokens/s", 1)}
-
+RATES = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s"}
 FACTS = ("driver", "clocks_mhz", "python", "torch", "triton", "cuda", "commit", "date")  # said once for a machine
 
 TITLE = "Benchmark results"
@@ -42,11 +39,10 @@ ABOUT = [
 def markdown(results: Results, pictures: str | None = "results") -> str:
     """The text of results.md; its pictures lie in the folder `pictures` beside it. None: a text without pictures."""
     parts = [f"# {TITLE}", "Written by `fastgpt bench --report` from the files of rows; not by hand.", *ABOUT]
-    for machine in results.machines():
-        for i, table in enumerate(machine_tables(machine, results.of_machine(machine))):
-            parts += [f"{'##' if i == 0 else '###'} {table.heading}", *table.notes]
-            parts += [cells.aligned(markdown_table(table.headers, table.rows))] if table.rows else []
-            parts += [f"![{table.caption}]({pictures}/{table.picture}.png)"] if table.picture and pictures else []
+    for table in all_tables(results):
+        parts += [f"{'#' * table.level} {table.heading}", *table.notes]
+        parts += [cells.aligned(markdown_table(table.headers, table.rows))] if table.rows else []
+        parts += [f"![{table.caption}]({pictures}/{table.picture}.png)"] if table.picture and pictures else []
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -55,15 +51,14 @@ def page(results: Results) -> Report:
     made = Report(TITLE, " · ".join(results.machines()))
     for text in ABOUT:
         made.paragraph(text)
-    for machine in results.machines():
-        for table in machine_tables(machine, results.of_machine(machine)):
-            made.heading(table.heading)
-            for note in table.notes:
-                made.paragraph(note)
-            if table.rows:
-                made.table(table.headers, table.rows)
-            if table.picture and table.draw:
-                made.figure(table.draw(), table.picture, table.caption)
+    for table in all_tables(results):
+        made.heading(table.heading)
+        for note in table.notes:
+            made.paragraph(note)
+        if table.rows:
+            made.table(table.headers, table.rows)
+        if table.picture and table.draw:
+            made.figure(table.draw(), table.picture, table.caption)
     return made
 
 
@@ -91,13 +86,17 @@ class Table:
     picture: str | None = None  # the name of its file, without .png
     caption: str = ""
     draw: Callable[[], Any] | None = None
+    level: int = 3  # of the heading
 
 
-def machine_tables(machine: str, results: Results) -> list[Table]:
-    """A summary, then a table for each op, then the speed of the machine and the peers that were not measured."""
-    ops = dict.fromkeys(row.op for row in results.rows)
-    tables = [_op_table(machine, op, results) for op in ops] + [_ceilings(machine, results), _absent(results)]
-    return [_summary(machine, results), *(table for table in tables if table.rows)]
+def all_tables(everything: Results) -> Iterator[Table]:
+    """Of each machine a summary, a table for each op, the machine's speed, and the peers that were not measured."""
+    for machine in everything.machines():
+        results = everything.of_machine(machine)
+        yield _summary(machine, results)
+        ops = dict.fromkeys(row.op for row in results.rows)
+        tables = [_op_table(machine, op, results) for op in ops] + [_ceilings(machine, results), _absent(results)]
+        yield from (table for table in tables if table.rows)
 
 
 def _summary(machine: str, results: Results) -> Table:
@@ -112,7 +111,7 @@ def _summary(machine: str, results: Results) -> Table:
         rows.append([op, direction, len(ours), *counts, *map(cells.factor, (min(ratios), mean, max(ratios)))])
     headers = ["op", "direction", "cases", "faster", "noise", "slower", "lowest ratio", "geometric mean", "highest"]
     facts = ", ".join(cells.origin(results.rows, FACTS))
-    return Table(machine, [f"{facts}."] if facts else [], headers, rows)
+    return Table(machine, [f"{facts}."] if facts else [], headers, rows, level=2)
 
 
 def _op_table(machine: str, op: str, results: Results) -> Table:
@@ -140,12 +139,11 @@ def _op_table(machine: str, op: str, results: Results) -> Table:
 
 def _constant_and_shown(headers: list[str], body: list[list[Any]]) -> tuple[list[str], list[int]]:
     """What is equal in every line, to be said once above the table, and the columns that are left and not empty."""
-    constant: list[str] = []
-    shown: list[int] = []
+    constant, shown = [], []
     for i, header in enumerate(headers):
         values = {line[i] for line in body}
         if header in ("dtype", "direction", "backend") and len(values) == 1 and None not in values:
-            (value,) = values
+            value = values.pop()
             constant += [] if value == "none" else [f"backend {value}" if header == "backend" else value]
         elif values != {None}:
             shown.append(i)
@@ -156,7 +154,7 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
     """The columns of FastGPT's own figures: their headers, and what makes a cell of a row."""
     rates = []
     for key in dict.fromkeys(key for row in rows for key in row.extra):
-        name, factor = RATES.get(key, (key.replace("_", " "), 1))
+        name, factor = RATES.get(key, key.replace("_", " ")), 1
         if key == "tflop_per_s" and all((row.extra.get(key) or 0) < 1 for row in rows):
             name, factor = "GFLOP/s", 1000
         rates.append((name, partial(_extra, key, factor)))
@@ -179,8 +177,7 @@ def _extra(key: str, factor: int, row: Row) -> Any:
 def _verdict(row: Row) -> str | None:
     if row.verdict is None or row.best_peer is None:
         return None
-    words = {"faster": "faster than", "slower": "slower than", "noise": "noise against"}
-    return f"{words.get(row.verdict, row.verdict)} {row.best_peer}"
+    return f"{row.verdict} {'against' if row.verdict == 'noise' else 'than'} {row.best_peer}"
 
 
 def _ceilings(machine: str, results: Results) -> Table:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from fastgpt.files import atomic_path
 
@@ -192,8 +192,8 @@ class Results:
     def machines(self) -> list[str]:
         return list(dict.fromkeys(row.machine for row in self.rows))
 
-    def of_machine(self, machine: str) -> "Results":
-        return Results(*([line for line in lines if line.machine == machine] for lines in (self.rows, self.runs)))
+    def of_machine(self, machine: str) -> Self:
+        return type(self)(*([line for line in lines if line.machine == machine] for lines in (self.rows, self.runs)))
 
     def of_op(self, op: str) -> list[Row]:
         return [row for row in self.rows if row.op == op]
@@ -258,4 +258,4 @@ def write(path: Path, rows: Sequence[Row], run: Run) -> None:
 
 
 def _identity(row: Row) -> tuple[str, ...]:
-    return row.op, row.shape, row.dtype, row.direction, row.implementation
+    return *row.case[1:], row.implementation

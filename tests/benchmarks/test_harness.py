@@ -17,7 +17,7 @@ CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
 def test_contenders_take_turns():
     ran = []
     calls = {name: lambda name=name: ran.append(name) for name in "ABC"}
-    times = measure.interleave(calls, measure.WallClock(), seconds=0.0, min_rounds=30, warmups=1)
+    times = measure.interleave(calls, measure.wall_clock, seconds=0.0, min_rounds=30, warmups=1)
     rounds = ["".join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
     assert all(sorted(one) == ["A", "B", "C"] for one in rounds)
     assert len(set(rounds)) == 6  # every order, so that each contender comes after each other one
@@ -31,7 +31,7 @@ class FakeTime:
         self.now = 0.0
         monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
-    def round(self, calls, iterations):
+    def __call__(self, calls, iterations):
         times = [n * seconds for seconds, n in zip(calls, iterations, strict=True)]
         self.now += sum(times)
         return times
@@ -43,25 +43,24 @@ class FakeTime:
 )
 def test_rounds_go_on_for_the_time_given(seconds, min_rounds, rounds, monkeypatch):
     clock = FakeTime(monkeypatch)
-    times = measure.interleave({"A": 0.5, "B": 0.25}, clock, seconds=seconds, min_rounds=min_rounds)
+    times = measure.interleave({"A": 0.5, "B": 0.25}, clock, seconds=seconds, min_rounds=min_rounds, warmups=1)
     assert times == {"A": [0.5] * rounds, "B": [0.25] * rounds}
 
 
 def test_a_short_call_is_repeated_within_its_turn():
     seen = []
 
-    class Fake:
-        def round(self, calls, iterations):
-            seen.append(dict(zip(calls, iterations, strict=True)))
-            return [n * t for n, t in zip(iterations, calls, strict=True)]
+    def clock(calls, iterations):
+        seen.append(dict(zip(calls, iterations, strict=True)))
+        return [n * t for n, t in zip(iterations, calls, strict=True)]
 
-    times = measure.interleave({"A": 0.001, "B": 0.2}, Fake(), seconds=0.0, min_rounds=2, min_time=0.01)
+    times = measure.interleave({"A": 0.001, "B": 0.2}, clock, seconds=0.0, min_rounds=2, warmups=1, min_time=0.01)
     assert seen == [{0.001: 1, 0.2: 1}, {0.001: 10, 0.2: 1}, {0.001: 10, 0.2: 1}]
     assert times == {"A": [pytest.approx(0.001)] * 2, "B": [0.2, 0.2]}
 
 
 def test_a_reported_clock_takes_the_calls_word():
-    assert measure.ReportedClock().round([lambda: 3.0, lambda: 4], [1, 1]) == [3.0, 4.0]
+    assert measure.reported_clock([lambda: 3.0, lambda: 4], [1, 1]) == [3.0, 4.0]
 
 
 def test_spread_is_median_and_percentiles():
@@ -94,13 +93,12 @@ def test_ceilings_are_the_best_rounds_of_a_copy_and_a_product(monkeypatch):
     monkeypatch.setitem(measure.CEILING_SIZES, "cpu", (2**20, 64, torch.float32))
     seconds = iter([9.0, 4.0, 2.0, 3.0])  # the first is the warm-up's
 
-    class Fake:
-        def round(self, calls, iterations):
-            copy = next(seconds)
-            shapes = [call().shape for call in calls]
-            return [copy if shape == (2**18,) else copy / 2 for shape in shapes]
+    def clock(calls, iterations):
+        copy = next(seconds)
+        shapes = [call().shape for call in calls]
+        return [copy if shape == (2**18,) else copy / 2 for shape in shapes]
 
-    monkeypatch.setattr(measure, "clock_of", lambda device: Fake())
+    monkeypatch.setattr(measure, "clock_of", lambda device: clock)
     found = measure.measure_ceilings(CPU, rounds=3)
     assert found == measure.Ceilings(bytes_per_s=2 * 2**20 / 2.0, flops_per_s=2 * 64**3 / 1.0, dtype="float32")
 

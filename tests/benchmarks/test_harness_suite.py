@@ -37,7 +37,8 @@ def test_the_best_ceilings_of_a_run_count_for_all_its_rows(run, monkeypatch):
 def test_rows_say_who_is_faster(run):
     times = {"fastgpt": [1.0, 2.0, 1.0], "A": [2.0, 4.0, 2.0], "B": [0.5, 4.0, 0.5]}
     done = work(n_bytes=1e9, flops=1e9, tokens=10, backend="native")
-    ours, a, b = suite.make_rows(done, times, {"fastgpt": 0.5}, {"A": 7}, CEILINGS, {"device": "A CPU"})
+    run.ceilings = CEILINGS
+    ours, a, b = run.make_rows(done, times, {"fastgpt": 0.5}, {"A": 7})
     assert (ours.implementation, ours.backend, ours.best_peer) == ("fastgpt", "native", "B")
     assert (ours.ratio, ours.verdict) == (0.5, "noise")
     assert (a.ratio, a.ratio_p20, a.verdict, a.best_peer, a.backend) == (2.0, 2.0, "faster", None, None)
@@ -53,9 +54,9 @@ def test_without_peers_there_is_no_ratio(run):
     assert (row.ratio, row.best_peer, row.verdict) == (None, None, None)
 
 
-def test_every_line_has_every_key_the_facts_of_the_machine_last():
-    facts = machine.facts(CPU)
-    (row,) = suite.make_rows(work(), {"fastgpt": [1.0]}, {}, {}, CEILINGS, facts)
+def test_every_line_has_every_key_the_facts_of_the_machine_last(run):
+    facts, run.ceilings = machine.facts(CPU), CEILINGS
+    (row,) = run.make_rows(work(), {"fastgpt": [1.0]}, {}, {})
     assert list(json.loads(row.to_json()))[-len(facts) :] == list(facts)
     keys = {field.name for field in dataclasses.fields(rows.Row)} - {"other_keys"}
     assert set(json.loads(row.to_json())) == keys | {"kind"}

@@ -156,7 +156,7 @@ class Machine:
 
         return timed
 
-    def round(self, calls, iterations):
+    def __call__(self, calls, iterations):
         times, self.slowness = [], self.draw.uniform(1.0, 3.0)
         for call in calls:
             start = self.now
