@@ -65,15 +65,15 @@ class AttentionShape(OpShape):
         return 4 * pairs * self.D * (3.5 if backward else 1.0)
 
     def peers(self, device: torch.device) -> Makers:
-        flash_2, flash_3 = "flash_attn.flash_attn_func", "flash_attn_interface.flash_attn_func"
+        flash_2 = partial(self._heads_last, dropout_p=self.dropout)
         return {
             "sdpa flash": partial(self._sdpa, device, SDPBackend.FLASH_ATTENTION),
             "sdpa cudnn": partial(self._sdpa, device, SDPBackend.CUDNN_ATTENTION),
             "sdpa efficient": partial(self._sdpa, device, SDPBackend.EFFICIENT_ATTENTION),
             "sdpa math": partial(self._sdpa, device, SDPBackend.MATH),
             "flex attention": self._flex,
-            "flash-attn": gpu_peer(device, "flash-attn", flash_2, partial(self._heads_last, dropout_p=self.dropout)),
-            "flash-attn 3": gpu_peer(device, "flash-attn 3", flash_3, self._flash_attn_3),
+            **gpu_peer(device, "flash-attn", "flash_attn.flash_attn_func", flash_2),
+            **gpu_peer(device, "flash-attn 3", "flash_attn_interface.flash_attn_func", self._flash_attn_3),
         }
 
     @property

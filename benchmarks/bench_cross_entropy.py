@@ -34,12 +34,13 @@ class CrossEntropyShape(OpShape):
         return passes * self.rows * self.V
 
     def peers(self, device: torch.device) -> Makers:
-        liger = "liger_kernel.transformers.functional.liger_cross_entropy"
-        return {
-            **torch_peers(F.cross_entropy),
-            "liger-kernel": gpu_peer(device, "liger-kernel", liger, overwrites=True),
-            "quack-kernels": gpu_peer(device, "quack-kernels", "quack.cross_entropy.cross_entropy"),
-        }
+        path = "liger_kernel.transformers.functional.liger_cross_entropy"
+        liger = gpu_peer(device, "liger-kernel", path, overwrites=True)
+        return (
+            torch_peers(F.cross_entropy)
+            | liger
+            | gpu_peer(device, "quack-kernels", "quack.cross_entropy.cross_entropy")
+        )
 
 
 bench_cross_entropy = op_benchmark(

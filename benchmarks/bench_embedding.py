@@ -53,7 +53,7 @@ class EmbeddingShape(OpShape):
             return lambda tokens, table, positions: function.apply(table, tokens) + positions
 
         path = "liger_kernel.ops.experimental.embedding.LigerEmbeddingFunction"
-        return {**torch_peers(torchs), "liger-kernel": gpu_peer(device, "liger-kernel", path, liger)}
+        return torch_peers(torchs) | gpu_peer(device, "liger-kernel", path, liger)
 
 
 def _shapes(B: int) -> list[EmbeddingShape]:

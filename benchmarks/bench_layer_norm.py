@@ -50,11 +50,9 @@ class LayerNormShape(OpShape):
             return lambda x, weight, bias: function(x, wide(weight), wide(bias), eps=1e-5)
 
         path = "liger_kernel.ops.layer_norm.LigerLayerNormFunction"
-        return {
-            **torch_peers(torchs),
-            "liger-kernel": gpu_peer(device, "liger-kernel", path, liger),
-            "quack-kernels": gpu_peer(device, "quack-kernels", "quack.rmsnorm.layernorm_fwd", quack),
-        }
+        on_gpus = gpu_peer(device, "liger-kernel", path, liger)
+        on_gpus |= gpu_peer(device, "quack-kernels", "quack.rmsnorm.layernorm_fwd", quack)
+        return torch_peers(torchs) | on_gpus
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,8 @@ class LinearCrossEntropyShape(OpShape):
         return f"{self.rows} x {self.C} V{self.V}"
 
     def arguments(self, draw) -> dict[str, Tensor]:
-        return {
-            "x": draw.normal(self.rows, self.C),
-            "weight": draw.normal(self.V, self.C) / self.C**0.5,
-            "targets": draw.index(self.V, self.rows),
-        }
+        x, weight = draw.normal(self.rows, self.C), draw.normal(self.V, self.C) / self.C**0.5
+        return {"x": x, "weight": weight, "targets": draw.index(self.V, self.rows)}
 
     def few(self) -> Self:
         return replace(self, rows=min(self.rows, 200), C=min(self.C, 64))
@@ -47,11 +44,7 @@ class LinearCrossEntropyShape(OpShape):
 
         liger = "liger_kernel.transformers.functional.liger_fused_linear_cross_entropy"
         quack = "quack.linear_cross_entropy.chunked_linear_cross_entropy"
-        return {
-            **torch_peers(torchs),
-            "liger-kernel": gpu_peer(device, "liger-kernel", liger),
-            "quack-kernels": gpu_peer(device, "quack-kernels", quack),
-        }
+        return torch_peers(torchs) | gpu_peer(device, "liger-kernel", liger) | gpu_peer(device, "quack-kernels", quack)
 
 
 bench_linear_cross_entropy = op_benchmark(

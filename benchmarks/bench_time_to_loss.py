@@ -51,11 +51,10 @@ def time_to_loss_work(setting: Setting, goal: Goal, corpus: Corpus) -> Work:
     makers = model_makers(shape, setting)
     present, absent = make_present({name: makers[name] for name in (OURS, "nanoGPT")})
     extra: dict[str, dict] = {name: {} for name in present}
-    few = [tokens[:2] for tokens in shape.random_batches(setting.device, 1)[0]]
     return Work(
         op="time_to_loss", shape=f"{goal} on {Path(setting.data).name}", direction="train", dtype=setting.dtype_name,
         contenders={name: _trainer(makers[name], goal, corpus, shape, setting, extra[name]) for name in present},
-        error_ratio=lambda name: model_error_ratio(present[OURS][0], *few) if name == OURS else None,
+        error_ratio=lambda name: model_error_ratio(present[OURS][0], shape) if name == OURS else None,
         absent=absent, extra=extra, reports_seconds=True, min_rounds=3,
     )  # fmt: skip
 

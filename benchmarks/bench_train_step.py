@@ -51,7 +51,6 @@ def train_step_work(setting: Setting, shape: TrainStepShape) -> Work:
         torch.compiler.reset()
         present = {name: (model, torch.compile(loss)) for name, (model, loss) in present.items() if name in COMPILED}
     batches = shape.random_batches(setting.device, 4)
-    few = [tokens[:2] for tokens in batches[0]]
 
     def stepper(model, loss):
         model.train()
@@ -62,7 +61,7 @@ def train_step_work(setting: Setting, shape: TrainStepShape) -> Work:
     return Work(
         op="train_step", shape=str(shape), direction="step", dtype=setting.dtype_name, absent=absent,
         contenders={name: stepper(*made) for name, made in present.items()},
-        error_ratio=lambda name: model_error_ratio(ours, *few, shape.compiled) if name == OURS else None,
+        error_ratio=lambda name: model_error_ratio(ours, shape, shape.compiled) if name == OURS else None,
         n_bytes=7 * 4 * ours.num_parameters(),  # AdamW: weight, gradient, two moments read; weight and moments written
         flops=shape.step_flops, tokens=shape.B * shape.T, warmups=0 if setting.device.type == "cpu" else 3,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import fastgpt
 from fastgpt import parity
 from fastgpt.ops import reference
 
+from .models import ModelShape
 from .peers import Peer
 from .suite import ParityError, Setting
 
@@ -60,12 +61,14 @@ class PeerCheck:
         return max(parity.max_error(value, oracle[name]) / errors[name] for name, value in values.items())
 
 
-def model_error_ratio(model: fastgpt.GPT, x: Tensor, y: Tensor, compiled: bool = False) -> float:
+def model_error_ratio(model: fastgpt.GPT, shape: ModelShape, compiled: bool = False) -> float:
     """Our backends against the torch backend: the loss and every gradient, each relative to its largest value.
 
-    The oracle is the model in float64; dropout is off. On a GPU both run under bfloat16 autocast, as in training.
-    `compiled`: FastGPT's model goes through torch.compile.
+    The oracle is the model in float64; dropout is off, and two sequences are enough. On a GPU both run under bfloat16
+    autocast, as in training. `compiled`: FastGPT's model goes through torch.compile.
     """
+    device = next(model.parameters()).device
+    x, y = (tokens[:2] for tokens in shape.random_batches(device, 1)[0])
     exact = copy.deepcopy(model).eval().double()
     with fastgpt.use_backend("torch"):
         exact_loss = exact(x, y)[1]

@@ -91,7 +91,7 @@ def op_work(setting: Setting, shape: OpShape, direction: str) -> Work:
     inputs = [list(shape.arguments(DeviceDraw(setting, seed)).values()) for seed in range(copies)]
     taken = ops.explain(shape.op, *inputs[0], **options)
     ours = {OURS: lambda: Peer(functools.partial(getattr(ops, shape.op), **options))}
-    present, absent = make_present(ours | dict(shape.peers(setting.device)))
+    present, absent = make_present(ours | shape.peers(setting.device))
     contenders = {}
     for name, peer in present.items():
         own = [[t.clone() for t in tensors] for tensors in inputs] if peer.overwrites else inputs

@@ -27,7 +27,7 @@ class Peer:
     overwrites: bool = False  # it writes over its inputs, so that it needs copies
 
 
-Makers = Mapping[str, Callable[[], Peer]]  # a peer's name -> what makes it, or raises `Absent`
+Makers = dict[str, Callable[[], Peer]]  # a peer's name -> what makes it, or raises `Absent`
 
 
 def make_present(makers: Mapping[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, str]]:
@@ -60,8 +60,8 @@ def only_on_gpus(device: torch.device) -> None:
 
 def gpu_peer(
     device: torch.device, package: str, path: str, adapt: Callable[..., Any] | None = None, overwrites: bool = False
-) -> Callable[[], Peer]:
-    """The maker of the function at `path`, in a package for GPUs; `adapt` makes it take the op's tensors."""
+) -> Makers:
+    """The function at `path` in a package whose kernels need a GPU; `adapt` makes it take the op's tensors."""
 
     def make() -> Peer:
         only_on_gpus(device)
@@ -69,7 +69,7 @@ def gpu_peer(
         function = getattr(import_peer(module, package), name)
         return Peer(adapt(function) if adapt else function, overwrites)
 
-    return make
+    return {package: make}
 
 
 def torch_peers(function: Callable[..., Any]) -> Makers:

@@ -68,9 +68,8 @@ def judge(base: Spread, head: Spread, threshold: float) -> str:
 
 def compare_runs(base: Results, head: Results, threshold: float = THRESHOLD) -> RunComparison:
     """Every case that FastGPT has in both. Raises NothingToCompare where there is none."""
-    base_cases, head_cases = (
-        {case: rows for case, rows in by_case(results.rows).items() if OURS in rows} for results in (base, head)
-    )
+    base_cases = {case: rows for case, rows in by_case(base.rows).items() if OURS in rows}
+    head_cases = {case: rows for case, rows in by_case(head.rows).items() if OURS in rows}
     both = [case for case in base_cases if case in head_cases]
     machines = set(base.machines()) & set(head.machines())
     if not both:
@@ -87,7 +86,8 @@ def compare_runs(base: Results, head: Results, threshold: float = THRESHOLD) -> 
 
 def _change(case: CaseKey, base: dict[str, Row], head: dict[str, Row], threshold: float) -> Change:
     ours = base[OURS], head[OURS]
-    same_versions = _versions(ours[0]) == _versions(ours[1])
+    # Peers under another PyTorch, Triton or CUDA are other programs, so that ratios to them cannot be compared.
+    same_versions = all(getattr(ours[0], name) == getattr(ours[1], name) for name in ("torch", "triton", "cuda"))
     peers = [name for name in peers_of(base.values()) if same_versions and name in head]
     costs = {name: (_by_ratio(base[name]), _by_ratio(head[name])) for name in peers}
     costs = {name: pair for name, pair in costs.items() if None not in pair}
@@ -98,11 +98,6 @@ def _change(case: CaseKey, base: dict[str, Row], head: dict[str, Row], threshold
     factor = statistics.median(factors) if factors else ours[1].median_ms / ours[0].median_ms
     agreed = next((verdict for verdict, count in Counter(verdicts).items() if count > len(verdicts) / 2), "same")
     return Change(case, ours[0].median_ms, ours[1].median_ms, factor, measured, agreed)
-
-
-def _versions(row: Row) -> tuple[str | None, ...]:
-    """Peers under another PyTorch, Triton or CUDA are other programs, so that ratios to them cannot be compared."""
-    return row.torch, row.triton, row.cuda
 
 
 def _by_ratio(peer: Row) -> Spread | None:
@@ -133,12 +128,12 @@ def summary(comparison: RunComparison, threshold: float) -> str:
     """The table, and in words what it does not show."""
     machines = list(dict.fromkeys(change.case.machine for change in comparison.changes))
     parts = [f"FastGPT's time on {' and on '.join(machines)}, HEAD against BASE:", change_table(comparison)]
-    for cases, what in ((comparison.missing, "missing in HEAD"), (comparison.new, "not in BASE")):
-        if cases:
-            parts.append("\n".join([f"{what}:", *("- " + " / ".join(case[1:]) for case in cases)]))
-    if comparison.other_machines:
-        listed = "\n".join(f"- {machine}" for machine in comparison.other_machines)
-        parts.append(f"not comparable, measured by one of the two only:\n{listed}")
+    unmatched = {
+        "missing in HEAD": [" / ".join(case[1:]) for case in comparison.missing],
+        "not in BASE": [" / ".join(case[1:]) for case in comparison.new],
+        "not comparable, measured by one of the two only": comparison.other_machines,
+    }
+    parts += ["\n- ".join([f"{what}:", *names]) for what, names in unmatched.items() if names]
     counts = Counter(change.verdict for change in comparison.changes)
     in_order = ("slower", "faster", "same", "undecided")
     counted = ", ".join(f"{counts[verdict]} {verdict}" for verdict in in_order if counts[verdict])

@@ -229,15 +229,12 @@ def read(paths: Iterable[Path]) -> Results:
 def _files(paths: Iterable[Path]) -> list[Path]:
     files = []
     for path in paths:
-        if path.is_dir():
-            found = sorted(path.glob("*.jsonl"))
-            if not found:
-                raise ResultsError(f"{path}: this folder holds no results (*.jsonl)")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
+        if not path.exists():
             raise ResultsError(f"{path}: no such file or folder")
+        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not found:
+            raise ResultsError(f"{path}: this folder holds no results (*.jsonl)")
+        files += found
     return files
 
 
