@@ -59,11 +59,7 @@ def train(settings: TrainSettings) -> None:
     elif tokenizer not in ("char", "bpe"):
         tokenizer = BPETokenizer.from_gpt2_files(tokenizer)
     corpus = Corpus.load(
-        data,
-        tokenizer,
-        vocab_size=settings.vocab_size,
-        block_size=settings.block_size,
-        layout=settings.layout,
+        data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size, layout=settings.layout
     )
     vocab_size = corpus.tokenizer.vocab_size
     if settings.vocab_size is not None and vocab_size < settings.vocab_size:

@@ -70,10 +70,7 @@ def read(
 
 
 def _read_gpt2(
-    config: dict[str, Any],
-    path: Path,
-    changes: dict[str, Any],
-    expected: Callable[[GPTConfig], Mapping[str, Tensor]],
+    config: dict[str, Any], path: Path, changes: dict[str, Any], expected: Callable[[GPTConfig], Mapping[str, Tensor]]
 ) -> tuple[GPTConfig, dict[str, Tensor], Path]:
     with _naming(path):
         theirs = huggingface.GPT2Config.from_json(config)

@@ -160,11 +160,7 @@ class BPETokenizer(_Fingerprinted):
         encoder = _bpe_encoder(sorted(_BYTE_OF), [])
         encoder.pre_tokenizer = _training_pre_tokenizer()
         trainer = trainers.BpeTrainer(
-            vocab_size=size,
-            min_frequency=2,
-            show_progress=False,
-            special_tokens=[],
-            initial_alphabet=sorted(_BYTE_OF),
+            vocab_size=size, min_frequency=2, show_progress=False, special_tokens=[], initial_alphabet=sorted(_BYTE_OF)
         )
         encoder.train_from_iterator(_pieces(text), trainer)
         model = json.loads(encoder.to_str())["model"]

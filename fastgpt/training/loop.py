@@ -18,13 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_same,
-    load_parameters,
-    model_tensors,
-)
+from ..checkpoint import Checkpoint, CheckpointError, check_same, load_parameters, model_tensors
 from ..config import TrainConfig
 from ..data.corpus import Corpus
 from ..data.prefetch import Prefetcher
