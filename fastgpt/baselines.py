@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, overload
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -187,10 +187,6 @@ def matched(kind: str, cfg: GPTConfig, n_layer: int | None = None) -> LanguageMo
     return model_class(kind)(matched_config(kind, cfg, n_layer))
 
 
-@overload
-def build_model(model_config: GPTConfig, seed: int) -> GPT: ...
-@overload
-def build_model(model_config: GPTConfig, seed: int, kind: str) -> LanguageModel: ...
 def build_model(model_config: GPTConfig, seed: int, kind: str = "gpt") -> LanguageModel:
     """A freshly initialised model, one of `baselines.MODELS`, whose weights follow from `seed`."""
     torch.manual_seed(seed)

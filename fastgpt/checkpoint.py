@@ -19,7 +19,7 @@ from torch import Tensor
 from .files import FileError, atomic_path, expand_path
 
 FORMAT = "fastgpt-checkpoint-1"
-
+_JSON_FIELDS = ("model_config", "train_config", "state")
 
 CheckpointError = FileError  # a checkpoint's errors are those of any file
 
@@ -69,14 +69,8 @@ class Checkpoint:
     model: str = "gpt"
 
     def save(self, path: str | Path) -> None:
-        metadata = {
-            "format": FORMAT,
-            "model_config": json.dumps(self.model_config),
-            "train_config": json.dumps(self.train_config),
-            "state": json.dumps(self.state),
-            "tokenizer": self.tokenizer,
-            "model": self.model,
-        }
+        metadata = {"format": FORMAT, "tokenizer": self.tokenizer, "model": self.model}
+        metadata |= {name: json.dumps(getattr(self, name)) for name in _JSON_FIELDS}
         write_tensors(expand_path(path), self.tensors, metadata)
 
     @classmethod
@@ -88,7 +82,7 @@ class Checkpoint:
                 f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: not a FastGPT checkpoint"
             )
         fields: dict[str, Any] = {}
-        for name in ("model_config", "train_config", "state"):
+        for name in _JSON_FIELDS:
             try:
                 fields[name] = json.loads(metadata[name])
             except (KeyError, ValueError) as error:

@@ -51,7 +51,7 @@ def check_types(config: Any) -> None:
             continue
         try:
             own = _as_kind(name, value)
-        except (TypeError, OverflowError):
+        except TypeError:
             raise ConfigError(f"{item.name}: expected {_KINDS_IN_WORDS[name]}, got {value!r}") from None
         if name == "float":
             _expect(math.isfinite(own), item.name, value, "a finite number")
@@ -79,6 +79,16 @@ def as_int_argument(name: str, value: Any, least: int | None = None) -> int:
     raise ValueError(f"{name}: expected an integer{bound}, got {value!r}")
 
 
+def as_float(value: Any) -> float | None:
+    """A real number, or an array or tensor of one, as Python's float; None for a bool and for what has no float."""
+    number = _unboxed(value[0] if getattr(value, "shape", None) == (1,) else value)
+    if isinstance(number, bool) or not isinstance(number, (Real, Decimal)):
+        return None
+    with contextlib.suppress(OverflowError, ValueError):
+        return float(number)
+    return None
+
+
 def _unboxed(value: Any) -> Any:
     """The scalars of numpy, and arrays and tensors of no dimension, as the Python value that they hold."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
@@ -88,12 +98,11 @@ def _as_kind(name: str, value: Any) -> Any:
     """`value` as what the annotation `name` says; TypeError where it is something else."""
     if name == "int":
         return as_int(value)
-    kinds: dict[str, Any] = {"float": (Real, Decimal), "bool": bool, "str": str, "tuple[str, ...]": tuple}
-    value = _unboxed(value)
-    ok = isinstance(value, kinds[name]) and (name == "bool" or not isinstance(value, bool))
-    if not ok or (name == "tuple[str, ...]" and not all(isinstance(part, str) for part in value)):
+    kinds: dict[str, type] = {"float": float, "bool": bool, "str": str, "tuple[str, ...]": tuple}
+    own: Any = as_float(value) if name == "float" else _unboxed(value)
+    if not isinstance(own, kinds[name]) or (isinstance(own, tuple) and not all(isinstance(part, str) for part in own)):
         raise TypeError(f"expected {_KINDS_IN_WORDS[name]}, got {value!r}")
-    return float(value) if name == "float" else value
+    return own
 
 
 @dataclass(frozen=True)

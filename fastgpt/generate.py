@@ -9,13 +9,14 @@ cache is its state, which has the same size for a text of any length.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .config import GPTConfig, as_int_argument
+from .config import GPTConfig, as_float, as_int_argument
 
 # Between these a temperature and its reciprocal are normal float32 numbers; a GPU may take smaller ones for zero.
 COLDEST, HOTTEST = 2.0**-126, 2.0**126
@@ -104,39 +105,28 @@ def _check_finite(largest: Tensor, what: str) -> None:
             raise ValueError(f"{what}: in row {row}, {kind}; expected finite numbers, or -inf for some of the tokens")
 
 
-def _number(name: str, value: Any) -> float:
-    """`value`, a real number of Python or NumPy or a tensor of one number, as a float; nan for anything else."""
-    if _is_bool(value) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return math.nan
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+Draw = Callable[[Tensor], tuple[Tensor, Tensor]]  # `_draw` with its settings
 
 
 def _checked(
-    model: Model, idx: Tensor, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any
-) -> tuple[int, float, int | None, float | None]:
-    """max_new_tokens, temperature, top_k and top_p as Python's numbers. Raises ValueError naming the wrong argument."""
+    model: Model, idx: Tensor, max_new_tokens: Any, temperature: Any = 1.0, top_k: Any = None, top_p: Any = None
+) -> tuple[int, dict[str, Any]]:
+    """max_new_tokens, and the settings of `_draw`, as Python's numbers. Raises ValueError naming the wrong argument."""
     if not isinstance(idx, Tensor) or idx.ndim != 2 or idx.dtype not in (torch.int64, torch.int32):
         raise ValueError("idx: expected token ids of shape (B, T), int64")
     if idx.shape[1] == 0:
         raise ValueError("idx: the prompt is empty; give at least one token")
     n = as_int_argument("max_new_tokens", max_new_tokens, 0)
-    degree = _number("temperature", temperature)
-    if not 0.0 <= degree < math.inf:
+    degree = as_float(temperature)
+    if degree is None or not 0.0 <= degree < math.inf:
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature!r}")
     k = None if top_k is None else as_int_argument("top_k", top_k, 1)
-    p = None if top_p is None else _number("top_p", top_p)
-    if p is not None and not 0.0 < p <= 1.0:
+    p = as_float(top_p)
+    if top_p is not None and (p is None or not 0.0 < p <= 1.0):
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
     if not model.cfg.is_causal:
         raise ValueError("model: generation needs is_causal=True")
-    return n, degree, k, p
+    return n, {"temperature": degree, "top_k": k, "top_p": p}
 
 
 def stream(
@@ -160,8 +150,8 @@ def stream(
     Raises ValueError naming the argument at the call, and, while sampling, for logits of which one is nan or inf or
     all of a row are -inf. On a GPU that error comes one token late, so that the next step need not wait for the check.
     """
-    settings = _checked(model, idx, max_new_tokens, temperature, top_k, top_p)
-    return _stream(model, idx, *settings, generator, use_cache)
+    n, settings = _checked(model, idx, max_new_tokens, temperature, top_k, top_p)
+    return _stream(model, idx, n, partial(_draw, generator=generator, **settings), use_cache)
 
 
 def stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, **options: Any) -> Iterator[Tensor]:
@@ -170,16 +160,14 @@ def stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, 
     After each end the context is that token alone, so that no name is context of the next, as in training.
     options: temperature, top_k, top_p and generator of `stream`.
     """
-    settings = options.get("temperature", 1.0), options.get("top_k"), options.get("top_p")
-    n, *_ = _checked(model, idx, max_new_tokens, *settings)
-    return _stream_names(model, idx, n, boundary, options)
+    generator = options.pop("generator", None)
+    n, settings = _checked(model, idx, max_new_tokens, **options)
+    return _stream_names(model, idx, n, boundary, partial(_draw, generator=generator, **settings))
 
 
-def _stream_names(
-    model: Model, idx: Tensor, max_new_tokens: int, boundary: int, options: dict[str, Any]
-) -> Iterator[Tensor]:
+def _stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, draw: Draw) -> Iterator[Tensor]:
     while max_new_tokens > 0:
-        for token in stream(model, idx, max_new_tokens, **options):
+        for token in _stream(model, idx, max_new_tokens, draw, use_cache=True):
             max_new_tokens -= 1
             yield token
             if int(token) == boundary:
@@ -187,16 +175,7 @@ def _stream_names(
                 break
 
 
-def _stream(
-    model: Model,
-    idx: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-    use_cache: bool,
-) -> Iterator[Tensor]:
+def _stream(model: Model, idx: Tensor, max_new_tokens: int, draw: Draw, use_cache: bool) -> Iterator[Tensor]:
     was_training = model.training
     limit = model.context_size
     context = idx if limit is None else idx[:, -limit:]
@@ -214,7 +193,7 @@ def _stream(
                     logits = model.next_logits(context[:, cache.length :], cache)
                 else:
                     logits = model.next_logits(context)
-                token, largest = _draw(logits, temperature, top_k, top_p, generator)
+                token, largest = draw(logits)
             unread.append((largest, f"model: its logits for position {position}"))
             if len(unread) > late:
                 _check_finite(*unread.pop(0))

@@ -23,6 +23,9 @@ from .checkpoint import Checkpoint, CheckpointError, check_same, find_checkpoint
 from .config import ConfigError, GPTConfig, from_dict
 from .files import atomic_path, expand_path
 
+Expected = Callable[[GPTConfig], Mapping[str, Tensor]]  # the tensors, without numbers, of a GPT with these settings
+Found = tuple[GPTConfig, dict[str, Tensor], Path]
+
 
 def write(cfg: GPTConfig, parameters: Mapping[str, Tensor], directory: str | Path, format: str) -> None:
     """Write the GPT with the settings `cfg` and these parameters. format: "fastgpt" or "huggingface".
@@ -41,9 +44,7 @@ def write(cfg: GPTConfig, parameters: Mapping[str, Tensor], directory: str | Pat
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read(
-    directory: str | Path, changes: dict[str, Any], expected: Callable[[GPTConfig], Mapping[str, Tensor]]
-) -> tuple[GPTConfig, dict[str, Tensor], Path]:
+def read(directory: str | Path, changes: dict[str, Any], expected: Expected) -> Found:
     """The settings of the model in `directory`, with `changes` made to them, its tensors by name, and their file.
 
     `expected(cfg)` are the tensors of a GPT with these settings, on the meta device: a config.json that does not fit
@@ -69,9 +70,7 @@ def read(
     return cfg, tensors, source
 
 
-def _read_gpt2(
-    config: dict[str, Any], path: Path, changes: dict[str, Any], expected: Callable[[GPTConfig], Mapping[str, Tensor]]
-) -> tuple[GPTConfig, dict[str, Tensor], Path]:
+def _read_gpt2(config: dict[str, Any], path: Path, changes: dict[str, Any], expected: Expected) -> Found:
     with _naming(path):
         theirs = huggingface.GPT2Config.from_json(config)
         cfg: GPTConfig = from_dict(GPTConfig, {**theirs.settings(), **changes})
@@ -97,7 +96,7 @@ def _read_gpt2(
     return cfg, tensors, source
 
 
-def _read_run(path: Path, changes: dict[str, Any]) -> tuple[GPTConfig, dict[str, Tensor], Path]:
+def _read_run(path: Path, changes: dict[str, Any]) -> Found:
     saved = Checkpoint.load(path)
     if saved.model != "gpt":
         raise CheckpointError(f"{path}: field 'model' is {saved.model!r}, not 'gpt'; fastgpt sample takes every model")

@@ -3,7 +3,8 @@
 A value is taken from the first of these that gives one: the command line; the TOML file of --config; for `train` the
 run that is resumed, then the preset; for the studies and `learn` the small sizes of --quick; the default.
 
-The docstring of a class is the help of its command, and its field names are the options: `max_steps` is --max-steps.
+The docstring of a class is the help of its command. A field is an option (`max_steps` is --max-steps), and the comment
+beside it or above it is the option's help.
 """
 
 from __future__ import annotations
@@ -28,27 +29,18 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is made of, besides its model's shape and its training.
+    """What a run is made of, besides its model's shape and its training."""
 
-    Args:
-        preset: settings to start from (shakespeare-char, shakespeare-char-cpu, gpt2, gpt2-medium, gpt2-large, gpt2-xl).
-        config: a TOML file with any of these settings.
-        model: gpt, bigram, positional-bigram, rnn, gru or lstm; they take what they need of the settings below.
-        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
-        out: the run's folder.
-        resume: go on with the run in --out.
-        backend: auto, torch, triton or native.
-        tokenizer: char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
-    """
-
+    # settings to start from (shakespeare-char, shakespeare-char-cpu, gpt2, gpt2-medium, gpt2-large, gpt2-xl).
     preset: str | None = None
-    config: str | None = None
+    config: str | None = None  # a TOML file with any of these settings.
+    # gpt, bigram, positional-bigram, rnn, gru or lstm; they take what they need of the settings below.
     model: str = "gpt"
-    data: str | None = None
-    out: str | None = None
-    resume: bool = False
-    backend: str = "auto"
-    tokenizer: str = "char"
+    data: str | None = None  # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
+    out: str | None = None  # the run's folder.
+    resume: bool = False  # go on with the run in --out.
+    backend: str = "auto"  # auto, torch, triton or native.
+    tokenizer: str = "char"  # char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
 
 
 @dataclass(frozen=True)
@@ -83,52 +75,31 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Continue a prompt with a trained model, token by token.
+    """Continue a prompt with a trained model, token by token."""
 
-    Args:
-        checkpoint: a run's folder (its best checkpoint), or one .safetensors checkpoint.
-        prompt: the text to continue; a text that begins with "-" is given as --prompt=TEXT.
-        max_new_tokens: tokens to add.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among the k likeliest tokens.
-        top_p: sample among the fewest tokens whose probability reaches p.
-        seed: repeats a sample.
-        device: auto, cpu, cuda, ...
-        backend: auto, torch, triton or native.
-        config: a TOML file with any of these settings.
-    """
-
-    checkpoint: str | None = None
-    prompt: str = "\n"
-    max_new_tokens: int = 500
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    device: str = "auto"
-    backend: str = "auto"
-    config: str | None = None
+    checkpoint: str | None = None  # a run's folder (its best checkpoint), or one .safetensors checkpoint.
+    prompt: str = "\n"  # the text to continue; a text that begins with "-" is given as --prompt=TEXT.
+    max_new_tokens: int = 500  # tokens to add.
+    temperature: float = 0.8  # divides the logits; 0 takes the likeliest token.
+    top_k: int | None = None  # sample among the k likeliest tokens.
+    top_p: float | None = None  # sample among the fewest tokens whose probability reaches p.
+    seed: int | None = None  # repeats a sample.
+    device: str = "auto"  # auto, cpu, cuda, ...
+    backend: str = "auto"  # auto, torch, triton or native.
+    config: str | None = None  # a TOML file with any of these settings.
 
 
 @dataclass(frozen=True)
 class DataShowSettings:
-    """Print one example of each layout of the data, context -> target.
+    """Print one example of each layout of the data, context -> target."""
 
-    Args:
-        data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names; without it, a few lines of its own.
-        layout: blocks, windows or names; without it, all of them.
-        block_size: tokens of a block; without it 8, and for names as many as the longest one needs.
-        tokenizer: char, or a folder with GPT-2's vocab.json and merges.txt.
-        seed: which example.
-        config: a TOML file with any of these settings.
-    """
-
+    # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names; without it, a few lines of its own.
     data: str | None = None
-    layout: str | None = None
-    block_size: int | None = None
-    tokenizer: str = "char"
-    seed: int = 1337
-    config: str | None = None
+    layout: str | None = None  # blocks, windows or names; without it, all of them.
+    block_size: int | None = None  # tokens of a block; without it 8, and for names as many as the longest one needs.
+    tokenizer: str = "char"  # char, or a folder with GPT-2's vocab.json and merges.txt.
+    seed: int = 1337  # which example.
+    config: str | None = None  # a TOML file with any of these settings.
 
 
 @dataclass(frozen=True)
@@ -138,47 +109,29 @@ class DoctorSettings:
 
 @dataclass(frozen=True)
 class ParitySettings:
-    """Measure every op, backend and dtype against its formula in float64.
+    """Measure every op, backend and dtype against its formula in float64."""
 
-    Args:
-        device: cpu or cuda.
-        out: a JSON file to write the rows to.
-        config: a TOML file with any of these settings.
-    """
-
-    device: str = "cpu"
-    out: str | None = None
-    config: str | None = None
+    device: str = "cpu"  # cpu or cuda.
+    out: str | None = None  # a JSON file to write the rows to.
+    config: str | None = None  # a TOML file with any of these settings.
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Measure FastGPT and the things one would use instead, here, or report on what was measured.
+    """Measure FastGPT and the things one would use instead, here, or report on what was measured."""
 
-    Args:
-        only: some of the benchmarks instead of all: attention, layer_norm, ...
-        device: auto (a GPU if there is one), cpu or cuda.
-        out: where the rows go, a *.jsonl file or a folder (default: runs/bench); with --report the folder of the report
-            (default: runs/bench-report).
-        quick: the first case of each benchmark, few rounds.
-        nanogpt: a checkout of karpathy/nanoGPT to compare with.
-        lecture: gpt.py of karpathy/ng-video-lecture to compare with.
-        data: text for the time to a loss, as in fastgpt train.
-        report: measure nothing; render rows to results.md with pictures, and to one HTML page.
-        results: what --report reads, files or folders of rows (default: runs/bench).
-        config: a TOML file with any of these settings.
-    """
-
-    only: tuple[str, ...] = ()
-    device: str = "auto"
+    only: tuple[str, ...] = ()  # some of the benchmarks instead of all: attention, layer_norm, ...
+    device: str = "auto"  # auto (a GPU if there is one), cpu or cuda.
+    # where the rows go, a *.jsonl file or a folder (default: runs/bench); with --report the folder of the report
+    # (default: runs/bench-report).
     out: str | None = None
-    quick: bool = False
-    nanogpt: str | None = None
-    lecture: str | None = None
-    data: str | None = None
-    report: bool = False
-    results: tuple[str, ...] = ()
-    config: str | None = None
+    quick: bool = False  # the first case of each benchmark, few rounds.
+    nanogpt: str | None = None  # a checkout of karpathy/nanoGPT to compare with.
+    lecture: str | None = None  # gpt.py of karpathy/ng-video-lecture to compare with.
+    data: str | None = None  # text for the time to a loss, as in fastgpt train.
+    report: bool = False  # measure nothing; render rows to results.md with pictures, and to one HTML page.
+    results: tuple[str, ...] = ()  # what --report reads, files or folders of rows (default: runs/bench).
+    config: str | None = None  # a TOML file with any of these settings.
 
 
 # ---- where values come from ----
@@ -254,9 +207,6 @@ def read_toml(path: str, kind: type, shown: str) -> dict[str, Any]:
         if name not in known:
             raise UsageError(f"{shown}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
     return {name: _expanded(name, tuple(v) if isinstance(v, list) else v) for name, v in values.items()}
-
-
-# ---- values ----
 
 
 def expanded(settings: Any) -> Any:

@@ -1,14 +1,14 @@
 """Text to token ids and back: one id a character, or byte-level BPE as GPT-2 has it.
 
-Both tokenizers are lossless, and both are plain data: `to_json` writes all there is to know, `tokenizer_from_json`
-reads it back, and `fingerprint` names it, so that a token cache or a checkpoint can tell whether it is still the same.
+Both tokenizers are lossless, and both are plain data: `to_json` writes a tokenizer, `tokenizer_from_json` reads it
+back, and `fingerprint` identifies it, by which a token cache knows whether its tokens are of the same tokenizer.
 
     tokenizer = CharTokenizer.train("hello world")
     tokenizer.decode(tokenizer.encode("hold"))          # 'hold'
 
-Decoding is done here, from a table of bytes per id. A BPE token may end in the middle of a character, and only the
-bytes say where: `StreamDecoder` holds such a tail back until the rest has come, so text can be printed while sampling.
-The `tokenizers` library trains and encodes BPE; it is imported when a BPE tokenizer is made, not before.
+The `tokenizers` library trains and encodes BPE; it is imported when a BPE tokenizer is made. Decoding is done here,
+from a table of each id's bytes: a BPE token may end in the middle of a character, and `StreamDecoder` holds these bytes
+back until the rest of the character has come, so that text can be printed while it is sampled.
 
 Source of byte-level BPE: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2.
 """
@@ -50,24 +50,20 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
     def encode_array(self, text: str) -> np.ndarray: ...
     def decode(self, ids: Any) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
     def to_json(self) -> str: ...
-    def fingerprint(self) -> str: ...
 
-
-class _Fingerprinted:
-    def to_json(self) -> str:
-        raise NotImplementedError
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
 
     def fingerprint(self) -> str:
         """sha256 of `to_json()`: equal fingerprints give equal tokens."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-class CharTokenizer(_Fingerprinted):
+class CharTokenizer(Tokenizer):
     """One id a character; the ids of `train` follow the characters' sorted order, as in the lecture."""
 
     kind = "char"
@@ -94,9 +90,6 @@ class CharTokenizer(_Fingerprinted):
     def vocab_size(self) -> int:
         return len(self.chars)
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
-
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 (len(text),)."""
         codepoints = _codepoints(text)
@@ -122,17 +115,15 @@ class CharTokenizer(_Fingerprinted):
         return json.dumps({"kind": self.kind, "chars": self.chars})
 
 
-class BPETokenizer(_Fingerprinted):
-    """Byte-level BPE: any text encodes, for the 256 bytes are tokens themselves.
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE: any text can be encoded, because each of the 256 bytes is a token.
 
-    `encode` treats its text as text: it never yields a special token, even where the text spells "<|endoftext|>". The
-    ids of those lie in `special_tokens`.
+    `encode` never yields a special token, even where the text spells "<|endoftext|>"; `special_tokens` has their ids.
     """
 
     kind = "bpe"
-    training_version = (
-        2  # raised where `train` gives other tokens than before, so that kept ones are not taken for them
-    )
+    # Part of the name of a cached tokenizer. It is raised when a change makes `train` learn other tokens.
+    training_version = 2
 
     def __init__(self, vocab: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int] | None = None):
         """`vocab` lists the tokens by id, in GPT-2's spelling of bytes; `merges` are in order of priority."""
@@ -219,9 +210,6 @@ class BPETokenizer(_Fingerprinted):
     @property
     def vocab_size(self) -> int:
         return len(self.vocab)
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of `text`, int32; long texts go through the library piece by piece, on all cores."""
@@ -410,9 +398,7 @@ def _checked_ids(ids: Any, vocab_size: int) -> np.ndarray:
     if row.ndim != 1:
         raise ValueError(f"ids: expected one row of token ids, got shape {row.shape}; decode one row at a time")
     if row.dtype.kind == "f" and isinstance(ids, list):
-        row = np.asarray(
-            ids, dtype=object
-        )  # numpy rounds a list with 2**63 in it to floats; the error must name the id
+        row = np.asarray(ids, dtype=object)  # numpy rounds a list with 2**63 in it; the error must name the id
     if row.dtype.kind not in "iu" and not all(type(x) is int for x in row.tolist()):
         raise ValueError(f"ids: expected integers, got {row.dtype}")
     outside = (row < 0) | (row >= vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import shutil
 import tomllib
@@ -88,11 +89,12 @@ def settings_classes(commands: dict[str, Command | Group] = COMMANDS, prefix: st
 def test_every_setting_that_is_a_path_is_known_as_one():
     """What help says is a file, a folder or a checkout; a new setting of that kind is to be added to PATHS."""
     said = set()
-    for cls in settings_classes().values():
-        for base in cls.__mro__:
-            said |= set(
-                re.findall(r"^ +(\w+): (?:.*\b)?(?:files?|folders?|checkout|gpt\.py)\b", base.__doc__ or "", re.M)
-            )
+    for base in {base for cls in settings_classes().values() for base in cls.__mro__ if dataclasses.is_dataclass(base)}:
+        # A field's help is its line of the docstring, or the comment above it or beside it.
+        fields = re.findall(r"((?:^ +#.*\n)*)^ +(\w+): (.*)$", inspect.getsource(base), re.M)
+        said |= {
+            name for above, name, rest in fields if re.search(r"\b(files?|folders?|checkout|gpt\.py)\b", above + rest)
+        }
     names = {field.name for cls in settings_classes().values() for field in dataclasses.fields(cls)}
     assert said & names == set(settings.PATHS)
 

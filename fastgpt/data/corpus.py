@@ -13,21 +13,10 @@ import numpy as np
 
 from ..config import as_int_argument
 from ..tokenizer import CharTokenizer, Tokenizer
+from . import layouts
 from .cache import cached_bpe, cached_tokens
-from .layouts import (
-    Examples,
-    Names,
-    boundary_token,
-    check_block,
-    check_names_fit,
-    check_varied,
-    join_names,
-    layout_class,
-    names_of,
-)
+from .layouts import Examples, Names
 from .sources import DataError, load_text
-
-# ---- corpus ----
 
 
 @dataclass(frozen=True)
@@ -58,23 +47,19 @@ class Corpus:
         So is a name that does not fit one, where the layout is "names".
         """
         block_size = as_int_argument("block_size", block_size, least=1)
-        layout_class(layout)
+        layouts.layout_class(layout)
         text = load_text(source)
         shown = repr(os.fspath(source))
-        check_varied(text, shown)
+        layouts.check_varied(text, shown)
         if layout == "names":
-            return cls._load_names(names_of(text, shown), shown, tokenizer, vocab_size, block_size)
+            return cls._load_names(layouts.names_of(text, shown), shown, tokenizer, vocab_size, block_size)
         made = _make_tokenizer(tokenizer, text, vocab_size)
         tokens = cached_tokens(text, made)
         n_train = len(tokens) * 9 // 10
         train, val = tokens[:n_train], tokens[n_train:]
-        if len(tokens) <= block_size:
-            raise DataError(
-                f"{shown} has {len(tokens)} tokens, and a block of {block_size} needs {block_size + 1}: "
-                f"give a longer text or a smaller block_size"
-            )
-        check_block(f"the train split of {shown}", train, block_size)
-        check_block(f"the val split of {shown}", val, block_size)
+        layouts.check_block(shown, tokens, block_size)
+        layouts.check_block(f"the train split of {shown}", train, block_size)
+        layouts.check_block(f"the val split of {shown}", val, block_size)
         return cls(made, train, val, layout)
 
     @classmethod
@@ -83,11 +68,11 @@ class Corpus:
     ) -> Corpus:
         if len(names) < 2:
             raise DataError(f"{shown} has one name, and needs one to train on and one to validate: give more lines")
-        text = join_names(names)
+        text = layouts.join_names(names)
         made = _make_tokenizer(tokenizer, text, vocab_size)
         tokens = cached_tokens(text, made)
-        check_names_fit(names, tokens, boundary_token(made), block_size, shown)
-        (boundaries,) = np.nonzero(tokens == boundary_token(made))
+        layouts.check_names_fit(names, tokens, layouts.boundary_token(made), block_size, shown)
+        (boundaries,) = np.nonzero(tokens == layouts.boundary_token(made))
         middle = boundaries[len(names) * 9 // 10]  # the end of the last name to train on, the start of the first other
         return cls(made, tokens[: middle + 1], tokens[middle:], "names")
 
@@ -95,8 +80,8 @@ class Corpus:
         """The examples of "train" or "val", in this corpus's layout."""
         tokens = {"train": self.train, "val": self.val}[split]
         if self.layout == "names":
-            return Names(tokens, block_size, boundary_token(self.tokenizer))
-        return layout_class(self.layout)(tokens, block_size)
+            return Names(tokens, block_size, layouts.boundary_token(self.tokenizer))
+        return layouts.layout_class(self.layout)(tokens, block_size)
 
 
 def _make_tokenizer(tokenizer: str | Tokenizer, text: str, vocab_size: int | None) -> Tokenizer:

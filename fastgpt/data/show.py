@@ -13,21 +13,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import LAYOUTS, ConfigError
-from ..data.layouts import (
-    Blocks,
-    Examples,
-    Names,
-    Windows,
-    boundary_token,
-    check_block,
-    check_names_fit,
-    check_varied,
-    join_names,
-    name_lengths,
-    names_of,
-)
-from ..data.sources import DataError, load_text
 from ..tokenizer import VISIBLE, BPETokenizer, CharTokenizer, Tokenizer
+from . import layouts
+from .layouts import Blocks, Examples, Names, Windows
+from .sources import DataError, load_text
 
 TEXT = """To be, or not to be, that is the question:
 Whether 'tis nobler in the mind to suffer
@@ -73,19 +62,19 @@ def _show(source: str | None, layout: str, block_size: int | None, tokenizer: st
         text, shown = NAMES if layout == "names" else TEXT, "the example text"
     else:
         text, shown = load_text(source), repr(source)
-    check_varied(text, shown)
-    names = names_of(text, shown) if layout == "names" else []
-    text = join_names(names) if names else text
+    layouts.check_varied(text, shown)
+    names = layouts.names_of(text, shown) if layout == "names" else []
+    text = layouts.join_names(names) if names else text
     made = CharTokenizer.train(text) if tokenizer == "char" else BPETokenizer.from_gpt2_files(tokenizer)
     tokens = made.encode_array(text)
     if names:
-        boundary = boundary_token(made)
-        block_size = int(name_lengths(tokens, boundary).max()) if block_size is None else block_size
-        check_names_fit(names, tokens, boundary, block_size, shown)
+        boundary = layouts.boundary_token(made)
+        block_size = int(layouts.name_lengths(tokens, boundary).max()) if block_size is None else block_size
+        layouts.check_names_fit(names, tokens, boundary, block_size, shown)
         examples: Examples = Names(tokens, block_size, boundary)
     else:
         block_size = 8 if block_size is None else block_size
-        check_block(shown, tokens, block_size)
+        layouts.check_block(shown, tokens, block_size)
         examples = (Blocks if layout == "blocks" else Windows)(tokens, block_size)
     x, y = examples.batch(1, seed, step=0)
     T = examples.block_size

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..config import SOURCES
 from ..files import expand_path
 from .cache import cached
 
@@ -25,16 +26,13 @@ class DataError(ValueError):
     """The data cannot be used; the message is one line that names what is wrong and what to do."""
 
 
-# ---- text ----
-
-
 def load_text(source: str | os.PathLike[str]) -> str:
     """The text of "shakespeare", "tinyshakespeare", "names", a UTF-8 file, or the *.txt files of a folder.
 
     Line ends become "\\n", as in Python's own text files, and a byte order mark is dropped. Any other character stays,
     NUL among them. A pipe is refused: a run that is resumed reads its text again.
     """
-    named = {"shakespeare": _shakespeare, "tinyshakespeare": _tiny_shakespeare, "names": _names}
+    named = dict(zip(SOURCES, (_shakespeare, _tiny_shakespeare, _names), strict=True))
     if isinstance(source, str) and source in named:
         return named[source]()
     if not os.fspath(source):
