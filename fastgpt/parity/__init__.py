@@ -15,10 +15,10 @@ by chance. The cases serve every backend: ``run_parity(backends=("native",))``, 
 
 from .cases import Draw, ParityCase, parity_cases
 from .measure import ATOL, DTYPES, exact_copy, max_error, measure_case, outputs_and_gradients, tolerance
-from .report import main, run_parity
+from .report import run_parity
 from .yardsticks import YARDSTICKS
 
 __all__ = [
-    "ATOL", "DTYPES", "YARDSTICKS", "Draw", "ParityCase", "exact_copy", "main", "max_error", "measure_case",
+    "ATOL", "DTYPES", "YARDSTICKS", "Draw", "ParityCase", "exact_copy", "max_error", "measure_case",
     "outputs_and_gradients", "parity_cases", "run_parity", "tolerance",
 ]  # fmt: skip

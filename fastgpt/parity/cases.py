@@ -1,13 +1,14 @@
 """The cases: calls of every op, with the shapes, layouts and options in which kernels go wrong.
 
 Each op has a section: a function that makes a case, and the list of its cases. A new op needs such a section, its list
-in `CASES`, and an entry in `YARDSTICKS` (yardsticks.py).
+in `CASES`, and an entry in `YARDSTICKS` (yardsticks.py). The functions take the sizes of a case by the names that the
+op's documentation gives them, the `layout` of its tensors, and the op's own options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,39 +41,38 @@ class ParityCase:
     expanded_grad: bool = False  # the gradient of the output has stride 0, as out.sum().backward() gives it
 
 
+def _laid_out(draw: Draw, layout: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Random numbers of `shape` that lie in memory as `layout` says, in a view of a tensor of another shape."""
+    *outer, last = shape
+    if layout == "transposed":
+        return draw.normal(*outer[:-1], last, outer[-1], dtype=dtype).transpose(-1, -2)
+    if layout == "expanded":  # the same numbers for the whole first dimension
+        return draw.normal(1, *shape[1:], dtype=dtype).expand(shape)
+    if layout == "every second":
+        return draw.normal(*outer, 2 * last, dtype=dtype)[..., ::2]
+    if layout == "padded":  # each row is followed by numbers that do not belong to it
+        return draw.normal(*outer, last + 3, dtype=dtype)[..., :-3]
+    return draw.normal(*shape, dtype=dtype)
+
+
 # ---- attention ----
 
 
-def _attention(
-    name: str,
-    *,
-    B: int = 2,
-    H: int = 2,
-    Hkv: int | None = None,
-    Tq: int = 17,
-    Tk: int | None = None,
-    D: int = 16,
-    layout: str = "contiguous",
-    expanded_grad: bool = False,
-    **options: Any,
-) -> ParityCase:
+def _attention(name, *, B=2, H=2, Hkv=None, Tq=17, Tk=None, D=16, layout="contiguous", **options) -> ParityCase:
     heads, keys = Hkv or H, Tq if Tk is None else Tk
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         if layout == "packed":  # as in the model: views of one (B, T, 3 C) projection
             q, k, v = (t.view(B, Tq, H, D).transpose(1, 2) for t in draw.normal(B, Tq, 3 * H * D).split(H * D, dim=2))
-        elif layout == "expanded":  # the whole batch shares the keys of one prompt
-            q = draw.normal(B, H, Tq, D)
-            k, v = (draw.normal(1, heads, keys, D).expand(B, -1, -1, -1) for _ in range(2))
         elif layout == "sliced":  # every second feature of q; k and v are the filled part of a longer cache
-            q = draw.normal(B, H, Tq, 2 * D)[..., ::2]
+            q = _laid_out(draw, "every second", B, H, Tq, D)
             k, v = (draw.normal(B, heads, keys + 5, D)[:, :, :keys] for _ in range(2))
-        else:
+        else:  # where k and v are expanded, the whole batch shares the keys of one prompt
             q = draw.normal(B, H, Tq, D)
-            k, v = (draw.normal(B, heads, keys, D) for _ in range(2))
+            k, v = (_laid_out(draw, layout, B, heads, keys, D) for _ in range(2))
         return {"q": q, "k": k, "v": v}
 
-    return ParityCase("attention", name, arguments, options, expanded_grad)
+    return ParityCase("attention", name, arguments, options)
 
 
 _ATTENTION_CASES = (
@@ -101,43 +101,28 @@ _ATTENTION_CASES = (
     _attention("packed q, k, v, dropout", Tq=33, layout="packed", dropout_p=0.2, seed=8),
     _attention("expanded k, v", layout="expanded", Tk=20),
     _attention("sliced", layout="sliced", Tk=20),
-    _attention("expanded gradient", expanded_grad=True),
+    replace(_attention("expanded gradient"), expanded_grad=True),
 )
 
 
 # ---- layer_norm, add_layer_norm ----
 
 
-def _norm(
-    op: str,
-    name: str,
-    *shape: int,
-    bias: bool = True,
-    layout: str = "contiguous",
-    offset: float = 0.0,
-    wide_residual: bool = False,
-    expanded_grad: bool = False,
-    **options: Any,
-) -> ParityCase:
-    def rows(draw: Draw, dtype: torch.dtype) -> Tensor:
-        if layout == "transposed":
-            return draw.normal(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
-        if layout == "sliced":
-            return draw.normal(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
-        if layout == "expanded":
-            return draw.normal(1, *shape[1:], dtype=dtype).expand(shape)
-        return draw.normal(*shape, dtype=dtype) + offset
+def _norm(op, name, *shape, bias=True, layout="contiguous", offset=0.0, wide_residual=False, **options) -> ParityCase:
+    """`shape` is that of x; `offset` is the mean of its numbers."""
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         wide = torch.promote_types(draw.dtype, torch.float32) if wide_residual else draw.dtype
-        made: dict[str, Tensor | None] = {"x": rows(draw, draw.dtype)}
+        x = _laid_out(draw, layout, *shape)
+        made: dict[str, Tensor | None] = {"x": x + offset if offset else x}
         if op == "add_layer_norm":
-            made["residual"] = rows(draw, wide)
+            residual = _laid_out(draw, layout, *shape, dtype=wide)
+            made["residual"] = residual + offset if offset else residual
         made["weight"] = draw.normal(shape[-1], dtype=wide)
         made["bias"] = draw.normal(shape[-1], dtype=wide) if bias else None
         return made
 
-    return ParityCase(op, name, arguments, options, expanded_grad)
+    return ParityCase(op, name, arguments, options)
 
 
 _NORM_CASES = (
@@ -156,9 +141,9 @@ _NORM_CASES = (
             _norm(op, "mean far from 0", 4, 96, offset=30.0),
             _norm(op, "large eps", 4, 32, eps=0.5),
             _norm(op, "transposed", 2, 9, 20, layout="transposed"),
-            _norm(op, "sliced", 2, 9, 20, layout="sliced"),
+            _norm(op, "sliced", 2, 9, 20, layout="every second"),
             _norm(op, "expanded", 4, 3, 20, layout="expanded"),
-            _norm(op, "expanded gradient", 6, 40, expanded_grad=True),
+            replace(_norm(op, "expanded gradient", 6, 40), expanded_grad=True),
         )
     ),
     _norm("add_layer_norm", "residual at least float32", 4, 40, wide_residual=True),
@@ -172,32 +157,19 @@ _NORM_CASES = (
 # ---- embedding ----
 
 
-def _embedding(
-    name: str,
-    *,
-    B: int = 2,
-    T: int = 7,
-    V: int = 11,
-    C: int = 16,
-    P: int | None = 16,
-    layout: str = "contiguous",
-    index_dtype: torch.dtype = torch.int64,
-    expanded_grad: bool = False,
-    **options: Any,
-) -> ParityCase:
+def _embedding(name, *, B=2, T=7, V=11, C=16, P=16, layout="contiguous", int32=False, **options) -> ParityCase:
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         tokens = draw.index(V, T, B).t() if layout == "strided" else draw.index(V, B, T)
         if layout == "expanded":
             tokens = tokens[:1].expand(B, T)
-        columns = slice(None, None, 2) if layout == "strided" else slice(None)
-        width = 2 * C if layout == "strided" else C
+        of_tables = "every second" if layout == "strided" else "contiguous"
         return {
-            "tokens": tokens.to(index_dtype),
-            "token_table": draw.normal(V, width)[:, columns],
-            "position_table": None if P is None else draw.normal(P, width)[:, columns],
+            "tokens": tokens.int() if int32 else tokens,
+            "token_table": _laid_out(draw, of_tables, V, C),
+            "position_table": None if P is None else _laid_out(draw, of_tables, P, C),
         }
 
-    return ParityCase("embedding", name, arguments, options, expanded_grad)
+    return ParityCase("embedding", name, arguments, options)
 
 
 _EMBEDDING_CASES = (
@@ -211,48 +183,42 @@ _EMBEDDING_CASES = (
     _embedding("wide", C=768, V=5),
     _embedding("one token many times", B=4, T=60, V=1, P=60),
     _embedding("duplicates", B=8, T=40, V=3, P=64),
-    _embedding("int32 tokens", index_dtype=torch.int32),
+    _embedding("int32 tokens", int32=True),
     _embedding("strided", layout="strided"),
     _embedding("expanded tokens", layout="expanded", B=5),
-    _embedding("expanded gradient", expanded_grad=True),
+    replace(_embedding("expanded gradient"), expanded_grad=True),
 )
 
 
-# ---- cross_entropy ----
+# ---- cross_entropy, linear_cross_entropy ----
+
+
+def _targets(draw: Draw, C: int, shape: Sequence[int], ignored: int, int32: bool, options: dict[str, Any]) -> Tensor:
+    """Random classes below C, of which the first `ignored` are ignore_index."""
+    targets = draw.index(C, *shape)
+    targets.view(-1)[:ignored] = options.get("ignore_index", -100)
+    return targets.int() if int32 else targets
 
 
 def _cross_entropy(
-    name: str,
-    *shape: int,
-    weight: bool = False,
-    ignored: int = 0,
-    layout: str = "contiguous",
-    scale: float = 2.0,
-    index_dtype: torch.dtype = torch.int64,
-    expanded_grad: bool = False,
-    **options: Any,
+    name, *shape, weight=False, ignored=0, layout="contiguous", scale=2.0, int32=False, **options
 ) -> ParityCase:
-    """`shape` is that of the logits; the first `ignored` targets are ignore_index."""
+    """`shape` is that of the logits; `scale` is the size of those that are contiguous."""
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         if layout == "channels last":  # (N, d1, C) in memory, as a model writes its logits
             logits = draw.normal(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-        elif layout == "expanded":
-            logits = draw.normal(1, *shape[1:]).expand(shape)
-        elif layout == "sliced":
-            logits = draw.normal(shape[0], shape[1] + 3)[:, :-3]
         else:
-            logits = draw.normal(*shape)
+            logits = _laid_out(draw, layout, *shape)
         class_dim = 0 if len(shape) == 1 else 1
-        targets = draw.index(shape[class_dim], *shape[:class_dim], *shape[class_dim + 1 :])
-        targets.view(-1)[:ignored] = options.get("ignore_index", -100)
+        C = shape[class_dim]
         return {
             "logits": logits * scale if layout == "contiguous" else logits,
-            "targets": targets.to(index_dtype),
-            "weight": draw.normal(shape[class_dim]).abs() + 0.1 if weight else None,
+            "targets": _targets(draw, C, shape[:class_dim] + shape[class_dim + 1 :], ignored, int32, options),
+            "weight": draw.normal(C).abs() + 0.1 if weight else None,
         }
 
-    return ParityCase("cross_entropy", name, arguments, options, expanded_grad)
+    return ParityCase("cross_entropy", name, arguments, options)
 
 
 _CROSS_ENTROPY_CASES = (
@@ -276,51 +242,31 @@ _CROSS_ENTROPY_CASES = (
         "label smoothing, weight, (N, C, d1), none", 3, 17, 5, label_smoothing=0.2, weight=True, reduction="none"
     ),
     _cross_entropy("large logits", 13, 29, scale=60.0),
-    _cross_entropy("int32 targets", 13, 29, index_dtype=torch.int32),
+    _cross_entropy("int32 targets", 13, 29, int32=True),
     _cross_entropy("channels last", 3, 17, 5, layout="channels last"),
-    _cross_entropy("sliced", 13, 29, layout="sliced"),
+    _cross_entropy("sliced", 13, 29, layout="padded"),
     _cross_entropy("expanded", 13, 29, layout="expanded"),
-    _cross_entropy("expanded gradient", 13, 29, reduction="none", expanded_grad=True),
+    replace(_cross_entropy("expanded gradient", 13, 29, reduction="none"), expanded_grad=True),
 )
 
 
-# ---- linear_cross_entropy ----
-
-
 def _linear_cross_entropy(
-    name: str,
-    *shape: int,
-    V: int = 37,
-    bias: bool = False,
-    ignored: int = 0,
-    layout: str = "contiguous",
-    scale: float = 1.0,
-    index_dtype: torch.dtype = torch.int64,
-    expanded_grad: bool = False,
-    **options: Any,
+    name, *shape, V=37, bias=False, ignored=0, layout="contiguous", scale=1.0, int32=False, **options
 ) -> ParityCase:
-    """`shape` is that of x, (..., C)."""
+    """`shape` is that of x, (..., C); `scale` is the size of its numbers."""
+    views = {"sliced": ("every second", "padded"), "expanded": ("expanded", "contiguous")}
+    of_x, of_weight = views.get(layout, (layout, layout))
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
-        C = shape[-1]
-        if layout == "transposed":
-            x, weight = draw.normal(C, shape[0]).t(), draw.normal(C, V).t()
-        elif layout == "sliced":
-            x, weight = draw.normal(*shape[:-1], 2 * C)[..., ::2], draw.normal(V, C + 3)[:, :-3]
-        elif layout == "expanded":
-            x, weight = draw.normal(1, *shape[1:]).expand(shape), draw.normal(V, C)
-        else:
-            x, weight = draw.normal(*shape) * scale, draw.normal(V, C)
-        targets = draw.index(V, *shape[:-1])
-        targets.view(-1)[:ignored] = options.get("ignore_index", -100)
+        x = _laid_out(draw, of_x, *shape)
         return {
-            "x": x,
-            "weight": weight,
-            "targets": targets.to(index_dtype),
+            "x": x * scale if layout == "contiguous" else x,
+            "weight": _laid_out(draw, of_weight, V, shape[-1]),
+            "targets": _targets(draw, V, shape[:-1], ignored, int32, options),
             "bias": draw.normal(V) if bias else None,
         }
 
-    return ParityCase("linear_cross_entropy", name, arguments, options, expanded_grad)
+    return ParityCase("linear_cross_entropy", name, arguments, options)
 
 
 _LINEAR_CROSS_ENTROPY_CASES = (
@@ -339,11 +285,11 @@ _LINEAR_CROSS_ENTROPY_CASES = (
     _linear_cross_entropy("ignored, bias, none", 13, 24, ignored=4, bias=True, reduction="none"),
     _linear_cross_entropy("label smoothing", 13, 24, label_smoothing=0.1, bias=True),
     _linear_cross_entropy("label smoothing, ignored, none", 13, 24, label_smoothing=0.3, ignored=2, reduction="none"),
-    _linear_cross_entropy("int32 targets", 13, 24, index_dtype=torch.int32),
+    _linear_cross_entropy("int32 targets", 13, 24, int32=True),
     _linear_cross_entropy("transposed", 13, 24, layout="transposed", bias=True),
     _linear_cross_entropy("sliced", 2, 9, 24, layout="sliced"),
     _linear_cross_entropy("expanded", 9, 24, layout="expanded"),
-    _linear_cross_entropy("expanded gradient", 13, 24, reduction="none", expanded_grad=True),
+    replace(_linear_cross_entropy("expanded gradient", 13, 24, reduction="none"), expanded_grad=True),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 
+from .. import machine
 from ..config import ConfigError
-from ..machine import package_version
 from ..ops.backend import BACKENDS, OPS, BackendError, implements
 from .cases import parity_cases
 from .measure import DTYPES, ParityRow, SkippedCase, dtype_name, measure_case
@@ -35,16 +36,13 @@ class ParityReport:
         return [row for row in self.rows if not row.passed]
 
     def as_dict(self) -> dict[str, Any]:
-        from .. import __version__
-
-        on_gpu = self.device == "cuda"
-        versions = {"fastgpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        optional = {"triton": package_version("triton"), "cuda": torch.version.cuda if on_gpu else None}
+        facts = machine.facts(torch.device(self.device))
+        packages = ("fastgpt", "torch", "python", "triton", "cuda")
         return {
             "device": self.device,
-            "device_name": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
+            "device_name": facts["device" if self.device == "cuda" else "cpu_capability"],
             "platform": platform.platform(),
-            "versions": versions | {name: version for name, version in optional.items() if version is not None},
+            "versions": {name: facts[name] for name in packages if facts[name] is not None},
             "rule": "ours <= 2 * torch + atol; all errors are the largest absolute ones against the float64 oracle",
             "passed": not self.failures,
             "seconds": round(self.seconds, 2),
@@ -103,18 +101,18 @@ def run_parity(
 ) -> ParityReport:
     """Measure the ops called `names` on `backends` in `dtypes`; what a backend does not serve is listed as skipped."""
     report, start = ParityReport(device), time.perf_counter()
-    for backend in backends:
-        for dtype in dtypes:
-            for case in (case for case in parity_cases(*names) if implements(backend, case.op)):
-                try:
-                    report.rows += measure_case(case, backend, dtype, device)
-                except BackendError as error:
-                    reason = str(error).partition(" here: ")[2] or str(error)  # the report names op and backend itself
-                    report.skips.append(SkippedCase(case.op, backend, dtype_name(dtype), case.name, reason))
-                except Exception as error:  # a call that raises is a failure to report, and the other cases go on
-                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-                    where = (case.op, backend, dtype_name(dtype), case.name)
-                    report.rows.append(ParityRow(*where, "call", math.inf, 0.0, 0.0, False, reason))
+    for backend, dtype, case in itertools.product(backends, dtypes, parity_cases(*names)):
+        if not implements(backend, case.op):
+            continue
+        where = (case.op, backend, dtype_name(dtype), case.name)
+        try:
+            report.rows += measure_case(case, backend, dtype, device)
+        except BackendError as error:
+            reason = str(error).partition(" here: ")[2] or str(error)  # the report names op and backend itself
+            report.skips.append(SkippedCase(*where, reason))
+        except Exception as error:  # a call that raises is a failure to report, and the other cases go on
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            report.rows.append(ParityRow(*where, "call", math.inf, 0.0, 0.0, False, reason))
     report.seconds = time.perf_counter() - start
     return report
 
@@ -125,9 +123,9 @@ def main(device: str = "cpu", out: str | None = None) -> int:
         raise ConfigError(f"--device: expected cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: this PyTorch finds no CUDA device; `fastgpt doctor` shows what it finds")
-    if out is not None and (Path(out).is_dir() or not Path(out).resolve().parent.is_dir()):
-        raise ConfigError(f"--out {out}: expected a file in a folder that exists")
     if out is not None:
+        if Path(out).is_dir() or not Path(out).resolve().parent.is_dir():
+            raise ConfigError(f"--out {out}: expected a file in a folder that exists")
         open(out, "ab").close()  # a file that cannot be written is reported now, not after a minute of work
     report = run_parity(device)
     print(report)

@@ -73,9 +73,8 @@ def _flash(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
-    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
-    if is_causal:
-        mask = reference.causal_mask(Tq, Tk, q.device)
+    everything = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+    mask = reference.causal_mask(Tq, Tk, q.device) if is_causal else everything
     keep = torch.ones((), device=q.device)
     if dropout_p > 0.0:
         keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk) / (1.0 - dropout_p)
