@@ -90,26 +90,30 @@ def as_dropout(dropout_p: Any, seed: Any) -> tuple[float, int | Tensor | None]:
     return dropout_p, seed
 
 
-def check_reduction(reduction: str) -> None:
+def as_loss_options(ignore_index: Any, reduction: str, label_smoothing: Any) -> tuple[int, float]:
+    """Checks the options that both losses have. Returns ignore_index and label_smoothing as Python's numbers."""
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-
-
-def as_label_smoothing(label_smoothing: Any) -> float:
-    """`label_smoothing` as a number of Python's."""
     label_smoothing = as_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    return label_smoothing
+    return as_int64("ignore_index", ignore_index), label_smoothing
 
 
-def same_number_hint(tensor: Tensor, expected: torch.Size) -> str:
-    """Advice for the error about targets of a wrong shape, where their number is right; otherwise empty."""
-    if tensor.numel() != expected.numel():
-        return ""
-    return (
-        f"; the number of them is right: pass targets.{'flatten()' if len(expected) == 1 else f'view{tuple(expected)}'}"
-    )
+def check_targets(targets: Tensor, expected: torch.Size, name: str, tensor: Tensor) -> None:
+    """`targets` holds indices on the device of `tensor`, in the shape `expected`, which fits the shape of `tensor`."""
+    check_index("targets", targets)
+    check_like("targets", targets, name, tensor, dtype=False)
+    if targets.shape == expected:
+        return
+    hint = ""
+    if tensor.ndim > 2 and targets.shape == tensor.shape[:-1]:  # logits, because a linear layer's x expects this shape
+        hint = "; the classes are dimension 1: pass logits.flatten(0, -2) and targets.flatten()"
+    elif targets.numel() == expected.numel():
+        view = "flatten()" if len(expected) == 1 else f"view{tuple(expected)}"
+        hint = f"; the number of them is right: pass targets.{view}"
+    given = f"to fit {name} {tuple(tensor.shape)}, got {tuple(targets.shape)}"
+    raise ValueError(f"targets: expected shape {tuple(expected)} {given}{hint}")
 
 
 def first_out_of_range(name: str, indices: Tensor, low: int, high: int, ignore: int | None = None) -> IndexError:

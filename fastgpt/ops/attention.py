@@ -72,14 +72,7 @@ def attention(
 
 
 def attention_on_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    is_causal: bool = True,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
     """PyTorch's fused kernel where its result is the defined one; else the formula, for a dropout it cannot do."""
     Tq, Tk = q.shape[2], k.shape[2]
@@ -89,7 +82,7 @@ def attention_on_torch(
         blind = Tq - Tk
         if dropout_p == 0.0 or seed is None:  # a seeded mask depends on the row's number, so no row is cut off
             rows = q[:, :, blind:]
-            seen = attention_on_torch(rows, k, v, is_causal=True, scale=scale, dropout_p=dropout_p)
+            seen = attention_on_torch(rows, k, v, is_causal=True, scale=scale, dropout_p=dropout_p, seed=None)
             return F.pad(seen, (0, 0, blind, 0))
     if dropout_p > 0.0 and (seed is not None or q.device.type == "cpu"):
         if autocast_dtype(q) is None:
@@ -107,14 +100,7 @@ def attention_on_torch(
             mask = causal_mask(Tq, Tk, q.device)
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout_p,
-        is_causal=square,
-        scale=scale,
-        enable_gqa=grouped,
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=square, scale=scale, enable_gqa=grouped
     )
 
 
@@ -217,14 +203,7 @@ _attention_triton = define_op(
 
 
 def attention_on_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    is_causal: bool = True,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     key = seed_tensor(dropout_p, seed, q.device)
@@ -232,13 +211,11 @@ def attention_on_triton(
     return _attention_triton(q, k, v, key, is_causal, scale, dropout_p)[0]
 
 
-def _triton_serves(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> str | None:
+def _triton_serves(q: Tensor, *rest: Any, scale: float | None = None, **options: Any) -> str | None:
     if q.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
     if scale is not None and scale <= 0.0:
-        return (
-            "scale must be positive: the kernels find the largest score first, and multiply by scale in the exponential"
-        )
+        return "scale must be positive: the kernels find the largest score before they multiply by the scale"
     return inside_transform()
 
 

@@ -60,7 +60,11 @@ def _always(*args: Any, **kwargs: Any) -> None:
 
 
 def register(op: str, backend: str, run: Callable[..., Any], supports: Callable[..., str | None] = _always) -> None:
-    """Make `run` the implementation of `op` on `backend`. `supports` takes the op's arguments: None, or why not."""
+    """Make `run` the implementation of `op` on `backend`.
+
+    `run` gets every argument of the op, after the op has checked it. `supports` gets the arguments that a caller of
+    the op or of `explain` gave, and returns None, or the reason why `run` does not serve them.
+    """
     _registry[op, backend] = _Implementation(run, supports)
 
 

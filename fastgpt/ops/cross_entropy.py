@@ -13,17 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, int64
 
 from . import native
-from .arguments import (
-    as_int64,
-    as_label_smoothing,
-    autocast_dtype,
-    check_float,
-    check_index,
-    check_like,
-    check_reduction,
-    first_out_of_range,
-    same_number_hint,
-)
+from .arguments import as_loss_options, autocast_dtype, check_float, check_like, check_targets, first_out_of_range
 from .backend import dispatch, register
 from .library import define_op, inside_transform, refuse_forward_mode
 from .ready_gradients import scaled
@@ -103,26 +93,14 @@ def _check(
 ) -> tuple[int, float]:
     """Returns ignore_index and label_smoothing as Python's numbers."""
     check_float("logits", logits)
-    check_index("targets", targets)
-    check_like("targets", targets, "logits", logits, dtype=False)
-    check_reduction(reduction)
-    label_smoothing = as_label_smoothing(label_smoothing)
-    ignore_index = as_int64("ignore_index", ignore_index)
+    ignore_index, label_smoothing = as_loss_options(ignore_index, reduction, label_smoothing)
     if logits.ndim == 0:
         raise ValueError("logits: expected (C,), (N, C) or (N, C, d1, ..., dk), got a 0-dim tensor")
     class_dim = 0 if logits.ndim == 1 else 1
     C = logits.shape[class_dim]
     if C == 0:
         raise ValueError(f"logits: expected at least one class, got shape {tuple(logits.shape)}")
-    expected = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
-    if targets.shape != expected:
-        hint = same_number_hint(targets, expected)
-        if logits.ndim > 2 and targets.shape == logits.shape[:-1]:
-            hint = "; the classes are dimension 1: pass logits.flatten(0, -2) and targets.flatten()"
-        raise ValueError(
-            f"targets: expected shape {tuple(expected)} to fit logits {tuple(logits.shape)}, "
-            f"got {tuple(targets.shape)}{hint}"
-        )
+    check_targets(targets, logits.shape[:class_dim] + logits.shape[class_dim + 1 :], "logits", logits)
     if weight is not None:
         check_float("weight", weight, ndim=1)
         check_like("weight", weight, "logits", logits, dtype=autocast_dtype(logits) is None)
@@ -134,12 +112,7 @@ def _check(
 
 
 def cross_entropy_on_torch(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    logits: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
     if reduction == "mean" and logits.dtype == torch.float16 and autocast_dtype(logits) is None:
         return _float16_mean_on_torch(logits, targets, weight, ignore_index, label_smoothing)
@@ -149,7 +122,7 @@ def cross_entropy_on_torch(
         return F.cross_entropy(
             logits.masked_fill(ignored, 0.0),
             targets.long(),
-            weight=weight,
+            weight,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
@@ -224,12 +197,7 @@ _cross_entropy_native = define_op(
 
 
 def cross_entropy_on_native(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    logits: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
     refuse_forward_mode("cross_entropy", logits)
     C = logits.shape[0 if logits.ndim == 1 else 1]
@@ -242,16 +210,10 @@ def cross_entropy_on_native(
     with_grad = torch.is_grad_enabled() and logits.requires_grad and reduction != "none"
     # In float16 the gradient of a mean may be rounded to 0 before backward can multiply it by the scale of the loss.
     with_grad = with_grad and logits.dtype != torch.float16
+    class_weight = None if weight is None else weight.detach().float()
+    options = ignore_index, REDUCTIONS[reduction], label_smoothing
     try:
-        loss = _cross_entropy_native(
-            rows,
-            row_targets,
-            None if weight is None else weight.detach().float(),
-            ignore_index,
-            REDUCTIONS[reduction],
-            label_smoothing,
-            with_grad,
-        )
+        loss = _cross_entropy_native(rows, row_targets, class_weight, *options, with_grad)
     except IndexError:
         raise first_out_of_range("targets", targets, 0, C, ignore=ignore_index) from None
     if reduction == "none":

@@ -64,7 +64,7 @@ def embedding(
 
 
 def embedding_on_torch(
-    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None, position_offset: int
 ) -> Tensor:
     try:
         x = F.embedding(tokens, token_table)  # (B, T, C)
@@ -147,7 +147,7 @@ _embedding_native = define_op(
 
 
 def embedding_on_native(
-    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
+    tokens: Tensor, token_table: Tensor, position_table: Tensor | None, position_offset: int
 ) -> Tensor:
     refuse_forward_mode("embedding", token_table, position_table)
     try:
@@ -156,9 +156,7 @@ def embedding_on_native(
         raise first_out_of_range("tokens", tokens, 0, token_table.shape[0]) from None
 
 
-def _native_serves(
-    tokens: Tensor, token_table: Tensor, position_table: Tensor | None = None, *, position_offset: int = 0
-) -> str | None:
+def _native_serves(tokens: Tensor, token_table: Tensor, *positions: Any, **options: Any) -> str | None:
     if token_table.dtype == torch.float64:
         return "its kernels take float32, float16 and bfloat16, and token_table is float64"
     return inside_transform()

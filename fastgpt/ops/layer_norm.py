@@ -95,20 +95,11 @@ def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | 
     return eps
 
 
-def layer_norm_on_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm_on_torch(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def add_layer_norm_on_torch(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm_on_torch(x, residual, weight, bias, eps, *, dropout_p, seed) -> tuple[Tensor, Tensor]:
     if dropout_p > 0.0 and seed is not None:
         C = x.shape[-1]
         keep = philox_keep_mask(seed, dropout_p, x.numel() // C, C, x.device).view(x.shape)
@@ -209,22 +200,13 @@ def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cuda" and torch.is_autocast_enabled("cuda") else h_dtype
 
 
-def layer_norm_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     out_dtype = _out_dtype(x.dtype, x.device.type)
     refuse_forward_mode("layer_norm", x, weight, bias)
     return _layer_norm_triton(x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
 
 
-def add_layer_norm_on_triton(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm_on_triton(x, residual, weight, bias, eps, *, dropout_p, seed) -> tuple[Tensor, Tensor]:
     out_dtype = _out_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
     key = seed_tensor(dropout_p, seed, x.device)
     refuse_forward_mode("add_layer_norm", x, residual, weight, bias)

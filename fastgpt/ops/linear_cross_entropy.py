@@ -12,7 +12,7 @@ makes the logits again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,17 +21,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .arguments import (
-    as_int64,
-    as_label_smoothing,
-    autocast_dtype,
-    check_float,
-    check_index,
-    check_like,
-    check_reduction,
-    first_out_of_range,
-    same_number_hint,
-)
+from .arguments import as_loss_options, autocast_dtype, check_float, check_like, check_targets, first_out_of_range
 from .backend import dispatch, register
 from .flops import product_flops
 from .library import define_op, in_dispatch_mode, inside_transform, refuse_forward_mode
@@ -68,12 +58,8 @@ def linear_cross_entropy(
     """
     check_float("x", x)
     check_float("weight", weight, ndim=2)
-    check_index("targets", targets)
-    check_reduction(reduction)
-    label_smoothing = as_label_smoothing(label_smoothing)
-    ignore_index = as_int64("ignore_index", ignore_index)
+    ignore_index, label_smoothing = as_loss_options(ignore_index, reduction, label_smoothing)
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
-    check_like("targets", targets, "x", x, dtype=False)
     check_like("weight", weight, "x", x, dtype=dtype is None)
     if x.ndim == 0:
         raise ValueError("x: expected shape (..., C), got a 0-dim tensor")
@@ -83,11 +69,7 @@ def linear_cross_entropy(
         )
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one class, got shape {tuple(weight.shape)}")
-    if targets.shape != x.shape[:-1]:
-        raise ValueError(
-            f"targets: expected shape {tuple(x.shape[:-1])} to fit x {tuple(x.shape)}, got {tuple(targets.shape)}"
-            f"{same_number_hint(targets, x.shape[:-1])}"
-        )
+    check_targets(targets, x.shape[:-1], "x", x)
     if bias is not None:
         check_float("bias", bias, ndim=1)
         check_like("bias", bias, "x", x, dtype=dtype is None)
@@ -100,17 +82,7 @@ def linear_cross_entropy(
     if dtype is not None:
         x, weight, loss_dtype = x.to(dtype), weight.to(dtype), torch.float32
         bias = None if bias is None else bias.to(dtype)
-    loss = dispatch(
-        "linear_cross_entropy",
-        backend,
-        x,
-        weight,
-        targets,
-        bias=bias,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    loss = dispatch("linear_cross_entropy", backend, x, weight, targets, bias, ignore_index, reduction, label_smoothing)
     return loss.to(loss_dtype)
 
 
@@ -195,16 +167,7 @@ class _ChunkedHead:
     `wanted` says which of dx, dW and db are asked for. The others are not computed, and stay empty.
     """
 
-    def __init__(
-        self,
-        kernels: _Kernels,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        ignore_index: int,
-        wanted: Sequence[bool],
-    ) -> None:
+    def __init__(self, kernels, x, weight, targets, bias, ignore_index, wanted) -> None:
         self.product_ = kernels.product_
         self.shape = x.shape
         self.x = x.reshape(targets.numel(), x.shape[-1])  # (N, C)
@@ -396,17 +359,7 @@ def _define(backend: str, kernels: _Kernels) -> Callable[..., Tensor]:
     )
 
 
-def _run(
-    op: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def _run(op, x, weight, targets, bias, ignore_index, reduction, label_smoothing) -> Tensor:
     refuse_forward_mode("linear_cross_entropy", x, weight, bias)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
     if any(wanted) and inside_transform():
@@ -419,7 +372,7 @@ def _run(
     return op(x, weight, targets, bias, ignore_index, reduction, label_smoothing, *wanted)
 
 
-def _native_serves(x: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> str | None:
+def _native_serves(x: Tensor, *rest: Any, **options: Any) -> str | None:
     if x.dtype == torch.float64:
         return "its kernels take float32, float16 and bfloat16, and x is float64"
     return inside_transform()
