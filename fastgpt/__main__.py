@@ -27,7 +27,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A UserWarning is written for whoever runs the program, as one line. Others keep their place in the source."""
+    """A UserWarning is for the user of the program: one line. Other warnings also name their place in the source."""
     if category is UserWarning:
         return f"fastgpt: warning: {str(message).removeprefix('fastgpt: ')}\n"
     return _format_with_place(message, category, filename, lineno, line)

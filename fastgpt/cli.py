@@ -294,7 +294,7 @@ def _prepare_streams() -> None:
 
 
 def _flush_or_drop() -> None:
-    """Write what is buffered for stdout; where that fails let it go nowhere, or Python would fail again at its end."""
+    """Flush stdout. Where that fails the rest is dropped, because Python would try again, and fail, when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -303,7 +303,7 @@ def _flush_or_drop() -> None:
 
 # What a user's input or machine can cause. Anything else is a fault of this package, and shows its traceback.
 _FAILURES = (ValueError, RuntimeError, OSError, IndexError, TypeError, ArithmeticError, MemoryError, ImportError)
-# These commands have done their work when whoever reads their output has had enough of it.
+# These commands only print, so they have succeeded when the reader of their output closes the pipe.
 _ONLY_PRINT = ("fastgpt", "fastgpt --version", "fastgpt sample", "fastgpt data", "fastgpt doctor")
 
 

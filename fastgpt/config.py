@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -145,12 +145,8 @@ class GPTConfig:
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
             _expect(getattr(self, name) < 2**31, name, getattr(self, name), "an integer below 2**31")
         _expect(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head={self.n_head}")
-        _expect(
-            self.n_embd // self.n_head <= MAX_HEAD_SIZE,
-            "n_embd",
-            self.n_embd,
-            f"at most {MAX_HEAD_SIZE} per head (n_head={self.n_head})",
-        )
+        most = f"at most {MAX_HEAD_SIZE} per head (n_head={self.n_head})"
+        _expect(self.n_embd // self.n_head <= MAX_HEAD_SIZE, "n_embd", self.n_embd, most)
         _expect(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "a number in [0, 1)")
         _expect(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
         _expect(self.norm in NORMS, "norm", self.norm, f"one of {', '.join(NORMS)}")
@@ -229,23 +225,20 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     return kind(**values)
 
 
-@dataclass(frozen=True)
-class _Preset:
-    model: dict[str, Any]
-    train: dict[str, Any] = field(default_factory=dict)
+Preset = tuple[dict[str, Any], dict[str, Any]]  # (settings of the model, settings of its training)
 
 
-def _gpt2(n_layer: int, n_head: int, n_embd: int) -> _Preset:
+def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Preset:
     model = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": 50257, "block_size": 1024}
     train = {"batch_size": 12, "lr": 6e-4, "min_lr": 6e-5, "beta2": 0.95, "warmup_steps": 2000, "max_steps": 600_000}
-    return _Preset({**model, "dropout": 0.0, "bias": True, "activation": "gelu_tanh"}, train)
+    return {**model, "dropout": 0.0, "bias": True, "activation": "gelu_tanh"}, train
 
 
-_CHAR_CPU = {"batch_size": 12, "max_steps": 2000, "eval_interval": 250, "log_interval": 10}
-PRESETS: dict[str, _Preset] = {
-    "shakespeare-char": _Preset({"dropout": 0.2, "bias": False}, {"max_steps": 5000}),
-    "shakespeare-char-cpu": _Preset(
-        {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "bias": False}, _CHAR_CPU
+PRESETS: dict[str, Preset] = {
+    "shakespeare-char": ({"dropout": 0.2, "bias": False}, {"max_steps": 5000}),
+    "shakespeare-char-cpu": (
+        {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "bias": False},
+        {"batch_size": 12, "max_steps": 2000, "eval_interval": 250, "log_interval": 10},
     ),
     "gpt2": _gpt2(12, 12, 768),
     "gpt2-medium": _gpt2(24, 16, 1024),
@@ -254,7 +247,8 @@ PRESETS: dict[str, _Preset] = {
 }
 
 
-def preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(model settings, training settings) of the preset called `name`."""
+def preset(name: str) -> Preset:
+    """The preset called `name`, as new dictionaries."""
     _expect(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    return dict(PRESETS[name].model), dict(PRESETS[name].train)
+    model, train = PRESETS[name]
+    return dict(model), dict(train)

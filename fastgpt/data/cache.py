@@ -39,9 +39,9 @@ def cached(
     parts: Callable[[Kept], list[Any]],
     consequence: str,
 ) -> Kept:
-    """What `read` finds in the cache's file `name`. Where it finds nothing whole, what is made, kept there as `parts`.
+    """The content of the cache's file `name`, by `read`. Where `read` gives None, `make` is called for the content.
 
-    A cache that cannot be written is no error: it is said, with its consequence, and what was made is returned.
+    The new content is written as its `parts`. Where it cannot be written, a warning names the `consequence`.
     """
     try:
         path = cache_dir() / name

@@ -1,4 +1,4 @@
-"""A tokenized text, split into what is trained on and what is validated on.
+"""A tokenized text, split into a part for training and a part for validation.
 
 corpus = Corpus.load("shakespeare", "char", block_size=256)
 x, y = corpus.examples("train", 256).batch(64, seed=1, step=0)       # (64, 256) each, int64

@@ -1,4 +1,4 @@
-"""Batches cut by a thread of its own, while the step before them runs."""
+"""Batches that a background thread cuts while the step before them runs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Prefetcher:
             for step, (x, y) in zip(range(1000), batches): ...
 
     Gives (B, T) tensors; with `steps_per_call` above one, the batches of that many steps stacked, (steps, B, T). For a
-    CUDA device the thread fills pinned memory, and the copy is queued by whoever takes the batch: on its own stream, so
-    that the copy is in order with the work that reads it.
+    CUDA device the thread fills pinned memory. The copy is queued on the stream of the thread that takes the batch, so
+    that it is in order with the work that reads it.
     """
 
     def __init__(

@@ -62,12 +62,10 @@ class Trainer:
     def checkpoint(self) -> Checkpoint:
         tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
         for name, parameter in self._trained().items():
-            moments = self.optimizer.state.get(parameter) or {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-            tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS}
+            moments = self.optimizer.state.get(parameter)
+            for moment in MOMENTS:
+                zeros = torch.zeros(()) if moment == "step" else torch.zeros_like(parameter)
+                tensors[f"{moment}.{name}"] = moments[moment] if moments else zeros
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type != "cpu":
             tensors[f"rng.{self.device.type}"] = torch.get_device_module(self.device).get_rng_state(self.device)
@@ -111,7 +109,7 @@ class Trainer:
             }
 
     def _checked_moments(self, saved: Checkpoint) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state of what is trained; of what is frozen an older checkpoint has some too, which is left out."""
+        """AdamW's state of the trained parameters. The state that older checkpoints have of frozen ones is left out."""
         trained = self._trained()
         frozen = {name for name, _ in self.model.named_parameters()} - trained.keys()
         moments = {m: {n: t for n, t in saved.part(m).items() if n not in frozen} for m in MOMENTS}
@@ -123,15 +121,15 @@ class Trainer:
         return moments
 
     def _checked_scaler(self, saved: Checkpoint) -> dict[str, Any]:
-        """The state of the gradient scaler; as it is now, where the run so far had none."""
+        """The saved state of the gradient scaler, or its present state where the checkpoint has none."""
         now = self.precision.scaler.state_dict()
         found = saved.state.get("scaler", now)
         if not isinstance(found, dict) or not all(isinstance(found.get(key), (int, float)) for key in now):
-            raise CheckpointError(f"{saved.path}: field 'scaler' of 'state' is not that of a gradient scaler")
+            raise CheckpointError(f"{saved.path}: field 'scaler' of 'state' is no state of a gradient scaler")
         return found
 
     def _restore_random_state(self, saved: Checkpoint) -> None:
-        """The generators' states; one that was written on another kind of device is left out."""
+        """Set the random generators' states. A state from another kind of device is left out."""
         if "rng.cpu" not in saved.tensors:
             raise CheckpointError(f"{saved.path}: tensor rng.cpu is missing")
         name, device = "rng.cpu", self.device
@@ -172,7 +170,7 @@ class Trainer:
         return dict(state)
 
     def _interval(self, batches: Iterator[tuple[Tensor, Tensor]], bar: Any) -> bool:
-        """Steps up to the next point where the loss is looked at, which waits for a GPU; True when training is over."""
+        """Train up to the next step whose loss is read, which waits for a GPU. Returns True when training is over."""
         cfg, state = self.cfg, self.state
         began = time.perf_counter()
         first = state["step"]
@@ -214,18 +212,13 @@ class Trainer:
         return done
 
     def _check_losses(self, values: list[float], first: int) -> None:
-        """Raise where training cannot go on: a loss of the steps after `first`, or every gradient, is not finite."""
+        """Raise TrainingError where a loss of the steps after `first`, or every gradient, is not finite."""
         for step, value in enumerate(values, first + 1):
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"step {step}: the loss is {value}; last good checkpoint: {self.folder.last_good()}. "
-                    f"Try a lower --lr"
-                )
+                raise self.folder.failure(f"step {step}: the loss is {value}", "Try a lower --lr")
         if self.precision.scaler.get_scale() < 1.0:
-            raise TrainingError(
-                f"step {self.state['step']}: the gradients overflow float16 even unscaled; last good checkpoint: "
-                f"{self.folder.last_good()}. Try a lower --lr, or --dtype float32"
-            )
+            problem = f"step {self.state['step']}: the gradients overflow float16 even unscaled"
+            raise self.folder.failure(problem, "Try a lower --lr, or --dtype float32")
 
     def _step(self, micro_batches: Sequence[Batch]) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""
@@ -253,10 +246,7 @@ class Trainer:
         state, target = self.state, self.cfg.target_loss
         train_loss, val_loss = self.evaluate("train"), self.evaluate("val")
         if not math.isfinite(val_loss):
-            raise TrainingError(
-                f"step {state['step']}: the validation loss is {val_loss}; "
-                f"last good checkpoint: {self.folder.last_good()}"
-            )
+            raise self.folder.failure(f"step {state['step']}: the validation loss is {val_loss}")
         self._write("val", val_loss, _rate(state["tokens"], state["elapsed_s"]))
         best = state["best_val"] is None or val_loss < state["best_val"]
         if best:
@@ -298,7 +288,7 @@ class Trainer:
 
         try:
             before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals are somebody else's
+        except ValueError:  # only the main thread may handle signals
             yield
             return
         try:

@@ -51,13 +51,12 @@ class RunFolder:
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise TrainingError(
-                f"{self.metrics_path}: cannot be written: {error.strerror or error}; "
-                f"last good checkpoint: {self.last_good()}"
-            ) from error
+            raise self.failure(f"{self.metrics_path}: cannot be written: {error.strerror or error}") from error
 
-    def last_good(self) -> str:
-        return str(self.latest) if self.latest.exists() else "none"
+    def failure(self, problem: str, remedy: str = "") -> TrainingError:
+        """The error that ends a run: the problem, the last good checkpoint, and what to try."""
+        last = self.latest if self.latest.exists() else "none"
+        return TrainingError(f"{problem}; last good checkpoint: {last}{remedy and '. '}{remedy}")
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: the resumed run writes them again."""

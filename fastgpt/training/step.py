@@ -31,7 +31,7 @@ def training_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dty
     """The dtype of the matrix products of training on `device`, and why.
 
     "auto" takes half precision on CUDA and ROCm alone: bfloat16 where the hardware has it, else float16. Elsewhere it
-    takes float32, because nobody has measured half precision to be faster there.
+    takes float32, because half precision was never measured to be faster there.
     """
     emulated = False
     if device.type == "cuda":
@@ -75,7 +75,7 @@ class Precision:
 
 
 def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW of what is not frozen, with weight decay on matrices only: embeddings and linears, not biases and norms."""
+    """AdamW of the parameters that are not frozen. Matrices (embeddings, linears) decay; biases and norms do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise TrainingError("model: every parameter is frozen (requires_grad is False): there is nothing to train")
