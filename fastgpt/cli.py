@@ -32,8 +32,7 @@ from .settings import (
     required,
     with_sources,
 )
-from .studies import STUDIES
-from .studies.settings import STUDY_SETTINGS, LearnSettings, StudySettings
+from .studies.settings import STUDIES, LearnSettings, StudySettings, question
 
 
 def train(settings: TrainSettings) -> None:
@@ -139,7 +138,7 @@ def learn(settings: LearnSettings) -> None:
 def study(settings: StudySettings) -> None:
     from .studies import run
 
-    (name,) = (name for name, kind in STUDY_SETTINGS.items() if kind is type(settings))
+    (name,) = (name for name, kind in STUDIES.items() if kind is type(settings))
     run(name, settings)
 
 
@@ -203,7 +202,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "learn": Command(LearnSettings, learn, "from bigram to GPT: train every stage, write a report"),
     "study": Group(
-        {name: Command(kind, study, STUDIES[name]) for name, kind in STUDY_SETTINGS.items()},
+        {name: Command(kind, study, question(name)) for name, kind in STUDIES.items()},
         "measure what a part does: depth, normalisation, attention, ...",
     ),
     "doctor": Command(DoctorSettings, doctor, "what runs here and why"),

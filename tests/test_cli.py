@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from command_line import SMALL, TEXT
-from fastgpt import __version__, studies
+from fastgpt import __version__
 from fastgpt.cli import COMMANDS, main
 from fastgpt.ops.backend import OPS
+from fastgpt.studies.settings import STUDIES
 from fastgpt.training.run_folder import read_metrics
 
 
@@ -151,7 +152,7 @@ def test_help_version_and_no_command(capsys):
         assert "--help" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "learn", *(f"study {name}" for name in studies.STUDIES)])
+@pytest.mark.parametrize("command", ["train", "sample", "learn", *(f"study {name}" for name in STUDIES)])
 def test_help_needs_no_torch(command):
     code = f"import sys; from fastgpt.cli import main; assert main({[*command.split(), '--help']}) == 0; "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, capture_output=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from command_line import SMALL, TEXT
-from fastgpt import cli, config, settings, studies
+from fastgpt import cli, config, settings
 from fastgpt.cli import COMMANDS, Command, Group, main
 from fastgpt.ops.backend import BACKENDS
-from fastgpt.studies.settings import STUDY_SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +38,6 @@ def test_settings_come_from_command_line_then_file_then_preset(text_file, tmp_pa
     settings.write_text(f'checkpoint = "{tmp_path / "out"}"\nmax_new_tokens = 3\n')
     assert main(["sample", "--config", str(settings)]) == 0
     assert len(capsys.readouterr().out) == 1 + 3 + 1
-
-
-def test_the_options_of_every_study_are_those_its_help_shows():
-    assert {name: studies.load(name).Settings for name in studies.STUDIES} == STUDY_SETTINGS
 
 
 @pytest.mark.parametrize(

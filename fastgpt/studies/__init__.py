@@ -1,12 +1,11 @@
-"""Studies: questions of the kind "what does this part do?", each answered by a measurement on the shipped model.
+"""Studies: questions such as "what does this part of the model do?", each answered by a measurement.
 
-A study is a module with
+studies/settings.py lists the studies with their options. Each is a module of the same name with two functions:
 
-    Settings                its options, of studies/settings.py; Settings.QUICK is what --quick sets
-    measure(settings)       the measurement: plain data, which results.json keeps
-    show(results, page)     the table, the pictures and what was measured in words, from nothing but those data
+    measure(settings)       measures, and returns plain data, which results.json keeps
+    show(results, page)     writes the tables, pictures and sentences from these data alone
 
-so whatever is printed or committed can be made again from results.json, and no sentence can claim what no number says.
+So everything that is printed or committed can be made again from results.json, and every sentence follows from numbers.
 """
 
 from __future__ import annotations
@@ -14,33 +13,25 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-STUDIES = {
-    "depth": "What do initialisation, normalisation and residual connections each do to a deep network?",
-    "normalisation": "Layer norm or batch norm: what differs between training and inference?",
-    "parallelism": "How do transformers and recurrent networks compare when it comes to training?",
-    "attention": "What does each attention head look at?",
-    "embeddings": "Which tokens does a model hold to be alike?",
-    "learning-rate": "What does the learning rate do, and where does training diverge?",
-}
-
 
 def load(name: str) -> ModuleType:
-    """The module of the study called `name`, imported when it is wanted."""
+    """The module of the study called `name`. It needs PyTorch, so it is imported only when its study is used."""
     return importlib.import_module(f".{name.replace('-', '_')}", __name__)
 
 
 def run(name: str, settings: Any) -> Path:
-    """Measure; write results.json, report.html and the pictures; print what was found. Returns the report's path."""
+    """Measure, write results.json, report.html and the pictures, and print the tables; returns the report's path."""
     from ..report import pyplot
     from .experiment import recorded, study_facts
     from .page import Page
 
-    pyplot()  # what is missing is said now, not after minutes of measuring
+    pyplot()  # fails here if matplotlib is missing, and not after minutes of measuring
     out = Path(settings.out or f"runs/study-{name}")
     _check_folder(out)
     results = {"study": name, **study_facts(settings.device), "settings": recorded(settings)}
@@ -55,7 +46,7 @@ def run(name: str, settings: Any) -> Path:
 
 
 def write_results(out: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Write out/results.json, a list of numbers on one line; returns the results as a reader of the file gets them."""
+    """Write out/results.json, each list of numbers on one line; returns the results as they are read from the file."""
     from ..files import atomic_path
 
     text = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False)
@@ -72,8 +63,6 @@ def _check_folder(out: Path) -> None:
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise StudyError(f"--out {out}: cannot be written: {error.strerror or error}") from None

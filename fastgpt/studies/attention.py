@@ -22,15 +22,15 @@ from ..ops.reference import causal_mask
 from ..report import pyplot
 from ..tokenizer import Tokenizer
 from .experiment import StudyError, at_least, label, load_run, trained_model
-from .settings import AttentionSettings as Settings
+from .settings import AttentionSettings
 
 SMALL = GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)  # shakespeare-char-cpu
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: AttentionSettings) -> dict[str, Any]:
     if not settings.prompt:
         raise StudyError("--prompt: is empty; give at least one token")
-    at_least("steps", settings.steps, 1)
+    at_least(settings, steps=1)
     loss = None
     if settings.checkpoint is not None:
         model, tokenizer = _load(settings.checkpoint)
@@ -65,7 +65,7 @@ def _load(checkpoint: str) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def _chosen(settings: Settings, name: str, n: int) -> list[int]:
+def _chosen(settings: AttentionSettings, name: str, n: int) -> list[int]:
     asked = getattr(settings, name)
     if asked is None:
         return list(range(1, n + 1))

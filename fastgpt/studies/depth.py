@@ -18,24 +18,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import GPTConfig, TrainConfig
+from ..config import GPTConfig
 from ..data.corpus import Corpus
 from ..data.layouts import random_batch
 from ..machine import resolve_device
 from ..model import GPT
-from .experiment import (
-    at_least,
-    described,
-    finite,
-    load_corpus,
-    new_gpt,
-    numbers,
-    training,
-    validation_loss,
-)
-from .pictures import or_nan, panels
-from .settings import DepthSettings as Settings
-from .words import LEARNED, counted, find_row, frequencies_text, learned_bound, listed, loss_text
+from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
+from .page import LEARNED, counted, find_row, frequencies_text, learned_bound, listed, loss_text, or_nan, panels
+from .settings import DepthSettings
 
 Kind = tuple[str, str, bool]  # initialisation, norm, residual
 
@@ -49,10 +39,9 @@ NORMS = ("none", "pre", "post")
 USUAL: Kind = ("scaled", "pre", True)  # a GPT's
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: DepthSettings) -> dict[str, Any]:
     depths = sorted(numbers("depths", settings.depths, int))
-    for name, least in (("steps", 1), ("width", 2), ("repeats", 2)):
-        at_least(name, getattr(settings, name), least)
+    at_least(settings, steps=1, width=2, repeats=2)
     corpus = load_corpus(settings, block_size=32)
     rows = []
     for depth, init, norm, residual in itertools.product(depths, INITIALISATIONS, NORMS, (True, False)):
@@ -68,7 +57,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _train_network(
-    settings: Settings, corpus: Corpus, depth: int, init: str, norm: str, residual: bool, seed: int
+    settings: DepthSettings, corpus: Corpus, depth: int, init: str, norm: str, residual: bool, seed: int
 ) -> dict[str, Any]:
     """Train one network; the loss it ends with, and stream and gradient at each block before and after."""
     cfg = GPTConfig(
@@ -79,15 +68,8 @@ def _train_network(
     model.to(resolve_device(settings.device))
     probe = random_batch(corpus.train, cfg.block_size, 16, seed, step=2**32)
     before = layers(model, *probe)
-    train_cfg = TrainConfig(
-        batch_size=8,
-        max_steps=settings.steps,
-        lr=settings.lr,
-        min_lr=settings.lr / 10,
-        warmup_steps=settings.steps // 10,
-        seed=seed,
-    )
-    for _ in training(model, corpus, train_cfg):
+    warmup = settings.steps // 10
+    for _ in training(model, corpus, seed, settings.steps, batch_size=8, warmup_steps=warmup, lr=settings.lr):
         pass
     return {"loss": finite(validation_loss(model, corpus)), "before": before, "after": layers(model, *probe)}
 

@@ -22,17 +22,16 @@ from ..config import ConfigError
 from ..language_model import LanguageModel
 from .attention import SMALL
 from .experiment import StudyError, at_least, label, load_run, trained_model
-from .pictures import panels
-from .settings import EmbeddingsSettings as Settings
+from .page import panels
+from .settings import EmbeddingsSettings
 
 SHOWN = 200  # points in the picture: the first, which in files of word vectors are the most frequent
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: EmbeddingsSettings) -> dict[str, Any]:
     if settings.checkpoint is not None and settings.vectors is not None:
         raise ConfigError("vectors: give a file of vectors or a checkpoint, not both")
-    for name in ("neighbours", "max_words", "steps"):
-        at_least(name, getattr(settings, name), 1)
+    at_least(settings, neighbours=1, max_words=1, steps=1)
     asked = analogies(settings.analogy or "")
     words, vectors, origin = _vectors(settings)
     if settings.analogy is None and set("aeAEtsTS") <= set(words):
@@ -67,7 +66,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _vectors(settings: Settings) -> tuple[list[str], Tensor, dict[str, Any]]:
+def _vectors(settings: EmbeddingsSettings) -> tuple[list[str], Tensor, dict[str, Any]]:
     """Words or tokens, their vectors (n, width) in float64, and where they come from."""
     if settings.vectors is not None:
         words, vectors = read_vectors(Path(settings.vectors), settings.max_words)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,11 +22,12 @@ from ..tokenizer import VISIBLE, BPETokenizer, Tokenizer
 from ..training.runs import load_model
 from ..training.step import Precision, learning_rate, make_optimizer, mean_loss, training_step
 
+VALIDATION_BLOCKS = 64
 Number = TypeVar("Number", int, float)
 
 
 class StudyError(ValueError):
-    """A study that cannot be made of what was given; the message is one line that says what to give instead."""
+    """The given text, checkpoint or file cannot be studied. The message is one line with the remedy."""
 
 
 # ---- settings ----
@@ -47,13 +47,15 @@ def numbers(name: str, text: str, kind: type[Number], least: float = 0.0) -> lis
     return values
 
 
-def at_least(name: str, value: float, least: int) -> None:
-    if not least <= value < math.inf:
-        raise ConfigError(f"{name}: expected at least {least}, got {value}")
+def at_least(settings: Any, **least: int) -> None:
+    """Refuse a setting that is below its least value, or not finite: at_least(settings, steps=1, width=2)."""
+    for name, limit in least.items():
+        if not limit <= (value := getattr(settings, name)) < math.inf:
+            raise ConfigError(f"{name}: expected at least {limit}, got {value}")
 
 
 def recorded(settings: Any) -> dict[str, Any]:
-    """The settings as results.json keeps them: of paths only the last part, which means something elsewhere too."""
+    """The settings as results.json keeps them. Of a path it keeps the last part, as folders differ between machines."""
     values = dataclasses.asdict(settings)
     for name in ("data", "checkpoint", "vectors"):
         if values.get(name) is not None:
@@ -85,7 +87,7 @@ def load_run(path: str) -> tuple[LanguageModel, Tokenizer]:
 
 
 def label(tokenizer: Tokenizer, token: int) -> str:
-    """A token as it can be seen: blanks as signs, and bytes that are part of a character as their numbers."""
+    """A token as visible text: a blank or line break as a sign, and bytes that are no whole character as numbers."""
     raw = tokenizer.token_bytes(token)
     try:
         text = raw.decode()
@@ -95,12 +97,11 @@ def label(tokenizer: Tokenizer, token: int) -> str:
 
 
 def trained_model(settings: Any, cfg: GPTConfig, steps: int) -> tuple[GPT, Tokenizer, float]:
-    """A small model that is trained here, where no checkpoint is given; its tokenizer and validation loss."""
+    """Train a small model, for a study that was given no checkpoint; returns it, its tokenizer and validation loss."""
     corpus = load_corpus(settings, cfg.block_size)
     cfg = dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size)
-    train_cfg = TrainConfig(batch_size=12, max_steps=steps, warmup_steps=min(100, steps // 10), seed=settings.seed)
     model = new_gpt(cfg, settings.seed).to(resolve_device(settings.device))
-    for _ in training(model, corpus, train_cfg):
+    for _ in training(model, corpus, settings.seed, steps, warmup_steps=min(100, steps // 10), batch_size=12):
         pass
     loss = finite(validation_loss(model, corpus))
     if loss is None:
@@ -112,12 +113,17 @@ class _NotFinite(Exception):
     """Ends a training whose loss is no longer a finite number."""
 
 
-def training(model: Any, corpus: Corpus, cfg: TrainConfig) -> Iterator[float]:
+def training(
+    model: Any, corpus: Corpus, seed: int, steps: int, *, batch_size: int, warmup_steps: int, lr: float = 1e-3
+) -> Iterator[float]:
     """Train `model` in memory, in float32: each loss that is taken from this iterator is one step.
 
-    Optimizer, schedule, clipping and batches are those of `fastgpt train`. The loss is that of the step's own batch,
-    before the step. Where it is not finite, it is the last one, and the weights stay as they were before that step.
+    Optimizer, schedule, clipping and batches are the same as in `fastgpt train`. A step's loss is measured on its batch
+    before its update. A loss that is not finite is the last one, and the weights are not updated with it.
     """
+    cfg = TrainConfig(
+        batch_size=batch_size, max_steps=steps, lr=lr, min_lr=lr / 10, warmup_steps=warmup_steps, seed=seed
+    )
 
     def finite_loss(x: Tensor, y: Tensor) -> Tensor:
         loss = model.loss(x, y)
@@ -127,45 +133,44 @@ def training(model: Any, corpus: Corpus, cfg: TrainConfig) -> Iterator[float]:
 
     precision = Precision(next(model.parameters()).device, "float32")
     optimizer = make_optimizer(model, cfg)
-    for step in range(cfg.max_steps):
-        x, y = random_batch(corpus.train, model.cfg.block_size, cfg.batch_size, cfg.seed, step)
+    for step in range(steps):
+        x, y = random_batch(corpus.train, model.cfg.block_size, batch_size, seed, step)
         batch = (x.to(precision.device), y.to(precision.device))
         model.train()
-        lr = learning_rate(step, cfg)
+        rate = learning_rate(step, cfg)
         try:
-            loss = training_step(model, finite_loss, optimizer, [batch], precision, cfg.grad_clip, lr)
+            loss = training_step(model, finite_loss, optimizer, [batch], precision, cfg.grad_clip, rate)
         except _NotFinite as error:
             yield error.args[0]
             return
         yield float(loss)
 
 
-def validation_blocks(corpus: Corpus, block_size: int, n_blocks: int = 64) -> tuple[Tensor, Tensor]:
-    return evaluation_blocks(corpus.val, block_size, n_blocks)
-
-
-def validation_loss(model: Any, corpus: Corpus, n_blocks: int = 64, batch_size: int = 16) -> float:
+def validation_loss(model: Any, corpus: Corpus) -> float:
     """Mean loss in nats per token, in eval mode, over evenly spaced blocks of the validation text."""
     device = next(model.parameters()).device
     model.eval()
-    x, y = validation_blocks(corpus, model.cfg.block_size, n_blocks)
-    return mean_loss(model.loss, x, y, batch_size, Precision(device, "float32"))
+    x, y = evaluation_blocks(corpus.val, model.cfg.block_size, VALIDATION_BLOCKS)
+    return mean_loss(model.loss, x, y, 16, Precision(device, "float32"))
 
 
 def frequency_loss(corpus: Corpus, block_size: int) -> float:
-    """The validation loss of knowing only how often each token occurs (add-one counts of the training text)."""
-    _, targets = validation_blocks(corpus, block_size)
+    """The validation loss of a model that knows only how often each token occurs in the training text.
+
+    One is added to each count, so that a token that does not occur there has a probability.
+    """
+    _, targets = evaluation_blocks(corpus.val, block_size, VALIDATION_BLOCKS)
     counts = np.bincount(corpus.train, minlength=corpus.tokenizer.vocab_size) + 1.0
     return float(-np.log(counts / counts.sum())[targets.numpy()].mean())
 
 
 def finite(value: float) -> float | None:
-    """A loss as results.json keeps it: four decimals, None for what JSON cannot hold."""
+    """A loss as results.json keeps it: four decimals, and None where it is not finite, as JSON has no such number."""
     return round(value, 4) if math.isfinite(value) else None
 
 
 def described(corpus: Corpus, settings: Any, block_size: int) -> dict[str, Any]:
-    """What a loss was measured on: it says nothing without the text."""
+    """The text that losses were measured on; results.json keeps it, because a loss means nothing without its text."""
     return {
         "name": Path(settings.data).name,
         "train_tokens": len(corpus.train),
@@ -179,21 +184,7 @@ def described(corpus: Corpus, settings: Any, block_size: int) -> dict[str, Any]:
 
 
 def study_facts(device: str) -> dict[str, Any]:
-    """Device, versions, commit and date: a number without them says nothing."""
+    """Device, versions, commit and date of the measurement."""
     found = facts(resolve_device(device))
     found["commit"] = short_commit(found["commit"])
     return {name: found[name] for name in ("device", "threads", "python", "torch", "fastgpt", "commit", "date")}
-
-
-def synchronized_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long `call` takes, up to the end of what it started on a GPU."""
-
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    wait()
-    began = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - began

@@ -23,9 +23,9 @@ from ..training.loop import Trainer
 from ..training.run_folder import read_metrics
 from ..training.runs import start
 from . import write_results
-from .experiment import recorded, study_facts
+from .experiment import at_least, recorded, study_facts
 from .learn_page import HEADERS, findings, learn_report, table_rows
-from .settings import LearnSettings as Settings
+from .settings import LearnSettings
 from .stages import STAGES, Stage, code_of, config_of
 
 TOKENS_PER_STEP = 1024
@@ -33,7 +33,7 @@ LARGEST_LR_SCALED_UP = 3e-3
 SAMPLE_TOKENS = 240
 
 
-def run(settings: Settings) -> Path:
+def run(settings: LearnSettings) -> Path:
     """Train all stages, write results.json, report.html and the pictures; returns the report's path."""
     # What would stop the report is said now, not after minutes of training.
     pyplot()
@@ -51,10 +51,9 @@ def run(settings: Settings) -> Path:
     return report
 
 
-def measure(settings: Settings, out: Path) -> dict[str, Any]:
+def measure(settings: LearnSettings, out: Path) -> dict[str, Any]:
     """Train every stage into a folder of `out`; returns plain data, which results.json keeps."""
-    if settings.steps < 1:
-        raise ConfigError(f"steps: expected an integer of at least 1, got {settings.steps}")
+    at_least(settings, steps=1)
     if settings.lr <= 0.0:
         raise ConfigError(f"lr: expected a number above 0, got {settings.lr}")
     configs = [config_of(stage, 1) for stage in STAGES]
@@ -74,7 +73,7 @@ def measure(settings: Settings, out: Path) -> dict[str, Any]:
     return results
 
 
-def train_config_of(settings: Settings, stage: Stage, cfg: GPTConfig) -> TrainConfig:
+def train_config_of(settings: LearnSettings, stage: Stage, cfg: GPTConfig) -> TrainConfig:
     """The budget: as many tokens a step for every stage, however long its blocks are."""
     lr = min(settings.lr, LARGEST_LR_SCALED_UP) if stage.name == "scaled up" else settings.lr
     return TrainConfig(

@@ -19,9 +19,8 @@ import numpy as np
 from ..data.show import show_layouts
 from ..files import atomic_path
 from ..report import Report, markdown_table, pyplot
-from .pictures import panels
+from .page import panels, provenance
 from .stages import LADDER, find_stage
-from .words import provenance
 
 HEADERS = ["stage", "builds on", "parameters", "validation loss", "change"]
 

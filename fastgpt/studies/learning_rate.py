@@ -10,33 +10,22 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from ..config import GPTConfig, TrainConfig
+from ..config import GPTConfig
 from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..report import pyplot
-from .experiment import (
-    at_least,
-    described,
-    finite,
-    load_corpus,
-    new_gpt,
-    numbers,
-    training,
-    validation_loss,
-)
-from .pictures import or_nan, panels
-from .settings import LearningRateSettings as Settings
-from .words import LEARNED, find_row, frequencies_text, learned_bound, listed
+from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
+from .page import LEARNED, find_row, frequencies_text, learned_bound, listed, or_nan, panels
+from .settings import LearningRateSettings
 
 BLOCK_SIZE = 64
 BATCH_SIZE = 12
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: LearningRateSettings) -> dict[str, Any]:
     rates = sorted(numbers("rates", settings.rates, float))
     widths = sorted(numbers("widths", settings.widths, int))
-    at_least("steps", settings.steps, 2)
-    at_least("repeats", settings.repeats, 1)
+    at_least(settings, steps=2, repeats=1)
     corpus = load_corpus(settings, BLOCK_SIZE)
     models = [_config(corpus, width) for width in widths]
     rows = []
@@ -58,17 +47,10 @@ def _config(corpus: Corpus, width: int) -> GPTConfig:
     )
 
 
-def _train_at(settings: Settings, corpus: Corpus, cfg: GPTConfig, rate: float, seed: int) -> dict[str, Any]:
+def _train_at(settings: LearningRateSettings, corpus: Corpus, cfg: GPTConfig, rate: float, seed: int) -> dict[str, Any]:
     model = new_gpt(cfg, seed).to(resolve_device(settings.device))
-    train_cfg = TrainConfig(
-        batch_size=BATCH_SIZE,
-        max_steps=settings.steps,
-        lr=rate,
-        min_lr=rate / 10,
-        warmup_steps=settings.steps // 20,
-        seed=seed,
-    )
-    losses = list(training(model, corpus, train_cfg))
+    warmup = settings.steps // 20
+    losses = list(training(model, corpus, seed, settings.steps, batch_size=BATCH_SIZE, warmup_steps=warmup, lr=rate))
     every = max(1, len(losses) // 40)
     # Each point the mean of the steps around it: a batch's own loss is noisy.
     points = [losses[i : i + every] for i in range(0, len(losses), every)]

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
+from ..data.layouts import evaluation_blocks
 from ..machine import resolve_device
 from ..model import GPT
 from ..training.step import Precision, make_optimizer, mean_loss, training_step
-from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_blocks
-from .pictures import or_nan, panels
-from .settings import NormalisationSettings as Settings
-from .words import find_row, listed, loss_text
+from .experiment import VALIDATION_BLOCKS, at_least, described, finite, load_corpus, new_gpt, numbers, training
+from .page import find_row, listed, loss_text, or_nan, panels
+from .settings import NormalisationSettings
 
 KINDS = ("layer norm", "batch norm")
 MODES = ("train", "eval")
@@ -108,12 +108,11 @@ def loss_in_mode(
         return finite(mean_loss(model.loss, x, y, batch_size, precision))
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: NormalisationSettings) -> dict[str, Any]:
     momenta = numbers("momenta", settings.momenta, float)
     if max(momenta) > 1.0:
         raise ConfigError(f"momenta: expected numbers above 0 and at most 1, got {settings.momenta!r}")
-    for name in ("steps", "points", "coin_steps"):
-        at_least(name, getattr(settings, name), 2)
+    at_least(settings, steps=2, points=2, coin_steps=2)
     corpus = load_corpus(settings, block_size=64)
     cfg = GPTConfig(corpus.tokenizer.vocab_size, 64, n_layer=3, n_head=4, n_embd=64, dropout=0.0)
     rows, batches, dependence = [], [], []
@@ -122,7 +121,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         model = build(kind, cfg, settings.seed, momenta).to(resolve_device(settings.device))
         rows += _train_and_evaluate(kind, model, corpus, settings, momenta)
         print(f"{kind}: loss in eval mode {loss_text(rows[-1]['eval'][0])}", flush=True)
-        x, y = validation_blocks(corpus, cfg.block_size)
+        x, y = evaluation_blocks(corpus.val, cfg.block_size, VALIDATION_BLOCKS)
         for size in BATCHES:
             losses = {mode: loss_in_mode(model, x, y, size, train_mode=mode == "train") for mode in MODES}
             batches.append({"norm": kind, "batch_size": size, **losses})
@@ -139,20 +138,16 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _train_and_evaluate(
-    kind: str, model: GPT, corpus: Corpus, settings: Settings, momenta: list[float]
+    kind: str, model: GPT, corpus: Corpus, settings: NormalisationSettings, momenta: list[float]
 ) -> list[dict[str, Any]]:
     """Train, and on the way measure the validation loss in train mode, and in eval mode with each running average."""
-    cfg = TrainConfig(
-        batch_size=16,
-        max_steps=settings.steps,
-        warmup_steps=min(50, settings.steps // 10),
-        seed=settings.seed,
-    )
-    x, y = validation_blocks(corpus, model.cfg.block_size, 32)
+    x, y = evaluation_blocks(corpus.val, model.cfg.block_size, 32)
     # Steps that grow by a factor: a running average is furthest behind at the start.
     at = {round(settings.steps ** (i / (settings.points - 1))) for i in range(settings.points)}
     rows = []
-    for step, _ in enumerate(training(model, corpus, cfg), 1):
+    warmup = min(50, settings.steps // 10)
+    losses = training(model, corpus, settings.seed, settings.steps, batch_size=16, warmup_steps=warmup)
+    for step, _ in enumerate(losses, 1):
         if step in at:
             averages = [loss_in_mode(model, x, y, 16, train_mode=False, which=i) for i in range(len(momenta))]
             row = {"norm": kind, "step": step, "train": loss_in_mode(model, x, y, 16, train_mode=True)}
@@ -190,7 +185,7 @@ def _flips(seed: int, step: int, rows: int) -> tuple[Tensor, Tensor]:
     return flips[:, :-1], flips[:, 1:]
 
 
-def _train_on_coin_flips(kind: str, settings: Settings, momenta: list[float]) -> dict[str, Any]:
+def _train_on_coin_flips(kind: str, settings: NormalisationSettings, momenta: list[float]) -> dict[str, Any]:
     """Train on rows of fresh coin flips, one row a step, and measure the loss on new ones.
 
     The average of a row of tokens tells how many of them are heads, and so something about those that are still to

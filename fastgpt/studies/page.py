@@ -1,4 +1,6 @@
-"""A study's page: one HTML report and the same as Markdown, from its results alone.
+"""What a study shows: its page, and the words and pictures that the pages of several studies share.
+
+A page is an HTML report and the same as Markdown, made from the study's results alone.
 
     python -m fastgpt.studies.page docs
 
@@ -9,24 +11,81 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import Report, markdown_table
-from . import STUDIES, load
-from .words import provenance
+from ..report import Report, markdown_table, pyplot
+from . import load
+from .settings import STUDIES, question
 
-_PREFACE = """# Studies
+# ---- rows and words ----
 
-Each of these is one command, `fastgpt study NAME`, on the models and kernels of this package: it measures, writes a
-report (`report.html`, pictures, `results.json`) and prints what is below. The words are made from the numbers, and this
-page from the results in [docs/studies](studies), by `python -m fastgpt.studies.page docs`; a test compares them. Losses
-are in nats per token, on text that was not trained on; training is that of `fastgpt train`, in float32. The text,
-tinyshakespeare.txt, is what `--data tinyshakespeare` downloads.
-"""
+LEARNED = 0.05  # nats below the loss of knowing each token's frequency: then something of the context was learned
+
+Row = dict[str, Any]
+
+
+def find_row(rows: Iterable[Row], **values: Any) -> Row:
+    """The first row with these values, such as find_row(rows, depth=2, norm="pre")."""
+    return next(row for row in rows if all(row[name] == value for name, value in values.items()))
+
+
+def loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
+
+
+def listed(parts: Iterable[str], nothing: str = "none") -> str:
+    return ", ".join(parts) or nothing
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 row", "8 rows"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def learned_bound(results: dict[str, Any]) -> float:
+    """The loss below which a model has learned more than how often each token occurs."""
+    return results["data"]["frequency_loss"] - LEARNED
+
+
+def frequencies_text(results: dict[str, Any]) -> str:
+    """A whole sentence but for its end."""
+    loss = results["data"]["frequency_loss"]
+    return f"A model that knows only how often each character occurs has a loss of {loss:.3f} nats"
+
+
+def provenance(results: dict[str, Any]) -> str:
+    """Device, versions, commit and date of the measurement."""
+    return (
+        f"{results['device']}, {counted(results['threads'], 'thread')}; Python {results['python']}, torch "
+        f"{results['torch']}, fastgpt {results['fastgpt']}, commit {results['commit'] or 'of an installed package'}, "
+        f"{results['date']}"
+    )
+
+
+# ---- pictures ----
+
+
+def panels(width: float, height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Any, Any]:
+    """A figure, its size in inches, and an array (rows, columns) of panels, each with a light grid."""
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(width, height), constrained_layout=True, squeeze=False, **shared
+    )
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+    return figure, axes
+
+
+def or_nan(values: Sequence[float | None]) -> list[float]:
+    """The values of a curve: NaN, which leaves a gap, where a loss was not finite and results.json holds None."""
+    return [math.nan if value is None else value for value in values]
+
+
+# ---- the page ----
 
 
 class Page(Report):
@@ -34,7 +93,7 @@ class Page(Report):
 
     def __init__(self, results: dict[str, Any], pictures: bool = True) -> None:
         name = results["study"]
-        super().__init__(name.capitalize().replace("-", " "), STUDIES[name])
+        super().__init__(name.capitalize().replace("-", " "), question(name))
         self.name, self.draws = name, pictures
         self.markdown: list[str] = []
         load(name).show(results, self)
@@ -66,10 +125,22 @@ def _measured_on(results: dict[str, Any]) -> str:
     )
 
 
+# ---- docs/studies.md ----
+
+_PREFACE = """# Studies
+
+Each of these is one command, `fastgpt study NAME`, on the models and kernels of this package: it measures, writes a
+report (`report.html`, pictures, `results.json`) and prints what is below. The words are made from the numbers, and this
+page from the results in [docs/studies](studies), by `python -m fastgpt.studies.page docs`; a test compares them. Losses
+are in nats per token, on text that was not trained on; training is that of `fastgpt train`, in float32. The text,
+tinyshakespeare.txt, is what `--data tinyshakespeare` downloads.
+"""
+
+
 def _command(results: dict[str, Any]) -> str:
     """The command that was given: the settings that differ from the study's defaults; a download by its name."""
     downloads = {"tinyshakespeare.txt": "tinyshakespeare"}
-    defaults = load(results["study"]).Settings()
+    defaults = STUDIES[results["study"]]()
     words = ["fastgpt", "study", results["study"]]
     for name, value in results["settings"].items():
         if value != getattr(defaults, name):
@@ -82,13 +153,13 @@ def _command(results: dict[str, Any]) -> str:
 def studies_page(docs: Path, pictures: bool = True) -> tuple[str, dict[str, bytes]]:
     """The text of docs/studies.md and its pictures by file name, from docs/studies/*.json."""
     parts, images = [_PREFACE.rstrip()], {}
-    for name, question in STUDIES.items():
+    for name in STUDIES:
         file = docs / "studies" / f"{name}.json"
         if not file.exists():
             continue
         results = json.loads(file.read_text(encoding="utf-8"))
         page = Page(results, pictures)
-        parts += [f"## {page.title}", question, f"```sh\n{_command(results)}\n```", *page.markdown]
+        parts += [f"## {page.title}", question(name), f"```sh\n{_command(results)}\n```", *page.markdown]
         images.update({f"study-{name}-{picture}.png": data for picture, data in page.pictures.items()})
     return "\n\n".join(parts) + "\n", images
 

@@ -24,40 +24,26 @@ import torch
 from torch import Tensor
 
 from ..baselines import matched
-from ..config import GPTConfig, TrainConfig
+from ..config import GPTConfig
 from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..model import GPT
-from .experiment import (
-    at_least,
-    described,
-    finite,
-    load_corpus,
-    new_gpt,
-    numbers,
-    synchronized_seconds,
-    training,
-    validation_loss,
-)
-from .pictures import panels
-from .settings import ParallelismSettings as Settings
-from .words import LEARNED, counted, find_row, frequencies_text, learned_bound, listed
+from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
+from .page import LEARNED, counted, find_row, frequencies_text, learned_bound, listed, panels
+from .settings import ParallelismSettings
 
-KINDS = ("gpt", "rnn", "gru", "lstm")
-NAMES = {"gpt": "GPT", "rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+KINDS = ("gpt", "rnn", "gru", "lstm")  # in tables and sentences they are written in capitals
 DIRECTIONS = ("forward", "forward and backward")
 BLOCK_SIZE = 64  # of the training for the loss, and of the position table that is counted
 BATCH_SIZE = 12
 ROUNDS = 3
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: ParallelismSettings) -> dict[str, Any]:
     contexts = sorted(numbers("contexts", settings.contexts, int))
     batches = sorted(numbers("batches", settings.batches, int))
     rates = sorted(numbers("rates", settings.rates, float))
-    at_least("width", settings.width, 16)
-    at_least("steps", settings.steps, 2)
-    at_least("seconds", settings.seconds, 0)
+    at_least(settings, width=16, steps=2, seconds=0)
     corpus = load_corpus(settings, BLOCK_SIZE)
     device = resolve_device(settings.device)
     n_head = max(1, settings.width // 32)
@@ -71,7 +57,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     rows = []
     for context, batch, direction in itertools.product(contexts, batches, DIRECTIONS):
         rows += _timings(timed, context, batch, direction, settings, device)
-        shown = ", ".join(f"{NAMES[row['model']]} {row['ms']:.2f} ms" for row in rows[-len(KINDS) :])
+        shown = ", ".join(f"{row['model'].upper()} {row['ms']:.2f} ms" for row in rows[-len(KINDS) :])
         print(f"{batch} x {context}, {direction}: {shown}", flush=True)
     return {
         "data": described(corpus, settings, BLOCK_SIZE),
@@ -90,7 +76,12 @@ def _build(kind: str, cfg: GPTConfig, seed: int) -> Any:
 
 
 def _timings(
-    models: dict[str, Any], context: int, batch: int, direction: str, settings: Settings, device: torch.device
+    models: dict[str, Any],
+    context: int,
+    batch: int,
+    direction: str,
+    settings: ParallelismSettings,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Milliseconds of each model, in turn: A B C D, A B C D, ..., after one warm-up each."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -103,7 +94,7 @@ def _timings(
     began = time.perf_counter()
     while len(times["gpt"]) < ROUNDS or time.perf_counter() - began < settings.seconds:
         for kind, call in calls.items():
-            times[kind].append(synchronized_seconds(call, device) * 1e3)
+            times[kind].append(_synchronized_seconds(call, device) * 1e3)
     rows = []
     for kind, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -126,29 +117,39 @@ def _call(model: Any, x: Tensor, y: Tensor, direction: str) -> Callable[[], None
     return forward if direction == "forward" else both
 
 
+def _synchronized_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """How long `call` takes, including the work that it starts on a GPU."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - began
+
+
 def _losses(
-    gpt: GPTConfig, rate: float, corpus: Corpus, settings: Settings, device: torch.device
+    gpt: GPTConfig, rate: float, corpus: Corpus, settings: ParallelismSettings, device: torch.device
 ) -> list[dict[str, Any]]:
     """Train new models on the same batches, a step of each in turn; the validation loss by tokens and seconds.
 
     A model's seconds are those of its own steps, evaluation left out.
     """
-    cfg = TrainConfig(
-        batch_size=BATCH_SIZE,
-        max_steps=settings.steps,
-        lr=rate,
-        min_lr=rate / 10,
-        warmup_steps=min(100, settings.steps // 10),
-        seed=settings.seed,
-    )
     models = {kind: _build(kind, gpt, settings.seed).to(device) for kind in KINDS}
-    runs = {kind: training(model, corpus, cfg) for kind, model in models.items()}
+    options = {"batch_size": BATCH_SIZE, "warmup_steps": min(100, settings.steps // 10)}
+    runs = {
+        kind: training(model, corpus, settings.seed, settings.steps, lr=rate, **options)
+        for kind, model in models.items()
+    }
     seconds = dict.fromkeys(KINDS, 0.0)
     at = {max(1, round(settings.steps * part / 10)) for part in range(1, 11)}
     rows: list[dict[str, Any]] = []
     for step in range(1, settings.steps + 1):
         for kind in KINDS:
-            seconds[kind] += synchronized_seconds(partial(next, runs[kind], None), device)
+            seconds[kind] += _synchronized_seconds(partial(next, runs[kind], None), device)
             if step in at:
                 loss = finite(validation_loss(models[kind], corpus))
                 row: dict[str, Any] = {
@@ -158,7 +159,7 @@ def _losses(
                     "tokens": step * BATCH_SIZE * BLOCK_SIZE,
                 }
                 rows.append(row | {"seconds": round(seconds[kind], 3), "loss": loss})
-    shown = ", ".join(f"{NAMES[row['model']]} {row['loss']}" for row in rows[-len(KINDS) :])
+    shown = ", ".join(f"{row['model'].upper()} {row['loss']}" for row in rows[-len(KINDS) :])
     print(f"rate {rate:g}, loss after {settings.steps} steps: {shown}", flush=True)
     return rows
 
@@ -178,7 +179,7 @@ def sequential_steps(kind: str, n_layer: int, context: int) -> int:
 def show(results: dict[str, Any], page: Any) -> None:
     rows = results["rows"]
     contexts, batches = (sorted({row[key] for row in rows}) for key in ("context", "batch"))
-    sizes = ", ".join(f"{NAMES[k]} {results['parameters'][k]:,} (width {results['widths'][k]})" for k in KINDS)
+    sizes = ", ".join(f"{k.upper()} {results['parameters'][k]:,} (width {results['widths'][k]})" for k in KINDS)
     page.paragraph(
         f"Parameters: {sizes}; each has {results['layers']} layers. The GPT's position table is counted for "
         f"{BLOCK_SIZE} positions; in the timings it has one for each token of the longest context. The recurrent "
@@ -188,7 +189,7 @@ def show(results: dict[str, Any], page: Any) -> None:
     )
     page.table(
         ["rows", "context"]
-        + [f"{NAMES[kind]}, {short}" for short in ("forward", "backward") for kind in KINDS]
+        + [f"{kind.upper()}, {short}" for short in ("forward", "backward") for kind in KINDS]
         + ["steps, GPT", "steps, recurrent"],
         [
             [
@@ -208,7 +209,7 @@ def show(results: dict[str, Any], page: Any) -> None:
     page.table(
         ["model", "learning rate", "tokens", "seconds", "validation loss", "tokens/s in training"],
         [
-            [NAMES[r["model"]], f"{r['lr']:g}", r["tokens"], r["seconds"], r["loss"], r["tokens"] / r["seconds"]]
+            [r["model"].upper(), f"{r['lr']:g}", r["tokens"], r["seconds"], r["loss"], r["tokens"] / r["seconds"]]
             for r in (row for kind in KINDS for row in _best_curve(results, kind)[-1:])
         ],
     )
@@ -242,12 +243,12 @@ def crossings(contexts: list[int], ratios: list[float]) -> list[float]:
 def _crossovers(rows: list[dict[str, Any]], contexts: list[int], batch: int, direction: str) -> str:
     """Who is fastest at each context, and where the GPT and each other model change places."""
     fastest = [
-        NAMES[min(KINDS, key=lambda kind: _timing(rows, kind, context, batch, direction)["ms"])] for context in contexts
+        min(KINDS, key=lambda kind: _timing(rows, kind, context, batch, direction)["ms"]) for context in contexts
     ]
     spans = []
     for name, group in itertools.groupby(zip(fastest, contexts, strict=True), key=lambda pair: pair[0]):
         span = [context for _, context in group]
-        spans.append(f"{name} at {span[0]}" + (f" to {span[-1]}" if len(span) > 1 else ""))
+        spans.append(f"{name.upper()} at {span[0]}" + (f" to {span[-1]}" if len(span) > 1 else ""))
     parts = []
     for kind in KINDS[1:]:
         times = [[_timing(rows, k, context, batch, direction)["ms"] for context in contexts] for k in ("gpt", kind)]
@@ -256,10 +257,10 @@ def _crossovers(rows: list[dict[str, Any]], contexts: list[int], batch: int, dir
         if at:
             first = "slower" if ratios[0] >= 1.0 else "faster"
             last = "faster" if first == "slower" else "slower"
-            places = f"{first} than the {NAMES[kind]} up to about {at[0]:.0f} tokens, {last} from there"
+            places = f"{first} than the {kind.upper()} up to about {at[0]:.0f} tokens, {last} from there"
             places += "".join(f", and again the other way round from about {context:.0f}" for context in at[1:])
         else:
-            places = f"{'slower' if ratios[0] >= 1.0 else 'faster'} than the {NAMES[kind]} at every context"
+            places = f"{'slower' if ratios[0] >= 1.0 else 'faster'} than the {kind.upper()} at every context"
         parts.append(f"{places} (times of the GPT over it: {ratios[0]:.2f} to {ratios[-1]:.2f})")
     return f"{counted(batch, 'row')}, {direction}. Fastest: {', '.join(spans)}. The GPT is {'; '.join(parts)}."
 
@@ -273,7 +274,7 @@ def _growth(rows: list[dict[str, Any]], contexts: list[int], batch: int) -> str:
         speeds = [_timing(rows, kind, context, batch, DIRECTIONS[1])["tokens_per_s"] for context in contexts]
         best = max(range(len(contexts)), key=lambda i: speeds[i])
         parts.append(
-            f"{NAMES[kind]} {speeds[0]:,.0f} at {contexts[0]} and {speeds[-1]:,.0f} at {contexts[-1]}, its most "
+            f"{kind.upper()} {speeds[0]:,.0f} at {contexts[0]} and {speeds[-1]:,.0f} at {contexts[-1]}, its most "
             f"{speeds[best]:,.0f} at {contexts[best]}"
         )
     return f"Tokens per second, forward and backward, {batch} rows: {'; '.join(parts)}."
@@ -298,16 +299,16 @@ def _losses_in_words(results: dict[str, Any]) -> str:
     budget = min(row["seconds"] for row in last.values())
     at_budget = {kind: _loss_at(curve, budget) for kind, curve in curves.items()}
     by_seconds = min(KINDS, key=lambda kind: at_budget[kind])
-    tokens = ", ".join(f"{NAMES[kind]} {last[kind]['loss']:.3f}" for kind in KINDS)
-    seconds = ", ".join(f"{NAMES[kind]} {at_budget[kind]:.3f}" for kind in KINDS)
-    slow = [NAMES[kind] for kind in KINDS if last[kind]["loss"] > learned_bound(results)]
+    tokens = ", ".join(f"{kind.upper()} {last[kind]['loss']:.3f}" for kind in KINDS)
+    seconds = ", ".join(f"{kind.upper()} {at_budget[kind]:.3f}" for kind in KINDS)
+    slow = [kind.upper() for kind in KINDS if last[kind]["loss"] > learned_bound(results)]
     behind = f" {frequencies_text(results)}; less than {LEARNED} below that ended: {listed(slow)}." if slow else ""
     return (
         f"Trained on the same {last['gpt']['tokens']:,} tokens ({BATCH_SIZE} blocks of {BLOCK_SIZE} characters of "
         f"{results['data']['name']} a step, one seed, each model at the best of the rates "
         f"{results['settings']['rates'].replace(',', ', ')}), the losses are {tokens}: lowest the "
-        f"{NAMES[by_tokens]}'s. After the {budget:.1f} seconds that the quickest of them needed for that, they are "
-        f"{seconds}: lowest the {NAMES[by_seconds]}'s.{behind}"
+        f"{by_tokens.upper()}'s. After the {budget:.1f} seconds that the quickest of them needed for that, they are "
+        f"{seconds}: lowest the {by_seconds.upper()}'s.{behind}"
     )
 
 
@@ -330,7 +331,7 @@ def _draw_speed(rows: list[dict[str, Any]], contexts: list[int], batches: list[i
             speeds = [_timing(rows, kind, context, batch, direction)["tokens_per_s"] for context in contexts]
             forward = direction == "forward"
             style = {"color": COLOURS[kind], "ls": "--" if forward else "-", "marker": "o", "ms": 3}
-            panel.plot(contexts, speeds, label=f"{NAMES[kind]}, {direction}", **style)
+            panel.plot(contexts, speeds, label=f"{kind.upper()}, {direction}", **style)
         panel.set(xscale="log", yscale="log", xlabel="context", title=counted(batch, "row"))
         panel.set_xticks(contexts, [str(context) for context in contexts], fontsize=7)
         panel.minorticks_off()
@@ -346,7 +347,7 @@ def _draw_training(results: dict[str, Any]) -> Any:
         for kind in KINDS:
             curve = _best_curve(results, kind)
             at = [row[key] / (1000 if key == "tokens" else 1) for row in curve]
-            panel.plot(at, [row["loss"] for row in curve], "o-", ms=3, color=COLOURS[kind], label=NAMES[kind])
+            panel.plot(at, [row["loss"] for row in curve], "o-", ms=3, color=COLOURS[kind], label=kind.upper())
         panel.set_xlabel("thousands of training tokens" if key == "tokens" else "seconds of training")
     axes[0].set_ylabel("validation loss")
     axes[1].legend()

@@ -1,6 +1,7 @@
 """The options of `fastgpt learn` and of each study. Importing them needs no PyTorch, so that --help is fast.
 
-The docstring of a class is the help of its command, and QUICK the settings that --quick stands for.
+The docstring of a class is the help of its command; the first line of a study's docstring is the question that it
+answers. QUICK holds the values that --quick sets.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class LearningRateSettings(StudySettings):
     QUICK: ClassVar[dict[str, Any]] = {"rates": "1e-4,1e-2", "widths": "16,32", "steps": 4, "repeats": 1}
 
 
-STUDY_SETTINGS: dict[str, type[StudySettings]] = {
+STUDIES: dict[str, type[StudySettings]] = {
     "depth": DepthSettings,
     "normalisation": NormalisationSettings,
     "parallelism": ParallelismSettings,
@@ -197,3 +198,8 @@ STUDY_SETTINGS: dict[str, type[StudySettings]] = {
     "embeddings": EmbeddingsSettings,
     "learning-rate": LearningRateSettings,
 }
+
+
+def question(name: str) -> str:
+    """The question that the study called `name` answers."""
+    return (STUDIES[name].__doc__ or "").partition("\n")[0]

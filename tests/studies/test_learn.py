@@ -53,7 +53,7 @@ def test_a_stage_whose_code_is_gone_stops_the_command_before_it_trains(monkeypat
     gone = dataclasses.replace(STAGES[-1], code=((Block.forward, "gone"),))
     monkeypatch.setattr(learn, "STAGES", (*STAGES[:-1], gone))
     with pytest.raises(LookupError, match="gone"):
-        learn.run(learn.Settings(data=str(text_file), out=str(tmp_path / "out"), steps=1))
+        learn.run(learn.LearnSettings(data=str(text_file), out=str(tmp_path / "out"), steps=1))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,15 +1,16 @@
-"""A study's report and its page: made from the results alone, and the committed page is up to date."""
+"""Pages are made from results alone, and the committed page is up to date; the words and panels that pages share."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from fastgpt.cli import main
-from fastgpt.studies import STUDIES
-from fastgpt.studies.page import Page, studies_page
+from fastgpt.studies.page import Page, counted, find_row, listed, loss_text, or_nan, panels, studies_page
+from fastgpt.studies.settings import STUDIES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -51,3 +52,28 @@ def test_the_committed_page_is_that_of_the_committed_results():
         assert (DOCS / "studies" / f"{name}.json").exists()
     pictures = {line.split("(images/")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
     assert pictures == {file.name for file in (DOCS / "images").glob("study-*.png")}
+
+
+def test_numbers_in_words():
+    assert [counted(n, "row") for n in (0, 1, 8)] == ["0 rows", "1 row", "8 rows"]
+    assert listed(["a", "b"]) == "a, b" and listed([]) == "none" and listed([], "no row") == "no row"
+    assert loss_text(1.23456) == "1.235" and loss_text(None) == "not finite"
+
+
+def test_a_row_is_found_by_all_of_its_values():
+    rows = [{"depth": 2, "norm": "pre"}, {"depth": 2, "norm": "post"}]
+    assert find_row(rows, depth=2, norm="post") is rows[1] and find_row(rows, depth=2) is rows[0]
+    with pytest.raises(StopIteration):
+        find_row(rows, depth=3)
+
+
+def test_panels_are_an_array_whatever_their_number():
+    pytest.importorskip("matplotlib")
+    for rows, columns in ((1, 1), (2, 3)):
+        figure, axes = panels(4.0, 3.0, rows, columns)
+        assert axes.shape == (rows, columns) and tuple(figure.get_size_inches()) == (4.0, 3.0)
+
+
+def test_a_loss_that_is_missing_leaves_a_gap():
+    first, second = or_nan([1.5, None])
+    assert first == 1.5 and math.isnan(second)

@@ -30,7 +30,7 @@ def test_each_stage_changes_one_idea_and_the_last_is_a_gpt():
 
 
 def test_the_budget_is_one():
-    settings = learn.Settings(steps=50)
+    settings = learn.LearnSettings(steps=50)
     configs = [learn.train_config_of(settings, s, config_of(s, 65)) for s in STAGES]
     tokens = {c.batch_size * config_of(s, 65).block_size for c, s in zip(configs, STAGES, strict=True)}
     assert tokens == {learn.TOKENS_PER_STEP}
