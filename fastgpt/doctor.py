@@ -1,4 +1,4 @@
-"""What runs on this machine, and why: devices, versions, and per op the backend that is taken."""
+"""`fastgpt doctor`: devices, versions, and for each op the backend that is taken on this machine, with the reason."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _ops(device: str) -> list[str]:
 
 
 def _backends(device: str) -> list[str]:
-    """Whether each backend works, which was found out by running it."""
+    """Whether each backend works; this is found out by running it."""
     lines = []
     for backend in BACKENDS:
         reason = unavailable(backend, device)
@@ -94,7 +94,7 @@ def _backends(device: str) -> list[str]:
 
 
 def _matrix_products() -> list[str]:
-    """Which matrix products on a CPU are the extension's, and why the others are left to PyTorch's library."""
+    """Which matrix products on a CPU the extension computes, and why PyTorch's library computes the others."""
     if unavailable("native", "cpu") is not None:
         return ["matrix products: by PyTorch's library, because the native backend does not work here"]
     reason = native.reason_for_library("matmul")

@@ -1,4 +1,4 @@
-"""The machine: which device a name means here, and the facts of device, versions and commit that belong to a result."""
+"""The machine: which device a name stands for, and the facts that are recorded with results."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "meta":
-            raise RuntimeError("it knows shapes, and computes nothing")
+            raise RuntimeError("its tensors have shapes but no numbers")
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        # For a device that PyTorch knows but was built without, its message is a long account of the dispatcher.
+        # For a device that this PyTorch was built without, its message is pages of dispatcher internals.
         unknown = isinstance(error, (NotImplementedError, ImportError)) or "INTERNAL ASSERT" in str(error)
         reason = "this PyTorch was built without it" if unknown else str(error).splitlines()[0]
         raise DeviceError(f"device: {name!r} cannot be used here: {reason}") from None
@@ -57,11 +57,9 @@ def processor_name(cpuinfo: str) -> str | None:
 
     The name alone is not enough: virtual machines call several generations of processors "AMD EPYC".
     """
-    found = {
-        key: re.search(rf"^{key}\s*:\s*(.+)$", cpuinfo, flags=re.MULTILINE)
-        for key in ("model name", "cpu family", "model")
-    }
-    name, family, model = (match and match[1].strip() for match in found.values())
+    keys = ("model name", "cpu family", "model")
+    found = (re.search(rf"^{key}\s*:\s*(.+)$", cpuinfo, flags=re.MULTILINE) for key in keys)
+    name, family, model = (match and match[1].strip() for match in found)
     return f"{name} (family {family}, model {model})" if name and family and model else name
 
 
@@ -103,7 +101,7 @@ def package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         pass
-    try:  # the distribution may have another name: that of Triton's nightly builds is pytorch-triton
+    try:  # the distribution may have another name: Triton's nightly builds are called pytorch-triton
         return importlib.import_module(name).__version__
     except ImportError:
         return None
@@ -130,7 +128,7 @@ def short_commit(commit: str | None) -> str | None:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """What every result says of where it was measured: device, versions, commit and date. What is unknown is None."""
+    """The facts that are recorded with every result: device, versions, commit and date; None where one is unknown."""
     on_gpu = device.type == "cuda"
     return {
         "device": device_name(device),
@@ -149,7 +147,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def _output_of(*command: str) -> str | None:
-    """What the command prints; None where it is not there, or fails."""
+    """The output of the command; None where the command is missing or fails."""
     try:
         return subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True

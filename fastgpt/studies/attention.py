@@ -1,13 +1,13 @@
-"""Attention: what each head of each layer looks at, for one prompt.
+"""Attention: which tokens each head of each layer attends to, for one prompt.
 
-The probabilities are those of the model that runs: q and k are taken from its own projection as the prompt goes through
-it, and their softmax times its v is compared with what the attention op gave. No kernel ever holds these maps; that is
-why they are computed a second time here.
+No attention kernel stores the probabilities, so they are computed here a second time, from the q and k of the running
+model. As a check, the probabilities times v are compared with the output of the attention op.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from typing import Any
 
@@ -36,9 +36,8 @@ def measure(settings: AttentionSettings) -> dict[str, Any]:
         model, tokenizer = _load(settings.checkpoint)
     else:
         model, tokenizer, loss = trained_model(settings, SMALL, settings.steps)
-    layers, heads = (
-        _chosen(settings, name, n) for name, n in (("layer", model.cfg.n_layer), ("head", model.cfg.n_head))
-    )
+    layers = _chosen("layer", settings.layer, model.cfg.n_layer)
+    heads = _chosen("head", settings.head, model.cfg.n_head)
     tokens = encode(model, tokenizer, settings.prompt)
     model.to(resolve_device(settings.device))
     captured = capture(model, tokens)
@@ -65,8 +64,7 @@ def _load(checkpoint: str) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def _chosen(settings: AttentionSettings, name: str, n: int) -> list[int]:
-    asked = getattr(settings, name)
+def _chosen(name: str, asked: int | None, n: int) -> list[int]:
     if asked is None:
         return list(range(1, n + 1))
     if not 1 <= asked <= n:
@@ -89,14 +87,13 @@ def encode(model: GPT, tokenizer: Tokenizer, prompt: str) -> Tensor:
 
 @torch.no_grad()
 def capture(model: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each layer: probabilities (1, H, T, T), v (1, H, T, D), and what the attention op gave, (1, H, T, D)."""
+    """For each layer: probabilities (1, H, T, T), v (1, H, T, D), and the attention op's output (1, H, T, D)."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(qkv: torch.nn.Module, inputs: Any, output: Tensor) -> None:
         B, T, width = output.shape
         D = width // 3 // model.cfg.n_head
-        heads = (t.view(B, T, model.cfg.n_head, D).transpose(1, 2) for t in output.split(width // 3, dim=2))
-        q, k, v = heads  # (B, H, T, D)
+        q, k, v = output.view(B, T, 3, model.cfg.n_head, D).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         out = ops.attention(q, k, v, is_causal=model.cfg.is_causal)
         found.append((probabilities(q, k, model.cfg.is_causal), v, out))
 
@@ -122,11 +119,11 @@ def probabilities(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
 
 
 def summary(maps: Tensor) -> dict[str, Any]:
-    """How a head looks (T, T): means over the queries. Distances in tokens, entropy in nats."""
+    """Means over the queries of one head's map (T, T): distance in tokens, entropy in nats, shares of attention."""
     T = len(maps)
     i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
     entropy = -(maps * maps.clamp_min(torch.finfo(maps.dtype).tiny).log()).sum(-1)
-    even = (maps > 0.0) / (maps > 0.0).sum(-1, keepdim=True)  # as much for each token that can be seen
+    even = (maps > 0.0) / (maps > 0.0).sum(-1, keepdim=True)  # the same share for every visible token
     query, key = divmod(int((maps - even).argmax()), T)
     values = {
         "distance": float((maps * (i - j).abs()).sum(-1).mean()),
@@ -139,7 +136,7 @@ def summary(maps: Tensor) -> dict[str, Any]:
 
 
 def _packed(maps: Tensor) -> list[list[float]]:
-    """Three decimals, and no zeros at the end of a row, which a causal map has many of."""
+    """The map with three decimals, without the zeros at the end of a row: half of a causal map is zeros."""
     rows = [[round(value, 3) for value in row] for row in maps.tolist()]
     for row in rows:
         while len(row) > 1 and row[-1] == 0.0:
@@ -159,22 +156,16 @@ def show(results: dict[str, Any], page: Any) -> None:
     )
     page.paragraph(
         f"A model of {model['n_layer']} layers with {model['n_head']} heads each and {model['parameters']:,} "
-        f"parameters, {origin}, reads {len(tokens)} tokens: {' '.join(tokens)}. Each row of a map is a token that "
-        f"looks, each column one that is looked at; a row adds up to one. Of each head: how many tokens away it looks "
-        f"and the entropy of where, both on average over the rows, and the average shares that go to the token itself, "
-        f"to the one before it, and to the first. The strongest look is the one that is furthest above an even share."
+        f"parameters, {origin}, reads {len(tokens)} tokens: {' '.join(tokens)}. In the map of a head, each row is a "
+        f"token and shows how it distributes its attention over the tokens in the columns; the shares of a row add up "
+        f"to one. The table gives means over the rows: the distance of the attention in tokens, the entropy in nats, "
+        f"and the shares that go to the token itself, to the token before it, and to the first token. The last column "
+        f"names the two tokens whose share is furthest above an even distribution."
     )
+    numeric = ("layer", "head", "distance", "entropy", "itself", "previous", "first")
     page.table(
-        ["layer", "head", "distance", "entropy", "itself", "previous", "first", "strongest"],
-        [
-            [
-                row["layer"],
-                row["head"],
-                *(row[name] for name in ("distance", "entropy", "itself", "previous", "first")),
-                _pair(row, tokens),
-            ]
-            for row in results["rows"]
-        ],
+        [*numeric, "strongest"],
+        [[*(row[name] for name in numeric), _pair(row, tokens)] for row in results["rows"]],
     )
     page.picture("maps", "Attention maps by layer (down) and head (across)", lambda: _draw(results))
     page.paragraph(_findings(results))
@@ -195,30 +186,23 @@ def _findings(results: dict[str, Any]) -> str:
         row = (max if largest else min)(rows, key=lambda row: row[key])
         return f"{name(row)} ({row[key]:.2f})"
 
-    # What a head that looks at everything it may see alike would have.
+    # The entropy of a head that gives every visible token the same share.
     seen = range(1, n + 1) if results["is_causal"] else [n] * n
     even = sum(math.log(count) for count in seen) / n
     text = (
-        f"The shortest view, in tokens, is that of {extreme('distance', False)}, the longest that of "
-        f"{extreme('distance', True)}. The most pointed head is {extreme('entropy', False)}, the most even one "
-        f"{extreme('entropy', True)}; a head that looked at everything alike would have {even:.2f} nats. "
+        f"The mean distance, in tokens, is shortest in {extreme('distance', False)} and longest in "
+        f"{extreme('distance', True)}. The entropy, in nats, is lowest in {extreme('entropy', False)} and highest in "
+        f"{extreme('entropy', True)}; it is {even:.2f} for a head that gives all visible tokens the same share. "
     )
     for key, what in (("previous", "the token before"), ("itself", "the token itself"), ("first", "the first token")):
         most = [row for row in rows if row[key] > 0.5]
-        text += f"More than half of the attention goes to {what} in {len(most)} of {len(rows)} heads"
+        text += f"Heads with more than half of their attention on {what}: {len(most)} of {len(rows)}"
         text += f" ({', '.join(name(row) for row in most[:4])}{', ...' if len(most) > 4 else ''}). " if most else ". "
     layers = sorted({row["layer"] for row in rows})
     if len(layers) > 1:
-        means = [_layer_mean(rows, layer, "distance") for layer in layers]
-        text += "Mean distance by layer: " + ", ".join(f"{mean:.1f}" for mean in means) + ". "
-    return text + (
-        f"Times the model's own v, the maps give what the attention op gave, to within {results['error']:.1g}."
-    )
-
-
-def _layer_mean(rows: list[dict[str, Any]], layer: int, key: str) -> float:
-    values = [row[key] for row in rows if row["layer"] == layer]
-    return sum(values) / len(values)
+        means = [statistics.fmean(row["distance"] for row in rows if row["layer"] == layer) for layer in layers]
+        text += f"Mean distance by layer: {', '.join(f'{mean:.1f}' for mean in means)}. "
+    return f"{text}The maps times v differ from the output of the attention op by at most {results['error']:.1g}."
 
 
 def _draw(results: dict[str, Any]) -> Any:
@@ -226,6 +210,7 @@ def _draw(results: dict[str, Any]) -> Any:
     layers = sorted({row["layer"] for row in rows})
     heads = sorted({row["head"] for row in rows})
     side = 2.6 if len(rows) > 1 else 6.0
+    rotation = 0 if all(len(token) == 1 for token in tokens) else 90
     figure, axes = pyplot().subplots(
         len(layers), len(heads), figsize=(side * len(heads), side * len(layers)), squeeze=False, constrained_layout=True
     )
@@ -237,12 +222,8 @@ def _draw(results: dict[str, Any]) -> Any:
         panel.tick_params(length=0)
         at = range(len(tokens)) if len(tokens) <= 48 else []  # more cannot be read
         size = min(7.0, 120.0 * side / 2.6 / max(len(tokens), 1))
-        panel.set_xticks(at, [tokens[i] for i in at], fontsize=size, parse_math=False, rotation=_turn(tokens))
+        panel.set_xticks(at, [tokens[i] for i in at], fontsize=size, parse_math=False, rotation=rotation)
         panel.set_yticks(at, [tokens[i] for i in at], fontsize=size, parse_math=False)
-    # A script the font has no letters for is drawn as boxes; the maps are right all the same.
+    # Where the font lacks a letter, it draws a box; that is no reason for a warning, as the maps are right.
     warnings.filterwarnings("ignore", message="Glyph .* missing from font")
     return figure
-
-
-def _turn(tokens: list[str]) -> int:
-    return 0 if all(len(token) == 1 for token in tokens) else 90

@@ -1,9 +1,9 @@
 """Depth: what initialisation, normalisation and residual connections each do to a deep network.
 
-Every combination of the three is trained at every depth, all on the same batches. Before and after, one batch goes
-through the network and back, and two things are measured at the end of each block: the size of the stream (its root
-mean square) and the size of the gradient of the loss with respect to it. Where either shrinks or grows by a factor with
-each block, a deep network learns little, because signals or gradients vanish or explode on their way through it.
+Every combination of the three is trained at every depth, always on the same batches. Before and after training, one
+batch goes forward and backward through the network, and two numbers are taken after each block: the root mean square of
+the stream, and the norm of the loss's gradient with respect to the stream. Where one of them shrinks or grows by a
+factor with each block, signals or gradients vanish or explode, and a deep network learns little.
 
 Sources: He et al. 2015 (residual connections); Xiong et al. 2020 (where the norm goes); Glorot and Bengio 2010
 (Xavier's initialisation); Radford et al. 2019 (GPT-2's).
@@ -36,7 +36,8 @@ INITIALISATIONS = {
     "large": "0.5 everywhere",
 }
 NORMS = ("none", "pre", "post")
-USUAL: Kind = ("scaled", "pre", True)  # a GPT's
+KINDS: list[Kind] = list(itertools.product(INITIALISATIONS, NORMS, (True, False)))
+USUAL: Kind = ("scaled", "pre", True)  # the kind of a GPT
 
 
 def measure(settings: DepthSettings) -> dict[str, Any]:
@@ -44,13 +45,11 @@ def measure(settings: DepthSettings) -> dict[str, Any]:
     at_least(settings, steps=1, width=2, repeats=2)
     corpus = load_corpus(settings, block_size=32)
     rows = []
-    for depth, init, norm, residual in itertools.product(depths, INITIALISATIONS, NORMS, (True, False)):
+    for depth, (init, norm, residual) in itertools.product(depths, KINDS):
         row: dict[str, Any] = {"depth": depth, "init": init, "norm": norm, "residual": residual}
         rows.append(row | _train_network(settings, corpus, depth, init, norm, residual, settings.seed))
-        print(
-            f"{depth:3} blocks, {init}, {_norm_and_residual(norm, residual)}: loss {loss_text(rows[-1]['loss'])}",
-            flush=True,
-        )
+        network = f"{depth:3} blocks, {init}, {_norm_and_residual(norm, residual)}"
+        print(f"{network}: loss {loss_text(rows[-1]['loss'])}", flush=True)
     seeds = range(settings.seed, settings.seed + settings.repeats)
     repeats = [_train_network(settings, corpus, depths[-1], *USUAL, seed)["loss"] for seed in seeds]
     return {"data": described(corpus, settings, 32), "rows": rows, "repeats": repeats}
@@ -59,7 +58,7 @@ def measure(settings: DepthSettings) -> dict[str, Any]:
 def _train_network(
     settings: DepthSettings, corpus: Corpus, depth: int, init: str, norm: str, residual: bool, seed: int
 ) -> dict[str, Any]:
-    """Train one network; the loss it ends with, and stream and gradient at each block before and after."""
+    """Train one network; returns its loss at the end, and stream and gradient at each block before and after."""
     cfg = GPTConfig(
         corpus.tokenizer.vocab_size, 32, depth, 2, settings.width, dropout=0.0, norm=norm, residual=residual
     )
@@ -75,9 +74,9 @@ def _train_network(
 
 
 def redraw(model: GPT, init: str) -> None:
-    """Draw the matrices of the blocks as `init` says. Embeddings, biases and norms stay as they are."""
+    """Draw the matrices of the blocks anew, by the scheme `init`. Embeddings, biases and norms stay as they are."""
     if init == "scaled":
-        return  # the model's own
+        return  # the model is initialised so
     for weight in (p for p in model.blocks.parameters() if p.ndim == 2):
         if init == "xavier":
             nn.init.xavier_normal_(weight)
@@ -123,16 +122,10 @@ def _rounded(value: float) -> float | None:
 def show(results: dict[str, Any], page: Any) -> None:
     rows, depths = results["rows"], sorted({row["depth"] for row in results["rows"]})
     page.paragraph(_what_was_trained(results))
+    losses = [f"loss, {depth} blocks" for depth in depths]
     page.table(
-        [
-            "initialisation",
-            "norm",
-            "residual",
-            *(f"loss, {depth} blocks" for depth in depths),
-            "stream, last / first",
-            "gradient, first / last",
-        ],
-        [_table_row(rows, depths, kind) for kind in _kinds()],
+        ["initialisation", "norm", "residual", *losses, "stream, last / first", "gradient, first / last"],
+        [_table_row(rows, depths, kind) for kind in KINDS],
     )
     page.picture(
         "loss",
@@ -149,10 +142,6 @@ def show(results: dict[str, Any], page: Any) -> None:
     page.paragraph(_streams_and_gradients(rows, depths[-1]))
 
 
-def _kinds() -> list[Kind]:
-    return list(itertools.product(INITIALISATIONS, NORMS, (True, False)))
-
-
 def _network(rows: list[dict[str, Any]], depth: int, kind: Kind) -> dict[str, Any]:
     init, norm, residual = kind
     return find_row(rows, depth=depth, init=init, norm=norm, residual=residual)
@@ -162,14 +151,9 @@ def _table_row(rows: list[dict[str, Any]], depths: list[int], kind: Kind) -> lis
     init, norm, residual = kind
     found = [_network(rows, depth, kind) for depth in depths]
     before = found[-1]["before"]
-    return [
-        init,
-        norm,
-        "yes" if residual else "no",
-        *(row["loss"] for row in found),
-        _ratio(before["activation"][-1], before["activation"][0]),
-        _ratio(before["gradient"][0], before["gradient"][-1]),
-    ]
+    stream, gradient = before["activation"], before["gradient"]
+    ratios = [_ratio(stream[-1], stream[0]), _ratio(gradient[0], gradient[-1])]
+    return [init, norm, "yes" if residual else "no", *(row["loss"] for row in found), *ratios]
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:
@@ -181,10 +165,11 @@ def _what_was_trained(results: dict[str, Any]) -> str:
     schemes = "; ".join(f"{name}: {what}" for name, what in INITIALISATIONS.items())
     return (
         f"{len(results['rows'])} networks, {settings['width']} wide, were trained for {settings['steps']} steps of 8 "
-        f"blocks of 32 characters of {data['name']} at a learning rate of {settings['lr']:g}. The initialisation says "
-        f"with which standard deviation the matrices of the blocks are drawn ({schemes}); that of the embeddings is "
-        f"always 0.02. The last two columns describe the deepest networks before training: the size of the stream "
-        f"after the last block over that after the first, and the gradient at the first block over that at the last."
+        f"blocks of 32 characters of {data['name']} at a learning rate of {settings['lr']:g}. An initialisation is a "
+        f"standard deviation with which the matrices of the blocks are drawn ({schemes}); embeddings are always drawn "
+        f"with 0.02. The last two columns describe the deepest networks before training: the size of the stream after "
+        f"the last block divided by its size after the first, and the size of the gradient at the first block divided "
+        f"by its size at the last."
     )
 
 
@@ -206,24 +191,23 @@ def _who_learned(results: dict[str, Any], depth: int) -> str:
     if finite_rows:
         best = min(finite_rows, key=lambda row: row["loss"])
         text += (
-            f" The lowest loss, {best['loss']:.3f}, is that of the {best['init']} initialisation, "
+            f" The lowest loss, {best['loss']:.3f}, belongs to the network with {best['init']} initialisation, "
             f"{_norm_and_residual(best['norm'], best['residual'])}."
         )
     return text
 
 
 def _changes_of_the_usual_gpt() -> dict[str, Kind]:
-    """In words, and as a kind: every change of one thing about the usual GPT."""
+    """Every kind that differs from the usual GPT in one thing, by its name in sentences."""
     init, norm, residual = USUAL
-    changes: dict[str, Kind] = {
-        f"{other} initialisation": (other, norm, residual) for other in INITIALISATIONS if other != init
-    }
+    others = [other for other in INITIALISATIONS if other != init]
+    changes: dict[str, Kind] = {f"{other} initialisation": (other, norm, residual) for other in others}
     changes |= {_norm(other): (init, other, residual) for other in NORMS if other != norm}
     return changes | {"no residual connections": (init, norm, False)}
 
 
 def _one_change(results: dict[str, Any], depth: int) -> str:
-    """The usual GPT, and what changing one thing about it does, against what another seed does."""
+    """How much each change of one thing about the usual GPT moves its loss, compared with another seed."""
     rows = results["rows"]
     repeats = [loss for loss in results["repeats"] if loss is not None]
     usual = _network(rows, depth, USUAL)["loss"]
@@ -234,7 +218,7 @@ def _one_change(results: dict[str, Any], depth: int) -> str:
     said = [f"{what} {'not finite' if loss is None else f'{loss - usual:+.3f}'}" for what, loss in losses.items()]
     within = [what for what, loss in losses.items() if loss is not None and abs(loss - usual) <= spread]
     verdict = (
-        f"Not more than that, and so not told apart from chance: {listed(within)}."
+        f"No larger than that, and so not told apart from chance: {listed(within)}."
         if within
         else "Each of the changes makes a larger difference."
     )
@@ -263,7 +247,7 @@ def _streams_and_gradients(rows: list[dict[str, Any]], depth: int) -> str:
 
     gradient: dict[Kind, float] = {}
     stream: dict[Kind, float] = {}
-    for kind in _kinds():
+    for kind in KINDS:
         before = _network(rows, depth, kind)["before"]
         for ratios, key, (above, below) in ((gradient, "gradient", (0, -1)), (stream, "activation", (-1, 0))):
             value = _ratio(before[key][above], before[key][below])
@@ -303,7 +287,7 @@ def _draw_losses(results: dict[str, Any]) -> Any:
         panel.set(title=init, xlabel="blocks")
         panel.set_xticks(range(len(depths)), [str(depth) for depth in depths])
     axes[0][0].set_ylabel("validation loss")
-    # With a network of a huge loss in the picture, all others would be one line.
+    # The huge losses of some networks are cut off: otherwise all other curves would look like one line.
     highest = results["data"]["frequency_loss"] + 0.2
     losses = [row["loss"] for row in results["rows"] if row["loss"] is not None]
     axes[0][0].set_ylim(min([*losses, highest]) - 0.1, highest)
@@ -331,5 +315,5 @@ def _draw_layers(rows: list[dict[str, Any]], depth: int) -> Any:
 
 
 def _positive(values: list[float | None]) -> list[float]:
-    """A logarithmic axis has no place for zero, nor for what is not finite."""
+    """The values as a logarithmic axis can show them: NaN for zero and for numbers that are not finite."""
     return [value if value else math.nan for value in values]

@@ -1,7 +1,7 @@
-"""Embeddings: which vectors lie close together, how they lie in two dimensions, and analogies, a - b + c.
+"""Embeddings: which vectors lie close together, their map in two dimensions, and analogies, a - b + c.
 
-The vectors are the token embedding of a model, or word vectors from a text file in the format of word2vec or GloVe: a
-line is a word and its numbers, with word2vec a first line says how many words and how many numbers there are.
+The vectors are the token embedding of a model, or word vectors from a text file in the format of word2vec or GloVe. A
+line of such a file is a word and its numbers; word2vec has a first line with the number of words and of numbers.
 
 Sources: Mikolov et al. 2013 (analogies by vector sums); Pennington et al. 2014 (GloVe).
 """
@@ -25,7 +25,7 @@ from .experiment import StudyError, at_least, label, load_run, trained_model
 from .page import panels
 from .settings import EmbeddingsSettings
 
-SHOWN = 200  # points in the picture: the first, which in files of word vectors are the most frequent
+SHOWN = 200  # points in the picture: the first ones, which are the most frequent words in a file of word vectors
 
 
 def measure(settings: EmbeddingsSettings) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def measure(settings: EmbeddingsSettings) -> dict[str, Any]:
         raise StudyError(
             f"{origin['source']}: {n} vectors of {width} numbers; neighbours and a map need 3 vectors of 2 numbers"
         )
-    index = {word: i for i, word in reversed(list(enumerate(words)))}  # of two tokens that look the same, the first
+    index = {word: i for i, word in reversed(list(enumerate(words)))}  # the first of several tokens with one label
     chosen = settings.words.split() if settings.words else _default_words(words)
     rows_of = [find(word, index, origin["source"]) for word in chosen]
     unit = torch.nn.functional.normalize(vectors, dim=1)
@@ -140,7 +140,7 @@ def analogies(text: str) -> list[tuple[str, str, str]]:
 
 
 def find(word: str, index: dict[str, int], source: str) -> int:
-    """The number of a word; where there is none, an error that names it and the words that are spelled nearly so."""
+    """The number of a word. The error for an unknown word names the known words with a similar spelling."""
     if word in index:
         return index[word]
     lower = {known.lower(): known for known in index}
@@ -171,13 +171,13 @@ def project(vectors: Tensor) -> tuple[Tensor, list[float]]:
 
 
 def _default_words(words: list[str]) -> list[str]:
-    """Of single characters a vowel, a consonant, a capital, a digit, a sign and the blank; else the first ten."""
+    """Characters of each kind where tokens are characters, otherwise the first ten words."""
     characters = [char for char in "aetA3.␣⏎" if char in words]
     return characters if len(characters) > 2 else words[:10]
 
 
 def _case(unit: Tensor, index: dict[str, int]) -> dict[str, Any] | None:
-    """Analogies of letters, such as a - A + B = b: how many of them come out right, of all pairs of letters."""
+    """How many analogies of letters, such as a - A + B = b, come out right, over all pairs of letters."""
     letters = [c for c in index if len(c) == 1 and c.islower() and len(c.upper()) == 1 and c.upper() in index]
     if len(letters) < 3:
         return None
@@ -199,7 +199,7 @@ KINDS = {
 
 
 def _kinds(unit: Tensor, words: list[str]) -> dict[str, dict[str, Any]]:
-    """For each kind of character: the mean cosine of two of the kind, and of one of it and one of another kind."""
+    """For each kind of character: the mean cosine of two of that kind, and of one of that kind with any other."""
     single = [i for i, word in enumerate(words) if len(word) == 1]
     result = {}
     for name, belongs in KINDS.items():
@@ -220,10 +220,10 @@ def _kinds(unit: Tensor, words: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def show(results: dict[str, Any], page: Any) -> None:
-    trained = f", which has a validation loss of {results['loss']:.3f}" if results["loss"] is not None else ""
+    trained = f" (validation loss {results['loss']:.3f})" if results["loss"] is not None else ""
     page.paragraph(
-        f"{results['vectors']:,} vectors of {results['width']} numbers, of {results['source']}{trained}. Nearest to a "
-        f"vector is the one with the largest cosine of the angle between the two."
+        f"The {results['vectors']:,} vectors, of {results['width']} numbers each, are from {results['source']}"
+        f"{trained}. Two vectors are nearer to each other the larger the cosine of the angle between them is."
     )
     page.table(
         ["word", "nearest (cosine)"], [[row["word"], _neighbours_text(row["neighbours"])] for row in results["rows"]]
@@ -231,10 +231,7 @@ def show(results: dict[str, Any], page: Any) -> None:
     if results["analogies"]:
         page.table(
             ["analogy", "nearest (cosine)"],
-            [
-                [f"{row['a']} - {row['b']} + {row['c']}", _neighbours_text(row["answers"])]
-                for row in results["analogies"]
-            ],
+            [[f"{r['a']} - {r['b']} + {r['c']}", _neighbours_text(r["answers"])] for r in results["analogies"]],
         )
     page.picture("map", "The vectors' first two principal components", lambda: _draw_map(results))
     page.paragraph(_findings(results))
@@ -246,24 +243,24 @@ def _neighbours_text(neighbours: list[list[Any]]) -> str:
 
 def _findings(results: dict[str, Any]) -> str:
     first, second = results["explained"]
-    text = f"Two dimensions hold {first + second:.0%} of the variance ({first:.0%} and {second:.0%})."
+    text = f"The first two components hold {first + second:.0%} of the variance ({first:.0%} and {second:.0%})."
     closest = max(results["rows"], key=lambda row: row["neighbours"][0][1])
     word, cosine = closest["neighbours"][0]
-    text += f" The closest of the pairs above are {closest['word']} and {word} ({cosine:.2f})."
+    text += f" The nearest two vectors in the first table are {closest['word']} and {word} (cosine {cosine:.2f})."
     for name, kind in results["kinds"].items():
-        # The mean cosine of so many pairs of random vectors is zero, give or take a third of this.
+        # Three standard deviations of the mean cosine of so many pairs of random vectors, whose mean is zero.
         chance = 3.0 / math.sqrt(results["width"] * kind["count"] * (kind["count"] - 1) / 2)
         difference = kind["within"] - kind["between"]
         relation = "more" if difference > chance else "less" if difference < -chance else "not clearly more"
         text += (
-            f" The {kind['count']} {name} are {relation} like each other (mean cosine {kind['within']:.2f}) than like "
-            f"other characters ({kind['between']:.2f}; chance gives differences of up to {chance:.2f})."
+            f" The {kind['count']} {name} are {relation} similar to each other (mean cosine {kind['within']:.2f}) than "
+            f"to other characters ({kind['between']:.2f}); a difference of up to {chance:.2f} can be chance."
         )
     if case := results["case"]:
         text += (
-            f" Of the {case['pairs']} analogies of the kind a - A + B = b over {case['letters']} letters, "
-            f"{case['right']} ({case['right'] / case['pairs']:.0%}) have the right letter nearest, of "
-            f"{case['candidates']} tokens, the three that are given left out; guessing gives "
+            f" There are {case['pairs']} analogies such as a - A + B = b over {case['letters']} letters. In "
+            f"{case['right']} of them ({case['right'] / case['pairs']:.0%}), the right letter is the nearest of the "
+            f"{case['candidates']} tokens that are not in the question; guessing would find it in "
             f"{1 / case['candidates']:.1%}."
         )
     return text

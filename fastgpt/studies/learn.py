@@ -1,8 +1,8 @@
 """`fastgpt learn`: from the bigram to the GPT, one idea at a time, each trained and measured with the same budget.
 
 The text, the seed, the number of steps, the tokens in a step, the optimizer and its schedule are the same for all
-stages. So is the learning rate, except for the last stage: a larger model takes a smaller one. results.json holds all
-that was measured; `learn_page` makes the report from it and from the source.
+stages. The learning rate is the same too, except in the last stage, because a larger model needs a smaller rate.
+results.json holds the measurements; `learn_page` makes the report from them and from the source.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAMPLE_TOKENS = 240
 
 def run(settings: LearnSettings) -> Path:
     """Train all stages, write results.json, report.html and the pictures; returns the report's path."""
-    # What would stop the report is said now, not after minutes of training.
+    # These two fail where the report could not be written; better now than after minutes of training.
     pyplot()
     code = {stage.name: code_of(stage) for stage in STAGES}
     out = Path(settings.out)
@@ -74,7 +74,7 @@ def measure(settings: LearnSettings, out: Path) -> dict[str, Any]:
 
 
 def train_config_of(settings: LearnSettings, stage: Stage, cfg: GPTConfig) -> TrainConfig:
-    """The budget: as many tokens a step for every stage, however long its blocks are."""
+    """How a stage is trained. Every stage has the same number of tokens in a step, however long its blocks are."""
     lr = min(settings.lr, LARGEST_LR_SCALED_UP) if stage.name == "scaled up" else settings.lr
     return TrainConfig(
         batch_size=TOKENS_PER_STEP // cfg.block_size,

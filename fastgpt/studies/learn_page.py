@@ -27,17 +27,13 @@ HEADERS = ["stage", "builds on", "parameters", "validation loss", "change"]
 
 def table_rows(results: dict[str, Any]) -> list[list[Any]]:
     """The report's table: losses in nats per character, and the change from the stage that each one builds on."""
-    losses = _losses(results)
+    losses = {row["name"]: row["loss"] for row in results["stages"]}
     table = []
     for row in results["stages"]:
         after = find_stage(row["name"]).after
         change = "–" if after is None else f"{row['loss'] - losses[after]:+.3f}"
         table.append([row["name"], after or "–", row["parameters"], f"{row['loss']:.3f}", change])
     return table
-
-
-def _losses(results: dict[str, Any]) -> dict[str, float]:
-    return {row["name"]: row["loss"] for row in results["stages"]}
 
 
 def differences(results: dict[str, Any], name: str) -> str:
@@ -55,19 +51,19 @@ def differences(results: dict[str, Any], name: str) -> str:
 
 
 def budget(results: dict[str, Any]) -> str:
-    settings, n, last = results["settings"], results["training_tokens"], results["stages"][-1]
-    each = results["tokens_per_step"]
+    settings, n, each = results["settings"], results["training_tokens"], results["tokens_per_step"]
     return (
         f"All stages have the same budget: {settings['steps']:,} steps of {each} characters, which is "
         f"{settings['steps'] * each / n:.1f} times the training text of {n:,} characters; seed {settings['seed']}; "
-        f"AdamW with a warm-up and a cosine. The learning rate is {settings['lr']:g}, and {last['lr']:g} in the last "
-        f"stage. Losses are in nats per character, on text that was not trained on."
+        f"AdamW with a warm-up and a cosine. The learning rate is {settings['lr']:g}, and "
+        f"{results['stages'][-1]['lr']:g} in the last stage. Losses are in nats per character, on text that was not "
+        f"trained on."
     )
 
 
 def findings(results: dict[str, Any]) -> list[str]:
-    """What the numbers say, in sentences made from them."""
-    losses = _losses(results)
+    """Sentences about the results, made from their numbers."""
+    losses = {row["name"]: row["loss"] for row in results["stages"]}
     return [
         _ladder_in_words(losses),
         f"The trained bigram reaches {losses['bigram']:.3f}. A bigram made by counting the pairs of the training text, "

@@ -1,8 +1,8 @@
-"""Learning rate: one model after another trained at rates from far too small to far too large, at several sizes.
+"""Learning rate: models of several sizes, each trained at rates from far too small to far too large.
 
-Everything else is that of `fastgpt train`: AdamW, a warm-up, a cosine down to a tenth of the rate, clipping at 1. A run
-is called diverged where its loss is not finite, or where it ends hardly better than knowing each token's frequency at a
-higher rate than the best: whatever it does then, it does not train.
+Everything else is as in `fastgpt train`: AdamW, a warm-up, a cosine down to a tenth of the rate, clipping at 1. A rate
+above the best one is called diverged where the loss is not finite, or ends hardly below the loss of a model that knows
+only each token's frequency: such a run does not train.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..report import pyplot
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
-from .page import LEARNED, find_row, frequencies_text, learned_bound, listed, or_nan, panels
+from .page import LEARNED, Row, counted, frequencies_text, learned_bound, listed, or_nan, panels
 from .settings import LearningRateSettings
 
 BLOCK_SIZE = 64
@@ -52,7 +52,7 @@ def _train_at(settings: LearningRateSettings, corpus: Corpus, cfg: GPTConfig, ra
     warmup = settings.steps // 20
     losses = list(training(model, corpus, seed, settings.steps, batch_size=BATCH_SIZE, warmup_steps=warmup, lr=rate))
     every = max(1, len(losses) // 40)
-    # Each point the mean of the steps around it: a batch's own loss is noisy.
+    # Each point is the mean of several steps, because the loss of a single batch is noisy.
     points = [losses[i : i + every] for i in range(0, len(losses), every)]
     curve = [[i * every + len(part) / 2, finite(round(statistics.fmean(part), 4))] for i, part in enumerate(points)]
     return {"loss": finite(validation_loss(model, corpus)), "curve": curve}
@@ -62,84 +62,80 @@ def _train_at(settings: LearningRateSettings, corpus: Corpus, cfg: GPTConfig, ra
 
 
 def show(results: dict[str, Any], page: Any) -> None:
-    settings, rates = results["settings"], sorted({row["lr"] for row in results["rows"]})
-    widths = sorted({row["width"] for row in results["rows"]})
+    settings, sizes = results["settings"], _sizes(results)
     page.paragraph(
         f"Each size is trained at each rate for {settings['steps']} steps of {BATCH_SIZE} blocks of {BLOCK_SIZE} "
-        f"characters of {results['data']['name']}; the validation loss at the end is the mean over "
-        f"seeds ({settings['repeats']}). {frequencies_text(results)}. A rate above the best one is called diverged "
-        f"where any seed ends less than {LEARNED} below that, or with a loss that is not finite."
+        f"characters of {results['data']['name']}. The validation loss at the end is the mean over "
+        f"{counted(settings['repeats'], 'seed')}. {frequencies_text(results)}. A rate above the best one is called "
+        f"diverged where any seed ends less than {LEARNED} below that, or with a loss that is not finite."
     )
     page.table(
-        ["learning rate", *(f"{results['parameters'][str(w)]:,} parameters" for w in widths)],
-        [[f"{rate:g}", *(_mean(_runs_at(results, width, rate)) for width in widths)] for rate in rates],
+        ["learning rate", *sizes],
+        [[f"{row[0]['lr']:g}", *map(_mean, row)] for row in zip(*sizes.values(), strict=True)],
     )
     page.picture("final", "Validation loss at the end against the learning rate", lambda: _draw_final(results))
     page.picture("curves", "Training loss, one panel a size", lambda: _draw_curves(results))
-    for width in widths:
-        page.paragraph(_findings(results, width, rates))
-    page.paragraph(_across(results, widths, rates))
+    for size, rows in sizes.items():
+        page.paragraph(f"{size}: {_findings(rows, learned_bound(results))}")
+    page.paragraph(_across(results))
 
 
-def _runs_at(results: dict[str, Any], width: int, rate: float) -> dict[str, Any]:
-    return find_row(results["rows"], width=width, lr=rate)
+def _sizes(results: dict[str, Any]) -> dict[str, list[Row]]:
+    """The rows of each size, from the smallest and by rising rate, with the size in words."""
+    sizes: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        sizes.setdefault(f"{results['parameters'][str(row['width'])]:,} parameters", []).append(row)
+    return sizes
 
 
-def _mean(row: dict[str, Any]) -> float | None:
+def _mean(row: Row) -> float | None:
     """None where any of the seeds ended without a finite loss."""
     return None if None in row["losses"] else statistics.fmean(row["losses"])
 
 
-def _spread(row: dict[str, Any]) -> float:
-    """How far apart the seeds of one rate are."""
-    return max(row["losses"]) - min(row["losses"])
+def _best(rows: list[Row]) -> Row | None:
+    """The row with the lowest mean loss; None where no row has a finite one."""
+    return min((row for row in rows if None not in row["losses"]), key=lambda row: sum(row["losses"]), default=None)
 
 
-def _means(results: dict[str, Any], width: int, rates: list[float]) -> dict[float, float]:
-    """The mean loss by rate, of the rates that have one."""
-    return {rate: mean for rate in rates if (mean := _mean(_runs_at(results, width, rate))) is not None}
+def _diverged(rows: list[Row], bound: float) -> list[float]:
+    """The rates above the best one at which the loss of any seed is not finite, or not below `bound`."""
+    best = _best(rows)
+    above = [row for row in rows if best is None or row["lr"] > best["lr"]]
+    return [row["lr"] for row in above if any(loss is None or loss >= bound for loss in row["losses"])]
 
 
-def _best(results: dict[str, Any], width: int, rates: list[float]) -> float | None:
-    means = _means(results, width, rates)
-    return min(means, key=lambda rate: means[rate]) if means else None
-
-
-def _diverged(results: dict[str, Any], width: int, rates: list[float]) -> list[float]:
-    """Rates above the best one at which a seed's loss is not finite or no better than the tokens' frequencies."""
-    best, bound = _best(results, width, rates), learned_bound(results)
-    rows = [_runs_at(results, width, rate) for rate in rates if best is None or rate > best]
-    return [row["lr"] for row in rows if any(loss is None or loss >= bound for loss in row["losses"])]
-
-
-def _findings(results: dict[str, Any], width: int, rates: list[float]) -> str:
-    n = results["parameters"][str(width)]
-    best, diverged = _best(results, width, rates), _diverged(results, width, rates)
+def _findings(rows: list[Row], bound: float) -> str:
+    best = _best(rows)
     if best is None:
-        return f"{n:,} parameters: no rate ended with a finite loss."
-    means = _means(results, width, rates)
-    loss = means[best]
-    apart = {rate: _spread(_runs_at(results, width, rate)) for rate in means}
-    near = [rate for rate in means if rate != best and means[rate] - loss <= max(apart[rate], apart[best])]
-    text = f"{n:,} parameters: the lowest loss, {loss:.3f}, is at {best:g}"
+        return "no rate ended with a finite loss."
+
+    def spread(row: Row) -> float:
+        return max(row["losses"]) - min(row["losses"])
+
+    loss = statistics.fmean(best["losses"])
+    others = [(row, mean - loss) for row in rows if row is not best and (mean := _mean(row)) is not None]
+    near = [row["lr"] for row, more in others if more <= max(spread(row), spread(best))]
+    text = f"the lowest loss, {loss:.3f}, is at {best['lr']:g}"
     if near:
         text += f"; the seeds differ too much to tell it from the losses at {_rates(near)}"
-    ends = [rate for rate in (rates[0], rates[-1]) if rate != best and rate in means]
-    text += "".join(f"; at {rate:g} it is {means[rate] - loss:+.3f}" for rate in ends)
+    text += "".join(f"; at {row['lr']:g} it is {more:+.3f}" for row, more in others if row in (rows[0], rows[-1]))
+    diverged = _diverged(rows, bound)
     return f"{text}. Diverged at {_rates(diverged)}." if diverged else f"{text}. None of the rates diverged."
 
 
-def _across(results: dict[str, Any], widths: list[int], rates: list[float]) -> str:
-    best = {width: rate for width in widths if (rate := _best(results, width, rates)) is not None}
-    if len(widths) < 2 or len(best) < len(widths):
+def _across(results: dict[str, Any]) -> str:
+    sizes = _sizes(results)
+    best = [row["lr"] for rows in sizes.values() if (row := _best(rows)) is not None]
+    if len(sizes) < 2 or len(best) < len(sizes):
         return "Sizes are not compared."
-    small, large = widths[0], widths[-1]
-    relation = "the same as" if best[large] == best[small] else "below" if best[large] < best[small] else "above"
-    first = {width: _diverged(results, width, rates)[:1] for width in widths}
-    limits = "; ".join(f"{results['parameters'][str(w)]:,}: {_rates(first[w])}" for w in widths)
+    small, large = best[0], best[-1]
+    relation = "the same as" if large == small else "below" if large < small else "above"
+    bound = learned_bound(results)
+    limits = "; ".join(f"{size}: {_rates(_diverged(rows, bound)[:1])}" for size, rows in sizes.items())
     return (
-        f"Of the rates tried, the best for the largest model, {best[large]:g}, is {relation} the best for the "
-        f"smallest, {best[small]:g}. The lowest rate at which training diverged, by parameters: {limits}."
+        f"Of the rates tried, the best for the largest model, {large:g}, is {relation} the best for the smallest, "
+        f"{small:g}. The lowest rate at which training diverged is, for {limits}."
     )
 
 
@@ -149,12 +145,8 @@ def _rates(rates: list[float]) -> str:
 
 def _draw_final(results: dict[str, Any]) -> Any:
     figure, [[axes]] = panels(6.5, 3.8)
-    for width in sorted({row["width"] for row in results["rows"]}):
-        rows = [row for row in results["rows"] if row["width"] == width]
-        means = or_nan([_mean(row) for row in rows])
-        (line,) = axes.plot(
-            [row["lr"] for row in rows], means, "o-", ms=4, label=f"{results['parameters'][str(width)]:,} parameters"
-        )
+    for size, rows in _sizes(results).items():
+        (line,) = axes.plot([row["lr"] for row in rows], or_nan(map(_mean, rows)), "o-", ms=4, label=size)
         seeds = [(row["lr"], loss) for row in rows for loss in row["losses"] if loss is not None]
         axes.plot(*zip(*seeds, strict=True), ".", color=line.get_color(), alpha=0.4)
     bound = results["data"]["frequency_loss"]
@@ -165,18 +157,17 @@ def _draw_final(results: dict[str, Any]) -> Any:
 
 
 def _draw_curves(results: dict[str, Any]) -> Any:
-    widths = sorted({row["width"] for row in results["rows"]})
-    figure, axes = panels(3.2 * len(widths), 3.6, columns=len(widths), sharey=True)
+    sizes = _sizes(results)
+    figure, axes = panels(3.2 * len(sizes), 3.6, columns=len(sizes), sharey=True)
     colours = pyplot().get_cmap("viridis")
-    rates = sorted({row["lr"] for row in results["rows"]})
-    for panel, width in zip(axes[0], widths, strict=True):
-        for i, rate in enumerate(rates):
-            points = [(x, y) for x, y in _runs_at(results, width, rate)["curve"] if y is not None]
+    for panel, (size, rows) in zip(axes[0], sizes.items(), strict=True):
+        for i, row in enumerate(rows):
+            points = [(x, y) for x, y in row["curve"] if y is not None]
             if points:
-                colour = colours(i / max(1, len(rates) - 1) * 0.95)
-                panel.plot(*zip(*points, strict=True), color=colour, label=f"{rate:g}")
-        panel.set(xlabel="step", title=f"{results['parameters'][str(width)]:,} parameters")
+                colour = colours(i / max(1, len(rows) - 1) * 0.95)
+                panel.plot(*zip(*points, strict=True), color=colour, label=f"{row['lr']:g}")
+        panel.set(xlabel="step", title=size)
     axes[0][0].set_ylabel("training loss")
-    axes[0][0].set_ylim(top=results["data"]["frequency_loss"] + 1.5)  # for all of them, now that all are drawn
+    axes[0][0].set_ylim(top=results["data"]["frequency_loss"] + 1.5)  # for all panels, after the last is drawn
     axes[0][-1].legend(title="learning rate", fontsize="x-small", title_fontsize="small")
     return figure

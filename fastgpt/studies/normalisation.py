@@ -1,10 +1,10 @@
-"""Normalisation: the shipped GPT with layer norm, and the same one with batch norm in its place.
+"""Normalisation: the GPT of this package with its layer norm, and the same GPT with batch norm instead.
 
-Layer norm takes the mean and variance of one token's features. Batch norm takes those of one feature over every token
-of the batch, so what it computes for a token depends on the other rows, and on the tokens that come later in its own.
-At inference there may be no batch: it then uses running averages of what it saw in training. Three things follow, and
-each is measured here: the loss differs between training and inference, the output for a row depends on the other rows,
-and in a causal model a token's output depends on later tokens, which are what the model is to predict.
+Layer norm takes the mean and variance over one token's features. Batch norm takes the mean and variance of one feature
+over all tokens of the batch, so its output for a token depends on the other rows and on later tokens of the same row.
+At inference there may be no batch, so batch norm uses running averages from training. Three things follow, and each is
+measured here: the loss differs between training and inference; the output for a row depends on the other rows; and in a
+causal model the output for a token depends on later tokens, which the model has to predict.
 
 Sources: Ioffe and Szegedy 2015 (batch norm); Ba et al. 2016 (layer norm).
 """
@@ -39,8 +39,8 @@ BATCHES = (1, 2, 4, 8, 16, 32)  # rows an evaluation takes at a time
 class BatchNorm(nn.Module):
     """Batch norm over the batch and over time, in the place of the model's layer norm.
 
-    One training updates several running averages of mean and variance, one for each of `momenta`; `which` of them is
-    used in eval mode, and whether they are updated, is set by `measuring`.
+    Training updates several running averages of mean and variance, one for each of `momenta`. In eval mode, the one
+    with the number `which` is used. `measuring` sets `which`, and switches the updates off.
     """
 
     momenta: Tensor
@@ -71,7 +71,7 @@ class BatchNorm(nn.Module):
 
 
 def build(kind: str, cfg: GPTConfig, seed: int, momenta: list[float]) -> GPT:
-    """The shipped GPT, its norms replaced where `kind` says so; the same weights for the same seed."""
+    """A GPT with the norm `kind`. For one seed, its other weights are the same with either norm."""
     model = new_gpt(cfg, seed)
     if kind == "batch norm":
         for block in model.blocks:
@@ -80,21 +80,17 @@ def build(kind: str, cfg: GPTConfig, seed: int, momenta: list[float]) -> GPT:
     return model
 
 
-def batch_norms(model: GPT) -> list[BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, BatchNorm)]
-
-
 @contextlib.contextmanager
 def measuring(model: GPT, *, train_mode: bool, which: int = 0) -> Iterator[None]:
     """The model in either mode; in eval mode with running average number `which`. The averages are not updated."""
-    was_training = model.training
+    was_training, norms = model.training, [module for module in model.modules() if isinstance(module, BatchNorm)]
     model.train(train_mode)
-    for norm in batch_norms(model):
+    for norm in norms:
         norm.updates, norm.which = False, which
     try:
         yield
     finally:
-        for norm in batch_norms(model):
+        for norm in norms:
             norm.updates, norm.which = True, 0
         model.train(was_training)
 
@@ -157,9 +153,9 @@ def _train_and_evaluate(
 
 @torch.no_grad()
 def dependence_of(model: GPT, x: Tensor, *, train_mode: bool) -> dict[str, float]:
-    """How far the first row's logits move when the other rows change, and when the second half of the row does.
+    """How far the first row's logits move when the other rows change, and when the row's own second half changes.
 
-    The second is measured on the first half of the row: no causal model can know what comes later.
+    The second distance is measured on the first half of the row: in a causal model, later tokens do not change it.
     """
     x = x.to(model.token_embedding.weight.device)
     half = x.shape[1] // 2
@@ -174,7 +170,7 @@ def dependence_of(model: GPT, x: Tensor, *, train_mode: bool) -> dict[str, float
     }
 
 
-# ---- coin flips: a loss below ln 2 means that the model has seen what it was to predict ----
+# ---- coin flips: a loss below ln 2 means that the model has seen the tokens that it has to predict ----
 
 COIN_TOKENS = 8
 
@@ -188,8 +184,8 @@ def _flips(seed: int, step: int, rows: int) -> tuple[Tensor, Tensor]:
 def _train_on_coin_flips(kind: str, settings: NormalisationSettings, momenta: list[float]) -> dict[str, Any]:
     """Train on rows of fresh coin flips, one row a step, and measure the loss on new ones.
 
-    The average of a row of tokens tells how many of them are heads, and so something about those that are still to
-    come: a norm that takes that average hands it to every position.
+    The mean over a row depends on how many of its flips are heads, later ones included: a norm that takes this mean
+    gives every position information about the flips that come after it.
     """
     cfg = GPTConfig(2, COIN_TOKENS, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
     model = build(kind, cfg, settings.seed, momenta).to(resolve_device(settings.device))
@@ -212,23 +208,17 @@ def _train_on_coin_flips(kind: str, settings: NormalisationSettings, momenta: li
 def _loss_by_position(model: GPT, x: Tensor, y: Tensor) -> list[float]:
     """The mean loss at each position in train mode, one row at a time."""
     device = model.token_embedding.weight.device
+    pairs = zip(x.to(device), y.to(device), strict=True)
     with measuring(model, train_mode=True):
-        losses = [
-            F.cross_entropy(model(a[None].to(device))[0][0], b.to(device), reduction="none")
-            for a, b in zip(x, y, strict=True)
-        ]
+        losses = [F.cross_entropy(model(a[None])[0][0], b, reduction="none") for a, b in pairs]
     return [round(float(value), 4) for value in torch.stack(losses).mean(0)]
 
 
 # ---- what is shown ----
 
 
-def _momenta(results: dict[str, Any]) -> list[str]:
-    return results["settings"]["momenta"].split(",")
-
-
 def show(results: dict[str, Any], page: Any) -> None:
-    settings, momenta = results["settings"], _momenta(results)
+    settings, momenta = results["settings"], results["settings"]["momenta"].split(",")
     page.paragraph(
         f"Two GPTs of 3 blocks, 64 wide, which differ in their norm alone, were trained on the same "
         f"{settings['steps']} batches of 16 blocks of 64 characters of {results['data']['name']}. The training with "
@@ -246,7 +236,13 @@ def show(results: dict[str, Any], page: Any) -> None:
     page.paragraph(_gap_between_modes(layer, batch, momenta))
     page.table(
         ["rows at a time", "layer norm, train", "layer norm, eval", "batch norm, train", "batch norm, eval"],
-        [[size, *(_of_batch_size(results, kind, size)[mode] for kind in KINDS for mode in MODES)] for size in BATCHES],
+        [
+            [
+                size,
+                *(find_row(results["batches"], norm=kind, batch_size=size)[mode] for kind in KINDS for mode in MODES),
+            ]
+            for size in BATCHES
+        ],
     )
     page.paragraph(_effect_of_the_batch_size(results))
     page.table(
@@ -256,10 +252,6 @@ def show(results: dict[str, Any], page: Any) -> None:
     page.paragraph(_dependence_on_neighbours(results))
     page.picture("future", "Coin flips: loss by position in train mode", lambda: _draw_coins(results))
     page.paragraph(_coin_flips_in_words(results))
-
-
-def _of_batch_size(results: dict[str, Any], kind: str, size: int) -> dict[str, Any]:
-    return find_row(results["batches"], norm=kind, batch_size=size)
 
 
 def _gaps(rows: list[dict[str, Any]], which: int) -> list[tuple[float, int]]:
@@ -280,7 +272,7 @@ def _gap_between_modes(layer: list[dict[str, Any]], batch: list[dict[str, Any]],
     same = max((abs(gap) for gap, _ in _gaps(layer, 0)), default=math.nan)
     return (
         f"Layer norm computes the same in both modes: its losses differ by at most {same:.1g}. With batch norm, the "
-        f"loss in eval mode minus that in train mode is, by the part of the average that a step replaces, "
+        f"loss in eval mode minus the loss in train mode depends on the part of the average that a step replaces: "
         f"{'; '.join(parts)}."
     )
 
@@ -288,7 +280,7 @@ def _gap_between_modes(layer: list[dict[str, Any]], batch: list[dict[str, Any]],
 def _effect_of_the_batch_size(results: dict[str, Any]) -> str:
     parts = []
     for kind in KINDS:
-        one, many = (_of_batch_size(results, kind, size) for size in (BATCHES[0], BATCHES[-1]))
+        one, many = (find_row(results["batches"], norm=kind, batch_size=size) for size in (BATCHES[0], BATCHES[-1]))
         parts.append(
             f"{kind} has {loss_text(one['train'])} with one row and {loss_text(many['train'])} with {BATCHES[-1]} in "
             f"train mode, {loss_text(one['eval'])} and {loss_text(many['eval'])} in eval mode"
@@ -322,7 +314,7 @@ def _coin_flips_in_words(results: dict[str, Any]) -> str:
             f"{COIN_TOKENS}: {row['by_position'][best]:.3f}; at the last position, whose target is no input, "
             f"{row['by_position'][-1]:.3f}) and {loss_text(row['eval'])} in eval mode"
         )
-    # A generous bound: the mean of this many losses of a model that knows nothing is ln 2 at best, give or take this.
+    # A generous bound on how far the mean of so many losses falls below ln 2 by chance in a model that knows nothing.
     slack = 3 / math.sqrt(coins[0]["rows"] * COIN_TOKENS)
     below = [row["norm"] for row in coins if row["train"] is not None and row["train"] < chance - slack]
     verdict = (
@@ -351,7 +343,7 @@ def _draw_lag(results: dict[str, Any]) -> Any:
             losses = or_nan([row["eval"][0] for row in rows])
             axes.plot(steps, losses, "o", color=colour, ms=4, label=f"{kind}, eval")
             continue
-        for which, momentum in enumerate(_momenta(results)):
+        for which, momentum in enumerate(results["settings"]["momenta"].split(",")):
             style = {"color": "tab:orange", "ls": ("--", "-.", ":")[which % 3], "marker": "^sD"[which % 3], "ms": 3}
             losses = or_nan([row["eval"][which] for row in rows])
             axes.plot(steps, losses, label=f"{kind}, eval, average of {momentum}", **style)

@@ -24,7 +24,8 @@ from .settings import STUDIES, question
 
 # ---- rows and words ----
 
-LEARNED = 0.05  # nats below the loss of knowing each token's frequency: then something of the context was learned
+# A model has learned something from the context if its loss is so many nats below the loss of token frequencies alone.
+LEARNED = 0.05
 
 Row = dict[str, Any]
 
@@ -53,7 +54,7 @@ def learned_bound(results: dict[str, Any]) -> float:
 
 
 def frequencies_text(results: dict[str, Any]) -> str:
-    """A whole sentence but for its end."""
+    """A sentence without its full stop: the loss to compare a model's loss with."""
     loss = results["data"]["frequency_loss"]
     return f"A model that knows only how often each character occurs has a loss of {loss:.3f} nats"
 
@@ -80,7 +81,7 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1, **share
     return figure, axes
 
 
-def or_nan(values: Sequence[float | None]) -> list[float]:
+def or_nan(values: Iterable[float | None]) -> list[float]:
     """The values of a curve: NaN, which leaves a gap, where a loss was not finite and results.json holds None."""
     return [math.nan if value is None else value for value in values]
 

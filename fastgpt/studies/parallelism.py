@@ -1,10 +1,9 @@
-"""Parallelism: a GPT and recurrent networks with as many parameters, in training.
+"""Parallelism: the training of a GPT and of recurrent networks with as many parameters.
 
-A recurrent network computes token t from what it computed for token t - 1: however wide the hardware, T tokens are T
-steps one after the other. A transformer computes all T at once in a number of steps that depends on its depth only,
-and pays with attention, whose work grows with T squared. Which of the two is faster is a matter of the hardware, of T
-and of the batch: it is measured here, with all models taking turns in one process. So is what the time buys: the loss
-after as many tokens, and after as many seconds.
+A recurrent network computes token t from its state at token t - 1, so T tokens need T steps one after the other on any
+hardware. A transformer computes all T tokens at once, in a number of steps that depends only on its depth, but the work
+of its attention grows with T squared. Which of them is faster depends on the hardware, on T and on the batch. The study
+measures it with all models taking turns in one process, and compares their losses after as many tokens and seconds.
 
 Sources: Vaswani et al. 2017, table 1 (sequential operations by kind of layer).
 """
@@ -29,7 +28,7 @@ from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..model import GPT
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
-from .page import LEARNED, counted, find_row, frequencies_text, learned_bound, listed, panels
+from .page import LEARNED, Row, counted, find_row, frequencies_text, learned_bound, listed, panels
 from .settings import ParallelismSettings
 
 KINDS = ("gpt", "rnn", "gru", "lstm")  # in tables and sentences they are written in capitals
@@ -56,7 +55,7 @@ def measure(settings: ParallelismSettings) -> dict[str, Any]:
     timed = models | {"gpt": new_gpt(long, settings.seed).to(device)}
     rows = []
     for context, batch, direction in itertools.product(contexts, batches, DIRECTIONS):
-        rows += _timings(timed, context, batch, direction, settings, device)
+        rows += _timings(timed, context, batch, direction, settings)
         shown = ", ".join(f"{row['model'].upper()} {row['ms']:.2f} ms" for row in rows[-len(KINDS) :])
         print(f"{batch} x {context}, {direction}: {shown}", flush=True)
     return {
@@ -66,7 +65,7 @@ def measure(settings: ParallelismSettings) -> dict[str, Any]:
         "widths": {kind: model.cfg.n_embd for kind, model in models.items()},
         "layers": cfg.n_layer,
         "rows": rows,
-        "losses": [row for rate in rates for row in _losses(cfg, rate, corpus, settings, device)],
+        "losses": [row for rate in rates for row in _losses(cfg, rate, corpus, settings)],
     }
 
 
@@ -76,16 +75,11 @@ def _build(kind: str, cfg: GPTConfig, seed: int) -> Any:
 
 
 def _timings(
-    models: dict[str, Any],
-    context: int,
-    batch: int,
-    direction: str,
-    settings: ParallelismSettings,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """Milliseconds of each model, in turn: A B C D, A B C D, ..., after one warm-up each."""
+    models: dict[str, Any], context: int, batch: int, direction: str, settings: ParallelismSettings
+) -> list[Row]:
+    """The time of each model in milliseconds. The models take turns, after one call of each to warm up."""
     generator = torch.Generator().manual_seed(settings.seed)
-    V = models["gpt"].cfg.vocab_size
+    V, device = models["gpt"].cfg.vocab_size, next(models["gpt"].parameters()).device
     x, y = (torch.randint(V, (batch, context), generator=generator).to(device) for _ in range(2))
     calls = {kind: _call(model, x, y, direction) for kind, model in models.items()}
     times: dict[str, list[float]] = {kind: [] for kind in calls}
@@ -131,36 +125,30 @@ def _synchronized_seconds(call: Callable[[], Any], device: torch.device) -> floa
     return time.perf_counter() - began
 
 
-def _losses(
-    gpt: GPTConfig, rate: float, corpus: Corpus, settings: ParallelismSettings, device: torch.device
-) -> list[dict[str, Any]]:
+def _losses(gpt: GPTConfig, rate: float, corpus: Corpus, settings: ParallelismSettings) -> list[Row]:
     """Train new models on the same batches, a step of each in turn; the validation loss by tokens and seconds.
 
-    A model's seconds are those of its own steps, evaluation left out.
+    A model's seconds are the time of its own training steps, without evaluation.
     """
+    device = resolve_device(settings.device)
     models = {kind: _build(kind, gpt, settings.seed).to(device) for kind in KINDS}
-    options = {"batch_size": BATCH_SIZE, "warmup_steps": min(100, settings.steps // 10)}
+    steps, warmup = settings.steps, min(100, settings.steps // 10)
     runs = {
-        kind: training(model, corpus, settings.seed, settings.steps, lr=rate, **options)
+        kind: training(model, corpus, settings.seed, steps, batch_size=BATCH_SIZE, warmup_steps=warmup, lr=rate)
         for kind, model in models.items()
     }
     seconds = dict.fromkeys(KINDS, 0.0)
-    at = {max(1, round(settings.steps * part / 10)) for part in range(1, 11)}
-    rows: list[dict[str, Any]] = []
-    for step in range(1, settings.steps + 1):
+    at = {max(1, round(steps * part / 10)) for part in range(1, 11)}
+    rows: list[Row] = []
+    for step in range(1, steps + 1):
         for kind in KINDS:
             seconds[kind] += _synchronized_seconds(partial(next, runs[kind], None), device)
             if step in at:
                 loss = finite(validation_loss(models[kind], corpus))
-                row: dict[str, Any] = {
-                    "model": kind,
-                    "lr": rate,
-                    "step": step,
-                    "tokens": step * BATCH_SIZE * BLOCK_SIZE,
-                }
+                row: Row = {"model": kind, "lr": rate, "step": step, "tokens": step * BATCH_SIZE * BLOCK_SIZE}
                 rows.append(row | {"seconds": round(seconds[kind], 3), "loss": loss})
     shown = ", ".join(f"{row['model'].upper()} {row['loss']}" for row in rows[-len(KINDS) :])
-    print(f"rate {rate:g}, loss after {settings.steps} steps: {shown}", flush=True)
+    print(f"rate {rate:g}, loss after {steps} steps: {shown}", flush=True)
     return rows
 
 
@@ -168,10 +156,10 @@ def _losses(
 
 
 def sequential_steps(kind: str, n_layer: int, context: int) -> int:
-    """Steps that must follow one another, a layer's step being one, with unlimited hardware.
+    """How many steps must follow one another on unlimited hardware, where one step is a layer's work for a token.
 
     A recurrent layer's step t waits for its step t - 1 and for step t of the layer below: the layers can work one
-    token apart. A transformer's layer waits for the layer below, for all tokens at once.
+    token apart. A transformer's layer waits only for the layer below, and computes all tokens at once.
     """
     return n_layer if kind == "gpt" else context + n_layer - 1
 
@@ -179,13 +167,16 @@ def sequential_steps(kind: str, n_layer: int, context: int) -> int:
 def show(results: dict[str, Any], page: Any) -> None:
     rows = results["rows"]
     contexts, batches = (sorted({row[key] for row in rows}) for key in ("context", "batch"))
-    sizes = ", ".join(f"{k.upper()} {results['parameters'][k]:,} (width {results['widths'][k]})" for k in KINDS)
+    sizes = ", ".join(
+        f"{k.upper()} {results['parameters'][k]:,} parameters (width {results['widths'][k]})" for k in KINDS
+    )
     page.paragraph(
-        f"Parameters: {sizes}; each has {results['layers']} layers. The GPT's position table is counted for "
-        f"{BLOCK_SIZE} positions; in the timings it has one for each token of the longest context. The recurrent "
-        f"layers are PyTorch's own. Float32, no dropout; medians over rounds in which the models take turns, in "
-        f"milliseconds. Forward is the loss without gradients; backward includes forward, without the optimizer. The "
-        f"last columns count the layer steps that must follow one another, however parallel the hardware."
+        f"Each model has {results['layers']} layers: {sizes}. The GPT's parameters include a position table for "
+        f"{BLOCK_SIZE} tokens; in the timings, the table is as long as the longest context. The recurrent layers are "
+        f"PyTorch's. All models compute in float32, without dropout. A time is the median over several rounds, in "
+        f"milliseconds; the models take turns in each round. Forward is the loss without gradients. Backward is the "
+        f"forward and the backward pass, without the optimizer's step. The last two columns count the steps of a layer "
+        f"that must follow one another on any hardware."
     )
     page.table(
         ["rows", "context"]
@@ -195,7 +186,7 @@ def show(results: dict[str, Any], page: Any) -> None:
             [
                 batch,
                 context,
-                *(_timing(rows, kind, context, batch, d)["ms"] for d in DIRECTIONS for kind in KINDS),
+                *(_by_context(rows, "ms", kind, [context], batch, d)[0] for d in DIRECTIONS for kind in KINDS),
                 *(sequential_steps(kind, results["layers"], context) for kind in ("gpt", "rnn")),
             ]
             for batch, context in itertools.product(batches, contexts)
@@ -217,12 +208,13 @@ def show(results: dict[str, Any], page: Any) -> None:
     page.paragraph(_losses_in_words(results))
 
 
-def _timing(rows: list[dict[str, Any]], kind: str, context: int, batch: int, direction: str) -> dict[str, Any]:
-    return find_row(rows, model=kind, context=context, batch=batch, direction=direction)
+def _by_context(rows: list[Row], key: str, kind: str, contexts: list[int], batch: int, direction: str) -> list[float]:
+    """A model's "ms" or "tokens_per_s" at each of `contexts`."""
+    return [find_row(rows, model=kind, context=c, batch=batch, direction=direction)[key] for c in contexts]
 
 
-def _best_curve(results: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """Loss by tokens and seconds at the rate with which the model ends lowest; empty where it never ends finite."""
+def _best_curve(results: dict[str, Any], kind: str) -> list[Row]:
+    """The curve of the learning rate at which the model ends with the lowest loss; empty where no loss is finite."""
     rows = [row for row in results["losses"] if row["model"] == kind]
     last = max(row["step"] for row in rows)
     ends = {row["lr"]: row["loss"] for row in rows if row["step"] == last and row["loss"] is not None}
@@ -231,7 +223,7 @@ def _best_curve(results: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 
 def crossings(contexts: list[int], ratios: list[float]) -> list[float]:
-    """Contexts at which a ratio of times passes 1, a straight line between two measured points in logarithms."""
+    """The contexts at which a ratio of times passes 1, interpolated between measured points in logarithms."""
     found = []
     for (a, x), (b, y) in itertools.pairwise(zip(contexts, ratios, strict=True)):
         if (x < 1.0) != (y < 1.0):
@@ -240,53 +232,54 @@ def crossings(contexts: list[int], ratios: list[float]) -> list[float]:
     return found
 
 
-def _crossovers(rows: list[dict[str, Any]], contexts: list[int], batch: int, direction: str) -> str:
-    """Who is fastest at each context, and where the GPT and each other model change places."""
-    fastest = [
-        min(KINDS, key=lambda kind: _timing(rows, kind, context, batch, direction)["ms"]) for context in contexts
-    ]
+def _crossovers(rows: list[Row], contexts: list[int], batch: int, direction: str) -> str:
+    """Which model is fastest at each context, and where the GPT becomes faster or slower than each other model."""
+    times = {kind: _by_context(rows, "ms", kind, contexts, batch, direction) for kind in KINDS}
+    fastest = [min(KINDS, key=lambda kind: times[kind][i]) for i in range(len(contexts))]
     spans = []
-    for name, group in itertools.groupby(zip(fastest, contexts, strict=True), key=lambda pair: pair[0]):
+    for kind, group in itertools.groupby(zip(fastest, contexts, strict=True), key=lambda pair: pair[0]):
         span = [context for _, context in group]
-        spans.append(f"{name.upper()} at {span[0]}" + (f" to {span[-1]}" if len(span) > 1 else ""))
+        spans.append(f"{kind.upper()} at {span[0]}" + (f" to {span[-1]}" if len(span) > 1 else ""))
     parts = []
     for kind in KINDS[1:]:
-        times = [[_timing(rows, k, context, batch, direction)["ms"] for context in contexts] for k in ("gpt", kind)]
-        ratios = [gpt / other for gpt, other in zip(*times, strict=True)]
+        ratios = [gpt / other for gpt, other in zip(times["gpt"], times[kind], strict=True)]
+        first, other = ("slower", "faster") if ratios[0] >= 1.0 else ("faster", "slower")
         at = crossings(contexts, ratios)
-        if at:
-            first = "slower" if ratios[0] >= 1.0 else "faster"
-            last = "faster" if first == "slower" else "slower"
-            places = f"{first} than the {kind.upper()} up to about {at[0]:.0f} tokens, {last} from there"
-            places += "".join(f", and again the other way round from about {context:.0f}" for context in at[1:])
-        else:
-            places = f"{'slower' if ratios[0] >= 1.0 else 'faster'} than the {kind.upper()} at every context"
-        parts.append(f"{places} (times of the GPT over it: {ratios[0]:.2f} to {ratios[-1]:.2f})")
-    return f"{counted(batch, 'row')}, {direction}. Fastest: {', '.join(spans)}. The GPT is {'; '.join(parts)}."
+        places = f"{first} than the {kind.upper()} "
+        places += f"up to about {at[0]:.0f} tokens, {other} from there" if at else "at every context"
+        # From one crossing to the next, the GPT is the slower and the faster model by turns.
+        for context, relation in zip(at[1:], itertools.cycle((first, other))):
+            places += f", and {relation} again from about {context:.0f}"
+        ends = f"{ratios[0]:.2f} times the {kind.upper()}'s at {contexts[0]} tokens and {ratios[-1]:.2f} times"
+        parts.append(f"{places} (its time is {ends} at {contexts[-1]})")
+    return (
+        f"{counted(batch, 'row')}, {direction}: the fastest model, by context, is {', '.join(spans)}. The GPT is "
+        f"{'; '.join(parts)}."
+    )
 
 
-def _growth(rows: list[dict[str, Any]], contexts: list[int], batch: int) -> str:
-    """What becomes of tokens per second as the context grows, at the largest batch."""
+def _growth(rows: list[Row], contexts: list[int], batch: int) -> str:
+    """How tokens per second change as the context grows, at the largest batch."""
     if len(contexts) < 2:
-        return "One context was measured, so nothing is said about growth."
+        return "Only one context was measured, so the study does not show how speed changes with the context."
     parts = []
     for kind in KINDS:
-        speeds = [_timing(rows, kind, context, batch, DIRECTIONS[1])["tokens_per_s"] for context in contexts]
+        speeds = _by_context(rows, "tokens_per_s", kind, contexts, batch, DIRECTIONS[1])
         best = max(range(len(contexts)), key=lambda i: speeds[i])
         parts.append(
-            f"{kind.upper()} {speeds[0]:,.0f} at {contexts[0]} and {speeds[-1]:,.0f} at {contexts[-1]}, its most "
-            f"{speeds[best]:,.0f} at {contexts[best]}"
+            f"{kind.upper()} {speeds[0]:,.0f} at {contexts[0]}, {speeds[-1]:,.0f} at {contexts[-1]}, and at most "
+            f"{speeds[best]:,.0f}, at {contexts[best]}"
         )
-    return f"Tokens per second, forward and backward, {batch} rows: {'; '.join(parts)}."
+    return f"Tokens per second by context, forward and backward, {counted(batch, 'row')}: {'; '.join(parts)}."
 
 
-def _noise(rows: list[dict[str, Any]]) -> str:
-    """How much the rounds of one time differ: what a small difference between two times has to be held against."""
+def _noise(rows: list[Row]) -> str:
+    """How much the rounds of one time differ: a smaller difference between two times means nothing."""
     spreads = sorted((row["p75"] - row["p25"]) / row["ms"] for row in rows)
     return (
-        f"The middle half of a time's rounds spans {statistics.median(spreads):.0%} of its median, in the median of "
-        f"all {len(rows)} times, and {spreads[len(spreads) * 9 // 10]:.0%} or more in a tenth of them. Other work on "
-        f"the machine slows a row of the table as a whole: its models take turns."
+        f"The rounds of one time differ. The middle half of them spans at most {statistics.median(spreads):.0%} of the "
+        f"median for half of all {len(rows)} times, and {spreads[len(spreads) * 9 // 10]:.0%} or more for a tenth of "
+        f"them. Because the models take turns, other work on the machine slows all models of a row of the table."
     )
 
 
@@ -295,25 +288,31 @@ def _losses_in_words(results: dict[str, Any]) -> str:
     if not all(curves.values()):
         return "A model ended without a finite loss, so losses are not compared."
     last = {kind: curve[-1] for kind, curve in curves.items()}
-    by_tokens = min(KINDS, key=lambda kind: last[kind]["loss"])
+    at_end = {kind: row["loss"] for kind, row in last.items()}
     budget = min(row["seconds"] for row in last.values())
     at_budget = {kind: _loss_at(curve, budget) for kind, curve in curves.items()}
-    by_seconds = min(KINDS, key=lambda kind: at_budget[kind])
-    tokens = ", ".join(f"{kind.upper()} {last[kind]['loss']:.3f}" for kind in KINDS)
-    seconds = ", ".join(f"{kind.upper()} {at_budget[kind]:.3f}" for kind in KINDS)
-    slow = [kind.upper() for kind in KINDS if last[kind]["loss"] > learned_bound(results)]
-    behind = f" {frequencies_text(results)}; less than {LEARNED} below that ended: {listed(slow)}." if slow else ""
+
+    def compared(losses: dict[str, float]) -> str:
+        best = min(KINDS, key=lambda kind: losses[kind])
+        return (
+            f"{', '.join(f'{kind.upper()} {losses[kind]:.3f}' for kind in KINDS)}; the {best.upper()}'s is the lowest"
+        )
+
+    slow = [kind.upper() for kind in KINDS if at_end[kind] > learned_bound(results)]
+    behind = (
+        f" {frequencies_text(results)}. Models that ended less than {LEARNED} below it: {listed(slow)}." if slow else ""
+    )
     return (
-        f"Trained on the same {last['gpt']['tokens']:,} tokens ({BATCH_SIZE} blocks of {BLOCK_SIZE} characters of "
-        f"{results['data']['name']} a step, one seed, each model at the best of the rates "
-        f"{results['settings']['rates'].replace(',', ', ')}), the losses are {tokens}: lowest the "
-        f"{by_tokens.upper()}'s. After the {budget:.1f} seconds that the quickest of them needed for that, they are "
-        f"{seconds}: lowest the {by_seconds.upper()}'s.{behind}"
+        f"All models were trained on the same {last['gpt']['tokens']:,} tokens ({BATCH_SIZE} blocks of {BLOCK_SIZE} "
+        f"characters of {results['data']['name']} a step, with one seed), at each of the learning rates "
+        f"{results['settings']['rates'].replace(',', ', ')}; the best run of each model counts. Losses at the end: "
+        f"{compared(at_end)}. Losses after {budget:.1f} seconds, when the quickest of these runs ended: "
+        f"{compared(at_budget)}.{behind}"
     )
 
 
-def _loss_at(curve: list[dict[str, Any]], seconds: float) -> float:
-    """The loss after so many seconds, a straight line between evaluations."""
+def _loss_at(curve: list[Row], seconds: float) -> float:
+    """The loss after so many seconds, interpolated between evaluations."""
     for before, after in itertools.pairwise(curve):
         if before["seconds"] <= seconds <= after["seconds"]:
             part = (seconds - before["seconds"]) / max(after["seconds"] - before["seconds"], 1e-9)
@@ -324,11 +323,11 @@ def _loss_at(curve: list[dict[str, Any]], seconds: float) -> float:
 COLOURS = {"gpt": "tab:blue", "rnn": "tab:orange", "gru": "tab:green", "lstm": "tab:red"}
 
 
-def _draw_speed(rows: list[dict[str, Any]], contexts: list[int], batches: list[int]) -> Any:
+def _draw_speed(rows: list[Row], contexts: list[int], batches: list[int]) -> Any:
     figure, axes = panels(4.2 * len(batches), 3.8, columns=len(batches), sharey=True)
     for panel, batch in zip(axes[0], batches, strict=True):
         for kind, direction in itertools.product(KINDS, DIRECTIONS):
-            speeds = [_timing(rows, kind, context, batch, direction)["tokens_per_s"] for context in contexts]
+            speeds = _by_context(rows, "tokens_per_s", kind, contexts, batch, direction)
             forward = direction == "forward"
             style = {"color": COLOURS[kind], "ls": "--" if forward else "-", "marker": "o", "ms": 3}
             panel.plot(contexts, speeds, label=f"{kind.upper()}, {direction}", **style)

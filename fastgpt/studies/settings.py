@@ -148,7 +148,7 @@ class AttentionSettings(StudySettings):
 
 @dataclass
 class EmbeddingsSettings(StudySettings):
-    """Which tokens does a model hold to be alike?
+    """Which tokens have similar embeddings?
 
     Args:
         checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.

@@ -1,7 +1,7 @@
 """The stages from the bigram to the GPT: ten models, each an idea further than one before it.
 
 A stage is a model of `baselines.MODELS` and a configuration that differs from an earlier stage's in one idea. It names
-the functions that carry out the idea; the report shows the statements of theirs that do it, as they are in the source.
+functions that carry out the idea; the report shows the relevant statements of these functions from the source.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ..ops import reference
 SMALL_BLOCK = 8  # of all stages but the last, as in the lecture
 SCALED = {"n_layer": 4, "n_embd": 128, "block_size": 64}
 DROPOUT = 0.1
+# The parts of a GPT's block that the first stages do not have.
+LEFT_OUT: dict[str, Any] = {"dropout": 0.0, "norm": "none", "residual": False, "feed_forward": False}
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -137,20 +139,9 @@ def find_stage(name: str) -> Stage:
 
 
 def config_of(stage: Stage, vocab_size: int) -> GPTConfig:
-    """The stage's configuration: that of the bigram, with the changes of every stage on the way."""
+    """The stage's configuration: the bigram's, with the changes of every stage on the way."""
     if stage.after is None:
-        return GPTConfig(
-            vocab_size=vocab_size,
-            block_size=SMALL_BLOCK,
-            n_layer=1,
-            n_head=1,
-            n_embd=64,
-            dropout=0.0,
-            norm="none",
-            residual=False,
-            feed_forward=False,
-            tie_weights=False,
-        )
+        return GPTConfig(vocab_size, SMALL_BLOCK, n_layer=1, n_head=1, n_embd=64, tie_weights=False, **LEFT_OUT)
     return dataclasses.replace(config_of(find_stage(stage.after), vocab_size), **stage.changes)
 
 

@@ -11,11 +11,9 @@ from fastgpt.studies import learning_rate
 def test_a_run_that_does_not_train_has_diverged():
     rows = [{"width": 32, "lr": rate, "losses": losses} for rate, losses in
             ((1e-4, [3.5, 3.5]), (1e-3, [2.0, 2.1]), (1e-2, [2.05, 3.4]), (1e-1, [None, 2.0]))]  # fmt: skip
-    found = {"rows": rows, "data": {"frequency_loss": 3.3}, "parameters": {"32": 1000}}
-    rates = [row["lr"] for row in rows]
-    assert learning_rate._best(found, 32, rates) == 1e-3
-    assert learning_rate._diverged(found, 32, rates) == [1e-2, 1e-1], "a rate that is too small has not diverged"
-    assert "Diverged at 0.01, 0.1" in learning_rate._findings(found, 32, rates)
+    assert learning_rate._best(rows) is rows[1]
+    assert learning_rate._diverged(rows, 3.25) == [1e-2, 1e-1], "a rate that is too small has not diverged"
+    assert "Diverged at 0.01, 0.1" in learning_rate._findings(rows, 3.25)
 
 
 def test_a_run_that_is_not_finite_is_recorded(text_file, tmp_path):
