@@ -84,7 +84,7 @@ def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | 
         check_float(name, tensor, ndim=1)
         check_like(name, tensor, "x", x, dtype=False)
         if same_dtype and tensor.dtype != dtype:
-            raise TypeError(f"{name}: has dtype {tensor.dtype}, but what is normalised has {dtype}")
+            raise TypeError(f"{name}: has dtype {tensor.dtype}, but the rows to normalise have {dtype}")
         if tensor.shape[0] != x.shape[-1]:
             raise ValueError(
                 f"{name}: expected shape ({x.shape[-1]},) to fit x {tuple(x.shape)}, got {tuple(tensor.shape)}"

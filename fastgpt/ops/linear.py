@@ -1,4 +1,4 @@
-"""x W^T + b with a faster kernel for few rows, as in generation, whose time is that of reading the weights once.
+"""x W^T + b with a faster kernel for few rows, as in generation, where reading the weights takes most of the time.
 
 It is not one of the public ops. `linear` is `torch.nn.functional.linear`, except where the extension's kernel was
 measured to be faster (csrc/linear_rows.h, `native.FASTER_THAN_LIBRARY`): without gradients, for a few rows, on the

@@ -1,6 +1,6 @@
 """Cross-entropy from the head's input: the head's product and the loss in one op that never holds all the logits.
 
-The idea is that of Cut Your Losses (Wijmans et al. 2024) and Liger-Kernel (Hsu et al. 2024): rows are taken in chunks.
+As in Cut Your Losses (Wijmans et al. 2024) and Liger-Kernel (Hsu et al. 2024), rows are taken in chunks.
 The logits of a chunk are made, overwritten with their own gradient, multiplied into dx and dW, and dropped.
 
 Both backends run the same algorithm over chunks. They differ in the kernel that turns the logits of a chunk into
@@ -119,9 +119,8 @@ def chunk_on_torch_(
     counted = targets != ignore_index
     targets = torch.where(counted, targets, 0)
     values = logits.to(_statistics_dtype(logits))
-    values.sub_(
-        values.amax(1, keepdim=True)
-    )  # else the difference of logsumexp and logit would cancel where logits are large
+    # Without this, the difference of logsumexp and logit would lose its digits where logits are large.
+    values.sub_(values.amax(1, keepdim=True))
     of_target = values.gather(1, targets[:, None])[:, 0]
     mean = values.mean(dim=1) if label_smoothing > 0.0 else 0.0
     sums = values.exp_().sum(1)

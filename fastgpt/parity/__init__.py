@@ -1,7 +1,7 @@
 """Proof that the ops are right: every op, backend and dtype, forward and each gradient, against the float64 oracle.
 
-The oracle is `ops/reference.py` in float64. Its inputs are first rounded to the dtype under test, so that what is
-measured is the arithmetic of the op, not the rounding of its inputs. PyTorch's own op in the same dtype is the
+The oracle is `ops/reference.py` in float64. Its inputs are first rounded to the dtype under test, so that only the
+arithmetic of the op is measured, not the rounding of its inputs. PyTorch's own op in the same dtype is the
 yardstick (the rule of flash-attention's tests): a value passes when
 
     max |ours - oracle|  <=  2 * max |torch - oracle| + atol

@@ -109,7 +109,7 @@ _ATTENTION_CASES = (
 
 
 def _norm(op, name, *shape, bias=True, layout="contiguous", offset=0.0, wide_residual=False, **options) -> ParityCase:
-    """`shape` is that of x; `offset` is the mean of its numbers."""
+    """x and the residual have `shape`; `offset` is the mean of their numbers."""
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         wide = torch.promote_types(draw.dtype, torch.float32) if wide_residual else draw.dtype
@@ -203,7 +203,7 @@ def _targets(draw: Draw, C: int, shape: Sequence[int], ignored: int, int32: bool
 def _cross_entropy(
     name, *shape, weight=False, ignored=0, layout="contiguous", scale=2.0, int32=False, **options
 ) -> ParityCase:
-    """`shape` is that of the logits; `scale` is the size of those that are contiguous."""
+    """The logits have `shape`, (N, C, ...) or (C,); contiguous ones are multiplied by `scale`."""
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         if layout == "channels last":  # (N, d1, C) in memory, as a model writes its logits
@@ -253,7 +253,7 @@ _CROSS_ENTROPY_CASES = (
 def _linear_cross_entropy(
     name, *shape, V=37, bias=False, ignored=0, layout="contiguous", scale=1.0, int32=False, **options
 ) -> ParityCase:
-    """`shape` is that of x, (..., C); `scale` is the size of its numbers."""
+    """x has `shape`, (..., C); where it is contiguous, it is multiplied by `scale`."""
     views = {"sliced": ("every second", "padded"), "expanded": ("expanded", "contiguous")}
     of_x, of_weight = views.get(layout, (layout, layout))
 

@@ -197,7 +197,7 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str) -> No
         ({"residual": X[0]}, ValueError, "residual: expected the shape of x"),
         ({"residual": X.int()}, TypeError, "residual: expected float16"),
         ({"residual": X.to("meta")}, ValueError, "residual: on meta"),
-        ({"residual": X.double()}, TypeError, "weight: has dtype torch.float32, but what is normalised"),
+        ({"residual": X.double()}, TypeError, "weight: has dtype torch.float32, but the rows to normalise"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p: "),
         ({"dropout_p": None}, TypeError, "dropout_p: "),
         ({"seed": "1"}, TypeError, "seed: "),
