@@ -33,15 +33,15 @@ class StudyError(ValueError):
 # ---- settings ----
 
 
-def numbers(name: str, text: str, kind: type[Number], least: float = 0.0) -> list[Number]:
-    """The numbers of a setting such as "2,8,24": at least one, each above `least`, in the order given."""
+def numbers(name: str, text: str, kind: type[Number]) -> list[Number]:
+    """The numbers of a setting such as "2,8,24": at least one, each above 0, in the order given."""
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(math.isfinite(value) and value > least for value in values):
+    if not values or not all(math.isfinite(value) and value > 0 for value in values):
         what = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"{name}: expected {what} above {least:g} with commas between them, got {text!r}")
+        raise ConfigError(f"{name}: expected {what} above 0 with commas between them, got {text!r}")
     if len(set(values)) < len(values):
         raise ConfigError(f"{name}: {text!r} gives a number twice")
     return values
