@@ -1,4 +1,9 @@
-"""Scaled dot product attention: softmax(q k^T * scale + causal mask), dropped out, times v."""
+"""Scaled dot product attention: softmax(q k^T * scale + causal mask), dropped out, times v.
+
+The way of a call: `attention` checks the arguments; `backend.dispatch` chooses; `attention_on_torch` computes, or
+`attention_on_triton` calls the registered op, whose `_forward` launches the kernel of triton_kernels/attention.py.
+The other op files are built alike.
+"""
 
 from __future__ import annotations
 
@@ -74,16 +79,16 @@ def attention(
 def attention_on_torch(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
-    """PyTorch's fused kernel where its result is the defined one; else the formula, for a dropout it cannot do."""
+    """PyTorch's fused kernel; on a CPU and for a seeded mask, whose dropout that kernel cannot do, the formula."""
     Tq, Tk = q.shape[2], k.shape[2]
     if q.shape[1] == 0:  # torch 2.11's kernel would divide by the number of heads, and end the process
         return q @ k.transpose(-2, -1) @ v
     if is_causal and Tq > Tk:  # the first rows see no key
-        blind = Tq - Tk
+        n_without_keys = Tq - Tk
         if dropout_p == 0.0 or seed is None:  # a seeded mask depends on the row's number, so no row is cut off
-            rows = q[:, :, blind:]
+            rows = q[:, :, n_without_keys:]
             seen = attention_on_torch(rows, k, v, is_causal=True, scale=scale, dropout_p=dropout_p, seed=None)
-            return F.pad(seen, (0, 0, blind, 0))
+            return F.pad(seen, (0, 0, n_without_keys, 0))
     if dropout_p > 0.0 and (seed is not None or q.device.type == "cpu"):
         if autocast_dtype(q) is None:
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
@@ -91,7 +96,7 @@ def attention_on_torch(
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
     if scale is not None and scale <= 0.0:  # PyTorch's CPU kernel multiplies the mask's -inf by the scale
         q, scale = (q * 0.0, 1.0) if scale == 0.0 else (-q, -scale)
-    # `if` makes a bool of each comparison: where sizes are symbolic, a comparison is not one.
+    # `if` makes a bool of each comparison: a comparison of symbolic sizes gives a SymBool.
     mask, square = None, False
     if is_causal and Tq > 1:
         if Tq == Tk:

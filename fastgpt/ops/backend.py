@@ -3,7 +3,7 @@
 An op's file registers its implementations with :func:`register`. A call then picks one:
 
 1. ``backend="name"`` of the call, else ``with use_backend("name")``, else ``FASTGPT_BACKEND``, else ``"auto"``;
-2. ``"auto"`` walks ``PREFERENCE[op][device]``, fastest first, and takes the first backend that can serve;
+2. ``"auto"`` walks ``PREFERENCE[op][device]`` and takes the first backend that can serve;
 3. a named backend that cannot serve raises :class:`BackendError` with its reason.
 
 Whether a backend works on this machine (driver, compiler, build) is found out by running it once, see
@@ -27,7 +27,8 @@ import torch
 from ..config import BACKENDS
 from .library import assume_constant_result
 
-# The backends of each op on each device, fastest first. On a device that is not listed, an op runs on "torch".
+# The backends of each op on each device, in order of preference: fastest first where it was measured, which on GPUs it
+# is not yet. On a device that is not listed, an op runs on "torch".
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
     "layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
@@ -175,7 +176,7 @@ def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -
 
 def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on the backend that `choose` names; the device is that of the first argument, a tensor."""
-    device_type = "cpu" if args[0].is_cpu else args[0].device.type  # a device's type takes 10 us with cold caches
+    device_type = "cpu" if args[0].is_cpu else args[0].device.type  # reading `device.type` takes 10 us with cold caches
     name, reasons = choose(op, backend, device_type, args, kwargs)
     if reasons:
         for unused, reason in reasons.items():
@@ -226,5 +227,5 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explan
     for name in BACKENDS:
         if name != "torch" and name not in reasons and implements(name, op):
             reason = unavailable(name, device_type)
-            reasons[name] = reason or f"on {device_type} it is for tests, and used only where it is asked for"
+            reasons[name] = reason or f"on {device_type} it serves tests, and runs only where it is asked for by name"
     return Explanation(op, "torch", reasons)

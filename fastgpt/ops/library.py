@@ -74,7 +74,7 @@ def _raise_on_double_backward(name: str) -> None:
 def _define_derivative(
     name: str, backward: Callable[..., tuple], save: Callable[[Any, tuple, Any], None], first_only: bool
 ) -> Callable[..., Any]:
-    """Register the derivative at the dispatcher, and return what calls the op with less work than the dispatcher does.
+    """Register the derivative at the dispatcher, and return a faster way to call the op than the dispatcher.
 
     The dispatcher serves torch.compile and whoever calls torch.ops.fastgpt directly. In eager mode an
     autograd.Function runs the same `forward` and `backward`, which costs less time.
@@ -110,7 +110,7 @@ def _define_derivative(
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Raise where forward-mode AD (`torch.func.jvp`) reaches an op of ours: PyTorch would take its derivative for 0."""
+    """Raise where forward-mode AD (`torch.func.jvp`) reaches an op of ours: PyTorch would treat its derivative as 0."""
     if not in_forward_mode():
         return
     unknown = torch.compiler.is_compiling()  # a tensor that is being traced shows no tangent

@@ -1,8 +1,8 @@
-"""Gradients that a loss op made in its forward pass, and how backward hands them out: scaled by the incoming gradient.
+"""Gradients that the forward pass of a loss op has computed already; backward scales and returns them.
 
 Where a gradient is wanted and the loss is a scalar, the forward ops of both losses compute it together with the loss,
-while the logits are in the caches. Backward hands it out once, scaled in place where the incoming gradient is not 1.
-For a second backward pass through a kept graph, or one with create_graph, it is computed again from the saved inputs.
+while the logits are in the caches. The first backward pass multiplies it, in place, by the incoming gradient and
+returns it. A second pass through a kept graph, or one with create_graph, computes it again from the saved inputs.
 """
 
 from __future__ import annotations
