@@ -7,6 +7,7 @@ run or preset gives the defaults, then over those defaults.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
 import io
 import os
@@ -35,6 +36,13 @@ from .settings import (
 from .studies.settings import STUDIES, LearnSettings, StudySettings, question
 
 
+def _on_backend(name: str) -> contextlib.AbstractContextManager:
+    """Every op runs on the backend called `name`; with "auto" the environment's FASTGPT_BACKEND still counts."""
+    from .ops.backend import use_backend
+
+    return contextlib.nullcontext() if name == "auto" else use_backend(name)
+
+
 def train(settings: TrainSettings) -> None:
     data, out = required(settings, "train", "data", "out")
     train_config = settings.train_config()
@@ -44,7 +52,6 @@ def train(settings: TrainSettings) -> None:
     from .baselines import model_class
     from .data.corpus import Corpus
     from .machine import resolve_device
-    from .ops.backend import use_backend
     from .tokenizer import BPETokenizer, tokenizer_from_json
     from .training import runs
     from .training.step import Precision
@@ -71,7 +78,7 @@ def train(settings: TrainSettings) -> None:
         "settings": settings.recorded(),
         "resume_command": f"fastgpt train --out {shlex.quote(out)} --resume",
     }
-    with use_backend(settings.backend):
+    with _on_backend(settings.backend):
         trainer = runs.start(out, **run) if saved is None else runs.resume(out, saved, **run)
         n = trainer.model.num_parameters()
         where = f"{trainer.device}, {trainer.precision}"
@@ -89,7 +96,6 @@ def sample(settings: SampleSettings) -> None:
     from .data.layouts import NAME_BOUNDARY, boundary_token
     from .generate import stream, stream_names
     from .machine import resolve_device
-    from .ops.backend import use_backend
     from .tokenizer import StreamDecoder
     from .training.runs import load_model
 
@@ -109,7 +115,7 @@ def sample(settings: SampleSettings) -> None:
     options: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     options["generator"] = generator
     decoder = StreamDecoder(tokenizer)
-    with use_backend(settings.backend):
+    with _on_backend(settings.backend):
         try:
             if of_names:
                 tokens = stream_names(model, idx, settings.max_new_tokens, boundary_token(tokenizer), **options)

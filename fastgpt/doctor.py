@@ -12,6 +12,7 @@ from .machine import device_name, package_version, resolve_device
 from .ops import native
 from .ops.backend import BACKENDS, OPS, requested, unavailable
 from .ops.linear import linear_choice
+from .parity.cases import Draw, parity_cases
 from .training.step import Precision
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")
@@ -52,21 +53,9 @@ def _gpu() -> list[str]:
     return ["GPU: none that this PyTorch can use"]
 
 
-def example_call(op: str, device: str) -> tuple[Any, ...]:
-    """Small arguments of `op`: a typical call, to ask `explain` about."""
-    x = torch.zeros(4, 16, device=device)
-    tokens = torch.zeros(1, 4, dtype=torch.int64, device=device)
-    heads = torch.zeros(1, 2, 4, 16, device=device)
-    vector = torch.ones(16, device=device)
-    calls: dict[str, tuple[Any, ...]] = {
-        "attention": (heads, heads, heads),
-        "layer_norm": (x, vector, vector),
-        "add_layer_norm": (x, x, vector, vector),
-        "embedding": (tokens, x, x),
-        "cross_entropy": (x, tokens[0]),
-        "linear_cross_entropy": (x, x, tokens[0]),
-    }
-    return calls[op]
+def example_call(op: str, device: str) -> dict[str, Any]:
+    """The arguments of a typical call of `op`, to ask `explain` about: those of its first parity case."""
+    return parity_cases(op)[0].arguments(Draw(torch.float32, device))
 
 
 def _ops(device: str) -> list[str]:
@@ -74,7 +63,7 @@ def _ops(device: str) -> list[str]:
     lines = []
     for op in OPS:
         try:
-            lines += str(ops.explain(op, *example_call(op, device))).splitlines()
+            lines += str(ops.explain(op, **example_call(op, device))).splitlines()
         except ValueError as error:
             lines.append(f"{op}: {error}")
     return lines

@@ -108,6 +108,16 @@ def test_backend_option(text_file, tmp_path, capsys):
     assert main([*arguments, "--backend", "torch"]) == 0
 
 
+def test_the_environments_backend_counts_where_no_option_names_one(run, text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastgpt.ops.backend._override", "triton")  # as FASTGPT_BACKEND=triton sets it
+    train = ["train", "--data", str(text_file), "--out", str(tmp_path / "out"), *SMALL]
+    sample = ["sample", "--checkpoint", str(run), "--max-new-tokens", "2"]
+    for command in (train, sample):
+        assert main(command) == 1
+        assert "backend='triton' was asked for, but cannot run" in capsys.readouterr().err
+    assert main([*sample, "--backend", "torch"]) == 0, "an option comes before the environment"
+
+
 def test_a_start_that_failed_does_not_block_the_next(text_file, tmp_path, monkeypatch):
     arguments = ["train", "--data", str(text_file), "--out", str(tmp_path / "out"), *SMALL]
     with monkeypatch.context() as patch:
