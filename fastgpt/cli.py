@@ -235,7 +235,7 @@ def _find_command(args: Sequence[str]) -> Command | None:
             return found
         commands = found.commands
     if args:
-        raise UsageError(f"a command is missing after {args[-1]!r}; there are {', '.join(commands)}")
+        raise UsageError(f"{args[-1]!r} needs a command after it; there are {', '.join(commands)}")
     return None
 
 
@@ -287,8 +287,8 @@ def _subcommands(commands: Mapping[str, Command | Group], defaults: Any) -> Any:
 def _prepare_streams() -> None:
     """Give each standard stream what it needs to take any text.
 
-    A stream that was closed becomes one that takes everything: its number, 1 or 2, would otherwise go to the next file
-    that is opened. A console or pipe whose encoding has not all characters gets those it lacks as \\u2603.
+    A stream that was closed becomes one that takes everything: the next file that is opened would otherwise get its
+    descriptor, 1 or 2. A console or pipe whose encoding has not all characters gets those it lacks as \\u2603.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -16,7 +16,7 @@ from .modules import head_loss, linear, say_once, why_called
 
 
 class LanguageModel(nn.Module):
-    """A model of the next token: `lm_head` reads the logits off `hidden`. A subclass gives these two.
+    """A model of the next token: `lm_head` computes the logits from `hidden`. A subclass defines these two.
 
     Token ids are (B, T), int64 or int32; logits are (B, T, V) in the dtype of the parameters. A wrong argument raises a
     TypeError, ValueError or IndexError that names it: `idx` or `targets`, or `tokens` where a token id has the wrong

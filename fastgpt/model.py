@@ -110,7 +110,7 @@ class Block(nn.Module):
             self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """(x, branch) -> (x, branch): the stream (B, T, C), and the last branch's output where it is not yet added."""
+        """(x, branch) -> (x, branch): the stream (B, T, C), and the last branch's output, None where it was added."""
         p = self.dropout if self.training else 0.0
         if self.norm == "pre" and self.residual:
             normed, x = (norm(self.ln_1, x), x) if branch is None else add_norm(self.ln_1, x, branch, p)
@@ -125,7 +125,7 @@ class Block(nn.Module):
         return x, None
 
     def _finish(self, ln: str, x: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
-        """The end of a branch that the next norm does not add: dropout, residual connection, post-norm."""
+        """Add a branch where the next norm does not do so: dropout, residual connection, post-norm."""
         if self.norm == "post" and self.residual:
             return add_norm(getattr(self, ln), x, branch, dropout_p)[0]
         branch = dropout(branch, dropout_p)
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
 
 class GPT(LanguageModel):
-    """A decoder-only transformer (an encoder with `is_causal=False`).
+    """A decoder-only transformer (an encoder with `is_causal=False`). `forward` and `loss` are LanguageModel's.
 
     >>> model = GPT(GPTConfig.preset("shakespeare-char-cpu"))
     >>> logits, loss = model(idx, targets)      # idx, targets (B, T) int64; logits (B, T, V)

@@ -1,4 +1,4 @@
-"""How the model runs its modules: with FastGPT's ops on their tensors where that gives the same, else by calling them.
+"""How the model runs its modules: by FastGPT's ops on their tensors where the result is the same, else by calling them.
 
 The model's parts are PyTorch's own: torch.nn.Linear, LayerNorm and Embedding. Users wrap, hook, parametrise, prune,
 quantise and shard them, and tools find them by their types. A fused op needs a module's tensors instead of its result.
@@ -28,7 +28,7 @@ _said: set[str] = set()
 
 
 def why_called(module: nn.Module, forward: Callable[..., Any], *tensors: str) -> str | None:
-    """None where calling `module` is `forward` with the parameters named `tensors` and nothing more; else the reason.
+    """Why `module` must be called; None where `forward` with the parameters named `tensors` gives the same result.
 
     Generation asks this some thirty times a token, so it has to cost less than a call of the module.
     """

@@ -1,7 +1,11 @@
 """The settings of each command, and where their values come from. Importing this needs no PyTorch.
 
-A value is taken from the first of these that gives one: the command line; the TOML file of --config; for `train` the
-run that is resumed, then the preset; for the studies and `learn` the small sizes of --quick; the default.
+A value comes from the first of these sources that gives one:
+
+1. the command line;
+2. the TOML file of --config;
+3. for `train` the run that is resumed, then the preset; for `learn` and the studies the small sizes of --quick;
+4. the default.
 
 The docstring of a class is the help of its command. A field is an option (`max_steps` is --max-steps), and the comment
 beside it or above it is the option's help.

@@ -1,7 +1,8 @@
 """Layouts: how examples are cut out of tokens, and a batch out of examples.
 
-There are three, each a class below: `Blocks` of a text, of which every prefix is an example; `Windows` over a text,
-each one example; and `Names`, each line of the data a row of its own between a start and an end token.
+There are three, each a class below. In `Blocks` of a text the model predicts every token from those before it. In
+`Windows` over a text it predicts the last one alone. In `Names` each line of the data is a row of its own, between a
+start and an end token.
 
 A batch is a pure function of (seed, step): Philox is keyed by the two, so a resumed run draws the batches that an
 uninterrupted one would have drawn, and a checkpoint holds no state of a random generator.
@@ -23,8 +24,8 @@ from .sources import DataError, by_hash
 _UINT64 = 2**64 - 1
 
 
-# One token is start and end: it is never a target at the start and never context at the end. As the newline it is in
-# every tokenizer, no line can contain it, and sampled names come one a line.
+# One token is both start and end: at the start it is never a target, and at the end never context. It is the newline,
+# which every tokenizer has and no line contains; so sampled names are printed one a line.
 NAME_BOUNDARY = "\n"
 
 
@@ -90,7 +91,7 @@ def _check_name(name: str, n_tokens: int, block_size: int) -> None:
 
 
 class Examples:
-    """Numbered examples of T = block_size tokens: x (T,), and in y (T,) the token after each, or -100 to leave it out.
+    """Numbered examples of T = block_size tokens: x (T,), and y (T,) the token after each, or -100 to leave it out.
 
     A subclass says how many there are and cuts them.
     """
@@ -122,7 +123,7 @@ class Examples:
 
 
 class Blocks(Examples):
-    """Blocks of a text at any place. Each prefix is an example: T contexts, of 1 to T tokens, in a block."""
+    """Blocks of a text at any place. Each prefix is an example, so a block has T contexts, of 1 to T tokens."""
 
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
         check_block("tokens", tokens, block_size)
@@ -147,7 +148,7 @@ class Windows(Blocks):
 
 
 class Names(Examples):
-    """One name a row: start token, name, and whatever up to T; the targets are the name, the end token, and -100.
+    """One name a row: start token, name, and start tokens up to T; the targets are the name, the end token, and -100.
 
     Contexts grow inside the name, from the start token alone to the whole name, and never reach another one. `tokens`
     are names between boundary tokens, one of them at either end.

@@ -15,20 +15,20 @@ from ..ops import reference
 from .cases import Draw, ParityCase
 from .yardsticks import yardstick_for
 
-# In the 16-bit types, one unit in the last place of a number near 1. In the wide types some units, because sums are
-# taken in another order than PyTorch takes them.
+# In the 16-bit types, one unit in the last place of a number near 1. In the wide types a few units, because sums run in
+# another order than PyTorch's.
 ATOL = {torch.float64: 2e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = tuple(ATOL)
 
 
 def tolerance(dtype: torch.dtype, oracle: Tensor) -> float:
-    """What an error may be beyond twice PyTorch's: ATOL, times the largest value where that is above 1."""
+    """How far an error may exceed twice PyTorch's error: ATOL, times the largest value where that is above 1."""
     return ATOL[dtype] * max(1.0, float(oracle.abs().max()) if oracle.numel() else 0.0)
 
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One value of one case: "out" (and "h"), or the gradient "d <argument>". Errors are the largest absolute ones."""
+    """One compared tensor of a case: "out" (and "h"), or the gradient "d <argument>". Errors are the largest ones."""
 
     op: str
     backend: str

@@ -156,7 +156,7 @@ class Trainer:
                 cfg.seed,
                 state["step"] * cfg.grad_accum,
                 device=self.device,
-                depth=cfg.grad_accum + 1,  # a step takes its micro-batches at once, and then one more is ready
+                depth=cfg.grad_accum + 1,  # the micro-batches of a step, and one more ahead
             )
             with bar, batches:
                 done = self._evaluate_and_save() if state["step"] == 0 else False
@@ -212,7 +212,7 @@ class Trainer:
         return done
 
     def _check_losses(self, values: list[float], first: int) -> None:
-        """Raise TrainingError where a loss of the steps after `first`, or every gradient, is not finite."""
+        """Raise TrainingError for a loss that is not finite, or where float16 gradients overflow at any scale."""
         for step, value in enumerate(values, first + 1):
             if not math.isfinite(value):
                 raise self.folder.failure(f"step {step}: the loss is {value}", "Try a lower --lr")

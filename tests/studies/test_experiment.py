@@ -57,7 +57,7 @@ def test_numbers():
 
 
 BAD_USAGE = [
-    ([], "a command is missing after 'study'; there are depth, "),
+    ([], "'study' needs a command after it; there are depth, "),
     (["sleep"], "unknown command 'sleep'; there are depth, "),
     (["depth", "--depths", "2,x"], "depths: expected whole numbers above 0"),
     (["depth", "--repeats", "1"], "repeats: expected at least 2, got 1"),
