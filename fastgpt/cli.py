@@ -243,9 +243,10 @@ def parse(args: Sequence[str]) -> Any:
     """The settings of the command in `args`, an instance of its dataclass."""
     if sum(arg.partition("=")[0] == "--config" for arg in args) > 1:
         raise UsageError("--config: is given more than once; put the settings into one file")
-    settings = _read_options(args)
+    helps = [arg for arg in args if arg in ("-h", "--help")]  # it shows the values in effect: asked for a second time
+    settings = _read_options([arg for arg in args if arg not in helps] if _find_command(args) else args)
     defaults = with_sources(settings)
-    if defaults != type(settings)():
+    if helps or defaults != type(settings)():
         settings = _read_options(args, defaults)
     settings = expanded(settings)
     check_common(settings)

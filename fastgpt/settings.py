@@ -7,8 +7,8 @@ A value comes from the first of these sources that gives one:
 3. for `train` the run that is resumed, then the preset; for `learn` and the studies the small sizes of --quick;
 4. the default.
 
-The docstring of a class is the help of its command. A field is an option (`max_steps` is --max-steps), and the comment
-beside it or above it is the option's help.
+A class has the options of one command. A field is an option (`max_steps` is --max-steps), and the comment beside it or
+above it is the option's help.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def check_tokenizer(settings: TrainSettings) -> None:
     if settings.resume and settings.out:
         run = _settings_of_run(Path(settings.out))
         for name in ("tokenizer", "vocab_size"):
-            was, now = run.get(name), getattr(settings, name)
+            was, now = run.get(name, getattr(TrainSettings, name)), getattr(settings, name)
             if absolute(str(now)) != absolute(str(was)):
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{option}: the run in {settings.out} has {was}, not {now}; it cannot be changed")

@@ -67,6 +67,32 @@ def test_bad_settings_files(text, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("train --preset gpt2 --help", "blocks, L. (default: 12)"),
+        ("train --help", "blocks, L. (default: 6)"),
+        ("study depth --quick -h", "training steps of each network. (default: 3)"),
+    ],
+)
+def test_help_shows_the_values_in_effect(words, shown, capsys):
+    assert main(words.split()) == 0
+    assert shown in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_help_of_settings_that_cannot_be_is_an_error(capsys):
+    assert main("train --preset none --help".split()) == 2
+    assert "preset: expected one of" in capsys.readouterr().err
+
+
+def test_a_runs_settings_without_a_tokenizer_have_the_default_one(text_file, tmp_path):
+    out = tmp_path / "out"
+    assert main(["train", "--data", str(text_file), "--out", str(out), *SMALL]) == 0
+    lines = (out / "config.toml").read_text().splitlines()
+    (out / "config.toml").write_text("\n".join(line for line in lines if not line.startswith("tokenizer")))
+    assert main(["train", "--out", str(out), "--resume", "--max-steps", "7"]) == 0
+
+
 # --- paths ---
 
 
