@@ -171,14 +171,6 @@ inline Vec load_tail(const T* row, int64_t n, float fill) {
   return v;
 }
 
-// Stores the last n % LANES lanes of `v`, where load_tail puts the values, at the end of a row of n values.
-inline void store_tail(float* row, int64_t n, Vec v) {
-  float lane[LANES];
-  std::memcpy(lane, &v, sizeof lane);
-  const int64_t count = n % LANES;
-  for (int64_t i = 0; i < count; ++i) row[n - count + i] = lane[LANES - count + i];
-}
-
 // The first n < LANES values at p, in the first lanes; the other lanes are `fill`.
 template <class T>
 inline Vec load_some(const T* p, int64_t n, float fill) {
