@@ -217,13 +217,14 @@ COMMANDS: dict[str, Command | Group] = {
 }
 
 
-def _find_command(args: Sequence[str]) -> Command | None:
-    """The command that `args` begin with; None where they ask for the help of all commands, or of a group.
+def _find_command(args: Sequence[str]) -> tuple[Command, int] | None:
+    """The command that `args` begin with, and of how many words its name is.
 
-    A word that is no command is refused, with the one that it may have been meant for.
+    None where they ask for the help of all commands, or of a group. A word that is no command is refused, with the one
+    that it may have been meant for.
     """
     commands: Mapping[str, Command | Group] = COMMANDS
-    for word in args:
+    for n_words, word in enumerate(args, 1):
         if word.startswith("-"):
             return None
         if word not in commands:
@@ -232,32 +233,34 @@ def _find_command(args: Sequence[str]) -> Command | None:
             raise UsageError(f"unknown command {word!r}; {hint}")
         found = commands[word]
         if isinstance(found, Command):
-            return found
+            return found, n_words
         commands = found.commands
     if args:
         raise UsageError(f"{args[-1]!r} needs a command after it; there are {', '.join(commands)}")
     return None
 
 
-def parse(args: Sequence[str]) -> Any:
-    """The settings of the command in `args`, an instance of its dataclass."""
-    if sum(arg.partition("=")[0] == "--config" for arg in args) > 1:
-        raise UsageError("--config: is given more than once; put the settings into one file")
-    helps = [arg for arg in args if arg in ("-h", "--help")]  # it shows the values in effect: asked for a second time
-    settings = _read_options([arg for arg in args if arg not in helps] if _find_command(args) else args)
-    defaults = with_sources(settings)
-    if helps or defaults != type(settings)():
-        settings = _read_options(args, defaults)
-    settings = expanded(settings)
-    check_common(settings)
-    return settings
-
-
-def _read_options(args: Sequence[str], defaults: Any = None) -> Any:
-    """What tyro reads in `args`. `defaults` are the settings that one of the commands starts from."""
+def parse(args: Sequence[str]) -> tuple[Command, Any]:
+    """The command in `args`, and its settings, an instance of its dataclass. Raises SystemExit after help, as tyro."""
     import tyro
 
-    return tyro.cli(_subcommands(COMMANDS, defaults), prog="fastgpt", description=_DESCRIPTION, args=args)
+    found = _find_command(args)
+    if found is None:  # tyro prints the table of commands, or a script for completion, and exits
+        tyro.cli(_subcommands(COMMANDS), prog="fastgpt", description=_DESCRIPTION, args=args or ["--help"])
+        raise AssertionError("tyro read options without a command")
+    command, n_words = found
+    options = args[n_words:]
+    if sum(option.partition("=")[0] == "--config" for option in options) > 1:
+        raise UsageError("--config: is given more than once; put the settings into one file")
+    read = partial(tyro.cli, command.settings, prog=" ".join(["fastgpt", *args[:n_words]]), description=command.about)
+    asks_help = not {"-h", "--help"}.isdisjoint(options)  # which shows the values in effect: for the second reading
+    settings = read(args=[option for option in options if option not in ("-h", "--help")])
+    defaults = with_sources(settings)
+    if asks_help or defaults != command.settings():
+        settings = read(args=options, default=defaults)
+    settings = expanded(settings)
+    check_common(settings)
+    return command, settings
 
 
 _DESCRIPTION = (
@@ -265,18 +268,17 @@ _DESCRIPTION = (
 )
 
 
-def _subcommands(commands: Mapping[str, Command | Group], defaults: Any) -> Any:
+def _subcommands(commands: Mapping[str, Command | Group]) -> Any:
     """`commands` as tyro takes them: a union of types, each with the name of its command."""
     from tyro.conf import Suppress, subcommand
 
     arms: list[Any] = []
     for name, command in commands.items():
         if isinstance(command, Group):
-            group = partial(_subcommands, command.commands, defaults)
+            group = partial(_subcommands, command.commands)
             arms.append(Annotated[Any, subcommand(name=name, description=command.about, constructor_factory=group)])
         else:
-            start: dict[str, Any] = {"default": defaults} if type(defaults) is command.settings else {}
-            arms.append(Annotated[command.settings, subcommand(name=name, description=command.about, **start)])
+            arms.append(Annotated[command.settings, subcommand(name=name, description=command.about)])
     if len(arms) == 1:  # a union of one type is that type, and its command would need no name
         arms.append(Annotated[None, Suppress])
     return Union[tuple(arms)]  # noqa: UP007  -- "|" joins types that are written out
@@ -324,12 +326,10 @@ def _run(args: Sequence[str]) -> int:
         if any("\ud800" <= character <= "\udfff" for character in arg):  # how Python passes on bytes it cannot decode
             encoding = sys.getfilesystemencoding()
             raise UsageError(f"{arg!r}: is not {encoding} text; give UTF-8, under a UTF-8 locale or PYTHONUTF8=1")
-    command = _find_command(args)
     try:
-        settings = parse(args or ["--help"])
+        command, settings = parse(args)
     except SystemExit as error:  # tyro's: 0 after --help, 2 for bad usage
         return int(error.code or 0) if args else 2
-    assert command is not None, "tyro gives no settings without a command"
     return command.run(settings) or 0
 
 

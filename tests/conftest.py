@@ -144,3 +144,13 @@ def instructions(request):
         pytest.skip(f"no {request.param} here")
     yield request.param
     extension.use_instruction_set(widest)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    """A text that is long enough for a small run of the command line."""
+    from command_line import TEXT  # not at the top: pytest has to rewrite its assertions first
+
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(TEXT)
+    return path

@@ -12,19 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from command_line import SMALL, TEXT
+from command_line import SMALL
 from fastgpt import __version__
 from fastgpt.cli import COMMANDS, main
 from fastgpt.ops.backend import OPS
 from fastgpt.studies.settings import STUDIES
 from fastgpt.training.run_folder import read_metrics
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +293,7 @@ def test_a_mistyped_command_is_told_which_one_it_may_be(words, message, capsys):
 def test_a_mistyped_option_is_told_which_one_it_may_be(capsys):
     assert main(["sample", "--promt", "x"]) == 2
     assert "Perhaps you meant" in (said := capsys.readouterr().err) and "--prompt" in said
+    assert "fastgpt sample --help" in said
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

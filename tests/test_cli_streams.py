@@ -12,18 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from command_line import SMALL, TEXT
+from command_line import SMALL
 from fastgpt.__main__ import format_warning
 from fastgpt.cli import main
 from fastgpt.training.run_folder import read_metrics
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
 
 # --- consoles ---
 

@@ -7,21 +7,13 @@ import inspect
 import re
 import shutil
 import tomllib
-from pathlib import Path
 
 import pytest
 
-from command_line import SMALL, TEXT
+from command_line import SMALL
 from fastgpt import cli, config, settings
 from fastgpt.cli import COMMANDS, Command, Group, main
 from fastgpt.ops.backend import BACKENDS
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def test_settings_come_from_command_line_then_file_then_preset(text_file, tmp_path, capsys):
@@ -130,12 +122,12 @@ def test_home_is_expanded_in_every_path_of_every_command(name, tmp_path, monkeyp
         file = "~/empty.toml" if name == "config" else "~/a/b"
         expected = str(tmp_path / file[2:])
         for arguments in ([f"--{name}={file}"], [f"--{name}", file]):
-            value = getattr(cli.parse([*command.split(), *arguments]), name)
+            value = getattr(cli.parse([*command.split(), *arguments])[1], name)
             assert value == ((expected,) if name == "results" else expected)
         if name != "config":
             text = f'["{file}"]' if name == "results" else f'"{file}"'
             (tmp_path / "path.toml").write_text(f"{name} = {text}\n")
-            value = getattr(cli.parse([*command.split(), "--config=~/path.toml"]), name)
+            value = getattr(cli.parse([*command.split(), "--config=~/path.toml"])[1], name)
             assert value == ((expected,) if name == "results" else expected)
 
 
@@ -172,9 +164,9 @@ def test_a_run_that_was_moved_resumes_from_another_directory(text_file, tmp_path
 
 def test_a_value_may_begin_with_a_dash():
     for text in ("-x", "--x", "-", "--", "- a", "-1", "--prompt=x", "a=b"):
-        assert cli.parse(["sample", "--prompt=" + text, "--seed", "4"]).prompt == text
-    assert cli.parse(["sample", "--max_new_tokens", "3", "--top-p", "0.5"]).max_new_tokens == 3
-    assert cli.parse(["bench", "--only", "a", "b", "--quick"]).only == ("a", "b")
+        assert cli.parse(["sample", "--prompt=" + text, "--seed", "4"])[1].prompt == text
+    assert cli.parse(["sample", "--max_new_tokens", "3", "--top-p", "0.5"])[1].max_new_tokens == 3
+    assert cli.parse(["bench", "--only", "a", "b", "--quick"])[1].only == ("a", "b")
 
 
 def test_the_presets_are_those_that_help_names(capsys):
