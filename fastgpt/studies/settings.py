@@ -1,6 +1,6 @@
 """The options of `fastgpt learn` and of each study. Importing them needs no PyTorch, so that --help is fast.
 
-The docstring of a class is the help of its command; the first line of a study's docstring is the question that it
+The `Args:` of a docstring are the help of the options; the first line of a study's docstring is the question that it
 answers. QUICK holds the values that --quick sets.
 """
 
