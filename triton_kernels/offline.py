@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from . import attention, layer_norm
+from . import attention, attention_configs, layer_norm
 from .target import INTERPRETING, ASTSource, GPUTarget
 
 ARCHITECTURES = (80, 90, 100)
@@ -65,11 +65,11 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
         size = 4 if dtype == "fp32" else 2
         label = f"{regime}.dropout" if dropout else regime
         flags = {"DESCRIPTORS": descriptors, "DROPOUT": dropout} | constants
-        config = attention.forward_config(head_size, size, longest, descriptors, dropout)
+        config = attention_configs.forward_config(head_size, size, longest, descriptors, dropout)
         yield case(f"forward.{label}", attention.forward_kernel, dtype, head_size, config, **flags)
-        config = attention.grad_q_config(head_size, size, descriptors, dropout)
+        config = attention_configs.grad_q_config(head_size, size, descriptors, dropout)
         yield case(f"grad_q.{label}", attention.grad_q_kernel, dtype, head_size, config, **flags)
-        config = attention.grad_kv_config(head_size, size, descriptors, dropout, 2, arch)
+        config = attention_configs.grad_kv_config(head_size, size, descriptors, dropout, 2, arch)
         yield case(f"grad_kv.{label}", attention.grad_kv_kernel, dtype, head_size, config, **flags)
 
     for head_size in (64, 128, 256):
@@ -81,15 +81,15 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
         for head_size in (64, 128):
             for dropout in (False, True):
                 yield from three("long", "bf16", head_size, 4096, True, dropout)
-                config = attention.forward_config(head_size, 2, 4096, True, dropout)
+                config = attention_configs.forward_config(head_size, 2, 4096, True, dropout)
                 flags = {"DESCRIPTORS": True, "PERSISTENT": True, "DROPOUT": dropout}
                 name = "forward.long.persistent" + (".dropout" if dropout else "")
                 yield case(name, attention.forward_kernel, "bf16", head_size, config, **flags)
-        config = attention.grad_kv_config(128, 2, True, False, 1, arch)
+        config = attention_configs.grad_kv_config(128, 2, True, False, 1, arch)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "group": 1}
         yield case("grad_kv.long.group1", attention.grad_kv_kernel, "bf16", 128, config, **flags)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "CAUSAL": False}
-        config = attention.forward_config(80, 2, 4096, True, False)
+        config = attention_configs.forward_config(80, 2, 4096, True, False)
         yield case("forward.long.full", attention.forward_kernel, "bf16", 80, config, **flags)
     if arch != 100:
         for head_size in (64, 128):
@@ -99,26 +99,26 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
     if arch == 90:
         yield from three("tf32", "fp32", 256, 4096, False, True, PRECISION="tf32")
     for head_size, rows in ((128, 32), (256, 16)):
-        config = attention.decode_config(head_size, 4, rows)
+        config = attention_configs.decode_config(head_size, 4, rows)
         yield case(f"decode.float32.rows{config['ROWS']}", attention.decode_kernel, "fp32", head_size, config)
-    config = attention.forward_config(256, 2, 32, False, True)
+    config = attention_configs.forward_config(256, 2, 32, False, True)
     yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", 256, config, DROPOUT=True)
     one_tile = ((16, 128, True), (32, 128, True), (64, 64, False), (64, 64, True), (64, 32, True))
     for longest, head_size, dropout in one_tile:
-        config = attention.one_tile_forward_config(head_size, 2, longest, dropout, arch)
+        config = attention_configs.one_tile_forward_config(head_size, 2, longest, dropout, arch)
         name = f"one_tile_forward.t{longest}" + (".dropout" if dropout else "")
         yield case(name, attention.one_tile_forward_kernel, "bf16", head_size, config, DROPOUT=dropout)
     for longest, head_size, dropout in ((16, 64, True), (32, 64, True), (64, 64, False), (64, 32, True)):
-        config = attention.one_tile_backward_config(head_size, 2, longest, dropout, arch)
+        config = attention_configs.one_tile_backward_config(head_size, 2, longest, dropout, arch)
         if config is None:  # these sizes take two passes
             continue
         name = f"one_tile_backward.t{longest}" + (".dropout" if dropout else "")
         yield case(name, attention.one_tile_backward_kernel, "bf16", head_size, config, DROPOUT=dropout)
     for head_size, rows in ((64, 8), (128, 64), (256, 8)):
-        config = attention.decode_config(head_size, 2, rows)
+        config = attention_configs.decode_config(head_size, 2, rows)
         yield case(f"decode.rows{config['ROWS']}", attention.decode_kernel, "bf16", head_size, config)
     for splits in (2, 128):
-        config = {"SPLITS": splits, "BLOCK_D": 128, **attention.JOIN_CONFIG}
+        config = {"SPLITS": splits, "BLOCK_D": 128, **attention_configs.JOIN_CONFIG}
         yield case(f"join_splits.s{splits}", attention.join_splits_kernel, "bf16", 128, config)
 
 
