@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   // The values [0, head) are computed one by one, then vectors of them, then [end, n) one by one. Where the gradient is
   // not aligned like the logits, all values are computed one by one.
   const bool together = out == nullptr || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
-  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
-  const int64_t head = together ? min(past == 0 ? int64_t{0} : SIZE - past, n) : n;
+  const int64_t head = together ? min(values_before_alignment(x), n) : n;
   const int64_t vectors = (n - head) / SIZE;
   const int64_t end = head + vectors * SIZE;
   const auto odd = [&](const auto& visit) {  // visits this thread's values outside the vectors
@@ -295,19 +294,21 @@ __global__ void __launch_bounds__(256) scale_kernel(T* gradient, const float* sc
   const float factor = *scale;
   if (factor == 1.0f) return;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * 256, first = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int64_t vectors = n / Vec16<T>::SIZE;
+  const int64_t head = min(values_before_alignment(gradient), n);
+  const int64_t vectors = (n - head) / Vec16<T>::SIZE, in_vectors = vectors * Vec16<T>::SIZE;
   for (int64_t v = first; v < vectors; v += stride) {
-    Vec16<T> vec = load16(gradient + v * Vec16<T>::SIZE);
+    Vec16<T> vec = load16(gradient + head + v * Vec16<T>::SIZE);
 #pragma unroll
     for (int j = 0; j < Vec16<T>::SIZE; ++j) {
       const float value = to_float(vec.values[j]);
       vec.values[j] = value == 0.0f ? vec.values[j] : from_float<T>(value * factor);
     }
-    store16(gradient + v * Vec16<T>::SIZE, vec);
+    store16(gradient + head + v * Vec16<T>::SIZE, vec);
   }
-  for (int64_t i = vectors * Vec16<T>::SIZE + first; i < n; i += stride) {
-    const float value = to_float(gradient[i]);
-    if (value != 0.0f) gradient[i] = from_float<T>(value * factor);
+  for (int64_t odd = first; odd < n - in_vectors; odd += stride) {
+    T& at = gradient[odd < head ? odd : odd + in_vectors];
+    const float value = to_float(at);
+    if (value != 0.0f) at = from_float<T>(value * factor);
   }
 }
 
@@ -465,7 +466,7 @@ constexpr int64_t NONE = 0, MEAN = 1;  // the numbers that PyTorch gives the red
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
                                          const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
                                          double label_smoothing, bool with_grad) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const auto guard = guard_device({"logits", logits}, {{"targets", targets}, {"weight", weight}});
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
   STD_TORCH_CHECK(!with_grad || reduction != NONE, "with_grad: a gradient for each loss comes from backward alone");
   Call call(logits, targets, weight, ignore_index, label_smoothing);
@@ -492,7 +493,10 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets,
                               const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics,
                               int64_t ignore_index, int64_t reduction, double label_smoothing) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const auto guard = guard_device({"logits", logits}, {{"targets", targets},
+                                                       {"weight", weight},
+                                                       {"grad_loss", grad_loss},
+                                                       {"statistics", statistics}});
   Call call(logits, targets, weight, ignore_index, label_smoothing);
   STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == (reduction == NONE ? call.n : 1),
                   "grad_loss: expected float32, one value per loss");
@@ -515,7 +519,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
 
 Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
                            double label_smoothing, bool with_grad) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const auto guard = guard_device({"logits", logits}, {{"targets", targets}, {"row_scale", row_scale}});
   STD_TORCH_CHECK(logits.is_contiguous() && row_scale.scalar_type() == ScalarType::Float && row_scale.is_contiguous() &&
                       row_scale.numel() == targets.numel(),
                   "logits, row_scale: expected a contiguous chunk and float32 (n,)");
@@ -530,7 +534,7 @@ Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& r
 }
 
 void scale_gradient(Tensor gradient, const Tensor& scale) {
-  const torch::stable::accelerator::DeviceGuard guard(gradient.get_device_index());
+  const auto guard = guard_device({"gradient", gradient}, {{"scale", scale}});
   STD_TORCH_CHECK(gradient.is_contiguous() && scale.numel() == 1 && scale.scalar_type() == ScalarType::Float,
                   "gradient, scale: expected a contiguous gradient and one float32");
   const int64_t n = gradient.numel();

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: conversions to and from float32, vectors of 16 bytes, the current stream, and the choice
-// of a template by a tensor's dtype.
+// What the CUDA kernels share: conversions to and from float32, vectors of 16 bytes, the device and the stream of a
+// call, and the choice of a template by a tensor's dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +16,7 @@
 
 #include <cassert>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -61,6 +62,31 @@ __device__ __forceinline__ Vec16<T> load16(const T* p) {
 template <class T>
 __device__ __forceinline__ void store16(T* p, const Vec16<T>& v) {
   *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&v);
+}
+
+// How many values lie between p and the first multiple of 16 bytes from p on.
+template <class T>
+__device__ __forceinline__ int64_t values_before_alignment(const T* p) {
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+}
+
+// An argument of an op, and its name in errors; null where the caller left it out.
+struct Argument {
+  const char* name;
+  const Tensor* tensor;
+
+  Argument(const char* name, const Tensor& tensor) : name(name), tensor(&tensor) {}
+  Argument(const char* name, const std::optional<Tensor>& tensor) : name(name), tensor(tensor ? &*tensor : nullptr) {}
+};
+
+// Makes the device of `first` the current one while the result lives. The other arguments must be on that device, too:
+// a kernel that reads the memory of another one stops the process with an error that names no argument.
+inline torch::stable::accelerator::DeviceGuard guard_device(const Argument& first,
+                                                            std::initializer_list<Argument> others) {
+  for (const Argument& other : others)
+    STD_TORCH_CHECK(!other.tensor || other.tensor->device() == first.tensor->device(), other.name,
+                    ": expected on the device of ", first.name);
+  return torch::stable::accelerator::DeviceGuard(first.tensor->get_device_index());
 }
 
 inline cudaStream_t current_stream(const Tensor& tensor) {

@@ -147,7 +147,7 @@ Tensor with_contiguous_rows(const Tensor& table) {
 
 Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::optional<Tensor>& position_table,
                  int64_t position_offset) {
-  const torch::stable::accelerator::DeviceGuard guard(token_table.get_device_index());
+  const auto guard = guard_device({"token_table", token_table}, {{"tokens", tokens}, {"position_table", position_table}});
   STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
   STD_TORCH_CHECK(token_table.dim() == 2, "token_table: expected (V, C)");
   STD_TORCH_CHECK(!position_table.has_value() || position_table->dim() == 2, "position_table: expected (P, C)");
@@ -180,7 +180,7 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
 // The gradient of the token table (vocab_size, C), from grad (N, C), the tokens in ascending order, and for each of
 // them the row of grad that it belongs to.
 Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order, int64_t vocab_size) {
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const auto guard = guard_device({"grad", grad}, {{"sorted", sorted}, {"order", order}});
   STD_TORCH_CHECK(grad.dim() == 2 && grad.is_contiguous() && sorted.is_contiguous() && order.is_contiguous() &&
                       sorted.scalar_type() == ScalarType::Long && order.scalar_type() == ScalarType::Long &&
                       sorted.numel() == grad.size(0) && order.numel() == grad.size(0),
@@ -208,7 +208,7 @@ Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order,
 // The gradient of the position table (n_positions, C): grad (B, T, C) summed over the batch, in the rows from
 // position_offset on, and zeros in the others.
 Tensor sum_positions(const Tensor& grad, int64_t n_positions, int64_t position_offset) {
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const auto guard = guard_device({"grad", grad}, {});
   const int64_t B = grad.size(0), T = grad.size(1), C = grad.size(2);
   STD_TORCH_CHECK(grad.is_contiguous() && position_offset >= 0 && position_offset <= n_positions - T,
                   "grad: expected contiguous (B, T, C) that fits n_positions");

@@ -135,6 +135,35 @@ def test_cross_entropy_of_long_rows_with_infinities(classes):
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_is_scaled_from_any_address(dtype):
+    for first in range(9):
+        for n in (1, 7, 9, 5000):
+            values = torch.arange(float(first + n + 3), device="cuda").to(dtype)
+            expected = values.clone()
+            expected[first : first + n] *= 0.5
+            torch.ops.fastgpt.scale_gradient_(values[first : first + n], torch.tensor(0.5, device="cuda"))
+            assert torch.equal(values, expected)
+
+
+def test_native_ops_refuse_arguments_on_another_device():
+    native = torch.ops.fastgpt
+    x, targets, one = torch.randn(3, 40, device="cuda"), torch.arange(3, device="cuda"), torch.ones(1, device="cuda")
+    calls = {
+        "targets": lambda: native.cross_entropy_native(x, targets.cpu(), None, -100, 2, 0.0, True),
+        "weight": lambda: native.cross_entropy_native(x, targets, x[0].cpu(), -100, 2, 0.0, True),
+        "row_scale": lambda: native.cross_entropy_chunk_(x, targets, torch.ones(3), -100, 0.0, True),
+        "scale": lambda: native.scale_gradient_(x, one.cpu()),
+        "tokens": lambda: native.embedding_native(targets[None].cpu(), x, None, 0),
+        "position_table": lambda: native.embedding_native(targets[None], x, x.cpu(), 0),
+        "sorted": lambda: native.embedding_sum_sorted(x, targets.cpu(), targets, 40),
+        "order": lambda: native.embedding_sum_sorted(x, targets, targets.cpu(), 40),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"{name}: expected on the device of"):
+            call()
+
+
 def test_layer_norm_of_more_than_2_to_the_31_elements():
     x = torch.zeros(140_000, 16384, dtype=torch.bfloat16, device="cuda")
     x[-1] = torch.randn(16384)
