@@ -21,6 +21,8 @@ ATTENTION = {
     "blind_rows": (1, 2, 1, 40, 20, 20, True, 0.2),
     "characters": (4, 4, 4, 64, 64, 32, True, 0.0),
     "characters_dropout": (4, 4, 4, 64, 64, 32, True, 0.2),
+    "tma_300": (1, 2, 2, 300, 300, 64, True, 0.0),  # the sanitizers run this one and the next
+    "decode_300": (1, 2, 1, 1, 300, 64, True, 0.0),
     "short": (2, 6, 6, 256, 256, 64, True, 0.2),
     "gpt2": (2, 12, 12, 1024, 1024, 64, True, 0.0),
     "gpt2_dropout": (1, 12, 12, 1000, 1000, 64, True, 0.1),
@@ -164,6 +166,7 @@ def test_native_ops_refuse_arguments_on_another_device():
             call()
 
 
+@pytest.mark.xdist_group("much memory")
 def test_layer_norm_of_more_than_2_to_the_31_elements():
     x = torch.zeros(140_000, 16384, dtype=torch.bfloat16, device="cuda")
     x[-1] = torch.randn(16384)
@@ -172,6 +175,7 @@ def test_layer_norm_of_more_than_2_to_the_31_elements():
     torch.testing.assert_close(y[-1], ops.layer_norm(x[-1], weight, backend="torch"))
 
 
+@pytest.mark.xdist_group("much memory")
 def test_attention_of_more_than_2_to_the_31_elements():
     q = torch.zeros(1, 65, 262_144, 128, dtype=torch.bfloat16, device="cuda")  # the last head begins past 2^31
     q[:, -1, :512] = torch.randn(512, 128)
