@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert bool(COMPILER) == ("fastgpt/_build_error.txt" not in names)
     for path in (*(ROOT / "fastgpt").rglob("*.py"), ROOT / "fastgpt" / "py.typed"):
         assert str(path.relative_to(ROOT)) in names
-    for path in (ROOT / "triton_kernels").rglob("*.py"):
+    for path in (*(ROOT / "triton_kernels").rglob("*.py"), *(ROOT / "triton_kernels").glob("*.toml")):
         assert f"fastgpt/{path.relative_to(ROOT)}" in names
     suite = {f"fastgpt/{path.relative_to(ROOT)}" for path in (ROOT / "benchmarks").rglob("*.py")}
     suite.add("fastgpt/benchmarks/pytest.ini")

@@ -33,9 +33,11 @@ from .attention_backward import grad_kv_kernel, grad_q_kernel, one_tile_backward
 from .attention_configs import (
     JOIN_CONFIG,
     decode_config,
+    decode_programs,
     decode_splits,
     fits_decode_tile,
     forward_config,
+    forward_programs,
     grad_kv_config,
     grad_q_config,
     one_tile_backward_config,
@@ -144,8 +146,9 @@ def forward(
     score_scale = scale * math.log2(math.e)
     constants = {"HEAD_SIZE": D, "CAUSAL": is_causal, "PRECISION": _precision(q.dtype)}
     if dropout_p == 0.0 and fits_decode_tile(D, q.element_size(), Tq, group):
-        config = decode_config(D, q.element_size(), group * Tq)
-        n_splits, split_size = decode_splits(B * Hkv, Tk, config["BLOCK_N"], multiprocessors(q))
+        call = (D, q.element_size(), group * Tq, architecture(q))
+        config, n_programs = decode_config(*call), decode_programs(*call) * multiprocessors(q)
+        n_splits, split_size = decode_splits(B * Hkv, Tk, config["BLOCK_N"], n_programs)
         if n_splits > 1:
             _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
             return out, lse
@@ -160,10 +163,11 @@ def forward(
             )
         return out, lse
     descriptors = _takes_descriptors(max(Tq, Tk), q, k, v)
-    config = forward_config(D, q.element_size(), max(Tq, Tk), descriptors, dropout_p > 0.0)
+    call = (D, q.element_size(), max(Tq, Tk), descriptors, dropout_p > 0.0, architecture(q))
+    config = forward_config(*call)
     n_tiles, n_programs = cdiv(Tq, config["BLOCK_M"]), None
     if descriptors:
-        n_programs = persistent_programs(B * H, n_tiles, config["num_warps"], multiprocessors(q))
+        n_programs = persistent_programs(B * H, n_tiles, forward_programs(*call), multiprocessors(q))
     with device_of(q):
         forward_kernel[(n_programs or B * H * n_tiles,)](
             *_kernel_inputs((q,), (k, v), descriptors, config), out, lse, key, *_strides(q, k, v),
@@ -237,13 +241,13 @@ def backward(
         constants["DESCRIPTORS"] = descriptors
         delta = torch.empty_like(lse) if needs_q or needs_k else lse.new_empty(0)
         if needs_q or needs_k:
-            config = grad_q_config(D, size, descriptors, dropout_p > 0.0)
+            config = grad_q_config(D, size, longest, descriptors, dropout_p > 0.0, architecture(q))
             grad_q_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
                 *_kernel_inputs((grad_out, q), (k, v), descriptors, config), out, lse, delta, grad_q, key, *strides,
                 B, H, group, Tq, Tk, section, *factors, GRAD_Q=needs_q, **constants, **config,
             )  # fmt: skip
         if needs_k or needs_v:
-            config = grad_kv_config(D, size, descriptors, dropout_p > 0.0, group, architecture(q))
+            config = grad_kv_config(D, size, longest, descriptors, dropout_p > 0.0, group, architecture(q))
             grad_kv_kernel[(B * Hkv * cdiv(Tk, config["BLOCK_N"]),)](
                 *_kernel_inputs((grad_out, q), (k, v), descriptors, config), lse, delta, grad_k, grad_v, key, *strides,
                 B, H, group, Tq, Tk, section, *factors, GRAD_K=needs_k, GRAD_V=needs_v, **constants, **config,

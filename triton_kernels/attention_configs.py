@@ -1,13 +1,15 @@
 """Attention: the launch configuration of each kernel, that is its tile sizes, warps and pipeline stages.
 
-Chosen by hand. tests/kernel_budgets.toml holds every one of them to its registers and its shared memory; none spills
-registers, except for a few bytes in float32. Where the head size allows it, a tile is small enough for two programs on
-a multiprocessor, so that the softmax of one runs while the other one multiplies.
+Chosen by hand, for the calls that a tuned table (tuned.py) has no entry for. tests/kernel_budgets.toml holds every one
+of them to its registers and its shared memory; none spills registers, except for a few bytes in float32. Where the head
+size allows it, a tile is small enough for two programs on a multiprocessor, so that the softmax of one runs while the
+other one multiplies.
 """
 
 from functools import lru_cache
 
 from .target import COMPILE_OPTIONS, cdiv, next_power_of_2
+from .tuned import tunable
 
 MAX_DECODED_QUERIES = 8
 
@@ -32,9 +34,11 @@ def _block_d(head_size: int) -> int:
     return max(16, next_power_of_2(head_size))  # tensor cores multiply at least 16 columns
 
 
-@lru_cache
-def forward_config(head_size: int, element_size: int, longest: int, descriptors: bool, dropout: bool) -> dict[str, int]:
-    """For `forward_kernel`. `longest` is max(Tq, Tk). With dropout a tile is spread over more warps.
+@tunable("attention.forward")
+def forward_config(
+    head_size: int, element_size: int, longest: int, descriptors: bool, dropout: bool, arch: int
+) -> dict[str, int]:
+    """For `forward_kernel`. `longest` is max(Tq, Tk), `arch` 80, 90, ... With dropout a tile is spread over more warps.
 
     A dropout mask takes registers, and each warp then has a smaller part of it.
     """
@@ -65,8 +69,21 @@ def one_tile_forward_config(
     return _config(block, block, 4 if block >= 32 else 2, 2, d)
 
 
-@lru_cache
-def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout: bool) -> dict[str, int]:
+@tunable("attention.forward", "persistent")
+def forward_programs(
+    head_size: int, element_size: int, longest: int, descriptors: bool, dropout: bool, arch: int
+) -> int:
+    """How many persistent programs of `forward_kernel` a multiprocessor runs at one time; 0 to have no persistent ones.
+
+    8 warps with 255 registers a thread fill a multiprocessor.
+    """
+    return 8 // forward_config(head_size, element_size, longest, descriptors, dropout, arch)["num_warps"]
+
+
+@tunable("attention.grad_q")
+def grad_q_config(
+    head_size: int, element_size: int, longest: int, descriptors: bool, dropout: bool, arch: int
+) -> dict[str, int]:
     """For `grad_q_kernel`; the arguments are those of `forward_config`."""
     d = _block_d(head_size)
     if element_size == 4:
@@ -78,11 +95,11 @@ def grad_q_config(head_size: int, element_size: int, descriptors: bool, dropout:
     return _config(16, 32, 4, 1, d)
 
 
-@lru_cache
+@tunable("attention.grad_kv")
 def grad_kv_config(
-    head_size: int, element_size: int, descriptors: bool, dropout: bool, group: int, arch: int
+    head_size: int, element_size: int, longest: int, descriptors: bool, dropout: bool, group: int, arch: int
 ) -> dict[str, int]:
-    """For `grad_kv_kernel`. `group` is the number of query heads that share a key head; `arch` is 80, 90 or 100."""
+    """For `grad_kv_kernel`. `group` is the number of query heads that share a key head."""
     d = _block_d(head_size)
     if element_size == 4:
         return _float32_config(d, 4 if d <= 64 else 8)
@@ -106,8 +123,8 @@ def one_tile_backward_config(
     return _config(block, block, 8 if block == 64 else 4, 1, d)
 
 
-@lru_cache
-def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, int]:
+@tunable("attention.decode")
+def decode_config(head_size: int, element_size: int, n_rows: int, arch: int) -> dict[str, int]:
     """For `decode_kernel`. `n_rows`: queries times query heads of a key head, as many as `fits_decode_tile` allows."""
     d = _block_d(head_size)
     if element_size == 4:
@@ -118,6 +135,12 @@ def decode_config(head_size: int, element_size: int, n_rows: int) -> dict[str, i
     return config | {"ROWS": max(16, next_power_of_2(n_rows))}
 
 
+@tunable("attention.decode", "programs")
+def decode_programs(head_size: int, element_size: int, n_rows: int, arch: int) -> int:
+    """How many programs the keys are split into, for each multiprocessor."""
+    return 2
+
+
 def fits_decode_tile(head_size: int, element_size: int, n_queries: int, group: int) -> bool:
     """Whether the queries of a key head are so few that they fit the registers as rows of one tile."""
     n_rows, d = group * n_queries, _block_d(head_size)
@@ -125,15 +148,15 @@ def fits_decode_tile(head_size: int, element_size: int, n_queries: int, group: i
     return n_queries <= MAX_DECODED_QUERIES and fits
 
 
-def persistent_programs(n_heads: int, n_tiles: int, num_warps: int, n_multiprocessors: int) -> int | None:
+def persistent_programs(n_heads: int, n_tiles: int, programs: int, n_multiprocessors: int) -> int | None:
     """The programs of the forward over long sequences, where each goes over several pairs of tiles; None elsewhere.
 
-    There are as many as run at one time: 8 warps with 255 registers a thread fill a multiprocessor. None where the
+    There are as many as run at one time, `programs` on each multiprocessor (see `forward_programs`). None where the
     pairs cannot be shared evenly enough, and programs would be without work for more than 1/20 of the time. One program
     for each tile is then better, because the chip starts the next one whenever another one ends.
     """
-    n_pairs, n_programs = n_heads * n_tiles // 2, 8 // num_warps * n_multiprocessors
-    if n_tiles % 2 or n_pairs <= n_programs:
+    n_pairs, n_programs = n_heads * n_tiles // 2, programs * n_multiprocessors
+    if programs == 0 or n_tiles % 2 or n_pairs <= n_programs:
         return None
     most_pairs = cdiv(n_pairs, n_programs)  # of one program
     return n_programs if 20 * n_pairs >= 19 * most_pairs * n_programs else None
@@ -150,8 +173,8 @@ def one_tile_programs(n_heads: int, num_warps: int, n_multiprocessors: int) -> i
 JOIN_CONFIG = {"num_warps": 4, **COMPILE_OPTIONS}
 
 
-def decode_splits(n_key_heads: int, n_keys: int, block_n: int, n_multiprocessors: int) -> tuple[int, int]:
-    """(number of splits, keys in each): two programs for each multiprocessor, but at least 128 keys for a program."""
-    wanted = min(128, cdiv(2 * n_multiprocessors, n_key_heads), cdiv(n_keys, 128))
+def decode_splits(n_key_heads: int, n_keys: int, block_n: int, n_programs: int) -> tuple[int, int]:
+    """(number of splits, keys in each): `n_programs` in all, but at least 128 keys for each of them."""
+    wanted = min(128, cdiv(n_programs, n_key_heads), cdiv(n_keys, 128))
     split_size = cdiv(cdiv(n_keys, wanted), block_n) * block_n
     return cdiv(n_keys, split_size), split_size

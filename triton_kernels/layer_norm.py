@@ -32,7 +32,6 @@ Memory traffic in bytes for each element, in 16 bits:
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -41,11 +40,10 @@ from torch import Tensor
 
 from .dropout import keep_tile, last_dropped
 from .rounding import round_to
-from .target import COMPILE_OPTIONS, cdiv, device_of, multiprocessors, next_power_of_2
+from .target import COMPILE_OPTIONS, architecture, cdiv, device_of, multiprocessors, next_power_of_2
+from .tuned import tunable
 
 MAX_FUSED_WIDTH = 4096
-# In the backward pass: enough to keep memory busy, and few enough that adding up their partial sums takes little time.
-_PROGRAMS_PER_MULTIPROCESSOR = 4
 # For the two backward kernels of wide rows. 128 columns are whole lines of 128 bytes in every dtype.
 WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **COMPILE_OPTIONS}
 AFFINE_GRAD_CONFIG = {"ROWS": 32, "BLOCK": 128, "num_warps": 8, **COMPILE_OPTIONS}
@@ -215,20 +213,26 @@ def _block(width: int) -> int:
     return max(16, next_power_of_2(width))  # a dropout mask is drawn for four columns at a time
 
 
-@lru_cache
-def forward_config(width: int) -> dict[str, int]:
+@tunable("layer_norm.forward")
+def forward_config(width: int, arch: int) -> dict[str, int]:
     """A warp holds 1024 elements, 32 in each lane. A row of up to 1024 is in one warp, so warps exchange nothing."""
     block = _block(width)
     rows = max(1, 1024 // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 1024), **COMPILE_OPTIONS}
 
 
-@lru_cache
-def backward_config(width: int) -> dict[str, int]:
+@tunable("layer_norm.backward")
+def backward_config(width: int, arch: int) -> dict[str, int]:
     """Half as many elements in a lane as forward, because the gradient, the weight and two sums take registers, too."""
     block = _block(width)
     rows = min(32, max(1, 2048 // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 512), **COMPILE_OPTIONS}
+
+
+@tunable("layer_norm.backward", "programs")
+def backward_programs(width: int, arch: int) -> int:
+    """Programs on each multiprocessor: enough to keep memory busy, few enough that their sums are added up quickly."""
+    return 4
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -260,7 +264,7 @@ def forward(
         return y, h, stats
     rows = _rows(x)
     residual_rows = rows if residual is None else _rows(residual)
-    config = forward_config(C)
+    config = forward_config(C, architecture(x))
     with device_of(x):
         forward_kernel[(cdiv(n_rows, config["ROWS"]),)](
             rows, residual_rows, weight.contiguous(), weight if bias is None else bias.contiguous(),
@@ -313,11 +317,11 @@ def backward(
         "DROPOUT": dropout_p > 0.0,
     }
     affine = {"WRITE_GRAD_WEIGHT": needs_weight, "WRITE_GRAD_BIAS": needs_bias}
-    n_parts, column_blocks = _affine_grid(n_rows, C, multiprocessors(x))
+    n_parts, column_blocks = _affine_grid(n_rows, C, architecture(x), multiprocessors(x))
     partial = torch.empty((n_affine, n_parts, C), dtype=torch.float32, device=x.device)
     with device_of(x):
         if C <= MAX_FUSED_WIDTH:
-            config = backward_config(C)
+            config = backward_config(C, architecture(x))
             backward_kernel[(n_parts,)](*sources, grad_residual, grad_x, partial, *shared, **flags, **affine, **config)
         else:
             if write_residual or write_x:
@@ -330,10 +334,10 @@ def backward(
     return grad_residual, grad_x, partial.sum(dim=1).to(weight.dtype)
 
 
-def _affine_grid(n_rows: int, width: int, n_multiprocessors: int) -> tuple[int, int]:
+def _affine_grid(n_rows: int, width: int, arch: int, n_multiprocessors: int) -> tuple[int, int]:
     """(parts of the rows, blocks of columns): the grid of the programs that compute dweight and dbias."""
-    n_programs = n_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
+    n_programs = n_multiprocessors * backward_programs(width, arch)
     if width <= MAX_FUSED_WIDTH:
-        return min(n_programs, cdiv(n_rows, backward_config(width)["ROWS"])), 1
+        return min(n_programs, cdiv(n_rows, backward_config(width, arch)["ROWS"])), 1
     column_blocks = cdiv(width, AFFINE_GRAD_CONFIG["BLOCK"])
     return min(cdiv(n_programs, column_blocks), cdiv(n_rows, AFFINE_GRAD_CONFIG["ROWS"])), column_blocks

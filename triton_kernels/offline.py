@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from . import attention, attention_configs, layer_norm
+from . import attention, attention_configs, layer_norm, tuned
 from .target import INTERPRETING, ASTSource, GPUTarget
 
 ARCHITECTURES = (80, 90, 100)
@@ -65,11 +65,11 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
         size = 4 if dtype == "fp32" else 2
         label = f"{regime}.dropout" if dropout else regime
         flags = {"DESCRIPTORS": descriptors, "DROPOUT": dropout} | constants
-        config = attention_configs.forward_config(head_size, size, longest, descriptors, dropout)
+        config = attention_configs.forward_config(head_size, size, longest, descriptors, dropout, arch)
         yield case(f"forward.{label}", attention.forward_kernel, dtype, head_size, config, **flags)
-        config = attention_configs.grad_q_config(head_size, size, descriptors, dropout)
+        config = attention_configs.grad_q_config(head_size, size, longest, descriptors, dropout, arch)
         yield case(f"grad_q.{label}", attention.grad_q_kernel, dtype, head_size, config, **flags)
-        config = attention_configs.grad_kv_config(head_size, size, descriptors, dropout, 2, arch)
+        config = attention_configs.grad_kv_config(head_size, size, longest, descriptors, dropout, 2, arch)
         yield case(f"grad_kv.{label}", attention.grad_kv_kernel, dtype, head_size, config, **flags)
 
     for head_size in (64, 128, 256):
@@ -81,15 +81,15 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
         for head_size in (64, 128):
             for dropout in (False, True):
                 yield from three("long", "bf16", head_size, 4096, True, dropout)
-                config = attention_configs.forward_config(head_size, 2, 4096, True, dropout)
+                config = attention_configs.forward_config(head_size, 2, 4096, True, dropout, arch)
                 flags = {"DESCRIPTORS": True, "PERSISTENT": True, "DROPOUT": dropout}
                 name = "forward.long.persistent" + (".dropout" if dropout else "")
                 yield case(name, attention.forward_kernel, "bf16", head_size, config, **flags)
-        config = attention_configs.grad_kv_config(128, 2, True, False, 1, arch)
+        config = attention_configs.grad_kv_config(128, 2, 4096, True, False, 1, arch)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "group": 1}
         yield case("grad_kv.long.group1", attention.grad_kv_kernel, "bf16", 128, config, **flags)
         flags = {"DESCRIPTORS": True, "DROPOUT": False, "CAUSAL": False}
-        config = attention_configs.forward_config(80, 2, 4096, True, False)
+        config = attention_configs.forward_config(80, 2, 4096, True, False, arch)
         yield case("forward.long.full", attention.forward_kernel, "bf16", 80, config, **flags)
     if arch != 100:
         for head_size in (64, 128):
@@ -99,9 +99,9 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
     if arch == 90:
         yield from three("tf32", "fp32", 256, 4096, False, True, PRECISION="tf32")
     for head_size, rows in ((128, 32), (256, 16)):
-        config = attention_configs.decode_config(head_size, 4, rows)
+        config = attention_configs.decode_config(head_size, 4, rows, arch)
         yield case(f"decode.float32.rows{config['ROWS']}", attention.decode_kernel, "fp32", head_size, config)
-    config = attention_configs.forward_config(256, 2, 32, False, True)
+    config = attention_configs.forward_config(256, 2, 32, False, True, arch)
     yield case("forward.tiny.dropout", attention.forward_kernel, "bf16", 256, config, DROPOUT=True)
     one_tile = ((16, 128, True), (32, 128, True), (64, 64, False), (64, 64, True), (64, 32, True))
     for longest, head_size, dropout in one_tile:
@@ -115,7 +115,7 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
         name = f"one_tile_backward.t{longest}" + (".dropout" if dropout else "")
         yield case(name, attention.one_tile_backward_kernel, "bf16", head_size, config, DROPOUT=dropout)
     for head_size, rows in ((64, 8), (128, 64), (256, 8)):
-        config = attention_configs.decode_config(head_size, 2, rows)
+        config = attention_configs.decode_config(head_size, 2, rows, arch)
         yield case(f"decode.rows{config['ROWS']}", attention.decode_kernel, "bf16", head_size, config)
     for splits in (2, 128):
         config = {"SPLITS": splits, "BLOCK_D": 128, **attention_configs.JOIN_CONFIG}
@@ -127,7 +127,7 @@ def _layer_norm_cases(arch: int) -> Iterator[KernelCase]:
     affine = dict.fromkeys(("WRITE_GRAD_WEIGHT", "WRITE_GRAD_BIAS"), True)
     widths = [2**n for n in range(4, 15)] if arch == 90 else [16, 1024, 4096, 16384]
     for width in widths:
-        config = layer_norm.forward_config(width)
+        config = layer_norm.forward_config(width, arch)
         flags = {"ADD": True, "DROPOUT": True, "HAS_BIAS": True}
         yield KernelCase(f"add_layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
         flags = {"ADD": False, "DROPOUT": False, "HAS_BIAS": True}
@@ -135,7 +135,7 @@ def _layer_norm_cases(arch: int) -> Iterator[KernelCase]:
             yield KernelCase(f"layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
         if width > layer_norm.MAX_FUSED_WIDTH:
             continue
-        config = layer_norm.backward_config(width)
+        config = layer_norm.backward_config(width, arch)
         for dtype in ("bf16", "fp32") if width == layer_norm.MAX_FUSED_WIDTH else ("bf16",):
             flags = grads | affine
             name = f"add_layer_norm.backward.{dtype}.w{width}"
@@ -147,8 +147,9 @@ def _layer_norm_cases(arch: int) -> Iterator[KernelCase]:
 
 
 def cases(arch: int) -> list[KernelCase]:
-    """Every case for sm_`arch`, in a fixed order."""
-    return [*_attention_cases(arch), *_layer_norm_cases(arch)]
+    """Every case for sm_`arch`, in a fixed order, in the configurations that are chosen without a tuned table."""
+    with tuned.use(tuned.Table()):
+        return [*_attention_cases(arch), *_layer_norm_cases(arch)]
 
 
 def _signature(case: KernelCase) -> dict[str, str]:

@@ -91,11 +91,12 @@ def test_forward_and_backward(name, monkeypatch):
 
 
 def test_programs_are_persistent_where_pairs_of_tiles_share_out_evenly():
-    assert persistent_programs(192, 8, 4, 132) == 264  # 768 pairs: 2.91 for each
-    assert persistent_programs(16, 64, 8, 132) == 132
-    assert persistent_programs(192, 9, 4, 132) is None  # a tile without its pair
-    assert persistent_programs(100, 8, 4, 132) is None  # 400 pairs: half of the programs would wait
-    assert persistent_programs(12, 8, 4, 132) is None  # all tiles run at once
+    assert persistent_programs(192, 8, 2, 132) == 264  # 768 pairs: 2.91 for each
+    assert persistent_programs(16, 64, 1, 132) == 132
+    assert persistent_programs(192, 9, 2, 132) is None  # a tile without its pair
+    assert persistent_programs(100, 8, 2, 132) is None  # 400 pairs: half of the programs would wait
+    assert persistent_programs(192, 8, 0, 132) is None  # a table says so
+    assert persistent_programs(12, 8, 2, 132) is None  # all tiles run at once
 
 
 @pytest.mark.parametrize(("head_size", "scale"), [(12, 0.7), (144, 0.2)])
