@@ -179,6 +179,11 @@ def measure_kernel(case: KernelCase, arch: int) -> dict[str, int | str]:
     }
     source = ASTSource(case.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {"arch": arch, "name": case.name, **machine_code(compiled, arch)}
+
+
+def machine_code(compiled: Any, arch: int) -> dict[str, int]:
+    """The figures of a kernel that Triton compiled for sm_`arch`, as `measure_kernel` gives them."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -187,8 +192,6 @@ def measure_kernel(case: KernelCase, arch: int) -> dict[str, int | str]:
         assembly = subprocess.check_output([tools / "nvdisasm", cubin.name], encoding="utf-8") if arch == 90 else ""
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     return {
-        "arch": arch,
-        "name": case.name,
         "registers": registers,
         "spilled_bytes": stack + local,
         "shared_bytes": compiled.metadata.shared,
