@@ -15,7 +15,7 @@ begins with its formula, what it fuses and the bytes it moves:
 
 The first of these kernels that can take a call does:
 
-    forward     decode_kernel, join_splits_kernel   at most 8 queries, no dropout, keys for more than one program
+    forward     decode_kernel, join_splits_kernel   at most 8 queries, no dropout; the second one where keys are split
                 one_tile_forward_kernel             16 bits, Tq and Tk at most 64, D at most 64 (or T at most 32, D 128)
                 forward_kernel                      everything else; with tensor descriptors in 16 bits on sm_90 where
                                                     sequences are longer than `SHORT`
@@ -149,9 +149,8 @@ def forward(
         call = (D, q.element_size(), group * Tq, architecture(q))
         config, n_programs = decode_config(*call), decode_programs(*call) * multiprocessors(q)
         n_splits, split_size = decode_splits(B * Hkv, Tk, config["BLOCK_N"], n_programs)
-        if n_splits > 1:
-            _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
-            return out, lse
+        _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
+        return out, lse
     key = lse if seed is None else seed  # a kernel without dropout does not read it, but it has to be a tensor
     factors = (score_scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p))
     constants["DROPOUT"] = dropout_p > 0.0
@@ -178,16 +177,20 @@ def forward(
 
 
 def _decode(q, k, v, out, lse, n_splits, split_size, score_scale, config):
-    """Writes `out` and `lse` by two kernels: one for the splits of the keys, one that joins them."""
+    """Writes `out` and `lse` by one kernel, or, where the keys are split, by a second one that joins the splits."""
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1:3]
-    partial_out = torch.empty((n_splits, B, H, Tq, D), dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty((n_splits, B, H, Tq), dtype=torch.float32, device=q.device)
+    partial_out, partial_lse = out, lse
+    if n_splits > 1:
+        partial_out = torch.empty((n_splits, B, H, Tq, D), dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty((n_splits, B, H, Tq), dtype=torch.float32, device=q.device)
     with device_of(q):
         decode_kernel[(n_splits, B * Hkv)](
             q, k, v, partial_out, partial_lse, *_strides(q, k, v),
-            B, H, H // Hkv, Tq, Tk, split_size, score_scale, **config,
+            B, H, H // Hkv, Tq, Tk, split_size, score_scale, SPLIT=n_splits > 1, **config,
         )  # fmt: skip
+        if n_splits == 1:
+            return
         join_splits_kernel[(B * H * Tq,)](
             partial_out, partial_lse, out, lse, B * H * Tq, H, Tq, n_splits,
             HEAD_SIZE=D, BLOCK_D=config["BLOCK_D"], SPLITS=next_power_of_2(n_splits), **JOIN_CONFIG,

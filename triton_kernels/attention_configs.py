@@ -1,9 +1,9 @@
 """Attention: the launch configuration of each kernel, that is its tile sizes, warps and pipeline stages.
 
 Chosen by hand, for the calls that a tuned table (tuned.py) has no entry for. tests/kernel_budgets.toml holds every one
-of them to its registers and its shared memory; none spills registers, except for a few bytes in float32. Where the head
-size allows it, a tile is small enough for two programs on a multiprocessor, so that the softmax of one runs while the
-other one multiplies.
+of them to its registers and its shared memory; none spills registers, except for a few bytes in float32 and in decoding
+with one split. Where the head size allows it, a tile is small enough for two programs on a multiprocessor, so that the
+softmax of one runs while the other one multiplies.
 """
 
 from functools import lru_cache

@@ -54,6 +54,7 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
         wanted = (
             {"HEAD_SIZE": head_size, "CAUSAL": True, "PRECISION": "ieee"}
             | dict.fromkeys(("DESCRIPTORS", "PERSISTENT"), False)
+            | {"SPLIT": True}
             | dict.fromkeys(("GRAD_Q", "GRAD_K", "GRAD_V"), True)
             | constants
         )
@@ -117,6 +118,8 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
     for head_size, rows in ((64, 8), (128, 64), (256, 8)):
         config = attention_configs.decode_config(head_size, 2, rows, arch)
         yield case(f"decode.rows{config['ROWS']}", attention.decode_kernel, "bf16", head_size, config)
+        name = f"decode.one_split.rows{config['ROWS']}"
+        yield case(name, attention.decode_kernel, "bf16", head_size, config, SPLIT=False)
     for splits in (2, 128):
         config = {"SPLITS": splits, "BLOCK_D": 128, **attention_configs.JOIN_CONFIG}
         yield case(f"join_splits.s{splits}", attention.join_splits_kernel, "bf16", 128, config)
@@ -160,6 +163,8 @@ def _signature(case: KernelCase) -> dict[str, str]:
         elif case.descriptors and name in ("Q", "GradOut", "K", "V"):
             rows = case.constants["BLOCK_M" if name in ("Q", "GradOut") else "BLOCK_N"]
             types[name] = f"tensordesc<{case.dtype}[1,1,{rows},{case.constants['BLOCK_D']}]>"
+        elif name == "Out" and case.constants.get("SPLIT"):  # the sums of a split, which are joined in float32
+            types[name] = "*fp32"
         else:
             types[name] = _TYPES.get(name, f"*{case.dtype}")
     return types

@@ -17,7 +17,7 @@ decode, persistent_programs = kernels._decode, kernels.persistent_programs
 
 # name: (B, H, Hkv, Tq, Tk, D, causal, dropout, dtype)
 CASES = {
-    "one token": (1, 2, 2, 1, 1, 16, True, 0.0, torch.float32),
+    "one token, dropout": (1, 2, 2, 1, 1, 16, True, 0.5, torch.float32),
     "odd length, odd head size": (1, 2, 2, 37, 37, 5, True, 0.0, torch.float32),
     "head size 80, grouped heads": (2, 4, 2, 19, 19, 80, True, 0.0, torch.float32),
     "full, whole tiles and a rest": (1, 1, 1, 33, 47, 32, False, 0.0, torch.float32),
@@ -50,8 +50,14 @@ CASES = {
     "long, persistent, full, dropout": (2, 1, 1, 500, 280, 16, False, 0.3, torch.bfloat16),
     "long, odd head size: no descriptors": (1, 1, 1, 260, 260, 20, True, 0.0, torch.bfloat16),
 }
-# Decoding: 1 to 8 queries against a long cache, split over keys.
+# Decoding: 1 to 8 queries against a cache, split over keys. With 4 key heads or more, or few keys, there is one split.
 CASES |= {
+    "decode one token": (1, 2, 2, 1, 1, 16, True, 0.0, torch.float32),
+    "decode one split, grouped heads": (2, 6, 3, 1, 150, 20, True, 0.0, torch.float16),
+    "decode one split, many heads, half": (3, 4, 2, 5, 140, 64, True, 0.0, torch.bfloat16),
+    "decode one split, full": (2, 2, 2, 8, 131, 33, False, 0.0, torch.float32),
+    "decode one split, blind rows": (1, 2, 1, 8, 5, 16, True, 0.0, torch.float32),
+    "decode one split, head size 256": (4, 1, 1, 2, 40, 256, True, 0.0, torch.bfloat16),
     "decode one query": (1, 4, 1, 1, 150, 32, True, 0.0, torch.float32),
     "decode one query, half": (2, 2, 1, 1, 290, 64, True, 0.0, torch.bfloat16),
     "decode three queries, grouped": (1, 6, 2, 3, 270, 80, True, 0.0, torch.float16),
@@ -74,8 +80,8 @@ def heads(B, H, T, D, dtype, layout="bhtd"):
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward(name, monkeypatch):
-    decoded, persistent = [], []
-    monkeypatch.setattr(kernels, "_decode", lambda *args: (decoded.append(name), decode(*args)))
+    decoded, persistent = [], []  # into how many splits, and by how many programs
+    monkeypatch.setattr(kernels, "_decode", lambda *args: (decoded.append(args[5]), decode(*args)))
     spy = lambda *args: persistent.append(persistent_programs(*args)) or persistent[-1]  # noqa: E731
     monkeypatch.setattr(kernels, "persistent_programs", spy)
     B, H, Hkv, Tq, Tk, D, causal, dropout_p, dtype = CASES[name]
@@ -87,6 +93,9 @@ def test_forward_and_backward(name, monkeypatch):
     check_against_oracle("attention", inputs, [heads(B, H, Tq, D, dtype)], dtype, **options)
     assert bool(decoded) == (name.startswith("decode") and dropout_p == 0.0)
     if DEVICE == "cpu":
+        assert not decoded or (set(decoded) == {1}) == (
+            name.startswith("decode one split") or name == "decode one token"
+        )
         assert any(persistent) == ("persistent" in name)
 
 
