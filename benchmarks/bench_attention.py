@@ -53,6 +53,9 @@ class AttentionShape(OpShape):
     def few(self) -> Self:
         return replace(self, B=1, T=min(self.T, 384))
 
+    def tiny(self) -> Self:
+        return replace(self, B=1, H=4, Hkv=2 if self.Hkv else 0, T=min(self.T, 40))
+
     def elements_moved(self, backward: bool) -> int:
         q, k, v = (H * T for H, T in self.heads_and_tokens.values())
         elements = 2 * q + k + v  # q, out; k, v

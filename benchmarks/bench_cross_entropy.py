@@ -29,6 +29,9 @@ class CrossEntropyShape(OpShape):
     def few(self) -> Self:
         return replace(self, rows=64)
 
+    def tiny(self) -> Self:
+        return replace(self, rows=4)
+
     def elements_moved(self, backward: bool) -> int:
         passes = 2 if backward else 1  # the logits once; their gradient once
         return passes * self.rows * self.V

@@ -38,6 +38,9 @@ class EmbeddingShape(OpShape):
     def few(self) -> Self:
         return replace(self, B=2, T=min(self.T, 256), V=min(self.V, 5003))
 
+    def tiny(self) -> Self:
+        return replace(self, B=1, T=16, V=503)
+
     def elements_moved(self, backward: bool) -> int:
         tokens = self.B * self.T
         rows = 2 * tokens  # read from the table, written to the output

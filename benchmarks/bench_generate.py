@@ -6,6 +6,7 @@ FastGPT and transformers keep the keys and values of earlier tokens; nanoGPT com
 import contextlib
 import copy
 from dataclasses import dataclass, replace
+from typing import Self
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ PROMPT = 16
 @dataclass(frozen=True)
 class GenerationShape(ModelShape):
     new: int = 64
+
+    def tiny(self) -> Self:
+        return replace(super().tiny(), new=3)
 
     def __str__(self) -> str:
         return f"L{self.L} H{self.H} C{self.C} V{self.V}, prompt {PROMPT}, {self.new} new tokens"

@@ -33,6 +33,9 @@ class LayerNormShape(OpShape):
     def few(self) -> Self:
         return replace(self, rows=256)
 
+    def tiny(self) -> Self:
+        return replace(self, rows=8)
+
     def elements_moved(self, backward: bool) -> int:
         passes = 5 if backward else 2  # x, y; and dy, x, dx
         return passes * self.rows * self.width

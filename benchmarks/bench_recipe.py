@@ -1,4 +1,6 @@
-"""nanoGPT's character recipe from beginning to end, as `fastgpt train` runs it: how long it trains, and to which loss.
+"""nanoGPT's character recipe, as `fastgpt train` runs it: how long it trains, and to which loss.
+
+On a CPU it runs to its end; on a GPU, until the validation loss is the one that nanoGPT's README names.
 
 The run takes place in this process. Its time is `elapsed_s` of its metrics.jsonl: the training steps and the drawing of
 their batches, without start-up, evaluation, checkpoints and the picture of the loss. One run is one round: it has no
@@ -7,8 +9,10 @@ spread, and only the loss in nanoGPT's README to compare with.
 It takes minutes, so it runs only where its text is asked for by name: --data tinyshakespeare, or a file of that name.
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Self
 
 import pytest
 
@@ -21,30 +25,54 @@ from fastgpt.training.run_folder import read_metrics
 from fastgpt.training.runs import start
 
 
-@pytest.mark.shapes(cpu=["shakespeare-char-cpu"], cuda=["shakespeare-char"])
+@dataclass(frozen=True)
+class Recipe:
+    """A preset, trained to its end, or until the validation loss is `loss`, in nats per token."""
+
+    preset: str
+    loss: float | None = None
+    is_tiny: bool = False  # one thin block and two steps, for a rehearsal
+
+    def __str__(self) -> str:
+        return self.preset if self.loss is None else f"{self.preset} to {self.loss} nats"
+
+    def tiny(self) -> Self:
+        return replace(self, is_tiny=True)
+
+    def configs(self, vocab_size: int, device: str) -> tuple[GPTConfig, TrainConfig]:
+        model, train = preset(self.preset)
+        if self.is_tiny:
+            model = model | {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
+            train = train | {"max_steps": 2, "eval_batches": 1, "batch_size": 2}
+        return (
+            GPTConfig(vocab_size=vocab_size, **model),
+            TrainConfig(**train | {"device": device, "target_loss": self.loss}),
+        )
+
+
+@pytest.mark.shapes(cpu=[Recipe("shakespeare-char-cpu")], cuda=[Recipe("shakespeare-char", 1.4697)])
 def bench_recipe(run_work, setting, shape):
     if setting.quick or Path(setting.data).stem != "tinyshakespeare":
         pytest.skip("it takes minutes: ask for it by --data tinyshakespeare, without --quick")
     run_work(recipe_work(setting, shape, Corpus.load(setting.data)))
 
 
-def recipe_work(setting: Setting, name: str, corpus: Corpus) -> Work:
-    model_settings, train_settings = preset(name)
+def recipe_work(setting: Setting, recipe: Recipe, corpus: Corpus) -> Work:
+    config, train_config = recipe.configs(corpus.tokenizer.vocab_size, setting.device.type)
     extra: dict[str, float] = {}
 
     def train() -> float:
         """Seconds of training, as metrics.jsonl counts them: without evaluation."""
-        config = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **model_settings)
-        train_config = TrainConfig(**train_settings, device=setting.device.type)
         with TemporaryDirectory() as out:
             start(out, config=config, train_config=train_config, corpus=corpus).run()
             last = [row for row in read_metrics(Path(out) / "metrics.jsonl") if row["split"] == "val"][-1]
         extra.update(val_loss=round(last["loss"], 4), steps=last["step"])
         return last["elapsed_s"]
 
-    shape = ModelShape.of_preset(name, corpus.tokenizer.vocab_size)
+    sizes = config.block_size, config.n_layer, config.n_head, config.n_embd, config.vocab_size
+    shape = ModelShape(train_config.batch_size, *sizes, config.dropout)
     return Work(
-        op="recipe", shape=name, direction="train", dtype=setting.dtype_name, contenders={OURS: train},
+        op="recipe", shape=str(recipe), direction="train", dtype=setting.dtype_name, contenders={OURS: train},
         error_ratio=lambda _: model_error_ratio(fastgpt_model(shape)[0].to(setting.device), shape),
         extra={OURS: extra}, reports_seconds=True, min_rounds=1,
     )  # fmt: skip

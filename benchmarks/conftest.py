@@ -7,7 +7,8 @@ contender of a comparison), --benchmark-min-rounds, --benchmark-min-time; with -
 and nothing is timed.
 
 A benchmark lists its shapes by kind of device, `@pytest.mark.shapes(cpu=[...], cuda=[...])`, and runs once for each
-(argument `shape`); --quick takes the first.
+(argument `shape`); --quick takes the first. --rehearse takes what a GPU would measure, made small, and runs it on the
+CPU with a clock that is false, to see before a GPU is rented that everything runs; the rows name no device.
 """
 
 import copy
@@ -29,12 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     group.addoption("--rows", metavar="FILE", help="JSON lines; default: benchmarks/results/<device>.jsonl")
     group.addoption("--quick", action="store_true", help="the first shape of each benchmark, few rounds")
+    group.addoption("--rehearse", action="store_true", help="a GPU's shapes made small, on the CPU, with a false clock")
     group.addoption("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT, to compare with")
     group.addoption("--lecture", metavar="FILE", help="gpt.py of karpathy/ng-video-lecture, to compare with")
     group.addoption("--data", metavar="TEXT", default="shakespeare", help="what to train on, as in `fastgpt train`")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.rehearse:
+        config.option.device = "cpu"
     if config.option.device == "auto":
         config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.option.device == "cuda" and not torch.cuda.is_available():
@@ -50,24 +54,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.option
     if marked := metafunc.definition.get_closest_marker("shapes"):
         shapes = marked.kwargs[option.device]
+        if option.rehearse:
+            shapes = list(dict.fromkeys(shape.tiny() for shape in marked.kwargs["cuda"] if hasattr(shape, "tiny")))
         metafunc.parametrize("shape", shapes[:1] if option.quick else shapes, ids=str)
 
 
 @pytest.fixture(scope="session")
 def setting(pytestconfig: pytest.Config) -> Setting:
     option = pytestconfig.option
+    seconds, rounds = float(option.benchmark_max_time), option.benchmark_min_rounds
+    if option.rehearse:
+        seconds, rounds = 0.0, 1
+    elif option.quick:
+        seconds, rounds = 0.2, min(3, rounds)
     return Setting(
         device=torch.device(option.device), quick=option.quick, nanogpt=option.nanogpt, lecture=option.lecture,
-        data=option.data, seconds=0.2 if option.quick else float(option.benchmark_max_time),
-        min_rounds=min(3, option.benchmark_min_rounds) if option.quick else option.benchmark_min_rounds,
-        min_time=float(option.benchmark_min_time),
+        data=option.data, seconds=seconds, min_rounds=rounds, min_time=float(option.benchmark_min_time),
+        rehearsal=option.rehearse,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def suite(pytestconfig: pytest.Config, setting: Setting) -> Suite:
-    path = pytestconfig.option.rows
-    path = Path(path).absolute() if path else default_rows(setting.device)
+    asked = pytestconfig.option.rows
+    path = Path(asked).absolute() if asked else None if setting.rehearsal else default_rows(setting.device)
     return pytestconfig.stash.setdefault(SUITE, Suite(setting, path))
 
 

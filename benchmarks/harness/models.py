@@ -7,7 +7,7 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +47,10 @@ class ModelShape:
     def __str__(self) -> str:
         dropout = f", dropout {self.dropout}" if self.dropout else ""
         return f"B{self.B} T{self.T} L{self.L} H{self.H} C{self.C} V{self.V}{dropout}"
+
+    def tiny(self) -> Self:
+        """The same model with one thin block, on one short sequence."""
+        return replace(self, B=1, T=min(self.T, 40), L=1, C=8 * self.H, V=min(self.V, 500))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class OpShape:
         """The same case with fewer rows, which the float64 oracle computes in little time."""
         raise NotImplementedError
 
+    def tiny(self) -> Self:
+        """The same case for a rehearsal, which takes no time on a CPU."""
+        return self.few()
+
     def peers(self, device: torch.device) -> Makers:
         raise NotImplementedError
 
@@ -109,6 +113,7 @@ def op_work(setting: Setting, shape: OpShape, direction: str) -> Work:
         op=shape.op, shape=str(shape), direction=direction, dtype=setting.dtype_name, backend=taken.backend,
         contenders=contenders, error_ratio=error_ratio_of, absent=absent, remark=_fallback(setting.device.type, taken),
         n_bytes=shape.elements_moved(backward) * setting.dtype.itemsize, flops=shape.flops(backward),
+        one_call=True,
     )  # fmt: skip
 
 

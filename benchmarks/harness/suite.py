@@ -17,9 +17,11 @@ from fastgpt import machine
 from fastgpt.benchmarks.publish.rows import OURS, Row, Run, write
 
 from . import measure
-from .measure import Call, Ceilings
+from .host import HostTimes, captured, host_times
+from .measure import Call, Ceilings, Clock
 
 MAX_ERROR_RATIO = 2.0
+REHEARSAL = "rehearsal, not a measurement"  # the device of its rows
 MAX_PEER_ERROR_RATIO = 20.0  # a peer may be less accurate; beyond this it does not compute the same thing
 
 
@@ -39,6 +41,11 @@ class Setting:
     nanogpt: str | None = None
     lecture: str | None = None
     data: str = "shakespeare"
+    rehearsal: bool = False  # small shapes and a false clock, to see that everything runs; the rows say so
+
+    @property
+    def clock(self) -> Clock:
+        return measure.rehearsed_clock if self.rehearsal else measure.clock_of(self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,6 +79,7 @@ class Work:
     # A call returns its own seconds, as of a process that it starts: there are `min_rounds` rounds and no warm-up, and
     # memory is not measured.
     reports_seconds: bool = False
+    one_call: bool = False  # of an op: on a GPU the host's share is measured, too
 
 
 class Suite:
@@ -83,6 +91,8 @@ class Suite:
         self.absent: dict[str, dict[str, str]] = {}
         self.remarks: list[str] = []
         self.facts = machine.facts(setting.device)
+        if setting.rehearsal:
+            self.facts |= {"device": REHEARSAL, "cuda": "none"}
         self.ceilings: Ceilings | None = None
 
     def measure_contenders(self, work: Work) -> dict[str, list[float]]:
@@ -96,17 +106,32 @@ class Suite:
             peaks = {}
         else:
             rounds |= {"seconds": setting.seconds, "min_time": setting.min_time, "warmups": work.warmups}
-            times = measure.interleave(contenders, measure.clock_of(device), **rounds)
+            times = measure.interleave(contenders, setting.clock, **rounds)
             peaks = {name: measure.peak_bytes(call, device) for name, call in contenders.items()}
-        self.rows += self.make_rows(work, times, error_ratios, peaks)
+        self.rows += self.make_rows(work, times, error_ratios, peaks, self._host_times(work, contenders))
         if self.path is not None:
             ops = list(dict.fromkeys(row.op for row in self.rows))
             run = Run(ops=ops, ceilings=dataclasses.asdict(self.ceilings), absent=self.absent, **self.facts)
             write(self.path, self.rows, run)
         return times
 
+    def _host_times(self, work: Work, contenders: dict[str, Call]) -> dict[str, HostTimes]:
+        if not work.one_call or not (self.setting.rehearsal or self.setting.device.type == "cuda"):
+            return {}
+        clock, capture = measure.rehearsed_clock, lambda call: call
+        if not self.setting.rehearsal:
+            clock, capture = measure.DeviceClock(overwrites_cache=False), captured
+        found = {name: host_times(call, clock, capture) for name, call in contenders.items()}
+        reasons = {name: times.reason for name, times in found.items() if times.reason}
+        case = f"{work.op} {work.shape}, {work.direction}"
+        self.remarks += [f"{case}: {name} has no graph: {reason}" for name, reason in reasons.items()]
+        return found
+
     def _measure_ceilings_again(self) -> None:
         """Before each comparison. The best of the run counts, for the rows that are there already too."""
+        if self.setting.rehearsal:
+            self.ceilings = Ceilings(bytes_per_s=1e9, flops_per_s=1e9, dtype=self.setting.dtype_name)
+            return
         now = measure.measure_ceilings(self.setting.device)
         self.ceilings = now if self.ceilings is None else self.ceilings.or_better(now)
         for row in self.rows:
@@ -135,7 +160,12 @@ class Suite:
         return present, ratios
 
     def make_rows(
-        self, work: Work, times: dict[str, list[float]], errors: dict[str, float | None], peaks: dict[str, int | None]
+        self,
+        work: Work,
+        times: dict[str, list[float]],
+        errors: dict[str, float | None],
+        peaks: dict[str, int | None],
+        hosts: dict[str, HostTimes],
     ) -> list[Row]:
         """One row per contender, FastGPT's first."""
         facts = self.facts | {"clocks_mhz": machine.clocks_mhz(self.setting.device)}
@@ -146,11 +176,13 @@ class Suite:
             is_ours = name == OURS
             against = best if is_ours else name
             ratio = None if against is None else measure.ratio_of(times[against], times[OURS])
+            host = hosts.get(name)
             rows.append(Row(
                 op=work.op, shape=work.shape, dtype=work.dtype, direction=work.direction, implementation=name,
                 backend=work.backend if is_ours else None, rounds=len(times[name]),
                 median_ms=_digits(seconds.median * 1e3), p20_ms=_digits(seconds.p20 * 1e3),
-                p80_ms=_digits(seconds.p80 * 1e3), ratio=_digits(ratio and ratio.median),
+                p80_ms=_digits(seconds.p80 * 1e3), eager_ms=_digits(host and host.eager * 1e3),
+                graph_ms=_digits(host and host.replayed and host.replayed * 1e3), ratio=_digits(ratio and ratio.median),
                 ratio_p20=_digits(ratio and ratio.p20), ratio_p80=_digits(ratio and ratio.p80),
                 best_peer=best if is_ours else None, verdict=measure.verdict_of(ratio) if ratio else None,
                 bytes=work.n_bytes, flops=work.flops,

@@ -161,6 +161,9 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
     return [
         ("backend", lambda row: row.backend),
         ("fastgpt ms", cells.milliseconds),
+        ("without hiding the host", lambda row: cells.short(row.eager_ms)),
+        ("as a graph", lambda row: cells.short(row.graph_ms)),
+        ("host's share", lambda row: cells.percent(row.host_share)),
         *rates,
         ("of the roofline", lambda row: cells.percent(row.roofline_fraction)),
         ("peak MB", lambda row: cells.short(row.peak_bytes and row.peak_bytes / 1e6)),

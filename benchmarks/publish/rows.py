@@ -1,7 +1,8 @@
 """The rows that the suite writes: what a line says, and the files of them.
 
 A file holds JSON lines. Each is one implementation in one comparison (`Row`) or one run of the suite (`Run`). It has
-every field of its class in the order in which they are listed here, then those of `Line`; what is not known is null.
+every field of its class in the order in which they are listed here, then those of `Line`; what is not known is null,
+and a field that is `known_on_gpus` is then left out.
 
 Files travel: they come from another machine, from another version, or from an upload that broke off. So each line is
 checked when it is read, and an error names its file and line.
@@ -42,6 +43,11 @@ class CaseKey(NamedTuple):
     direction: str
 
 
+def known_on_gpus() -> Any:
+    """A field that a line has only where it is known: most rows have none, and older ones cannot have it."""
+    return field(default=None, metadata={"left out": True})
+
+
 # --- the schema: a field's type is what a line is checked against, see EXPECTED --------------------------------------
 
 
@@ -75,6 +81,9 @@ class Line:
 
     def to_json(self) -> str:
         values = {f.name: getattr(self, f.name) for f in _schema(type(self))}
+        for f in _schema(type(self)):
+            if values[f.name] is None and f.metadata.get("left out"):
+                del values[f.name]
         facts = {f.name: values.pop(f.name) for f in _schema(Line)}
         return json.dumps({"kind": self.kind, **values, **facts, **self.other_keys})
 
@@ -95,6 +104,9 @@ class Row(Line):
     p20_ms: float | None = None
     p80_ms: float | None = None
     rounds: float | None = None
+    # On a GPU, of calls that follow each other; in the times above, preparing a call is hidden (harness/host.py).
+    eager_ms: float | None = known_on_gpus()
+    graph_ms: float | None = known_on_gpus()  # the same calls, replayed as a CUDA graph
     # A peer's time over FastGPT's, taken inside each round; in a row of FastGPT that of its best peer.
     ratio: float | None = None
     ratio_p20: float | None = None
@@ -107,6 +119,13 @@ class Row(Line):
     peak_bytes: float | None = None  # how far memory rises during one call, its results included
     parity_error_ratio: float | None = None  # error over (PyTorch's error + tolerance / 2); up to 2 passes
     extra: dict = field(default_factory=dict)  # more figures by name: tokens_per_s, tflop_per_s, gb_per_s, val_loss
+
+    @property
+    def host_share(self) -> float | None:
+        """The part of `eager_ms` in which the GPU waits for the host."""
+        if not self.eager_ms or self.graph_ms is None:
+            return None
+        return max(0.0, 1.0 - self.graph_ms / self.eager_ms)
 
     @property
     def case(self) -> CaseKey:

@@ -118,11 +118,11 @@ def test_the_recipe_is_a_training_run_and_its_last_validation(tmp_path, monkeypa
     setting = Setting(torch.device("cpu"), data=str(text))
     suite = Suite(setting, tmp_path / "rows.jsonl")
     monkeypatch.setattr(measure, "measure_ceilings", lambda device: measure.Ceilings(1e10, 1e11, "float32"))
-    bench_recipe.bench_recipe(suite.measure_contenders, setting, "shakespeare-char-cpu")
+    bench_recipe.bench_recipe(suite.measure_contenders, setting, bench_recipe.Recipe("shakespeare-char-cpu"))
     (row,) = rows.read([tmp_path / "rows.jsonl"]).rows
     assert (row.op, row.shape, row.rounds) == ("recipe", "shakespeare-char-cpu", 1)
     assert row.median_ms > 0 and row.extra["steps"] == 4 and 0 < row.extra["val_loss"] < 10
     assert row.parity_error_ratio <= 2.0
     for other in (Setting(torch.device("cpu"), data="shakespeare"), Setting(torch.device("cpu"), quick=True)):
         with pytest.raises(pytest.skip.Exception, match="it takes minutes"):
-            bench_recipe.bench_recipe(suite.measure_contenders, other, "shakespeare-char-cpu")
+            bench_recipe.bench_recipe(suite.measure_contenders, other, bench_recipe.Recipe("shakespeare-char-cpu"))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgpt.benchmarks.harness import measure
+from fastgpt.benchmarks.harness import host, measure
 from fastgpt.benchmarks.publish.rows import Spread
 
 CPU = torch.device("cpu")
@@ -109,3 +109,32 @@ def test_peak_memory_is_what_a_call_adds_however_often_it_ran():
         pytest.skip("resident memory cannot be read from /proc here")
     for _ in range(3):
         assert 30 << 20 < measure.peak_bytes(call, CPU) < 40 << 20
+
+
+def host_clock(calls, iterations):
+    """Every call returns the seconds that it takes."""
+    return [sum(call() for _ in range(n)) for call, n in zip(calls, iterations, strict=True)]
+
+
+def test_the_host_is_what_a_replay_does_without():
+    captured = lambda call: lambda: host.CALLS * 0.25  # noqa: E731
+    assert host.host_times(lambda: 1.0, host_clock, captured) == host.HostTimes(1.0, 0.25)
+
+
+def test_a_call_that_cannot_be_captured_says_why():
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    found = host.host_times(lambda: 1.0, host_clock, refuse)
+    assert found == host.HostTimes(1.0, None, "operation not permitted when stream is capturing")
+
+
+def test_short_calls_are_timed_many_at_once():
+    counts = []
+
+    def clock(calls, iterations):
+        counts.append(iterations[-1])
+        return [1e-4 * n for n in iterations]
+
+    host.host_times(lambda: None, clock, lambda call: call)
+    assert counts[1:6] == [201] * host.ROUNDS, "20 ms of 0.1 ms, in whole turns of three"

@@ -38,7 +38,7 @@ def test_rows_say_who_is_faster(run):
     times = {"fastgpt": [1.0, 2.0, 1.0], "A": [2.0, 4.0, 2.0], "B": [0.5, 4.0, 0.5]}
     done = work(n_bytes=1e9, flops=1e9, tokens=10, backend="native")
     run.ceilings = CEILINGS
-    ours, a, b = run.make_rows(done, times, {"fastgpt": 0.5}, {"A": 7})
+    ours, a, b = run.make_rows(done, times, {"fastgpt": 0.5}, {"A": 7}, {})
     assert (ours.implementation, ours.backend, ours.best_peer) == ("fastgpt", "native", "B")
     assert (ours.ratio, ours.verdict) == (0.5, "noise")
     assert (a.ratio, a.ratio_p20, a.verdict, a.best_peer, a.backend) == (2.0, 2.0, "faster", None, None)
@@ -56,9 +56,9 @@ def test_without_peers_there_is_no_ratio(run):
 
 def test_every_line_has_every_key_the_facts_of_the_machine_last(run):
     facts, run.ceilings = machine.facts(CPU), CEILINGS
-    (row,) = run.make_rows(work(), {"fastgpt": [1.0]}, {}, {})
+    (row,) = run.make_rows(work(), {"fastgpt": [1.0]}, {}, {}, {})
     assert list(json.loads(row.to_json()))[-len(facts) :] == list(facts)
-    keys = {field.name for field in dataclasses.fields(rows.Row)} - {"other_keys"}
+    keys = {field.name for field in dataclasses.fields(rows.Row)} - {"other_keys", "eager_ms", "graph_ms"}
     assert set(json.loads(row.to_json())) == keys | {"kind"}
     assert list(json.loads(rows.Run(**facts).to_json())) == ["kind", "ops", "ceilings", "absent", *facts]
 
@@ -95,3 +95,19 @@ def test_peers_that_are_not_here_say_why(tmp_path):
             shape.peers(CPU)[peer]()
     with pytest.raises(peers.Absent, match="flash-attn is not installed"):
         peers.import_peer("package_that_is_nowhere", "flash-attn")
+
+
+def test_a_rehearsal_runs_everything_and_its_rows_name_no_device(tmp_path):
+    ran = []
+    calls = {name: lambda name=name: ran.append(name) for name in ("fastgpt", "torch")}
+    setting = suite.Setting(CPU, seconds=0.0, min_rounds=1, rehearsal=True)
+    session = suite.Suite(setting, tmp_path / "rows.jsonl")
+    session.measure_contenders(work(contenders=calls, one_call=True, n_bytes=1e3))
+    found = rows.read([tmp_path / "rows.jsonl"])
+    assert found.machines() == ["rehearsal, not a measurement"] and set(ran) == {"fastgpt", "torch"}
+    assert [(row.median_ms, row.eager_ms, row.graph_ms) for row in found.rows] == [(1.0, 1.0, 0.33333)] * 2
+
+
+def test_on_a_cpu_no_row_has_a_graph(run):
+    run.measure_contenders(work(one_call=True))
+    assert all("graph_ms" not in json.loads(row.to_json()) for row in run.rows)

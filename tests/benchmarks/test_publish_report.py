@@ -89,3 +89,12 @@ def test_rows_with_nothing_but_a_time_make_a_report(tmp_path):
 def test_no_rows_is_an_error(tmp_path):
     with pytest.raises(rows.ResultsError, match="no rows"):
         report.write(rows.read([write(tmp_path / "rows.jsonl", run_line())]), tmp_path / "out")
+
+
+def test_the_hosts_share_has_its_columns_where_it_is_known(tmp_path):
+    gpu = row(device="A GPU", cuda="13.0", eager_ms=0.2, graph_ms=0.05)
+    text = report.markdown(rows.read([write(tmp_path / "rows.jsonl", gpu, row())]))
+    with_host, without = text.split("\n## A CPU")
+    columns = ("without hiding the host", "as a graph", "host's share")
+    assert all(column in with_host and column not in without for column in columns)
+    assert "0.2 | 0.05 | 75 %" in " | ".join(cells_of(with_host)[-1])

@@ -83,3 +83,13 @@ def test_a_row_replaces_the_one_it_repeats(tmp_path):
     found = rows.read([path])
     assert [(r.op, r.shape, r.median_ms) for r in found.rows] == [("a", "2", 2.0), ("b", "1", 3.0), ("a", "1", 4.0)]
     assert [r.threads for r in found.runs] == [2, 3]
+
+
+def test_the_hosts_share_is_in_the_rows_that_know_it():
+    known = json.dumps(row(eager_ms=0.2, graph_ms=0.05, cuda="13.0"))
+    assert rows.from_json(known).host_share == pytest.approx(0.75)
+    written = json.loads(rows.from_json(known).to_json())
+    assert (written["eager_ms"], written["graph_ms"]) == (0.2, 0.05)
+    older = rows.from_json(json.dumps(row()))
+    assert older.host_share is None and "eager_ms" not in json.loads(older.to_json())
+    assert rows.from_json(json.dumps(row(eager_ms=1.0, graph_ms=1.2))).host_share == 0.0
