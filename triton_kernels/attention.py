@@ -94,22 +94,24 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _takes_descriptors(longest: int, *tensors: Tensor) -> bool:
-    """Whether the kernels load their tiles through tensor descriptors, by the Tensor Memory Accelerator of sm_90.
-
-    Making a descriptor takes microseconds, which it saves only where sequences are long. The accelerator needs
-    addresses and strides that are multiples of 16 bytes.
-    """
+    """Whether the kernels load their tiles through tensor descriptors, which need aligned addresses and strides."""
     x = tensors[0]
-    return (
-        longest > SHORT
-        and x.element_size() == 2
-        and x.shape[3] <= 128
-        and architecture(x) // 10 == 9
-        and all(
-            t.data_ptr() % 16 == 0 and all(s > 0 and s * t.element_size() % 16 == 0 for s in t.stride()[:3])
-            for t in tensors
-        )
+    return _has_descriptors(longest, x.shape[3], x.element_size(), architecture(x)) and all(
+        is_aligned(t.data_ptr(), t.stride(), t.element_size()) for t in tensors
     )
+
+
+def _has_descriptors(longest: int, head_size: int, element_size: int, arch: int) -> bool:
+    """Whether tensor descriptors serve such a call: tiles are loaded by the Tensor Memory Accelerator of sm_90.
+
+    Making a descriptor takes microseconds, which it saves only where sequences are long.
+    """
+    return longest > SHORT and element_size == 2 and head_size <= 128 and arch // 10 == 9
+
+
+def is_aligned(address: int, strides: tuple[int, ...], element_size: int) -> bool:
+    """Whether the address and the strides of (B, H, T, D) are the multiples of 16 bytes that the accelerator needs."""
+    return address % 16 == 0 and all(s > 0 and s * element_size % 16 == 0 for s in strides[:3])
 
 
 def _section(n_keys: int, head_size: int, element_size: int) -> int:
@@ -146,9 +148,9 @@ def forward(
     score_scale = scale * math.log2(math.e)
     constants = {"HEAD_SIZE": D, "CAUSAL": is_causal, "PRECISION": _precision(q.dtype)}
     if dropout_p == 0.0 and fits_decode_tile(D, q.element_size(), Tq, group):
-        call = (D, q.element_size(), group * Tq, architecture(q))
-        config, n_programs = decode_config(*call), decode_programs(*call) * multiprocessors(q)
-        n_splits, split_size = decode_splits(B * Hkv, Tk, config["BLOCK_N"], n_programs)
+        config, n_splits, split_size = _decode_plan(
+            B * Hkv, group * Tq, Tk, D, q.element_size(), architecture(q), multiprocessors(q)
+        )
         _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
         return out, lse
     key = lse if seed is None else seed  # a kernel without dropout does not read it, but it has to be a tensor
@@ -163,17 +165,32 @@ def forward(
         return out, lse
     descriptors = _takes_descriptors(max(Tq, Tk), q, k, v)
     call = (D, q.element_size(), max(Tq, Tk), descriptors, dropout_p > 0.0, architecture(q))
-    config = forward_config(*call)
-    n_tiles, n_programs = cdiv(Tq, config["BLOCK_M"]), None
-    if descriptors:
-        n_programs = persistent_programs(B * H, n_tiles, forward_programs(*call), multiprocessors(q))
+    config, n_programs = _tiled_plan(B * H, Tq, call, multiprocessors(q))
     with device_of(q):
-        forward_kernel[(n_programs or B * H * n_tiles,)](
+        forward_kernel[(n_programs or B * H * cdiv(Tq, config["BLOCK_M"]),)](
             *_kernel_inputs((q,), (k, v), descriptors, config), out, lse, key, *_strides(q, k, v),
             B, H, group, Tq, Tk, _section(Tk, D, q.element_size()), *factors,
             DESCRIPTORS=descriptors, PERSISTENT=n_programs is not None, **constants, **config,
         )  # fmt: skip
     return out, lse
+
+
+def _decode_plan(
+    n_key_heads: int, n_rows: int, n_keys: int, head_size: int, element_size: int, arch: int, n_multiprocessors: int
+) -> tuple[dict[str, int], int, int]:
+    """(configuration, number of splits, keys in each) of `decode_kernel`."""
+    call = (head_size, element_size, n_rows, arch)
+    config = decode_config(*call)
+    return config, *decode_splits(n_key_heads, n_keys, config["BLOCK_N"], decode_programs(*call) * n_multiprocessors)
+
+
+def _tiled_plan(n_heads: int, n_queries: int, call: tuple, n_multiprocessors: int) -> tuple[dict[str, int], int | None]:
+    """(configuration, persistent programs or None) of `forward_kernel`; `call` is what `forward_config` takes."""
+    config, descriptors = forward_config(*call), call[3]
+    if not descriptors:
+        return config, None
+    n_tiles = cdiv(n_queries, config["BLOCK_M"])
+    return config, persistent_programs(n_heads, n_tiles, forward_programs(*call), n_multiprocessors)
 
 
 def _decode(q, k, v, out, lse, n_splits, split_size, score_scale, config):
@@ -256,3 +273,46 @@ def backward(
                 B, H, group, Tq, Tk, section, *factors, GRAD_K=needs_k, GRAD_V=needs_v, **constants, **config,
             )  # fmt: skip
     return grad_q, grad_k, grad_v
+
+
+# --- which kernels a call takes ---------------------------------------------------------------------------------------
+
+
+def kernels_of_call(
+    B: int,
+    H: int,
+    Hkv: int,
+    Tq: int,
+    Tk: int,
+    D: int,
+    element_size: int,
+    dropout: bool,
+    aligned: bool,
+    arch: int,
+    n_multiprocessors: int,
+) -> tuple[str, str]:
+    """In words, the kernels and configurations of `forward` and of `backward`; `aligned`: see `is_aligned`."""
+    group, longest = H // Hkv, max(Tq, Tk)
+    descriptors = aligned and _has_descriptors(longest, D, element_size, arch)
+    one_tile = one_tile_backward_config(D, element_size, longest, dropout, arch)
+    if one_tile is not None:
+        backward = _in_words("one tile", one_tile)
+    else:
+        of_q = grad_q_config(D, element_size, longest, descriptors, dropout, arch)
+        of_kv = grad_kv_config(D, element_size, longest, descriptors, dropout, group, arch)
+        backward = f"{_in_words('dQ', of_q, descriptors)}; {_in_words('dK and dV', of_kv, descriptors)}"
+    if not dropout and fits_decode_tile(D, element_size, Tq, group):
+        config, n_splits, _ = _decode_plan(B * Hkv, group * Tq, Tk, D, element_size, arch, n_multiprocessors)
+        return f"{_in_words('decode', config)}, splits up to {next_power_of_2(n_splits)}", backward
+    config = one_tile_forward_config(D, element_size, longest, dropout, arch)
+    if config is not None:
+        return _in_words("one tile", config), backward
+    call = (D, element_size, longest, descriptors, dropout, arch)
+    config, n_programs = _tiled_plan(B * H, Tq, call, n_multiprocessors)
+    return _in_words("tiles" if n_programs is None else "persistent tiles", config, descriptors), backward
+
+
+def _in_words(kernel: str, config: dict[str, int], descriptors: bool = False) -> str:
+    tile = "x".join(str(config[name]) for name in ("ROWS", "BLOCK_M", "BLOCK_N") if name in config)
+    by = " by descriptors" if descriptors else ""
+    return f"{kernel} {tile}{by}, {config['num_warps']} warps, {config['num_stages']} stages"
