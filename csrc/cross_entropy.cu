@@ -12,19 +12,27 @@
 //     NOWHERE             a row that is longer still is read twice, the second time from the L2 cache where that has
 //                         room for it; a row that needs one pass only is not kept either
 //
-// A thread reads from shared memory only values of the row that it has written itself, so this needs no barrier. The
-// blocks of a cluster exchange three numbers, the maximum, the sum of exp and the smoothing term, by writing them to
-// each other's shared memory. Keeping eight vectors in the registers of each thread was tried first, and registers
-// spilled.
+// cross_entropy_plans.cuh says how the number of threads and blocks is chosen.
+//
+// A row is copied to shared memory in four groups. The first pass goes through a group while later ones arrive, and
+// reads only vectors that its own thread has copied, so this needs no barrier. The blocks of a cluster exchange three
+// numbers, the maximum, the sum of exp and the smoothing term, by writing them to each other's shared memory. Keeping
+// eight vectors in the registers of each thread was tried first, and registers spilled.
+//
+// Both passes take one multiply-add and one exp2 for the exp of a value (struct Exp), and no comparison for each value:
+// the first one compares four vectors at a time with the maximum so far, and the second one computes the target's entry
+// like the others and corrects it afterwards.
 //
 // A row may start at any multiple of 2 or 4 bytes, because rows may have any length. Its values before the first
-// multiple of 16 bytes, and after the last one, are computed one by one.
-#include "device.cuh"
+// multiple of 16 bytes, and after the last one, are computed one by one. Where the gradient is not aligned like the
+// logits (a view of padded logits has such rows), it is written value by value, from the row that is kept.
+#include "cross_entropy_plans.cuh"
 
 #include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
@@ -51,17 +59,71 @@ struct Rows {
   float* statistics;
 };
 
-// The maximum of some values, and the sum of exp(value - max) over them.
+constexpr float LOG2_E = 1.44269504f;
+
+// exp(value - max) of a row's values, times a constant, by one multiply-add and one exp2. The constant is
+// 2^exponent(max), and not 1, because max * LOG2_E is rounded.
+//
+// Two different numbers beyond 2^30 are at least 128 apart, and exp(-128) is 0 in float32. There the factor is 1: the
+// difference is exact then, and the product cannot overflow.
+struct Exp {
+  float factor, base;
+
+  __device__ explicit Exp(float max) : factor(fabsf(max) > 0x1p30f ? 1.0f : LOG2_E), base(max * factor) {}
+  __device__ __forceinline__ float exponent(float value) const { return fmaf(value, factor, -base); }
+  __device__ __forceinline__ float operator()(float value) const { return exp2_approx(exponent(value)); }
+};
+
+// The maximum of some values, and the sum of exp(value - max) over them. Without values, the maximum is the least
+// finite number: unlike -inf, it can be subtracted from everything.
 struct Online {
-  float max, sum;
+  float max = -FLT_MAX, sum = 0.0f;
 };
 
 __device__ __forceinline__ void merge(Online& a, Online b) {
   const float larger = fmaxf(a.max, b.max);
-  const float base = larger == -INFINITY ? 0.0f : larger;  // exp(-inf - -inf) would be NaN
-  a.sum = a.sum * __expf(a.max - base) + b.sum * __expf(b.max - base);
+  a.sum = a.sum * __expf(a.max - larger) + b.sum * __expf(b.max - larger);
   a.max = larger;
 }
+
+// The same of a thread's values, while it goes through them.
+struct Running {
+  float max = -FLT_MAX, sum = 0.0f;  // the sum is that of exp(value)
+  Exp exp{max};
+
+  __device__ __forceinline__ void raise_to(float largest) {
+    if (!(largest > max)) return;  // almost always, after the first vectors
+    const Exp next(largest);
+    sum *= exp2_approx(next.exponent(max) - exp.exponent(max));
+    max = largest;
+    exp = next;
+  }
+  __device__ __forceinline__ void add(float value) {
+    raise_to(value);
+    sum += exp(value);
+  }
+  template <class T, int COUNT>
+  __device__ __forceinline__ void add(const Vec16<T> (&vectors)[COUNT]) {
+    Vec16<T> most = vectors[0];
+#pragma unroll
+    for (int i = 1; i < COUNT; ++i) most = larger(most, vectors[i]);
+    float values[Vec16<T>::SIZE];
+    to_floats(most, values);
+    float largest = values[0];
+#pragma unroll
+    for (int j = 1; j < Vec16<T>::SIZE; ++j) largest = fmaxf(largest, values[j]);
+    raise_to(largest);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      to_floats(vectors[i], values);
+      float part = exp(values[0]);
+#pragma unroll
+      for (int j = 1; j < Vec16<T>::SIZE; ++j) part += exp(values[j]);
+      sum += part;
+    }
+  }
+  __device__ Online result() const { return {max, sum * exp2_approx(-exp.exponent(max))}; }
+};
 
 __device__ __forceinline__ void merge(float& a, float b) { a += b; }
 
@@ -82,8 +144,6 @@ struct OneBlock {
     return own;
   }
 };
-
-constexpr unsigned LARGEST_CLUSTER = 8;  // the largest that every chip with clusters takes
 
 // The blocks of a row, where they are a cluster. Every block of the cluster calls these functions, in the same order.
 #if __CUDA_ARCH__ >= 900
@@ -135,11 +195,14 @@ __device__ Part reduce(const Blocks& blocks, Part own) {
 // Where a row is kept between two passes: see the top of this file.
 enum Held { IN_REGISTERS, IN_SHARED_MEMORY, IN_CLUSTER, NOWHERE };
 
-constexpr int BLOCK = 512;  // threads of a block, except IN_REGISTERS, where it has 32
+constexpr int STEP = 4;         // vectors that a thread takes at a time
+constexpr int COPY_GROUPS = 4;  // the first of them is computed while the others are being copied
 
+// 64 registers for each thread of 1024 on a multiprocessor, where a warp has more than one vector for each lane.
 template <class T, int THREADS, Held HELD>
-__global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entropy_kernel(const Rows a) {
+__global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1024 / THREADS) cross_entropy_kernel(const Rows a) {
   constexpr int SIZE = Vec16<T>::SIZE;
+  constexpr bool COPIED = HELD == IN_SHARED_MEMORY || HELD == IN_CLUSTER;
   const std::conditional_t<HELD == IN_CLUSTER, Cluster, OneBlock> blocks;
   const int64_t row = blockIdx.x / blocks.size(), n = a.classes;
   const T* x = static_cast<const T*>(a.logits) + row * a.logits_stride;
@@ -147,7 +210,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   const int64_t target = a.targets[row];
   const int tid = threadIdx.x;
   const bool first = tid == 0 && blocks.rank() == 0;  // writes the values of which a row has one
-  const int64_t row_tid = blocks.rank() * THREADS + tid, row_threads = blocks.size() * THREADS;
+  const int row_tid = blocks.rank() * THREADS + tid, row_threads = blocks.size() * THREADS;
 
   if (target == a.ignore_index) {
     if (first && a.loss) a.loss[row] = 0.0f;
@@ -158,15 +221,15 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   }
   assert(target >= 0 && target < n && "target out of range");
 
-  // The values [0, head) are computed one by one, then vectors of them, then [end, n) one by one. Where the gradient is
-  // not aligned like the logits, all values are computed one by one.
+  // The row is [0, head), then vectors, then [end, n). The values outside the vectors are few, and are computed one by
+  // one. So are all values of a short row whose gradient is not aligned like its logits.
   const bool together = out == nullptr || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
-  const int64_t head = together ? min(values_before_alignment(x), n) : n;
-  const int64_t vectors = (n - head) / SIZE;
-  const int64_t end = head + vectors * SIZE;
+  const int64_t head = HELD != IN_REGISTERS || together ? min(values_before_alignment(x), n) : n;
+  const int64_t vectors = (n - head) / SIZE, in_vectors = vectors * SIZE;
+  const int outside = n - in_vectors;
   const auto odd = [&](const auto& visit) {  // visits this thread's values outside the vectors
-    for (int64_t i = row_tid; i < head; i += row_threads) visit(i);
-    for (int64_t i = end + row_tid; i < n; i += row_threads) visit(i);
+#pragma unroll 1
+    for (int o = row_tid; o < outside; o += row_threads) visit(o < head ? o : o + in_vectors);
   };
 
   using Index = std::conditional_t<HELD == NOWHERE, int64_t, int>;  // an int counts the vectors of a kept row
@@ -176,75 +239,77 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   extern __shared__ uint4 shared[];
   auto* held = reinterpret_cast<Vec16<T>*>(shared);
   Vec16<T> own_vector;
-  blocks.arrive();
-  if constexpr (HELD == IN_REGISTERS) {
-    if (tid < mine) own_vector = load16(x + origin + tid * SIZE);
-  } else if constexpr (HELD != NOWHERE) {
-#pragma unroll 4
-    for (Index v = tid; v < mine; v += THREADS)
-      __pipeline_memcpy_async(&held[v], x + origin + v * SIZE, sizeof(Vec16<T>));  // bypasses registers
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-  }
-  blocks.wait();
-  // Calls visit(i, v) for each vector v of this thread; i is the place in the row where v begins.
-  const auto each_vector = [&](const auto& visit) {
-    if constexpr (HELD == IN_REGISTERS) {
-      if (tid < mine) visit(origin + tid * SIZE, own_vector);
-    } else {
-      for (Index v = tid; v < mine; v += THREADS)
-        visit(origin + v * SIZE, HELD == NOWHERE ? load16(x + origin + v * SIZE) : held[v]);
-    }
+  if (HELD == IN_REGISTERS && tid < mine) own_vector = load16(x + origin + tid * SIZE);
+  const auto vector_at = [&](Index v) {
+    return HELD == IN_REGISTERS ? own_vector : HELD == NOWHERE ? load16(x + origin + v * SIZE) : held[v];
   };
 
   const float x_target = to_float(x[target]);
-  Online own{-INFINITY, 0.0f};
+  Online all;  // of the row
   float log_sum;
-  if (a.known_statistics) {
-    own.max = a.known_statistics[2 * row];
+  if (!COPIED && a.known_statistics) {
+    all.max = a.known_statistics[2 * row];
     log_sum = a.known_statistics[2 * row + 1];
+    all.sum = expf(log_sum);
   } else {
-    each_vector([&](int64_t, const Vec16<T>& v) {
-      float largest = to_float(v.values[0]);
+    Running own;
+    const auto add = [&](Index v, Index stop) {  // adds the vectors v, v + THREADS, ... before `stop`
+      for (; v + (STEP - 1) * THREADS < stop; v += STEP * THREADS) {
+        Vec16<T> step[STEP];
 #pragma unroll
-      for (int j = 1; j < SIZE; ++j) largest = fmaxf(largest, to_float(v.values[j]));
-      const float base = largest == -INFINITY ? 0.0f : largest;
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < SIZE; ++j) sum += __expf(to_float(v.values[j]) - base);
-      merge(own, {largest, sum});
-    });
-    odd([&](int64_t i) {
-      // exp(value - value) is 1, but NaN for NaN and for +inf, as it should be. It would be NaN for -inf, which adds 0.
-      const float value = to_float(x[i]);
-      merge(own, {value, value == -INFINITY ? 0.0f : __expf(value - value)});
-    });
-    own = reduce<THREADS>(blocks, own);
-    log_sum = own.max == -INFINITY ? NAN : logf(own.sum);
+        for (int i = 0; i < STEP; ++i) step[i] = vector_at(v + i * THREADS);
+        own.add(step);
+      }
+#pragma unroll 1
+      for (; v < stop; v += THREADS) {
+        const Vec16<T> step[1] = {vector_at(v)};
+        own.add(step);
+      }
+    };
+    if constexpr (COPIED) {
+      const Index step = STEP * THREADS, group = (mine + COPY_GROUPS * step - 1) / (COPY_GROUPS * step) * step;
+      blocks.arrive();
+      for (int i = 0; i < COPY_GROUPS; ++i) {
+        for (Index v = i * group + tid; v < min((i + 1) * group, mine); v += THREADS)
+          __pipeline_memcpy_async(&held[v], x + origin + v * SIZE, sizeof(Vec16<T>));  // bypasses registers
+        __pipeline_commit();
+      }
+      odd([&](int64_t i) { own.add(to_float(x[i])); });
+      for (int i = 0; i < COPY_GROUPS; ++i) {
+        __pipeline_wait_prior(COPY_GROUPS - 1 - i);
+        add(i * group + tid, min((i + 1) * group, mine));
+      }
+      blocks.wait();
+    } else {
+      add(tid, mine);
+      odd([&](int64_t i) { own.add(to_float(x[i])); });
+    }
+    all = reduce<THREADS>(blocks, own.result());
+    log_sum = logf(all.sum);
     if (first && a.statistics) {
-      a.statistics[2 * row] = own.max;
+      a.statistics[2 * row] = all.max;
       a.statistics[2 * row + 1] = log_sum;
     }
   }
-  const float max = own.max;
   const float smooth_each = a.label_smoothing / static_cast<float>(n);
   const float weight = (1.0f - a.label_smoothing) * (a.class_weight ? a.class_weight[target] : 1.0f);
-  const float log_p = (x_target - max) - log_sum;
 
   if (a.loss) {
     float smoothing = 0.0f;
     if (a.label_smoothing > 0.0f) {
       const auto term = [&](float value, int64_t i) {
-        smoothing += (log_sum - (value - max)) * (a.class_weight ? a.class_weight[i] : 1.0f);
+        smoothing += (log_sum - (value - all.max)) * (a.class_weight ? a.class_weight[i] : 1.0f);
       };
-      each_vector([&](int64_t i, const Vec16<T>& vec) {
+#pragma unroll 1
+      for (Index v = tid; v < mine; v += THREADS) {
+        const Vec16<T> vec = vector_at(v);
 #pragma unroll
-        for (int j = 0; j < SIZE; ++j) term(to_float(vec.values[j]), i + j);
-      });
+        for (int j = 0; j < SIZE; ++j) term(to_float(vec.values[j]), origin + v * SIZE + j);
+      }
       odd([&](int64_t i) { term(to_float(x[i]), i); });
       smoothing = reduce<THREADS>(blocks, smoothing) * smooth_each;
     }
-    if (first) a.loss[row] = smoothing - weight * log_p;
+    if (first) a.loss[row] = smoothing - weight * ((x_target - all.max) - log_sum);
   }
   if (out == nullptr) return;
 
@@ -256,19 +321,40 @@ __global__ void __launch_bounds__(THREADS, THREADS == BLOCK ? 2 : 16) cross_entr
   const float weights = a.class_weight_sum ? *a.class_weight_sum : static_cast<float>(n);
   const float scale = g * (a.label_smoothing > 0.0f ? weight + smooth_each * weights : weight);
   const float smooth = g * smooth_each;
-  const auto gradient = [&](float value, int64_t i) {
-    float d = __expf((value - max) - log_sum) * scale;
-    if (a.label_smoothing > 0.0f) d -= smooth * (a.class_weight ? a.class_weight[i] : 1.0f);
-    if (i == target) d -= g * weight;
-    return from_float<T>(d);
-  };
-  each_vector([&](int64_t i, const Vec16<T>& vec) {
-    Vec16<T> result;
+  const Exp exp(all.max);
+  const float each = scale / all.sum * exp2_approx(-exp.exponent(all.max));
+  // Writes gradient(value, i), and after that the target's entry, of which it is one part.
+  const auto write = [&](const auto& gradient) {
+    bool has_target = false;  // whether this thread has written the target's entry
+    if (together) {
+#pragma unroll 2
+      for (Index v = tid; v < mine; v += THREADS) {
+        float values[SIZE];
+        to_floats(vector_at(v), values);
+        Vec16<T> result;
 #pragma unroll
-    for (int j = 0; j < SIZE; ++j) result.values[j] = gradient(to_float(vec.values[j]), i + j);
-    store16(out + i, result);
-  });
-  odd([&](int64_t i) { out[i] = gradient(to_float(x[i]), i); });
+        for (int j = 0; j < SIZE; ++j) result.values[j] = from_float<T>(gradient(values[j], origin + v * SIZE + j));
+        store16(out + origin + v * SIZE, result);
+      }
+      has_target = target >= origin && target < origin + mine * SIZE && (target - origin) / SIZE % THREADS == tid;
+    } else if constexpr (HELD != IN_REGISTERS) {
+      // Neighbouring threads write neighbouring values. Other threads have copied them, before a barrier of `reduce`.
+      const T* values = COPIED ? held->values : x + origin;
+#pragma unroll 4
+      for (Index i = tid; i < mine * SIZE; i += THREADS)
+        out[origin + i] = from_float<T>(gradient(to_float(values[i]), origin + i));
+      has_target = target >= origin && target < origin + mine * SIZE && (target - origin) % THREADS == tid;
+    }
+    odd([&](int64_t i) {
+      out[i] = from_float<T>(gradient(to_float(x[i]), i));
+      has_target |= i == target;
+    });
+    if (has_target) out[target] = from_float<T>(gradient(x_target, target) - g * weight);
+  };
+  if (smooth != 0.0f && a.class_weight)
+    write([&](float value, int64_t i) { return fmaf(exp(value), each, -smooth * a.class_weight[i]); });
+  else
+    write([&](float value, int64_t) { return fmaf(exp(value), each, -smooth); });
 }
 
 // The weight of each row in the mean. A target out of range fails here, before memory is read at the place it names.
@@ -293,7 +379,8 @@ template <class T>
 __global__ void __launch_bounds__(256) scale_kernel(T* gradient, const float* scale, int64_t n) {
   const float factor = *scale;
   if (factor == 1.0f) return;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * 256, first = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * 256;
   const int64_t head = min(values_before_alignment(gradient), n);
   const int64_t vectors = (n - head) / Vec16<T>::SIZE, in_vectors = vectors * Vec16<T>::SIZE;
   for (int64_t v = first; v < vectors; v += stride) {
@@ -312,100 +399,91 @@ __global__ void __launch_bounds__(256) scale_kernel(T* gradient, const float* sc
   }
 }
 
-int64_t attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
-constexpr int64_t STATIC_BYTES = 1024;  // more than the arrays of `reduce` and `join` take of the shared memory
-
 using Kernel = void (*)(Rows);
 
-// The configuration of a launch: `blocks` blocks for each row, which are a cluster where they are more than one, and
-// `bytes` of shared memory for each block.
-struct Launch {
-  cudaLaunchAttribute shape{};
-  cudaLaunchConfig_t config{};
-
-  Launch(int64_t rows, unsigned blocks, int64_t bytes, cudaStream_t stream) {
-    shape.id = cudaLaunchAttributeClusterDimension;
-    shape.val.clusterDim.x = blocks;
-    shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
-    config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
-    config.blockDim = dim3(BLOCK);
-    config.dynamicSmemBytes = static_cast<size_t>(bytes);
-    config.stream = stream;
-    config.attrs = &shape;
-    config.numAttrs = blocks > 1;
-  }
-  Launch(const Launch&) = delete;  // config points to shape
-};
-
-// Whether these clusters can run. The chip must have clusters, the kernel's code must be compiled for a chip that has
-// them (not for sm_80, and then translated for this chip), and the chip must have room for a cluster of so many blocks
-// with so much shared memory.
-bool can_cluster(Kernel kernel, const Launch& grid) {
-  cudaFuncAttributes code{};
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&code, kernel));
-  if (attribute(cudaDevAttrClusterLaunch) == 0 || code.ptxVersion < 90) return false;
-  int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &grid.config) == cudaSuccess) return clusters > 0;
-  cudaGetLastError();  // clears the error, which the next check would report otherwise
-  return false;
-}
-
-// The kernel for rows that so many blocks keep in their shared memories; 0 is for rows that are kept nowhere.
+// The kernel of a plan, or null where there is none.
 template <class T>
-Kernel kernel_for(unsigned blocks_of_a_row) {
-  switch (blocks_of_a_row) {
-    case 0:
-      return cross_entropy_kernel<T, BLOCK, NOWHERE>;
-    case 1:
-      return cross_entropy_kernel<T, BLOCK, IN_SHARED_MEMORY>;
+Kernel kernel_of(Plan plan) {
+  const bool in_cluster = plan.blocks == 2 || plan.blocks == 4 || plan.blocks == LARGEST_CLUSTER;
+  switch (plan.threads) {
+    case 32:
+      return plan.blocks == 1 ? cross_entropy_kernel<T, 32, IN_REGISTERS> : nullptr;
+    case 128:
+      return plan.blocks == 0   ? cross_entropy_kernel<T, 128, NOWHERE>
+             : plan.blocks == 1 ? cross_entropy_kernel<T, 128, IN_SHARED_MEMORY>
+                                : nullptr;
+    case 256:
+      return plan.blocks == 0   ? cross_entropy_kernel<T, 256, NOWHERE>
+             : plan.blocks == 1 ? cross_entropy_kernel<T, 256, IN_SHARED_MEMORY>
+             : in_cluster       ? cross_entropy_kernel<T, 256, IN_CLUSTER>
+                                : nullptr;
+    case 512:
+      return plan.blocks == 0   ? cross_entropy_kernel<T, 512, NOWHERE>
+             : plan.blocks == 1 ? cross_entropy_kernel<T, 512, IN_SHARED_MEMORY>
+             : in_cluster       ? cross_entropy_kernel<T, 512, IN_CLUSTER>
+                                : nullptr;
     default:
-      return cross_entropy_kernel<T, BLOCK, IN_CLUSTER>;
+      return nullptr;
   }
 }
 
-int64_t bytes_of_part(int64_t vectors, unsigned blocks) { return (vectors + blocks - 1) / blocks * 16; }
-
-// How many blocks keep a row of so many vectors in their shared memories: the fewest such that a multiprocessor has
-// room for two of these blocks, so that one of them computes, or waits for its cluster, while the other one moves
-// memory. Where eight blocks are too few for that, the fewest such that a multiprocessor has room for one block.
-// The result is 0 where eight are too few even for that. This choice was not timed.
 template <class T>
-unsigned blocks_to_hold(int64_t vectors, int64_t rows) {
-  const int64_t one = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - STATIC_BYTES;
-  const int64_t two = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
-                      attribute(cudaDevAttrReservedSharedMemoryPerBlock) - STATIC_BYTES;
-  for (const int64_t limit : {two, one}) {
-    for (unsigned blocks = 1; blocks <= LARGEST_CLUSTER; blocks *= 2) {
-      const int64_t bytes = bytes_of_part(vectors, blocks);
-      if (bytes > limit || rows * blocks >= int64_t{1} << 31) continue;
-      const Kernel kernel = kernel_for<T>(blocks);
-      const auto allowed = static_cast<int>(one);
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed));
-      if (blocks == 1 || can_cluster(kernel, Launch(rows, blocks, bytes, nullptr))) return blocks;
+const void* code_of(Plan plan) {
+  return reinterpret_cast<const void*>(kernel_of<T>(plan));
+}
+
+// Why a plan cannot compute rows of up to so many bytes here, or null.
+template <class T>
+const char* reason_against(Plan plan, int64_t passes, int64_t row_bytes) {
+  PlanDevice& device = PlanDevice::current();
+  if (!kernel_of<T>(plan))
+    return "expected (threads, blocks) to be (32, 1), or 128, 256 or 512 threads with 0 blocks or 1, or 256 or 512 "
+           "threads with 2, 4 or 8 blocks";
+  if (plan.in_registers()) return row_bytes <= 32 * 16 ? nullptr : "32 threads keep at most 512 bytes of a row";
+  if (passes == 1) return plan.blocks == 0 ? nullptr : "a row that is read once is not kept: expected 0 blocks";
+  if (plan.shared_bytes(row_bytes) > device.of_block) return "this device has less shared memory for a block";
+  if (plan.blocks > 1 && !device.can_cluster(code_of<T>(plan), plan, row_bytes))
+    return "this device, or this build, has no such clusters";
+  return nullptr;
+}
+
+// A warp for a row of up to 32 vectors, then 128 threads up to 512 vectors, which are four for each thread, then 512. A
+// row that is read more than once is kept by the fewest blocks (1, 2, 4, 8) such that a multiprocessor has room for two
+// of these blocks, so that one of them computes, or waits for its cluster, while the other one moves memory. Where eight
+// blocks are too few for that, by the fewest such that a multiprocessor has room for one block, and where eight are too
+// few even for that, nowhere. These choices were not timed.
+template <class T>
+Plan default_plan(int64_t passes, int64_t row_bytes, int64_t rows) {
+  if (row_bytes <= 32 * 16) return {32, 1};
+  const int threads = row_bytes <= 512 * 16 ? 128 : 512;
+  if (passes == 1) return {threads, 0};
+  const PlanDevice& device = PlanDevice::current();
+  for (const int64_t limit : {device.of_half, device.of_block}) {
+    for (int blocks = 1; blocks <= LARGEST_CLUSTER && rows * blocks < int64_t{1} << 31; blocks *= 2) {
+      const Plan plan{blocks == 1 ? threads : 512, blocks};
+      if (plan.shared_bytes(row_bytes) <= limit && !reason_against<T>(plan, passes, row_bytes)) return plan;
     }
   }
-  return 0;
+  return {threads, 0};
+}
+
+template <class T>
+Plan plan_for(int64_t passes, int64_t classes, int64_t rows) {
+  constexpr int64_t size = sizeof(T);
+  const std::optional<Plan> planned = PlanDevice::current().planned(size, passes, classes);
+  if (planned && rows * planned->blocks < int64_t{1} << 31) return *planned;
+  return default_plan<T>(passes, classes * size, rows);
 }
 
 template <class T>
 void launch(const Rows& rows, int64_t n, cudaStream_t stream) {
   if (n == 0) return;
-  const int64_t vectors = (rows.classes + Vec16<T>::SIZE - 1) / Vec16<T>::SIZE;
-  if (vectors <= 32) {
-    cross_entropy_kernel<T, 32, IN_REGISTERS><<<static_cast<unsigned>(n), 32, 0, stream>>>(rows);
-  } else {
-    const bool smooths = rows.loss && rows.label_smoothing > 0.0f;
-    const int passes = (rows.known_statistics ? 0 : 1) + (smooths ? 1 : 0) + (rows.gradient ? 1 : 0);
-    const unsigned blocks = passes > 1 ? blocks_to_hold<T>(vectors, n) : 0;
-    const Launch grid(n, std::max(blocks, 1u), blocks == 0 ? 0 : bytes_of_part(vectors, blocks), stream);
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&grid.config, kernel_for<T>(blocks), rows));
-  }
+  const bool smooths = rows.loss && rows.label_smoothing > 0.0f;
+  const int passes = (rows.known_statistics ? 0 : 1) + (smooths ? 1 : 0) + (rows.gradient ? 1 : 0);
+  const Plan plan = plan_for<T>(std::min(passes, 2), rows.classes, n);
+  const Launch grid(plan, n, rows.classes * static_cast<int64_t>(sizeof(T)), stream);
+  if (grid.config.dynamicSmemBytes > 0) PlanDevice::current().prepare(code_of<T>(plan));
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&grid.config, kernel_of<T>(plan), rows));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -434,7 +512,8 @@ struct Call {
     rows.label_smoothing = static_cast<float>(label_smoothing);
     if (given_weight.has_value()) {
       weight = torch::stable::contiguous(*given_weight);
-      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 && weight->size(0) == rows.classes,
+      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 &&
+                          weight->size(0) == rows.classes,
                       "weight: expected float32 (C,)");
       weight_sum = torch::stable::sum(*weight);
       rows.class_weight = weight->const_data_ptr<float>();
@@ -548,6 +627,40 @@ void scale_gradient(Tensor gradient, const Tensor& scale) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// Replaces the plans of the device of `on`: five numbers for each, as in PlannedCalls. A call takes the first plan of
+// its kind. Without one, default_plan() chooses.
+void set_plans(const Tensor& on, std::vector<int64_t> numbers) {
+  const auto guard = guard_device({"on", on}, {});
+  STD_TORCH_CHECK(numbers.size() % PlannedCalls::NUMBERS == 0,
+                  "plans: expected (element_size, passes, most_classes, threads, blocks) for each, got ",
+                  numbers.size(), " numbers");
+  std::vector<PlannedCalls> plans;
+  for (size_t i = 0; i < numbers.size(); i += PlannedCalls::NUMBERS) {
+    const auto small = [&](size_t j) { return static_cast<int>(std::clamp<int64_t>(numbers[i + j], -1, 1 << 20)); };
+    const PlannedCalls calls{numbers[i], numbers[i + 1], numbers[i + 2], {small(3), small(4)}};
+    STD_TORCH_CHECK((calls.element_size == 2 || calls.element_size == 4) && (calls.passes == 1 || calls.passes == 2) &&
+                        calls.most_classes > 0 && calls.most_classes < int64_t{1} << 40,
+                    "plans: ", calls.text(), ": expected an element_size of 2 or 4, 1 pass or 2, at least 1 class");
+    const int64_t row_bytes = calls.most_classes * calls.element_size;
+    const char* reason = calls.element_size == 2 ? reason_against<__nv_bfloat16>(calls.plan, calls.passes, row_bytes)
+                                                 : reason_against<float>(calls.plan, calls.passes, row_bytes);
+    STD_TORCH_CHECK(!reason, "plans: ", calls.text(), ": ", reason);
+    plans.push_back(calls);
+  }
+  PlanDevice::current().set(std::move(plans));
+}
+
+// The threads and blocks of a call.
+std::vector<int64_t> plan_of(const Tensor& logits, int64_t passes) {
+  const auto guard = guard_device({"logits", logits}, {});
+  STD_TORCH_CHECK(logits.dim() == 2 && (passes == 1 || passes == 2), "logits, passes: expected (N, C), and 1 or 2");
+  Plan plan{};
+  by_type(logits, "logits", [&](auto* type) {
+    plan = plan_for<std::remove_pointer_t<decltype(type)>>(passes, logits.size(1), logits.size(0));
+  });
+  return {plan.threads, plan.blocks};
+}
+
 }  // namespace fastgpt
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
@@ -555,4 +668,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
   m.impl("cross_entropy_native_backward", TORCH_BOX(&fastgpt::cross_entropy_backward));
   m.impl("cross_entropy_chunk_", TORCH_BOX(&fastgpt::cross_entropy_chunk));
   m.impl("scale_gradient_", TORCH_BOX(&fastgpt::scale_gradient));
+  m.impl("cross_entropy_set_plans", TORCH_BOX(&fastgpt::set_plans));
+  m.impl("cross_entropy_plan", TORCH_BOX(&fastgpt::plan_of));
 }

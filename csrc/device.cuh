@@ -14,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cassert>
 #include <cstdint>
 #include <initializer_list>
@@ -46,12 +47,15 @@ __device__ __forceinline__ __half from_float<__half>(float value) {
   return __float2half_rn(value);
 }
 
-// 16 bytes of values, which a thread loads or stores by one instruction.
-template <class T>
-struct alignas(16) Vec16 {
-  static constexpr int SIZE = 16 / sizeof(T);
-  T values[SIZE];
+// `N` values that lie together, and that a thread loads or stores by one instruction, of up to 16 bytes.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vec {
+  static constexpr int SIZE = N;
+  T values[N];
 };
+
+template <class T>
+using Vec16 = Vec<T, 16 / sizeof(T)>;
 
 template <class T>
 __device__ __forceinline__ Vec16<T> load16(const T* p) {
@@ -63,6 +67,85 @@ template <class T>
 __device__ __forceinline__ void store16(T* p, const Vec16<T>& v) {
   *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&v);
 }
+
+// The functions in which nvcc and a C++ compiler differ: the second one compiles these files to run the kernels without
+// a GPU, and has no such instructions. A function does the same in both.
+#ifdef __CUDACC__
+
+// 2^x by one instruction: with a relative error of 2^-22, and 0 where the result is below 2^-126. exp2f() takes three
+// instructions more for the results below that.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The values as float32. Two values of 16 bits are taken from their word of 32 bits: a shift for one, a mask for the
+// other.
+__device__ __forceinline__ void to_floats(const Vec16<float>& v, float (&values)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) values[j] = v.values[j];
+}
+__device__ __forceinline__ void to_floats(const Vec16<__half>& v, float (&values)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] = __half2float(v.values[j]);
+}
+__device__ __forceinline__ void to_floats(const Vec16<__nv_bfloat16>& v, float (&values)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned word = reinterpret_cast<const unsigned*>(&v)[i];
+    values[2 * i] = __uint_as_float(word << 16);
+    values[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
+  }
+}
+
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ __forceinline__ __half2 larger(__half2 a, __half2 b) { return __hmax2(a, b); }
+
+template <class T>
+struct PairOf {
+  using Type = T;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+
+// The larger value of each place. A NaN counts as less than any number, as for fmaxf().
+template <class T>
+__device__ __forceinline__ Vec16<T> larger(const Vec16<T>& a, const Vec16<T>& b) {
+  using Pair = typename PairOf<T>::Type;  // one instruction for two values of 16 bits
+  Vec16<T> result;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(16 / sizeof(Pair)); ++i)
+    reinterpret_cast<Pair*>(&result)[i] =
+        larger(reinterpret_cast<const Pair*>(&a)[i], reinterpret_cast<const Pair*>(&b)[i]);
+  return result;
+}
+
+#else
+
+inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+
+template <class T>
+void to_floats(const Vec16<T>& v, float (&values)[Vec16<T>::SIZE]) {
+  for (int j = 0; j < Vec16<T>::SIZE; ++j) values[j] = to_float(v.values[j]);
+}
+
+template <class T>
+Vec16<T> larger(const Vec16<T>& a, const Vec16<T>& b) {
+  Vec16<T> result;
+  for (int i = 0; i < Vec16<T>::SIZE; ++i)
+    result.values[i] = from_float<T>(fmaxf(to_float(a.values[i]), to_float(b.values[i])));
+  return result;
+}
+
+#endif
 
 // How many values lie between p and the first multiple of 16 bytes from p on.
 template <class T>

@@ -6,6 +6,7 @@ op already makes where backward will ask for it; see `ready_gradients.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -194,6 +195,44 @@ _cross_entropy_native = define_op(
     backward=_backward,
     first_only=True,
 )
+
+
+_set_plans = define_op(
+    "cross_entropy_set_plans(Tensor on, int[] plans) -> ()",
+    forward=native.load_at_first_call("cross_entropy_set_plans"),
+    fake=lambda on, plans: None,
+)
+_plan = define_op(
+    "cross_entropy_plan(Tensor logits, int passes) -> int[]",
+    forward=native.load_at_first_call("cross_entropy_plan"),
+    fake=lambda logits, passes: [0, 0],
+)
+
+
+def set_cuda_plans(device: torch.device | str, plans: Iterable[tuple[int, int, int, int, int]]) -> None:
+    """Choose by how many threads and blocks csrc/cross_entropy.cu computes a row on `device`, in place of its default.
+
+    Each plan is (element_size, passes, most_classes, threads, blocks), and counts for calls with values of so many
+    bytes (2 or 4), at most so many classes, and one pass over a row or (2) more than one: a loss with its gradient
+    takes two, a loss alone one, and so does the gradient for "none" from the saved statistics. A call takes the first
+    plan that counts for it. Earlier plans are forgotten: `set_cuda_plans(device, [])` restores the default.
+
+    threads, blocks   where the row is kept between its passes
+    32, 1             in registers: rows of up to 512 bytes
+    128|256|512, 0    nowhere: it is read again; the only choice for one pass, with (32, 1)
+    128|256|512, 1    in the shared memory of its block
+    256|512, 2|4|8    in the shared memories of a cluster of so many blocks, from sm_90 on
+
+    The plan changes the order of additions, and nothing else; each gives the same bits in every run. Raises
+    RuntimeError naming the plan for one that the device has no kernel, shared memory or clusters for: then none is set.
+    """
+    _set_plans(torch.empty(0, device=device), [number for plan in plans for number in plan])
+
+
+def cuda_plan(logits: Tensor, passes: int = 2) -> tuple[int, int]:
+    """The (threads, blocks) with which a row of logits (N, C) is computed; see `set_cuda_plans`."""
+    threads, blocks = _plan(logits, passes)
+    return threads, blocks
 
 
 def cross_entropy_on_native(

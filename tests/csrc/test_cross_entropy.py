@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastgpt import ops
 from fastgpt.ops import native, reference
 from fastgpt.ops.backend import BackendError, unavailable
+from fastgpt.ops.cross_entropy import cuda_plan, set_cuda_plans
 from fastgpt.parity import max_error, run_parity
 
 REASON = unavailable("native", "cpu")
@@ -295,3 +296,10 @@ def test_compile(reduction: str) -> None:
     loss, expected = torch.compile(step, fullgraph=True)(logits), by_torch(logits)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+
+
+def test_plans_are_for_cuda_devices() -> None:
+    with pytest.raises(NotImplementedError, match="cross_entropy_set_plans has no kernel for these tensors on cpu"):
+        set_cuda_plans("cpu", [])
+    with pytest.raises(NotImplementedError, match="cross_entropy_plan has no kernel for these tensors on cpu"):
+        cuda_plan(torch.zeros(2, 3))

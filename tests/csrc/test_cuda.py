@@ -25,6 +25,40 @@ TRITON_BIN = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" if TRITO
 CUOBJDUMP = shutil.which("cuobjdump", path=os.pathsep.join([CUDA_PATH, str(TRITON_BIN)]))
 
 
+DTYPES = {"f": torch.float32, "13__nv_bfloat16": torch.bfloat16, "6__half": torch.float16}  # as symbols have them
+PLACES = ("registers", "shared memory", "cluster", "nowhere")  # Held
+VECTOR = r"\.128\b"
+
+
+def read_budgets() -> dict:
+    return tomllib.loads((ROOT / "tests" / "kernel_budgets_cuda.toml").read_text(encoding="utf-8"))
+
+
+def cross_entropy_kernels(object_file: Path, architecture: str) -> dict[tuple[torch.dtype, int, str], str]:
+    """The machine code of cross_entropy_kernel by dtype, threads and where it keeps a row."""
+    command = [CUOBJDUMP, "-sass", "-arch", architecture, str(object_file)]
+    code = run_command(*command, cwd=object_file.parent).stdout
+    kernels = {}
+    for function in code.split("Function : ")[1:]:
+        if match := re.match(r"\w+cross_entropy_kernelI(\w+?)Li(\d+)ELNS0_4HeldE(\d)", function):
+            dtype, threads, held = match.groups()
+            kernels[DTYPES[dtype], int(threads), PLACES[int(held)]] = function
+    return kernels
+
+
+def innermost_loops(function: str) -> list[list[str]]:
+    """The instructions of each loop that has no loop inside: from a branch's target back to the branch."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", function)]
+    jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text))]
+    loops = [(to, at) for to, at in jumps if to < at]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [[text for at, text in code if begin <= at <= end] for begin, end in inner]
+
+
+def count(pattern: str, instructions: list[str]) -> int:
+    return sum(re.search(pattern, text) is not None for text in instructions)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """compiled(name): what the assembler said of csrc/NAME.cu for A100, H100 and B200, and the object. Not run."""
@@ -47,7 +81,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("name", ["cross_entropy", "embedding"])
 def test_cuda_kernels_compile_within_their_budgets(name: str, compiled) -> None:
     log, _ = compiled(name)
-    budgets = tomllib.loads((ROOT / "tests" / "kernel_budgets_cuda.toml").read_text(encoding="utf-8"))[name]
+    budgets = read_budgets()[name]
 
     seen = set()
     for entry in re.split(r"Compiling entry function ", log)[1:]:
@@ -70,24 +104,40 @@ def test_long_rows_are_held_by_clusters(architecture: str, compiled) -> None:
         pytest.skip("no cuobjdump here")
     log, out = compiled("cross_entropy")
     assert max(int(size) for size in re.findall(r"(\d+) bytes smem", log)) <= 1024  # STATIC_BYTES there
-    code = run_command(CUOBJDUMP, "-sass", "-arch", architecture, str(out), cwd=out.parent).stdout
-    kernels = {}
-    for function in code.split("Function : ")[1:]:
-        if match := re.match(r"\w+cross_entropy_kernelI(\w+?)Li\d+ELNS0_4HeldE(\d)", function):
-            dtype, held = match.group(1), ("registers", "shared memory", "cluster", "nowhere")[int(match.group(2))]
-            kernels[dtype, held] = {
-                "arrivals": function.count("UCGABAR_ARV"),
-                "waits": function.count("UCGABAR_WAIT"),
-                "remote stores": len(re.findall(r"\bST\.E\b", function)),  # by generic address: neither STG nor STS
-                "copies": len(re.findall(r"\bLDGSTS\.E\S*\.128\b", function)),
-                "traps": function.count("BPT.TRAP"),
-            }
-    assert len(kernels) == 12  # 3 dtypes, 4 places
-    for (_, held), counts in kernels.items():
+    kernels = cross_entropy_kernels(out, architecture)
+    assert len(kernels) == 3 * (1 + 3 + 2 + 3)  # dtypes; threads by place
+    for (_, _, held), code in kernels.items():
+        arrivals, waits = code.count("UCGABAR_ARV"), code.count("UCGABAR_WAIT")
+        remote_stores = len(re.findall(r"\bST\.E\b", code))  # by generic address: neither STG nor STS
+        copies = len(re.findall(r"\bLDGSTS\.E\S*\.128\b", code))
         if held == "cluster" and architecture == "sm_80":  # has no clusters: the kernel is there, and is never launched
-            assert counts["traps"] and not counts["arrivals"] and not counts["copies"]
+            assert "BPT.TRAP" in code and not arrivals and not copies
         elif held == "cluster":  # all have begun; the statistics are exchanged; the smoothing term is
-            assert counts["arrivals"] == counts["waits"] >= 3 and counts["remote stores"] >= 2 and counts["copies"]
+            assert arrivals == waits >= 3 and remote_stores >= 2 and copies
         else:
-            assert not counts["arrivals"] and not counts["waits"] and not counts["remote stores"]
-            assert bool(counts["copies"]) == (held == "shared memory")
+            assert not arrivals and not waits and not remote_stores
+            assert bool(copies) == (held == "shared memory")
+
+
+@in_source_tree
+@pytest.mark.skipif(NVCC is None, reason="no nvcc here")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_instructions_for_each_value_are_within_their_budgets(dtype: torch.dtype, compiled) -> None:
+    """The loops over a row take most of the time that is not spent on waiting for memory."""
+    if CUOBJDUMP is None:
+        pytest.skip("no cuobjdump here")
+    _, out = compiled("cross_entropy")
+    budget = read_budgets()["instructions_for_each_value"][str(dtype).removeprefix("torch.")]
+    values_of_a_vector = 16 // dtype.itemsize
+
+    for (kernel_dtype, threads, held), code in cross_entropy_kernels(out, "sm_90").items():
+        if kernel_dtype != dtype or held == "registers":  # these have no loop over vectors
+            continue
+        # The first pass takes four vectors at a time. In the gradient pass, the loop without class weights is shorter.
+        loops = [loop for loop in innermost_loops(code) if count(r"MUFU\.EX2", loop)]
+        loads = r"LD[SG]\S*" + VECTOR
+        first = [len(loop) / count(loads, loop) for loop in loops if count(loads, loop) == 4]
+        gradient = [len(loop) / count(r"STG\S*" + VECTOR, loop) for loop in loops if count(r"STG\S*" + VECTOR, loop)]
+        assert len(first) == 1 and len(gradient) == 2, (threads, held)
+        assert first[0] / values_of_a_vector <= budget["statistics"], (threads, held)
+        assert min(gradient) / values_of_a_vector <= budget["gradient"], (threads, held)
