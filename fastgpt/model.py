@@ -21,7 +21,7 @@ from . import ops, pretrained
 from .checkpoint import load_parameters, model_tensors
 from .config import GPTConfig
 from .language_model import LanguageModel
-from .modules import add_norm, check_unchanged, embed, linear, norm
+from .modules import add_norm, check_unchanged, embed, linear, norm, read_dtype
 from .ops.dropout import dropout
 
 
@@ -113,11 +113,12 @@ class Block(nn.Module):
         """(x, branch) -> (x, branch): the stream (B, T, C), and the last branch's output, None where it was added."""
         p = self.dropout if self.training else 0.0
         if self.norm == "pre" and self.residual:
-            normed, x = (norm(self.ln_1, x), x) if branch is None else add_norm(self.ln_1, x, branch, p)
+            dtype = read_dtype(x, self.attn, CausalSelfAttention.forward, "qkv")
+            normed, x = (norm(self.ln_1, x, dtype), x) if branch is None else add_norm(self.ln_1, x, branch, p, dtype)
             branch = self.attn(normed, cache)
             if not self.feed_forward:
                 return x, branch
-            normed, x = add_norm(self.ln_2, x, branch, p)
+            normed, x = add_norm(self.ln_2, x, branch, p, read_dtype(x, self.mlp, MLP.forward, "up"))
             return x, self.mlp(normed)
         x = self._finish("ln_1", x, self.attn(norm(self.ln_1, x) if self.norm == "pre" else x, cache), p)
         if self.feed_forward:
@@ -182,7 +183,8 @@ class GPT(LanguageModel):
             cache.advance(idx.shape[1])
         if self.ln_f is None:
             return x
-        return norm(self.ln_f, x) if branch is None else add_norm(self.ln_f, x, branch, p)[0]
+        dtype = read_dtype(x, self, LanguageModel.forward, "lm_head")
+        return norm(self.ln_f, x, dtype) if branch is None else add_norm(self.ln_f, x, branch, p, dtype)[0]
 
     def _empty_cache(self, batch_size: int) -> KVCache:
         return KVCache(self.cfg, batch_size)

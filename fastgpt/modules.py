@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .ops.arguments import autocast_dtype
 from .ops.dropout import dropout
+from .ops.layer_norm import add_layer_norm_for_reader, layer_norm_for_reader
 from .ops.library import hooks_of, no_parameter
 from .ops.linear import linear as few_rows
 
@@ -88,16 +90,34 @@ def linear(module: Any, x: Tensor) -> Tensor:
     return few_rows(x, module.weight, module.bias)
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    """module(x), by `ops.layer_norm`."""
+def read_dtype(x: Tensor, module: Any, forward: Callable[..., Any], reader: str) -> torch.dtype | None:
+    """The dtype to which autocast casts `module`'s input, where its Linear `reader` is all that reads it; else None.
+
+    A norm may then write its result in this dtype. It is the same to the Linear, and saves PyTorch a cast forward and
+    one backward. A `module` or Linear that is not plain, whose hooks could see the difference, gets what the norm gives.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64 or why_called(module, forward):
+        return None
+    return None if why_called(getattr(module, reader), _LINEAR, "weight", "bias") else dtype
+
+
+def norm(module: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """module(x), by `ops.layer_norm`; `dtype` is that of its only reader, see `read_dtype`."""
     if _why_norm_called(module):
         return module(x)
+    if dtype is not None:
+        return layer_norm_for_reader(x, module.weight, module.bias, module.eps, dtype)
     return ops.layer_norm(x, module.weight, module.bias, module.eps)
 
 
-def add_norm(module: Any, x: Tensor, branch: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """(module(h), h) with h = x + dropout(branch), by `ops.add_layer_norm`."""
+def add_norm(
+    module: Any, x: Tensor, branch: Tensor, dropout_p: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(module(h), h) with h = x + dropout(branch), by `ops.add_layer_norm`; `dtype` as for `norm`."""
     reason = _why_norm_called(module)
+    if reason is None and dtype is not None:
+        return add_layer_norm_for_reader(branch, x, module.weight, module.bias, module.eps, dropout_p, dtype)
     if reason is None:
         return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, dropout_p=dropout_p)
     say_once(f"a norm ({type(module).__name__}) is called as a module, not fused with the sum before it", reason)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import GPT, GPTConfig, ops, use_backend
+from fastgpt import GPT, GPTConfig, model, ops, use_backend
 from fastgpt.ops import backend
 
 pytest.importorskip("triton")
@@ -67,3 +68,52 @@ def test_auto_takes_triton_for_the_models_ops(prefer_triton):
     assert ops.explain("layer_norm", x, x[0]).backend == "triton"
     assert ops.explain("add_layer_norm", x, x, x[0]).backend == "triton"
     assert ops.explain("attention", x[None, None], x[None, None], x[None, None]).backend == "triton"
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of activations, which have three dimensions; the gradients of matrices have two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].ndim == 3
+        return func(*args, **(kwargs or {}))
+
+
+def autocast_step(gpt, dtype):
+    tokens = torch.arange(20, device=DEVICE).view(2, 10) % 13
+    gpt.zero_grad()
+    torch.manual_seed(5)
+    with Casts() as casts:
+        with torch.autocast(DEVICE, dtype):
+            loss = gpt.loss(tokens, tokens)
+        loss.backward()
+    return casts.count, [loss.detach(), *(p.grad for p in gpt.parameters())]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norms_write_what_their_linear_reads_under_autocast(prefer_triton, monkeypatch, dtype, dropout):
+    """Each of the 2 L + 1 norms saves a cast forward and one backward, and no bit of a result changes."""
+    torch.manual_seed(0)
+    cfg = GPTConfig(vocab_size=13, block_size=10, n_layer=2, n_head=2, n_embd=12, dropout=dropout)
+    gpt = GPT(cfg).to(DEVICE)
+    casts, results = autocast_step(gpt, dtype)
+    monkeypatch.setattr(model, "read_dtype", lambda *args: None)  # every norm gives what F.layer_norm would
+    casts_before, results_before = autocast_step(gpt, dtype)
+    assert casts_before - casts == 2 * (2 * cfg.n_layer + 1)
+    assert all(torch.equal(a, b) for a, b in zip(results, results_before, strict=True))
+
+
+def test_a_reader_with_hooks_gets_what_the_norm_gives(prefer_triton):
+    gpt = GPT(GPTConfig(vocab_size=13, block_size=10, n_layer=1, n_head=2, n_embd=12)).to(DEVICE)
+    seen = {}
+    see = lambda name: lambda module, args: seen.update({name: args[0].dtype})  # noqa: E731
+    with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+        gpt(torch.zeros(1, 4, dtype=torch.long, device=DEVICE))
+        for name in ("blocks.0.attn", "blocks.0.mlp.up", "lm_head"):
+            gpt.get_submodule(name).register_forward_pre_hook(see(name))
+        gpt(torch.zeros(1, 4, dtype=torch.long, device=DEVICE))
+    assert set(seen.values()) == {torch.float32} and len(seen) == 3

@@ -16,9 +16,10 @@ variance are computed, and is written once. Two passes over the registers lose n
 dropout mask is drawn in registers and not stored.
 
 What is fused, backward: the gradients of h, x and residual, and the sums for weight and bias. Each program goes over
-many rows, keeps its own sums in registers and writes them once, as one float32 row; the rows of all programs are then
-added up. No atomic additions are needed, and the same inputs give the same bits every time. A gradient that nobody
-asks for (of a frozen weight, or of an input that needs none) is neither computed nor written.
+many rows, and while it works on some, the next ones are copied into shared memory. It keeps its own sums in registers
+and writes them once, as one float32 row; the rows of all programs are then added up. No atomic additions are needed,
+and the same inputs give the same bits every time. A gradient that nobody asks for (of a frozen weight, or of an input
+that needs none) is neither computed nor written.
 
 Above `MAX_FUSED_WIDTH` columns, a row does not fit the registers beside its gradient and the sums. There one kernel
 computes the gradient of h block by block, going over the row twice, and another one, tiled over columns, the sums.
@@ -32,6 +33,7 @@ Memory traffic in bytes for each element, in 16 bits:
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -44,9 +46,12 @@ from .target import COMPILE_OPTIONS, architecture, cdiv, device_of, multiprocess
 from .tuned import tunable
 
 MAX_FUSED_WIDTH = 4096
+# Of the backward kernels whose programs go over many rows. With up to 128 registers a thread, so many run at one time;
+# programs that had to wait for others to end would double the time. Adding up their partial sums takes little of it.
+_WARPS_PER_MULTIPROCESSOR = 16
 # For the two backward kernels of wide rows. 128 columns are whole lines of 128 bytes in every dtype.
 WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **COMPILE_OPTIONS}
-AFFINE_GRAD_CONFIG = {"ROWS": 32, "BLOCK": 128, "num_warps": 8, **COMPILE_OPTIONS}
+AFFINE_GRAD_CONFIG = {"ROWS": 16, "BLOCK": 128, "STAGES": 2, "num_warps": 4, **COMPILE_OPTIONS}
 
 
 @triton.jit
@@ -87,25 +92,30 @@ def backward_kernel(
     n_rows, width, grad_y_stride, grad_sum_stride, x_stride, last_dropped, keep_scale,
     HAS_GRAD_SUM: tl.constexpr, WRITE_GRAD_RESIDUAL: tl.constexpr, WRITE_GRAD_X: tl.constexpr,
     WRITE_GRAD_WEIGHT: tl.constexpr, WRITE_GRAD_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes every n-th tile of ROWS rows. X is what was normalised: x, or the sum h.
 
+    With STAGES 2, the loads of the next tile are copies into shared memory that run while this tile is worked on.
     Partial is (number of sums asked for, programs, width) float32: each program's sums for dweight, then for dbias.
     """
     columns = tl.arange(0, BLOCK)[None, :]
     in_row = columns < width
-    weight = tl.load(Weight + columns, mask=in_row, other=0.0).to(tl.float32)
+    # Loaded as a whole tile, so that its elements are spread over the threads as those of the other tiles are. From a
+    # single row the compiler took another layout for all of them, whose sums along a row exchange twice the values.
+    weight_columns = columns + tl.zeros((ROWS, 1), tl.int32)
+    weight = tl.load(Weight + weight_columns, mask=weight_columns < width, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         first_row = tile * ROWS
-        rows = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        row = first_row + tl.arange(0, ROWS).to(tl.int64)
+        rows = row[:, None]
         mask = (rows < n_rows) & in_row
         grad_y = tl.load(GradY + rows * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
-        rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
+        mean = tl.load(Stats + row, mask=row < n_rows, other=0.0)[:, None]
+        rstd = tl.load(Stats + n_rows + row, mask=row < n_rows, other=0.0)[:, None]
         x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
         if WRITE_GRAD_WEIGHT:
             grad_weight += grad_y * x_hat
@@ -184,20 +194,22 @@ def wide_backward_kernel(
 def affine_grad_kernel(
     GradY, X, Stats, Partial, n_rows, width, grad_y_stride, x_stride,
     WRITE_GRAD_WEIGHT: tl.constexpr, WRITE_GRAD_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dweight and dbias of wide rows, as partial sums. The grid is (parts of the rows, blocks of columns)."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     in_row = columns < width
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        rows = row[:, None]
         mask = (rows < n_rows) & in_row
         grad_y = tl.load(GradY + rows * grad_y_stride + columns, mask=mask, other=0.0).to(tl.float32)
         if WRITE_GRAD_WEIGHT:
             x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            mean = tl.load(Stats + rows, mask=rows < n_rows, other=0.0)
-            rstd = tl.load(Stats + n_rows + rows, mask=rows < n_rows, other=0.0)
+            mean = tl.load(Stats + row, mask=row < n_rows, other=0.0)[:, None]
+            rstd = tl.load(Stats + n_rows + row, mask=row < n_rows, other=0.0)[:, None]
             grad_weight += grad_y * tl.where(mask, (x - mean) * rstd, 0.0)
         if WRITE_GRAD_BIAS:
             grad_bias += grad_y
@@ -215,24 +227,35 @@ def _block(width: int) -> int:
 
 @tunable("layer_norm.forward")
 def forward_config(width: int, arch: int) -> dict[str, int]:
-    """A warp holds 1024 elements, 32 in each lane. A row of up to 1024 is in one warp, so warps exchange nothing."""
+    """For `forward_kernel`: 4 warps take 4 rows of 1024, or as many elements, and read weight and bias once for them.
+
+    A lane has 32 elements: its loads of 16 bytes are all under way before it needs the first of them.
+    """
     block = _block(width)
-    rows = max(1, 1024 // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 1024), **COMPILE_OPTIONS}
+    rows = min(32, max(1, 4096 // block))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 1024), **COMPILE_OPTIONS}
+
+
+@lru_cache
+def single_row_config(width: int) -> dict[str, int]:
+    """For `forward_kernel` where rows are few, as when text is generated: a row is spread over up to 16 warps."""
+    block = _block(width)
+    return {"ROWS": 1, "BLOCK": block, "num_warps": min(16, max(1, block // 256)), **COMPILE_OPTIONS}
 
 
 @tunable("layer_norm.backward")
 def backward_config(width: int, arch: int) -> dict[str, int]:
-    """Half as many elements in a lane as forward, because the gradient, the weight and two sums take registers, too."""
+    """For `backward_kernel`: 8 elements in a lane, because weight, gradients and two sums take registers, too."""
     block = _block(width)
-    rows = min(32, max(1, 2048 // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 512), **COMPILE_OPTIONS}
+    rows = min(32, max(1, 1024 // block))
+    return {"ROWS": rows, "BLOCK": block, "STAGES": 2, "num_warps": max(1, rows * block // 256), **COMPILE_OPTIONS}
 
 
 @tunable("layer_norm.backward", "programs")
 def backward_programs(width: int, arch: int) -> int:
-    """Programs on each multiprocessor: enough to keep memory busy, few enough that their sums are added up quickly."""
-    return 4
+    """Programs on each multiprocessor: as many as run at one time, see `_WARPS_PER_MULTIPROCESSOR`."""
+    config = backward_config(width, arch) if width <= MAX_FUSED_WIDTH else AFFINE_GRAD_CONFIG
+    return _WARPS_PER_MULTIPROCESSOR // config["num_warps"]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -265,6 +288,8 @@ def forward(
     rows = _rows(x)
     residual_rows = rows if residual is None else _rows(residual)
     config = forward_config(C, architecture(x))
+    if cdiv(n_rows, config["ROWS"]) < multiprocessors(x):  # some of them would be without work
+        config = single_row_config(C)
     with device_of(x):
         forward_kernel[(cdiv(n_rows, config["ROWS"]),)](
             rows, residual_rows, weight.contiguous(), weight if bias is None else bias.contiguous(),

@@ -128,14 +128,17 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
 def _layer_norm_cases(arch: int) -> Iterator[KernelCase]:
     grads = dict.fromkeys(("HAS_GRAD_SUM", "WRITE_GRAD_RESIDUAL", "WRITE_GRAD_X", "DROPOUT"), True)
     affine = dict.fromkeys(("WRITE_GRAD_WEIGHT", "WRITE_GRAD_BIAS"), True)
-    widths = [2**n for n in range(4, 15)] if arch == 90 else [16, 1024, 4096, 16384]
+    widths = [2**n for n in (4, 6, 7, 8, 9, 10, 11, 12, 14)] if arch == 90 else [16, 1024, 4096, 16384]
     for width in widths:
         config = layer_norm.forward_config(width, arch)
         flags = {"ADD": True, "DROPOUT": True, "HAS_BIAS": True}
         yield KernelCase(f"add_layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
         flags = {"ADD": False, "DROPOUT": False, "HAS_BIAS": True}
-        if arch == 90:
+        if arch == 90 and width in (128, 1024, 16384):
             yield KernelCase(f"layer_norm.forward.w{width}", layer_norm.forward_kernel, "bf16", flags | config)
+        if arch == 90 and width in (1024, 4096):
+            name, config = f"layer_norm.forward.single.w{width}", layer_norm.single_row_config(width)
+            yield KernelCase(name, layer_norm.forward_kernel, "bf16", flags | config)
         if width > layer_norm.MAX_FUSED_WIDTH:
             continue
         config = layer_norm.backward_config(width, arch)

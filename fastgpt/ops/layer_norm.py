@@ -28,7 +28,8 @@ def layer_norm(
         eps: added to the (biased) variance; at least 0.
         backend: "auto", "torch" or "triton".
 
-    Returns: (..., C), the dtype of x. Mean and 1/std are kept in float32 (float64 for float64).
+    Returns: (..., C), the dtype of x; under autocast that of F.layer_norm, float32 on CUDA. Mean and 1/std are kept in
+        float32 (float64 for float64).
     Raises: TypeError, ValueError naming the argument; BackendError where a named backend cannot serve.
     """
     check_float("x", x)
@@ -58,7 +59,7 @@ def add_layer_norm(
             the row of C elements, column: the feature). None draws from torch's generator.
         backend: "auto", "torch" or "triton".
 
-    Returns: (layer_norm(h), h), both (..., C).
+    Returns: (layer_norm(h), h), both (..., C); the first in the dtype that `layer_norm` gives.
     Raises: TypeError, ValueError naming the argument; BackendError where a named backend cannot serve.
     """
     check_float("x", x)
@@ -69,6 +70,31 @@ def add_layer_norm(
     eps = _check_affine(x, torch.promote_types(x.dtype, residual.dtype), weight, bias, eps)
     dropout_p, seed = as_dropout(dropout_p, seed)
     return dispatch("add_layer_norm", backend, x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
+
+
+def layer_norm_for_reader(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """`layer_norm` for a caller all of whose readers cast the result to `dtype`, as autocast casts a linear's input.
+
+    A backend that can write the result in `dtype` does so: it has been computed in float32, and is rounded once, as the
+    reader's cast would round it. Another backend returns what `layer_norm` returns.
+    """
+    eps = _check_affine(x, x.dtype, weight, bias, eps)
+    return dispatch("layer_norm", "auto", x, weight, bias, eps, read_as=dtype)
+
+
+def add_layer_norm_for_reader(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` for a caller all of whose readers cast the first result, as for `layer_norm_for_reader`."""
+    eps = _check_affine(x, torch.promote_types(x.dtype, residual.dtype), weight, bias, eps)
+    options = {"dropout_p": dropout_p, "seed": None, "read_as": dtype}
+    return dispatch("add_layer_norm", "auto", x, residual, weight, bias, eps, **options)
 
 
 def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, eps: float) -> float:
@@ -95,11 +121,13 @@ def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | 
     return eps
 
 
-def layer_norm_on_torch(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm_on_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, read_as: torch.dtype | None = None
+) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def add_layer_norm_on_torch(x, residual, weight, bias, eps, *, dropout_p, seed) -> tuple[Tensor, Tensor]:
+def add_layer_norm_on_torch(x, residual, weight, bias, eps, *, dropout_p, seed, read_as=None) -> tuple[Tensor, Tensor]:
     if dropout_p > 0.0 and seed is not None:
         C = x.shape[-1]
         keep = philox_keep_mask(seed, dropout_p, x.numel() // C, C, x.device).view(x.shape)
@@ -200,14 +228,16 @@ def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cuda" and torch.is_autocast_enabled("cuda") else h_dtype
 
 
-def layer_norm_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    out_dtype = _out_dtype(x.dtype, x.device.type)
+def layer_norm_on_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, read_as: torch.dtype | None = None
+) -> Tensor:
+    out_dtype = read_as or _out_dtype(x.dtype, x.device.type)
     refuse_forward_mode("layer_norm", x, weight, bias)
     return _layer_norm_triton(x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
 
 
-def add_layer_norm_on_triton(x, residual, weight, bias, eps, *, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    out_dtype = _out_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
+def add_layer_norm_on_triton(x, residual, weight, bias, eps, *, dropout_p, seed, read_as=None) -> tuple[Tensor, Tensor]:
+    out_dtype = read_as or _out_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
     key = seed_tensor(dropout_p, seed, x.device)
     refuse_forward_mode("add_layer_norm", x, residual, weight, bias)
     y, h, _ = _layer_norm_triton(x, residual, weight, bias, eps, dropout_p, key, out_dtype)

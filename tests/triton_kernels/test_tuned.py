@@ -148,7 +148,7 @@ import sys
 assert not {"torch", "triton"} & set(sys.modules)
 print(tuned.describe(90))
 from fastgpt.triton_kernels import layer_norm
-print(layer_norm.forward_config(768, 90)["ROWS"], layer_norm.forward_config(2048, 90)["ROWS"])
+print(layer_norm.forward_config(768, 90)["ROWS"], layer_norm.forward_config(4096, 90)["ROWS"])
 open(tuned.named_files()[0], "w").write("[[entry]]")
 layer_norm.forward_config(100, 90)
 """
