@@ -94,7 +94,7 @@ def read_dtype(x: Tensor, module: Any, forward: Callable[..., Any], reader: str)
     """The dtype to which autocast casts `module`'s input, where its Linear `reader` is all that reads it; else None.
 
     A norm may then write its result in this dtype. It is the same to the Linear, and saves PyTorch a cast forward and
-    one backward. A `module` or Linear that is not plain, whose hooks could see the difference, gets what the norm gives.
+    one backward. A `module` or Linear that is not plain, whose hooks could see the difference, gets the norm's own.
     """
     dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64 or why_called(module, forward):
