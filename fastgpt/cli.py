@@ -50,6 +50,7 @@ def train(settings: TrainSettings) -> None:
     check_tokenizer(settings)
 
     from .baselines import model_class
+    from .cuda_graph import recorder
     from .data.corpus import Corpus
     from .machine import resolve_device
     from .tokenizer import BPETokenizer, tokenizer_from_json
@@ -57,7 +58,10 @@ def train(settings: TrainSettings) -> None:
     from .training.step import Precision
 
     model_class(settings.model)
-    Precision(resolve_device(train_config.device), train_config.dtype)  # refused before anything is written
+    device = resolve_device(train_config.device)
+    Precision(device, train_config.dtype)  # refused before anything is written
+    if train_config.cuda_graph:
+        recorder(device)
     saved = runs.load_latest(out) if settings.resume else None
     tokenizer: Any = settings.tokenizer
     if saved is not None:

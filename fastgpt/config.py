@@ -181,6 +181,7 @@ class TrainConfig:
         dtype: auto (on CUDA bfloat16, or float16 where that is emulated; else float32), float32, bfloat16 or float16.
         compile: run the loss through torch.compile.
         layout: blocks (every prefix is an example), windows (whole contexts only), or names (each line by itself).
+        cuda_graph: take steps by a CUDA graph, after a check against eager ones; has not run on a GPU yet.
     """
 
     batch_size: int = 64
@@ -202,6 +203,7 @@ class TrainConfig:
     dtype: str = "auto"
     compile: bool = False
     layout: str = "blocks"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from typing import Any
 
 import torch
 
 from . import __version__, ops
+from .cuda_graph import words
 from .machine import device_name, package_version, resolve_device
 from .ops import native
 from .ops.backend import BACKENDS, OPS, requested, unavailable
 from .ops.linear import linear_choice
 from .parity.cases import Draw, parity_cases
+from .training import graph
 from .training.step import Precision
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")
@@ -35,6 +38,7 @@ def report() -> str:
     lines += [
         f"--device auto: {auto}",
         f"--dtype auto: {precision.name} ({precision.why})",
+        f"--cuda-graph: {_cuda_graph(auto)}",
         f"backend asked for: {requested()}",
     ]
     for device in dict.fromkeys(("cpu", auto.type)):
@@ -51,6 +55,19 @@ def _gpu() -> list[str]:
     if torch.backends.mps.is_available():
         return ["GPU: Apple's; every op runs on it by PyTorch's own kernels"]
     return ["GPU: none that this PyTorch can use"]
+
+
+def _cuda_graph(device: torch.device) -> str:
+    """Whether training by a CUDA graph works; this is found out by training a small model."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reason is in the line
+        try:
+            reason = graph.try_out(device)
+        except Exception as error:  # a driver or a compiler may raise anything
+            reason = words(error)
+    return "a small model's training steps are the eager ones" if reason is None else f"does not work here: {reason}"
 
 
 def example_call(op: str, device: str) -> dict[str, Any]:

@@ -54,9 +54,21 @@ def test_a_gpu_with_bfloat16(elsewhere):
     assert "\n--device auto: cuda\n--dtype auto: bfloat16 (this GPU has it)\n" in doctor.report()
 
 
+def test_whether_training_by_a_graph_works(elsewhere, monkeypatch):
+    elsewhere(cuda=True, capability=(9, 0))
+    for answer, said in (
+        (lambda device: None, "a small model's training steps are the eager ones"),
+        (lambda device: "the loss differs", "does not work here: the loss differs"),
+        (lambda device: int("no number"), "does not work here: invalid literal for int() with base 10: 'no number'"),
+    ):
+        monkeypatch.setattr(doctor.graph, "try_out", answer)
+        assert f"\n--cuda-graph: {said}\n" in doctor.report()
+
+
 def test_a_mac(elsewhere):
     elsewhere(mps=True)
     text = doctor.report()
+    assert "\n--cuda-graph: needs a CUDA device\n" in text
     assert "\n--device auto: mps\n--dtype auto: float32 (half precision is the default on CUDA alone)\n" in text
     on_mps = text.partition("\nOn mps:\n")[2]
     for op in doctor.OPS:

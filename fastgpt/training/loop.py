@@ -12,12 +12,13 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import cuda_graph
 from ..checkpoint import Checkpoint, CheckpointError, check_same, load_parameters, model_tensors
 from ..config import TrainConfig
 from ..data.corpus import Corpus
@@ -26,6 +27,7 @@ from ..files import link_or_copy
 from ..language_model import LanguageModel
 from ..machine import resolve_device
 from . import TrainingError
+from .graph import GraphedStep
 from .run_folder import RunFolder, plot_loss
 from .step import Batch, Precision, count_targets, learning_rate, make_optimizer, mean_loss, training_step
 
@@ -51,6 +53,8 @@ class Trainer:
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "best_val": None}
         self.precision = Precision(self.device, cfg.dtype)
         self.loss = torch.compile(self.model.loss) if cfg.compile else self.model.loss
+        self._recorder = cuda_graph.recorder(self.device) if cfg.cuda_graph else None
+        self._take: Callable[[Sequence[Batch], float], Tensor] = self._take_eagerly
         self._signal: int | None = None
 
     # --- state ----------------------------------------------------------------------------------------------------
@@ -147,6 +151,8 @@ class Trainer:
         from tqdm import tqdm
 
         cfg, state = self.cfg, self.state
+        if self._recorder is not None:  # a graph belongs to the tensors that it was recorded with
+            self._take = GraphedStep(self._take_eagerly, self.model, self.optimizer, self.precision, self._recorder)
         with self._signals():
             bar = tqdm(total=cfg.max_steps, initial=state["step"], unit="step", disable=None, dynamic_ncols=True)
             self._say = bar.write if not bar.disable else lambda text: print(text, flush=True)
@@ -223,7 +229,9 @@ class Trainer:
     def _step(self, micro_batches: Sequence[Batch]) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""
         self.model.train()
-        lr = learning_rate(self.state["step"], self.cfg)
+        return self._take(micro_batches, learning_rate(self.state["step"], self.cfg))
+
+    def _take_eagerly(self, micro_batches: Sequence[Batch], lr: float | Tensor) -> Tensor:
         clip = self.cfg.grad_clip
         return training_step(self.model, self.loss, self.optimizer, micro_batches, self.precision, clip, lr)
 

@@ -110,13 +110,13 @@ def training_step(
     micro_batches: Sequence[Batch],
     precision: Precision,
     grad_clip: float,
-    lr: float | None = None,
+    lr: float | Tensor | None = None,
 ) -> Tensor:
     """One optimizer step on the mean loss over the targets of all micro-batches; returns that loss, on the device.
 
     The gradients are those of one batch of all the rows, however the counted targets are spread. `lr` becomes the
-    learning rate of every parameter group; without it the optimizer keeps its own. Nothing here waits for a GPU. The
-    caller has put the model into training mode.
+    learning rate of every parameter group, and may be a tensor, which a CUDA graph reads; without it the optimizer
+    keeps its own. Nothing here waits for a GPU. The caller has put the model into training mode.
     """
     if lr is not None:
         for group in optimizer.param_groups:
