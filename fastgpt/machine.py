@@ -111,12 +111,13 @@ def package_version(name: str) -> str | None:
 def commit(tree: Path = SOURCE_TREE) -> str | None:
     """The commit of the source tree, followed by "+" where a file of it has changed since.
 
-    None for an installed package, and for sources that lie inside the repository of another project. Files that are not
-    tracked do not count as changes; nor do benchmarks/results, to which a benchmark adds while it runs.
+    Files that are not tracked do not count as changes; nor do benchmarks/results, to which a benchmark adds while it
+    runs. For an installed package, for sources that were copied without their history, and for sources that lie inside
+    the repository of another project, it is what FASTGPT_COMMIT says, or None.
     """
     git = ("git", "-C", str(tree))
     if _output_of(*git, "ls-files", "--full-name", "fastgpt/machine.py") != "fastgpt/machine.py":
-        return None
+        return os.environ.get("FASTGPT_COMMIT") or None
     head = _output_of(*git, "rev-parse", "HEAD")
     changes = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return head and head + ("+" if _output_of(*git, *changes) else "")

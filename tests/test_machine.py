@@ -107,6 +107,14 @@ def test_sources_without_a_repository_of_their_own_have_no_commit(tree):
     assert machine.commit(tree) is None, "another project's repository tracks them"
 
 
+def test_sources_that_were_copied_without_their_history_may_be_told_their_commit(tree, monkeypatch):
+    monkeypatch.setenv("FASTGPT_COMMIT", "0123456789abcdef")
+    assert machine.commit(tree) == "0123456789abcdef"
+    machine.commit.cache_clear()
+    head = commit_all(tree)
+    assert machine.commit(tree) == head, "the repository knows better"
+
+
 def test_short_commits():
     assert machine.short_commit("0123456789abcdef") == "0123456789"
     assert machine.short_commit("0123456789abcdef+") == "0123456789+" and machine.short_commit(None) is None

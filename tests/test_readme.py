@@ -23,7 +23,7 @@ DOCUMENTS = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 }
 README = DOCUMENTS["README.md"]
-WRITTEN_BY_HAND = ["README.md", "CONTRIBUTING.md", "getting-started.md", "backends.md", "benchmarks.md"]
+WRITTEN_BY_HAND = ["README.md", "CONTRIBUTING.md", "getting-started.md", "backends.md", "benchmarks.md", "gpu.md"]
 SPEECH = "ROMEO. But soft, what light through yonder window breaks?\nJULIET. It is KING HENRY, 1599!\n\n"
 
 
@@ -263,6 +263,7 @@ DECIMALS = {  # the only ones in the words of a document, and what each is
     },
     "backends.md": {"8.0": "compute capability"},
     "benchmarks.md": {},
+    "gpu.md": {"8.0": "compute capability", "3.11": "Python"},
 }
 
 
