@@ -1,33 +1,40 @@
 """A training step, forward to optimizer, against the models that one would train instead.
 
 All have the same shape and dropout, and are trained by FastGPT's own `training_step`: the same fused AdamW and the same
-clipping; float32 on a CPU, bfloat16 autocast on a GPU. A shape that is compiled gives torch.compile to all of them.
+clipping; float32 on a CPU, bfloat16 autocast on a GPU. A shape that is compiled gives torch.compile to all of them, and
+one that is graphed takes their whole steps by CUDA graphs, as `fastgpt train --cuda-graph` does.
 """
 
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from fastgpt import cuda_graph
 from fastgpt.benchmarks.harness.accuracy import model_error_ratio
 from fastgpt.benchmarks.harness.models import ModelShape, make_models, measured_precision
 from fastgpt.benchmarks.harness.suite import OURS, Setting, Work
 from fastgpt.config import TrainConfig
-from fastgpt.training.step import make_optimizer, training_step
+from fastgpt.training.graph import CHECKED_STEPS, GraphedStep
+from fastgpt.training.step import Batch, make_optimizer, training_step
 
 
 @dataclass(frozen=True)
 class TrainStepShape(ModelShape):
     compiled: bool = False
+    graphed: bool = False
 
     def __str__(self) -> str:
-        return super().__str__() + (", torch.compile" if self.compiled else "")
+        how = ", torch.compile" if self.compiled else ", CUDA graph" if self.graphed else ""
+        return super().__str__() + how
 
 
 _SMALL = TrainStepShape(B=12, T=64, L=4, H=4, C=128, V=65)
 _CHARACTERS = TrainStepShape(B=64, T=256, L=6, H=6, C=384, V=65, dropout=0.2)
 _GPT2 = TrainStepShape(B=16, T=1024, L=12, H=12, C=768, V=50304)
+GRAPHED = (OURS, "nanoGPT")  # each graph keeps the memory of a step
 COMPILED = (OURS, "nanoGPT", "transformers sdpa")  # compiling the others would take minutes more
 
 
@@ -38,7 +45,13 @@ COMPILED = (OURS, "nanoGPT", "transformers sdpa")  # compiling the others would 
         replace(_CHARACTERS, B=4),
         TrainStepShape(B=2, T=256, L=4, H=8, C=512, V=50304),
     ],
-    cuda=[_GPT2, _CHARACTERS, replace(_GPT2, compiled=True)],
+    cuda=[
+        _GPT2,
+        replace(_GPT2, graphed=True),
+        replace(_GPT2, compiled=True),
+        _CHARACTERS,
+        replace(_CHARACTERS, graphed=True),
+    ],
 )
 def bench_train_step(run_work, setting, shape):
     run_work(train_step_work(setting, shape))
@@ -50,18 +63,51 @@ def train_step_work(setting: Setting, shape: TrainStepShape) -> Work:
     if shape.compiled:
         torch.compiler.reset()
         present = {name: (model, torch.compile(loss)) for name, (model, loss) in present.items() if name in COMPILED}
+    if shape.graphed:
+        present = {name: made for name, made in present.items() if name in GRAPHED}
     batches = shape.random_batches(setting.device, 4)
 
     def stepper(model, loss):
         model.train()
         optimizer, precision = make_optimizer(model, TrainConfig()), measured_precision(setting)
         turn = itertools.cycle(batches)
-        return lambda: training_step(model, loss, optimizer, [next(turn)], precision, grad_clip=1.0)
 
+        def step(micro_batches, lr=None):
+            return training_step(model, loss, optimizer, micro_batches, precision, grad_clip=1.0, lr=lr)
+
+        if not shape.graphed:
+            return lambda: step([next(turn)])
+        recorder = RunAgain() if setting.rehearsal else cuda_graph.recorder(setting.device)
+        return _graphed(GraphedStep(step, model, optimizer, precision, recorder), turn)
+
+    warmups = 0 if setting.device.type == "cpu" else 3
+    if shape.graphed:
+        warmups = CHECKED_STEPS + 2  # the first step is eager, and the next ones are taken twice
     return Work(
         op="train_step", shape=str(shape), direction="step", dtype=setting.dtype_name, absent=absent,
         contenders={name: stepper(*made) for name, made in present.items()},
         error_ratio=lambda name: model_error_ratio(ours, shape, shape.compiled) if name == OURS else None,
         n_bytes=7 * 4 * ours.num_parameters(),  # AdamW: weight, gradient, two moments read; weight and moments written
-        flops=shape.step_flops, tokens=shape.B * shape.T, warmups=0 if setting.device.type == "cpu" else 3,
+        flops=shape.step_flops, tokens=shape.B * shape.T, warmups=warmups,
     )  # fmt: skip
+
+
+def _graphed(step: GraphedStep, turn: Iterator[Batch]) -> Callable[[], None]:
+    """A step that is not taken by a graph is not measured as one."""
+
+    def call() -> None:
+        step([next(turn)], TrainConfig().lr)
+        if step.reason is not None:
+            raise RuntimeError(f"no CUDA graph: {step.reason}")
+
+    return call
+
+
+class RunAgain:
+    """In a rehearsal, what makes graphs: they run the function again."""
+
+    def warm_up(self, run):
+        return run()
+
+    def record(self, run, generator=None):
+        return run

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from fastgpt.benchmarks import bench_import, bench_time_to_loss
+from fastgpt.benchmarks import bench_import, bench_time_to_loss, bench_train_step
 from fastgpt.benchmarks.bench_attention import AttentionShape
 from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
 from fastgpt.benchmarks.bench_embedding import EmbeddingShape
@@ -88,6 +90,26 @@ def test_training_step_benchmark(run, checkouts):
         "fastgpt", "nanoGPT", "lecture", "transformers sdpa", "transformers eager",
     }  # fmt: skip
     assert run.rows[0].extra["tokens_per_s"] > 0 and run.rows[0].parity_error_ratio <= 2.0
+
+
+def test_a_graphed_training_step_is_rehearsed(run, checkouts):
+    rehearsal = dataclasses.replace(checkouts, rehearsal=True)
+    shape = TrainStepShape(B=2, T=8, L=1, H=2, C=16, V=33, graphed=True)
+    run.measure_contenders(train_step_work(rehearsal, shape))
+    assert [row.implementation for row in run.rows] == ["fastgpt", "nanoGPT"]
+    assert run.rows[0].shape.endswith(", CUDA graph")
+
+
+def test_a_step_that_no_graph_takes_is_not_measured_as_one(run, checkouts, monkeypatch):
+    def refuse(self, run, generator=None):
+        raise RuntimeError("cannot be captured")
+
+    monkeypatch.setattr(bench_train_step.RunAgain, "record", refuse)
+    rehearsal = dataclasses.replace(checkouts, rehearsal=True)
+    shape = TrainStepShape(B=2, T=8, L=1, H=2, C=16, V=33, graphed=True)
+    with pytest.raises(RuntimeError, match="no CUDA graph: cannot be captured"), pytest.warns(UserWarning):
+        run.measure_contenders(train_step_work(rehearsal, shape))
+    assert not run.rows
 
 
 def test_generation_benchmark(run, checkouts):
