@@ -8,8 +8,8 @@ In a document,
     ...
     <!-- end of results -->
 
-names one of QUOTES and a file of benchmarks/results. A test compares the text between the marks with what would be
-written there.
+names one of QUOTES and a file of benchmarks/results. `gpu` stands for all rows there that a GPU has made, and where
+there are none, the text says so. A test compares the text between the marks with what would be written there.
 """
 
 import argparse
@@ -83,6 +83,59 @@ def native_ops(results: Results) -> str:
     return _table(headers, body, _rows_of("cross_entropy", results))
 
 
+GPU_OPS = ("attention", "layer_norm", "add_layer_norm", "cross_entropy", "linear_cross_entropy", "embedding")
+NOT_MEASURED = "On GPUs: not measured yet, because no GPU has run these kernels. `make gpu-check` measures them."
+
+
+def gpu_ops(results: Results) -> str:
+    """Every case of every op against its fastest peer, and how much of a call's time is the host's."""
+    ours = [row for row in results.rows if row.op in GPU_OPS and row.implementation == OURS]
+    if not ours:
+        raise ResultsError("these results have no row of FastGPT's for any op")
+    body = []
+    for row in ours:
+        times = [cell(cells.short(row.median_ms)), row.best_peer, cells.ratio(row)]
+        body.append(
+            [
+                f"{row.op} {row.direction}",
+                row.shape,
+                *times,
+                *map(cells.percent, (row.roofline_fraction, row.host_share)),
+            ]
+        )
+    headers = [
+        "op",
+        "shape",
+        "fastgpt, ms",
+        "fastest peer",
+        "its ratio",
+        "of the roofline",
+        "host's share of an eager call",
+    ]
+    return _table(headers, body, ours)
+
+
+def gpu_models(results: Results) -> str:
+    """One sentence: the fastest way to train and to run the first model of each benchmark, and the character recipe."""
+    told, found = [], []
+    for op, what in (("train_step", "training"), ("generate", "generation")):
+        ours = [row for row in results.of_op(op) if row.implementation == OURS and row.extra.get("tokens_per_s")]
+        first = [row for row in ours if row.shape.split(", ")[0] == ours[0].shape.split(", ")[0]]
+        if first:
+            row = max(first, key=lambda row: row.extra["tokens_per_s"])
+            told.append(f"{what}, `{row.shape}`: {cell(cells.short(row.extra['tokens_per_s']))} tokens/s")
+            found.append(row)
+            if row.best_peer and row.ratio:
+                told[-1] += f" ({row.best_peer} takes {cells.factor(row.ratio)})"
+    if trained := [row for row in results.of_op("recipe") if row.implementation == OURS]:
+        row = min(trained, key=lambda row: row.median_ms)
+        told.append(f"`{row.shape}`: {_seconds(row)}")
+        found.append(row)
+    if not found:
+        raise ResultsError("these results have no row of FastGPT's for a model")
+    return _sentence("On a GPU: " + "; ".join(told), found)
+
+
 def _table(headers: Sequence[str], body: Sequence[Sequence[Any]], rows: Sequence[Row]) -> str:
     return f"{cells.aligned(markdown_table(headers, body))}\n\n{_origin(rows)}."
 
@@ -122,6 +175,8 @@ QUOTES: dict[str, Callable[[Results], str]] = {
     "time_to_loss": time_to_loss,
     "recipe": recipe,
     "native_ops": native_ops,
+    "gpu_ops": gpu_ops,
+    "gpu_models": gpu_models,
 }
 _QUOTED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 
@@ -133,9 +188,17 @@ def with_quotes(text: str, results: Path) -> str:
         start, name, file, _, end = match.groups()
         if name not in QUOTES:
             raise ResultsError(f"results: {name}: expected one of {', '.join(QUOTES)}")
-        return start + QUOTES[name](read([results / f"{file}.jsonl"])) + "\n" + end
+        quoted = of_gpus(name, results) if file == "gpu" else QUOTES[name](read([results / f"{file}.jsonl"]))
+        return start + quoted + "\n" + end
 
     return _QUOTED.sub(renewed, text)
+
+
+def of_gpus(name: str, results: Path) -> str:
+    """The quote of each GPU's rows, one below the other."""
+    found = read([results])
+    gpus = dict.fromkeys(row.machine for row in found.rows if row.cuda is not None)
+    return "\n\n".join(QUOTES[name](found.of_machine(gpu)) for gpu in gpus) or NOT_MEASURED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

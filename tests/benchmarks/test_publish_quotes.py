@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from benchmark_rows import row, write
-from fastgpt.benchmarks.publish import quotes
+import re
+from pathlib import Path
+
+from benchmark_rows import row, run_line, write
+from fastgpt.benchmarks.publish import quotes, report, rows
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_what_documents_quote(tmp_path):
@@ -27,7 +32,8 @@ def test_what_documents_quote(tmp_path):
         *(row(peak_bytes=2e6, **kernel) for kernel in kernels),
         *(row("torch", 5.0, 2.5, peak_bytes=5.5e6, **kernel) for kernel in kernels),
     )
-    text = "".join(f"<!-- results: {name} cpu -->\nold\n<!-- end of results -->\n" for name in quotes.QUOTES)
+    names = [name for name in quotes.QUOTES if not name.startswith("gpu_")]
+    text = "".join(f"<!-- results: {name} cpu -->\nold\n<!-- end of results -->\n" for name in names)
     lines = quotes.with_quotes(text, tmp_path).replace("\n", " ")
     for said in (
         "`small to 2.4 nats`: 16.4 seconds of training, 450 steps; nanoGPT on the same batches takes 1.25x "
@@ -59,8 +65,67 @@ def test_a_quote_that_cannot_be_had_is_an_error(tmp_path, capsys):
         ("<!-- results: weather cpu -->\n<!-- end of results -->", "weather: expected one of train_step"),
         ("<!-- results: train_step cpu -->\n<!-- end of results -->", "no row of FastGPT's for 'train_step'"),
         ("<!-- results: recipe cpu -->\n<!-- end of results -->", "'recipe' has no 'steps'"),
-        ("<!-- results: recipe gpu -->\n<!-- end of results -->", "gpu.jsonl: no such file"),
+        ("<!-- results: recipe tpu -->\n<!-- end of results -->", "tpu.jsonl: no such file"),
     ):
         (tmp_path / "doc.md").write_text(text)
         assert quotes.main([str(tmp_path / "doc.md"), "--results", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err and (tmp_path / "doc.md").read_text(encoding="utf-8") == text
+
+
+GPU = {
+    "device": "NVIDIA Made Up",
+    "cuda": "13.0",
+    "dtype": "bfloat16",
+    "date": "2026-01-02",
+    "commit": "0123456789abcdef",
+}
+
+
+def gpu_rows(out: Path) -> Path:
+    """What a GPU check leaves in its folder; the figures are made up."""
+    attention = {"op": "attention", "shape": "B16 H12 T1024 D64 causal", **GPU}
+    step = {"op": "train_step", "direction": "step", "verdict": "faster", **GPU}
+    write(
+        out / "nvidia-made-up.jsonl",
+        run_line(**GPU),
+        row(
+            median_ms=0.25, ratio=1.2, best_peer="sdpa cudnn", roofline_fraction=0.61, eager_ms=0.3, graph_ms=0.24,
+            verdict="faster", **attention,
+        ),
+        row("sdpa cudnn", 0.3, 1.2, verdict="faster", **attention),
+        row(median_ms=30.0, shape="B16 T1024", extra={"tokens_per_s": 546_000.0}, **step),
+        row(median_ms=27.3, shape="B16 T1024, CUDA graph", extra={"tokens_per_s": 600_000.0}, best_peer="nanoGPT",
+            ratio=1.4, **step),
+        row("nanoGPT", 38.2, 1.4, shape="B16 T1024, CUDA graph", **step),
+        row(median_ms=9.0, shape="B64 T256", extra={"tokens_per_s": 1_800_000.0}, **step),
+        row(median_ms=25.6, op="generate", shape="L12, 128 new tokens", direction="generate",
+            extra={"tokens_per_s": 5000.0}, **GPU),
+        row(median_ms=29_000.0, op="recipe", shape="shakespeare-char to 1.4697 nats", direction="train", **GPU),
+    )  # fmt: skip
+    return out
+
+
+def test_a_gpu_checks_rows_make_the_results_the_kernels_times_and_the_readmes_lines(tmp_path):
+    """The way of `make results`, from the committed rows and those of a GPU."""
+    results = gpu_rows(tmp_path / "results")
+    write(results / "cpu.jsonl", row(median_ms=3.0))
+    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/kernels.md")}
+    blocks = {}
+    for name, text in pages.items():
+        (block,) = re.findall(r"<!-- results: \S+ gpu -->\n.*?<!-- end of results -->\n", text, re.DOTALL)
+        (tmp_path / Path(name).name).write_text(block, encoding="utf-8")
+        assert quotes.main([str(tmp_path / Path(name).name), "--results", str(results)]) == 0
+        blocks[name] = (tmp_path / Path(name).name).read_text(encoding="utf-8")
+    said = blocks["README.md"].replace("\n", " ")
+    assert "training, `B16 T1024, CUDA graph`: 600,000 tokens/s (nanoGPT takes 1.40x)" in said
+    assert (
+        "generation, `L12, 128 new tokens`: 5,000 tokens/s" in said and "29 seconds (NVIDIA Made Up, bfloat16" in said
+    )
+    lines = len(pages["README.md"].splitlines()) + len(blocks["README.md"].splitlines()) - 3
+    assert lines < 200, "the README has room for them"
+    assert re.search(r"causal +\| +0.25 +\| sdpa cudnn +\| 1.20x.* \| 61 % +\| 20 %", blocks["docs/kernels.md"])
+    page = report.markdown(rows.read([results]))
+    assert "\n## NVIDIA Made Up\n" in page and "20 %" in page and "host's share" in page
+    (tmp_path / "none").mkdir()
+    write(tmp_path / "none" / "cpu.jsonl", row())
+    assert quotes.NOT_MEASURED in quotes.with_quotes(blocks["docs/kernels.md"], tmp_path / "none")
