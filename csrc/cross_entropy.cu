@@ -449,9 +449,9 @@ const char* reason_against(Plan plan, int64_t passes, int64_t row_bytes) {
 
 // A warp for a row of up to 32 vectors, then 128 threads up to 512 vectors, which are four for each thread, then 512. A
 // row that is read more than once is kept by the fewest blocks (1, 2, 4, 8) such that a multiprocessor has room for two
-// of these blocks, so that one of them computes, or waits for its cluster, while the other one moves memory. Where eight
-// blocks are too few for that, by the fewest such that a multiprocessor has room for one block, and where eight are too
-// few even for that, nowhere. These choices were not timed.
+// of these blocks, so that one of them computes, or waits for its cluster, while the other one moves memory. Where
+// eight blocks are too few for that, by the fewest such that a multiprocessor has room for one block, and where eight
+// are too few even for that, nowhere. These choices were not timed.
 template <class T>
 Plan default_plan(int64_t passes, int64_t row_bytes, int64_t rows) {
   if (row_bytes <= 32 * 16) return {32, 1};

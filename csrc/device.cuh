@@ -57,15 +57,45 @@ struct alignas(N * sizeof(T)) Vec {
 template <class T>
 using Vec16 = Vec<T, 16 / sizeof(T)>;
 
+template <int BYTES>
+struct Bits;
+template <>
+struct Bits<2> {
+  using Type = uint16_t;
+};
+template <>
+struct Bits<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Bits<8> {
+  using Type = uint64_t;
+};
+template <>
+struct Bits<16> {
+  using Type = uint4;
+};
+
+template <int N, class T>
+__device__ __forceinline__ Vec<T, N> load(const T* p) {
+  const auto bits = *reinterpret_cast<const typename Bits<N * sizeof(T)>::Type*>(p);
+  return *reinterpret_cast<const Vec<T, N>*>(&bits);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store(T* p, const Vec<T, N>& v) {
+  using Type = typename Bits<N * sizeof(T)>::Type;
+  *reinterpret_cast<Type*>(p) = *reinterpret_cast<const Type*>(&v);
+}
+
 template <class T>
 __device__ __forceinline__ Vec16<T> load16(const T* p) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(p);
-  return *reinterpret_cast<const Vec16<T>*>(&bits);
+  return load<Vec16<T>::SIZE>(p);
 }
 
 template <class T>
 __device__ __forceinline__ void store16(T* p, const Vec16<T>& v) {
-  *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&v);
+  store(p, v);
 }
 
 // The functions in which nvcc and a C++ compiler differ: the second one compiles these files to run the kernels without
@@ -192,7 +222,5 @@ void by_type(const Tensor& tensor, const char* name, const Run& run) {
       STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
 }
-
-inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace fastgpt

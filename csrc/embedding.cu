@@ -4,10 +4,13 @@
 // and writes their sum once.
 //
 // Backward has no atomic operations. PyTorch sorts the tokens with a stable sort, and the sorted tokens are cut into
-// chunks of 64. A block of threads takes one chunk and adds up the gradient rows of each run of equal tokens in it, in
-// float32 and in order. The sum of a run inside one chunk is written to the gradient at once. A run that crosses chunks
-// leaves a partial sum for each of them, and a second kernel adds these up in order. So a token that is half of the
-// text keeps as many blocks busy as any other text of that length does, and the same inputs always give the same bits.
+// chunks of equal length. A block of threads takes one chunk and adds up the gradient rows of each run of equal tokens
+// in it, in float32 and in order. The sum of a run inside one chunk is written to the gradient at once. A run that
+// crosses chunks leaves a partial sum for each of them, and a second kernel adds these up in order. So a token that is
+// half of the text keeps as many blocks busy as any other text of that length does, and the same inputs always give the
+// same bits, for one length of the chunks.
+//
+// The rows of a run lie anywhere in memory. Each thread has AHEAD of them on their way at a time.
 #include "device.cuh"
 
 #include <type_traits>
@@ -16,31 +19,43 @@ namespace fastgpt {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int64_t CHUNK = 64;  // sorted tokens of a block: enough to hide the latency of loads, and many blocks
+constexpr int AHEAD = 8;
+constexpr int MOST_CHUNK = 128;  // sorted tokens of a block, which shared memory holds
 
-// The columns of one thread: WIDTH is as many as fit a vector of 16 bytes, or 1 where rows are not aligned to 16 bytes.
+// The columns of one thread: WIDTH values that it loads by one instruction.
 template <class T, int WIDTH>
 struct Columns {
+  using Row = Vec<T, WIDTH>;
   float values[WIDTH];
 
-  __device__ __forceinline__ void add(const T* p) {
-    if constexpr (WIDTH == 1) {
-      values[0] += to_float(*p);
-    } else {
-      const Vec16<T> v = load16(p);
+  __device__ __forceinline__ void add(const Row& row) {
 #pragma unroll
-      for (int j = 0; j < WIDTH; ++j) values[j] += to_float(v.values[j]);
-    }
+    for (int j = 0; j < WIDTH; ++j) values[j] += to_float(row.values[j]);
   }
-  __device__ __forceinline__ void store(T* p) const {
-    if constexpr (WIDTH == 1) {
-      *p = from_float<T>(values[0]);
-    } else {
-      Vec16<T> v;
+  __device__ __forceinline__ void add(const Columns& other) {
 #pragma unroll
-      for (int j = 0; j < WIDTH; ++j) v.values[j] = from_float<T>(values[j]);
-      store16(p, v);
-    }
+    for (int j = 0; j < WIDTH; ++j) values[j] += other.values[j];
+  }
+  __device__ __forceinline__ void store_to(T* p) const {
+    Row row;
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) row.values[j] = from_float<T>(values[j]);
+    store(p, row);
+  }
+
+  // In float32 the columns may take two vectors.
+  static constexpr int PIECE = WIDTH < 4 ? WIDTH : 4;
+  using Piece = Vec<float, PIECE>;
+
+  __device__ __forceinline__ static Columns of_partial(const float* p) {
+    Columns result;
+#pragma unroll
+    for (int j = 0; j < WIDTH; j += PIECE) *reinterpret_cast<Piece*>(&result.values[j]) = load<PIECE>(p + j);
+    return result;
+  }
+  __device__ __forceinline__ void store_partial(float* p) const {
+#pragma unroll
+    for (int j = 0; j < WIDTH; j += PIECE) store(p + j, *reinterpret_cast<const Piece*>(&values[j]));
   }
 };
 
@@ -55,58 +70,87 @@ __global__ void __launch_bounds__(THREADS)
   const T* position = position_table ? position_table + row % length * position_stride : nullptr;
   for (int64_t c = threadIdx.x * WIDTH; c < columns; c += THREADS * WIDTH) {
     Columns<T, WIDTH> sum = {};
-    sum.add(token_table + token * token_stride + c);
-    if (position) sum.add(position + c);
-    sum.store(out + row * columns + c);
+    sum.add(load<WIDTH>(token_table + token * token_stride + c));
+    if (position) sum.add(load<WIDTH>(position + c));
+    sum.store_to(out + row * columns + c);
   }
 }
 
 // Sums the runs of equal tokens of a chunk. partial (chunks, 2, columns) float32 gets the sums of runs that cross
 // chunks: partial[chunk][0] is that of a run that began in an earlier chunk, and partial[chunk][1] that of a run that
 // begins in this chunk and goes on in the next one.
-template <class T, int WIDTH>
+template <class T, int WIDTH, class Token>
 __global__ void __launch_bounds__(THREADS)
-    sum_runs_kernel(const T* grad, const int64_t* sorted, const int64_t* order, T* token_grad, float* partial, int64_t n,
-                    int64_t columns, int64_t vocab_size) {
-  const int64_t chunk = blockIdx.x, begin = chunk * CHUNK, end = min(begin + CHUNK, n);
+    sum_runs_kernel(const T* grad, const Token* sorted, const int64_t* order, T* token_grad, float* partial, int64_t n,
+                    int64_t columns, int64_t vocab_size, int chunk_length) {
+  __shared__ Token tokens_around[MOST_CHUNK + 2];  // also the token before the chunk and the one after it, or -1
+  __shared__ int64_t rows[MOST_CHUNK];
+  const int64_t chunk = blockIdx.x, begin = chunk * chunk_length;
+  const int length = static_cast<int>(min(static_cast<int64_t>(chunk_length), n - begin));
+  for (int i = threadIdx.x; i < length + 2; i += THREADS) {
+    const int64_t at = begin + i - 1;
+    tokens_around[i] = at >= 0 && at < n ? sorted[at] : Token{-1};
+    if (i < length) rows[i] = order[begin + i];
+  }
+  __syncthreads();
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * WIDTH;
   if (c >= columns) return;
-  int64_t run = begin;  // where the current run begins
+  const Token* tokens = tokens_around + 1;
+  bool from_before = tokens[-1] == tokens[0];  // whether the current run began in an earlier chunk
   Columns<T, WIDTH> sum = {};
-  for (int64_t i = begin; i < end; ++i) {
-    sum.add(grad + order[i] * columns + c);
-    const int64_t token = sorted[i];
-    if (i + 1 < end && sorted[i + 1] == token) continue;
-    assert(token >= 0 && token < vocab_size && "token out of range");
-    const bool from_before = run == begin && begin > 0 && sorted[begin - 1] == token;
-    const bool goes_on = i + 1 == end && end < n && sorted[end] == token;
-    if (from_before || goes_on) {
-      float* to = partial + (2 * chunk + (from_before ? 0 : 1)) * columns + c;
-      for (int j = 0; j < WIDTH; ++j) to[j] = sum.values[j];
-    } else {
-      sum.store(token_grad + token * columns + c);
+  for (int start = 0; start < length; start += AHEAD) {
+    Vec<T, WIDTH> ahead[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) ahead[k] = load<WIDTH>(grad + rows[min(start + k, length - 1)] * columns + c);
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int i = start + k;
+      if (i >= length) break;
+      sum.add(ahead[k]);
+      const int64_t token = tokens[i];
+      const bool goes_on = tokens[i + 1] == token;
+      if (goes_on && i + 1 < length) continue;
+      assert(token >= 0 && token < vocab_size && "token out of range");
+      if (from_before || goes_on)
+        sum.store_partial(partial + (2 * chunk + (from_before ? 0 : 1)) * columns + c);
+      else
+        sum.store_to(token_grad + token * columns + c);
+      sum = {};
+      from_before = false;
     }
-    sum = {};
-    run = i + 1;
   }
 }
 
 // Adds up the partial sums of each run that crosses chunks. The block of the chunk in which the run begins does so.
-template <class T, int WIDTH>
+template <class T, int WIDTH, class Token>
 __global__ void __launch_bounds__(THREADS)
-    join_runs_kernel(const int64_t* sorted, T* token_grad, const float* partial, int64_t n, int64_t columns) {
-  const int64_t chunk = blockIdx.x, begin = chunk * CHUNK, end = begin + CHUNK;
+    join_runs_kernel(const Token* sorted, T* token_grad, const float* partial, int64_t n, int64_t columns,
+                     int chunk_length) {
+  const int64_t chunk = blockIdx.x, begin = chunk * chunk_length, end = begin + chunk_length;
   if (end >= n) return;
-  const int64_t token = sorted[end - 1];
+  const Token token = sorted[end - 1];
   if (sorted[end] != token) return;  // no run goes on in the next chunk
   if (begin > 0 && sorted[begin] == token && sorted[begin - 1] == token) return;  // the run began in an earlier chunk
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * WIDTH;
   if (c >= columns) return;
-  Columns<T, WIDTH> sum;
-  for (int j = 0; j < WIDTH; ++j) sum.values[j] = partial[(2 * chunk + 1) * columns + c + j];
-  for (int64_t next = chunk + 1; next * CHUNK < n && sorted[next * CHUNK] == token; ++next)
-    for (int j = 0; j < WIDTH; ++j) sum.values[j] += partial[2 * next * columns + c + j];
-  sum.store(token_grad + token * columns + c);
+  auto sum = Columns<T, WIDTH>::of_partial(partial + (2 * chunk + 1) * columns + c);
+  for (int64_t next = chunk + 1;; next += AHEAD) {
+    bool is_part[AHEAD];
+    Columns<T, WIDTH> parts[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      const int64_t first = (next + k) * chunk_length;
+      is_part[k] = first < n && sorted[first] == token;
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k)
+      if (is_part[k]) parts[k] = Columns<T, WIDTH>::of_partial(partial + 2 * (next + k) * columns + c);
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+      if (!is_part[k]) return sum.store_to(token_grad + token * columns + c);
+      sum.add(parts[k]);
+    }
+  }
 }
 
 // The gradient of a row of the position table: the sum over the batch, in order.
@@ -117,9 +161,9 @@ __global__ void __launch_bounds__(THREADS)
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * WIDTH;
   if (c >= columns) return;
   Columns<T, WIDTH> sum = {};
-#pragma unroll 4
-  for (int64_t b = 0; b < batch; ++b) sum.add(grad + (b * length + t) * columns + c);
-  sum.store(position_grad + t * columns + c);
+#pragma unroll AHEAD
+  for (int64_t b = 0; b < batch; ++b) sum.add(load<WIDTH>(grad + (b * length + t) * columns + c));
+  sum.store_to(position_grad + t * columns + c);
 }
 
 dim3 grid(int64_t rows, int64_t columns, int width) {
@@ -127,16 +171,27 @@ dim3 grid(int64_t rows, int64_t columns, int width) {
   return {static_cast<unsigned>(rows), static_cast<unsigned>((columns + THREADS * width - 1) / (THREADS * width))};
 }
 
-// Calls `run` as by_type() does, with the WIDTH of `Columns` as a second argument, a constant.
+// Calls `run` as by_type() does, with the WIDTH of `Columns` as a second argument, a constant: a vector of 16 bytes, or
+// two values, or one, whatever divides all of `counts`. These are numbers of values: the columns, how far apart the
+// rows lie, and values_before().
 template <class Run>
-void by_width(const Tensor& tensor, bool vectors, const Run& run) {
+void by_width(const Tensor& tensor, std::initializer_list<int64_t> counts, const Run& run) {
+  int64_t all = 0;
+  for (const int64_t count : counts) all |= count;  // it has as many zeros at its end as all of them have
   by_type(tensor, "token_table", [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (vectors)
-      run(type, std::integral_constant<int, Vec16<T>::SIZE>{});
+    constexpr int vector = Vec16<std::remove_pointer_t<decltype(type)>>::SIZE;
+    if (all % vector == 0)
+      run(type, std::integral_constant<int, vector>{});
+    else if (all % 2 == 0)
+      run(type, std::integral_constant<int, 2>{});
     else
       run(type, std::integral_constant<int, 1>{});
   });
+}
+
+// How many values the tensor lies behind an address that every vector may have.
+int64_t values_before(const Tensor& tensor) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 / tensor.element_size());
 }
 
 Tensor with_contiguous_rows(const Tensor& table) {
@@ -147,7 +202,8 @@ Tensor with_contiguous_rows(const Tensor& table) {
 
 Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::optional<Tensor>& position_table,
                  int64_t position_offset) {
-  const auto guard = guard_device({"token_table", token_table}, {{"tokens", tokens}, {"position_table", position_table}});
+  const auto guard =
+      guard_device({"token_table", token_table}, {{"tokens", tokens}, {"position_table", position_table}});
   STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
   STD_TORCH_CHECK(token_table.dim() == 2, "token_table: expected (V, C)");
   STD_TORCH_CHECK(!position_table.has_value() || position_table->dim() == 2, "position_table: expected (P, C)");
@@ -161,10 +217,8 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
                                                   positions.size(1) == C && position_offset >= 0 &&
                                                   position_offset <= positions.size(0) - T),
                   "position_table: expected rows up to position_offset + T, like those of token_table");
-  const int64_t per_vector = 16 / static_cast<int64_t>(table.element_size());
-  const bool vectors = C % per_vector == 0 && table.stride(0) % per_vector == 0 && is_aligned(table.const_data_ptr()) &&
-                       positions.stride(0) % per_vector == 0 && is_aligned(positions.const_data_ptr());
-  by_width(table, vectors, [&](auto* type, auto width) {
+  const auto counts = {C, table.stride(0), values_before(table), positions.stride(0), values_before(positions)};
+  by_width(table, counts, [&](auto* type, auto width) {
     using Value = std::remove_pointer_t<decltype(type)>;
     const auto* position = static_cast<const Value*>(positions.const_data_ptr());
     gather_kernel<Value, width.value><<<grid(B * T, 1, 1), THREADS, 0, current_stream(table)>>>(
@@ -178,28 +232,39 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
 }
 
 // The gradient of the token table (vocab_size, C), from grad (N, C), the tokens in ascending order, and for each of
-// them the row of grad that it belongs to.
-Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order, int64_t vocab_size) {
+// them the row of grad that it belongs to. A block takes `chunk` tokens.
+Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order, int64_t vocab_size, int64_t chunk) {
   const auto guard = guard_device({"grad", grad}, {{"sorted", sorted}, {"order", order}});
+  const bool is_long = sorted.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(grad.dim() == 2 && grad.is_contiguous() && sorted.is_contiguous() && order.is_contiguous() &&
-                      sorted.scalar_type() == ScalarType::Long && order.scalar_type() == ScalarType::Long &&
+                      (is_long || sorted.scalar_type() == ScalarType::Int) && order.scalar_type() == ScalarType::Long &&
                       sorted.numel() == grad.size(0) && order.numel() == grad.size(0),
-                  "grad, sorted, order: expected contiguous (N, C) and int64 (N,)");
-  const int64_t n = grad.size(0), C = grad.size(1), chunks = (n + CHUNK - 1) / CHUNK;
+                  "grad, sorted, order: expected contiguous (N, C), int32 or int64 (N,), and int64 (N,)");
+  STD_TORCH_CHECK(is_long || vocab_size <= INT32_MAX, "sorted: expected int64 for ", vocab_size, " tokens");
+  STD_TORCH_CHECK(chunk > 0 && chunk <= MOST_CHUNK && chunk % AHEAD == 0, "chunk: expected a multiple of ", AHEAD,
+                  " up to ", MOST_CHUNK, ", got ", chunk);
+  const int64_t n = grad.size(0), C = grad.size(1), chunks = (n + chunk - 1) / chunk;
   Tensor token_grad = torch::stable::new_zeros(grad, {vocab_size, C});
   if (n == 0 || C == 0) return token_grad;
   Tensor partial = torch::stable::new_empty(grad, {chunks, 2, C}, ScalarType::Float);
-  const bool vectors = C % (16 / static_cast<int64_t>(grad.element_size())) == 0 && is_aligned(grad.const_data_ptr());
-  by_width(grad, vectors, [&](auto* type, auto width) {
+  by_width(grad, {C, values_before(grad)}, [&](auto* type, auto width) {
     using Value = std::remove_pointer_t<decltype(type)>;
-    const dim3 blocks = grid(chunks, C, width.value);
-    const cudaStream_t stream = current_stream(grad);
-    auto* out = static_cast<Value*>(token_grad.mutable_data_ptr());
-    sum_runs_kernel<Value, width.value><<<blocks, THREADS, 0, stream>>>(
-        static_cast<const Value*>(grad.const_data_ptr()), sorted.const_data_ptr<int64_t>(),
-        order.const_data_ptr<int64_t>(), out, partial.mutable_data_ptr<float>(), n, C, vocab_size);
-    join_runs_kernel<Value, width.value><<<blocks, THREADS, 0, stream>>>(
-        sorted.const_data_ptr<int64_t>(), out, partial.const_data_ptr<float>(), n, C);
+    const auto launch = [&](const auto* tokens) {
+      using Token = std::remove_const_t<std::remove_pointer_t<decltype(tokens)>>;
+      const dim3 blocks = grid(chunks, C, width.value);
+      const cudaStream_t stream = current_stream(grad);
+      auto* out = static_cast<Value*>(token_grad.mutable_data_ptr());
+      const auto length = static_cast<int>(chunk);
+      sum_runs_kernel<Value, width.value, Token><<<blocks, THREADS, 0, stream>>>(
+          static_cast<const Value*>(grad.const_data_ptr()), tokens, order.const_data_ptr<int64_t>(), out,
+          partial.mutable_data_ptr<float>(), n, C, vocab_size, length);
+      join_runs_kernel<Value, width.value, Token><<<blocks, THREADS, 0, stream>>>(
+          tokens, out, partial.const_data_ptr<float>(), n, C, length);
+    };
+    if (is_long)
+      launch(sorted.const_data_ptr<int64_t>());
+    else
+      launch(sorted.const_data_ptr<int32_t>());
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return token_grad;
@@ -214,8 +279,7 @@ Tensor sum_positions(const Tensor& grad, int64_t n_positions, int64_t position_o
                   "grad: expected contiguous (B, T, C) that fits n_positions");
   Tensor position_grad = torch::stable::new_zeros(grad, {n_positions, C});
   if (grad.numel() == 0) return position_grad;
-  const bool vectors = C % (16 / static_cast<int64_t>(grad.element_size())) == 0 && is_aligned(grad.const_data_ptr());
-  by_width(grad, vectors, [&](auto* type, auto width) {
+  by_width(grad, {C, values_before(grad)}, [&](auto* type, auto width) {
     using Value = std::remove_pointer_t<decltype(type)>;
     sum_batch_kernel<Value, width.value><<<grid(T, C, width.value), THREADS, 0, current_stream(grad)>>>(
         static_cast<const Value*>(grad.const_data_ptr()),

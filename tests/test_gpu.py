@@ -1,11 +1,14 @@
 """What only a GPU can show: the kernels as compiled, in every dtype and at real sizes. `pytest -m gpu`."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.ops import reference
 from fastgpt.ops.backend import unavailable
+from fastgpt.ops.cross_entropy import cuda_plan, set_cuda_plans
 from triton_checks import check_against_oracle
 
 pytestmark = [
@@ -148,6 +151,45 @@ def test_gradient_is_scaled_from_any_address(dtype):
             assert torch.equal(values, expected)
 
 
+PLANS = [(threads, blocks) for threads in (128, 256, 512) for blocks in (0, 1)]
+PLANS += [(threads, blocks) for threads in (256, 512) for blocks in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("plan", [None, *PLANS], ids=str)
+def test_cross_entropy_with_each_plan(plan):
+    if plan is not None and plan[1] > 1 and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no clusters")
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            for classes in (300, 4099, 100_608 // dtype.itemsize):
+                set_cuda_plans("cuda", [] if plan is None else [(dtype.itemsize, 2, classes, *plan)])
+                logits, targets = long_rows(classes, dtype)
+                assert plan is None or cuda_plan(logits) == plan
+                check_cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1)
+                call = partial(torch.ops.fastgpt.cross_entropy_native, logits, targets, None, -100, 2, 0.0, True)
+                loss, gradient = call()
+                for _ in range(20):
+                    again = call()
+                    assert torch.equal(loss, again[0]) and torch.equal(gradient, again[1])
+    finally:
+        set_cuda_plans("cuda", [])
+
+
+@pytest.mark.parametrize("chunk", [8, 32, 64, 128])
+def test_embedding_gradient_with_each_chunk(chunk):
+    torch.manual_seed(0)
+    tokens = torch.randint(300, (20_000,), device="cuda")
+    tokens[torch.rand(20_000, device="cuda") < 0.5] = 7
+    for dtype, width in ((torch.float32, 768), (torch.bfloat16, 768), (torch.bfloat16, 33)):
+        grad = torch.randn(20_000, width, dtype=dtype, device="cuda")
+        exact = torch.zeros(300, width, dtype=torch.float64, device="cuda").index_add_(0, tokens, grad.double())
+        for keys in (tokens, tokens.int()):
+            found, order = torch.sort(keys, stable=True)
+            ours = torch.ops.fastgpt.embedding_sum_sorted(grad, found, order, 300, chunk)
+            assert torch.equal(ours, torch.ops.fastgpt.embedding_sum_sorted(grad, found, order, 300, chunk))
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
 def test_native_ops_refuse_arguments_on_another_device():
     native = torch.ops.fastgpt
     x, targets, one = torch.randn(3, 40, device="cuda"), torch.arange(3, device="cuda"), torch.ones(1, device="cuda")
@@ -158,8 +200,8 @@ def test_native_ops_refuse_arguments_on_another_device():
         "scale": lambda: native.scale_gradient_(x, one.cpu()),
         "tokens": lambda: native.embedding_native(targets[None].cpu(), x, None, 0),
         "position_table": lambda: native.embedding_native(targets[None], x, x.cpu(), 0),
-        "sorted": lambda: native.embedding_sum_sorted(x, targets.cpu(), targets, 40),
-        "order": lambda: native.embedding_sum_sorted(x, targets, targets.cpu(), 40),
+        "sorted": lambda: native.embedding_sum_sorted(x, targets.cpu(), targets, 40, 32),
+        "order": lambda: native.embedding_sum_sorted(x, targets, targets.cpu(), 40, 32),
     }
     for name, call in calls.items():
         with pytest.raises(RuntimeError, match=f"{name}: expected on the device of"):

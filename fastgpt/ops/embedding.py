@@ -6,6 +6,7 @@ gradient rows of each token in that order, without atomics, so that the same inp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -88,15 +89,57 @@ def _gradients_fake(grad, tokens, vocab_size, n_positions, position_offset, with
     return d_tokens, grad.new_empty((n_positions if with_positions else 0, C))
 
 
+CUDA_CHUNK = 32  # sorted tokens of a block: as many blocks as possible, whose partial sums are still few. Not timed.
+_cuda_chunks: dict[torch.device, list[tuple[int, int, int]]] = {}
+
+
+def set_cuda_chunks(device: torch.device | str, chunks: Iterable[tuple[int, int, int]]) -> None:
+    """Choose how many sorted tokens a block of csrc/embedding.cu takes on `device`, in place of CUDA_CHUNK.
+
+    Each choice is (element_size, most_tokens, chunk), and counts for gradients with values of so many bytes (2 or 4)
+    of at most so many tokens; chunk is a multiple of 8 up to 128. A call takes the first choice that counts for it.
+    Earlier choices are forgotten: `set_cuda_chunks(device, [])` restores the default. A choice changes the order of
+    additions, and nothing else; each gives the same bits in every run. Raises ValueError naming the choice for one that
+    no kernel serves: then none is set.
+    """
+    chunks = list(chunks)
+    for choice in chunks:
+        element_size, most_tokens, chunk = choice
+        if element_size not in (2, 4) or most_tokens < 1 or not 8 <= chunk <= 128 or chunk % 8:
+            raise ValueError(
+                f"chunks: {choice}: expected (element_size, most_tokens, chunk) with an element_size of 2 or 4, at "
+                "least 1 token, and a chunk that is a multiple of 8 up to 128"
+            )
+    _cuda_chunks[_with_index(device)] = chunks
+
+
+def cuda_chunk(device: torch.device | str, element_size: int, n_tokens: int) -> int:
+    """How many sorted tokens a block takes; see `set_cuda_chunks`."""
+    for size, most_tokens, chunk in _cuda_chunks.get(_with_index(device), ()):
+        if size == element_size and n_tokens <= most_tokens:
+            return chunk
+    return CUDA_CHUNK
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 @torch.no_grad()
 def _gradients_on_cuda(grad, tokens, vocab_size, n_positions, position_offset, with_tokens, with_positions):
-    """On a GPU the tokens are sorted by PyTorch, stably, and the kernels sum runs of equal ones."""
+    """On a GPU the tokens are sorted by PyTorch, stably, and the kernels sum runs of equal ones.
+
+    A radix sort takes half the passes for 32 bits. The forward pass has refused tokens that these do not hold.
+    """
     grad = grad.contiguous()
     C = grad.shape[2]
     d_tokens, d_positions = grad.new_empty((0, C)), grad.new_empty((0, C))
     if with_tokens:
-        in_order, order = torch.sort(tokens.reshape(-1), stable=True)
-        d_tokens = _sum_sorted(grad.view(tokens.numel(), C), in_order, order, vocab_size)
+        keys = tokens.reshape(-1)
+        in_order, order = torch.sort(keys.int() if vocab_size < 2**31 else keys, stable=True)
+        chunk = cuda_chunk(grad.device, grad.element_size(), tokens.numel())
+        d_tokens = _sum_sorted(grad.view(tokens.numel(), C), in_order, order, vocab_size, chunk)
     if with_positions:
         d_positions = _sum_positions(grad, n_positions, position_offset)
     return d_tokens, d_positions
@@ -120,9 +163,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 _sum_sorted = define_op(
-    "embedding_sum_sorted(Tensor grad, Tensor sorted, Tensor order, SymInt vocab_size) -> Tensor",
+    "embedding_sum_sorted(Tensor grad, Tensor sorted, Tensor order, SymInt vocab_size, int chunk) -> Tensor",
     forward=native.load_at_first_call("embedding_sum_sorted"),
-    fake=lambda grad, in_order, order, vocab_size: grad.new_empty((vocab_size, grad.shape[1])),
+    fake=lambda grad, in_order, order, vocab_size, chunk: grad.new_empty((vocab_size, grad.shape[1])),
 )
 _sum_positions = define_op(
     "embedding_sum_positions(Tensor grad, SymInt n_positions, SymInt position_offset) -> Tensor",

@@ -141,3 +141,17 @@ def test_instructions_for_each_value_are_within_their_budgets(dtype: torch.dtype
         assert len(first) == 1 and len(gradient) == 2, (threads, held)
         assert first[0] / values_of_a_vector <= budget["statistics"], (threads, held)
         assert min(gradient) / values_of_a_vector <= budget["gradient"], (threads, held)
+
+
+@in_source_tree
+@pytest.mark.skipif(NVCC is None, reason="no nvcc here")
+def test_eight_rows_of_the_embeddings_gradient_are_on_their_way_at_a_time(compiled) -> None:
+    if CUOBJDUMP is None:
+        pytest.skip("no cuobjdump here")
+    _, out = compiled("embedding")
+    code = run_command(CUOBJDUMP, "-sass", "-arch", "sm_90", str(out), cwd=out.parent).stdout
+    kernels = [f for f in code.split("Function : ")[1:] if re.match(r"\w+sum_runs_kernelI\w+Li[48]E", f)]
+    assert len(kernels) == 6  # dtypes, and tokens of 32 and 64 bits; with vectors of 16 bytes
+    for kernel in kernels:
+        loads_between_additions = [len(re.findall(r"LDG\S*" + VECTOR, part)) for part in re.split(r"\bFADD\b", kernel)]
+        assert max(loads_between_additions) == 8, kernel.split()[0]

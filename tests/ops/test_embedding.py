@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastgpt import ops
 from fastgpt.ops import reference
+from fastgpt.ops.embedding import CUDA_CHUNK, cuda_chunk, set_cuda_chunks
 from fastgpt.parity import DTYPES, run_parity
 
 
@@ -128,3 +131,18 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str) -> No
 def test_no_tokens_need_no_rows() -> None:
     assert ops.embedding(TOKENS[:, :0], TABLE[:0]).shape == (2, 0, 6)
     assert ops.embedding(TOKENS[:0], TABLE, TABLE).shape == (0, 2, 6)
+
+
+def test_chunks_of_cuda_devices() -> None:
+    try:
+        set_cuda_chunks("cuda:1", [(2, 1000, 16), (2, 50_000, 64)])
+        found = [cuda_chunk("cuda:1", size, n) for size, n in ((2, 1000), (2, 1001), (2, 50_001), (4, 5))]
+        assert found == [16, 64, CUDA_CHUNK, CUDA_CHUNK]
+        assert cuda_chunk("cuda:0", 2, 1000) == CUDA_CHUNK, "choices are for one device"
+        for choice in ((3, 10, 32), (2, 0, 32), (2, 10, 20), (2, 10, 0), (2, 10, 256)):
+            with pytest.raises(ValueError, match=rf"chunks: {re.escape(str(choice))}: expected"):
+                set_cuda_chunks("cuda:1", [(2, 10, 32), choice])
+        assert cuda_chunk("cuda:1", 2, 1000) == 16, "one that is refused changes nothing"
+    finally:
+        set_cuda_chunks("cuda:1", [])
+    assert cuda_chunk("cuda:1", 2, 1000) == CUDA_CHUNK
