@@ -138,4 +138,5 @@ def _told(row: Row) -> str:
     line = f"{row.op} {row.shape}, {row.dtype}, {row.direction}: {row.median_ms:.4g} ms"
     if row.best_peer:
         line += f", {row.best_peer} takes {row.ratio:.2f}x ({row.ratio_p20:.2f} - {row.ratio_p80:.2f}): {row.verdict}"
-    return line + (f"; {row.roofline_fraction:.0%} of the roofline" if row.roofline_fraction else "")
+    line += f"; {row.roofline_fraction:.0%} of the roofline" if row.roofline_fraction else ""
+    return line + (f"; {row.host_share:.0%} of an eager call is the host's" if row.host_share is not None else "")

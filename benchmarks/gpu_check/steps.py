@@ -8,10 +8,11 @@ from pathlib import Path
 
 from . import counters
 from .packages import extension_is_built, lacking, tool
-from .tasks import Task, collected, pytest_outcome
+from .tasks import Task, bench_outcome, collected, pytest_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_LIMIT_S = 470  # of each step, so that it ends within eight minutes
+SWEEP_S = 380  # after which it begins nothing; the build of the extension comes before it
 WORKERS = 12  # of pytest: each compiles kernels on a core, and four cores are left for what runs beside them
 
 # The tests whose kernels are in the extension, or may be. They wait until it is built; the others do not.
@@ -183,9 +184,11 @@ def step_1(plan: Plan) -> list[list[Task]]:
 def step_2(plan: Plan) -> list[list[Task]]:
     sweep = python("-m", "fastgpt.benchmarks.gpu_tune", "--out", str(plan.table.parent))
     if plan.rehearsal:
-        return [[Task("sweep, rehearsed", (*sweep, "--jobs", "1", "--dry-run"), 400)]]
-    command = (*sweep, "--jobs", str(plan.cores))
-    return [[build(plan)], [Task("sweep", command, STEP_LIMIT_S, environment=plan.environment)]]
+        return [[Task("sweep, rehearsed", (*sweep, "--jobs", "1", "--dry-run", "--quick"), 600)]]
+    # It writes its tables whenever it is through with a kernel, and it goes on where it has ended.
+    command = (*sweep, "--jobs", str(plan.cores), "--time-limit", str(SWEEP_S))
+    sweeping = Task("sweep", command, STEP_LIMIT_S, environment=plan.environment, may_be_cut=True)
+    return [[build(plan)], [sweeping]]
 
 
 # --- step 3: how fast is it? ------------------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ def step_3(plan: Plan) -> list[list[Task]]:
         # torch.compile would compile for the CPU, minutes long, what is not measured there.
         environment = {"TORCH_COMPILE_DISABLE": "1"}
         command = _suite(plan, *BENCHMARKS)
-        return [[Task("benchmarks, rehearsed", command, 500, why_not, environment, reader=pytest_outcome)]]
+        return [[Task("benchmarks, rehearsed", command, 500, why_not, environment, reader=bench_outcome)]]
     # What the peers compile is compiled beside each other, so that it is found in the caches when they are measured.
     ops = [name for name in BENCHMARKS if name not in MODEL_BENCHMARKS]
     beside = ["-n", str(min(6, plan.cores))] if lacking("xdist") is None else []
@@ -224,9 +227,7 @@ def step_3(plan: Plan) -> list[list[Task]]:
             reason = why_not or lacking("tomli_w", "tqdm", "safetensors") or (None if plan.data else no_text)
         raw = f"--benchmark-json={plan.out / f'bench_{name}.json'}"
         command = (*_suite(plan, name), raw)
-        stages += [
-            [Task(f"bench {name}", command, limit_s, reason, plan.tuned, may_be_cut=True, reader=pytest_outcome)]
-        ]
+        stages += [[Task(f"bench {name}", command, limit_s, reason, plan.tuned, may_be_cut=True, reader=bench_outcome)]]
     return stages
 
 

@@ -90,7 +90,9 @@ def _quoted(task: dict[str, Any]) -> str:
 
 def _details(step: dict[str, Any]) -> list[str]:
     skipped = [f"- {line}" for task in step["tasks"] for line in task.get("skipped_tests", [])]
-    return ["Tests that were skipped:", "\n".join(dict.fromkeys(skipped))] if skipped else []
+    said = [f"- {line}" for task in step["tasks"] for line in task.get("said", [])]
+    told = ["Tests that were skipped:", "\n".join(dict.fromkeys(skipped))] if skipped else []
+    return told + (["What the benchmarks say:", "\n".join(dict.fromkeys(said))] if said else [])
 
 
 def _counters(tasks: Iterable[dict[str, Any]]) -> str:

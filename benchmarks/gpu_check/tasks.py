@@ -185,6 +185,13 @@ def pytest_outcome(printed: str) -> dict[str, Any]:
     return found
 
 
+def bench_outcome(printed: str) -> dict[str, Any]:
+    """The same of a benchmark, with what it says of its cases and of the peers that are missing."""
+    _, _, said = printed.partition("FastGPT against its best peer")
+    kept = re.compile(r"absent from |NOTE: |\w+ .*: [\d.e+]+ ms")
+    return pytest_outcome(printed) | {"said": [line for line in said.splitlines()[1:] if kept.match(line)]}
+
+
 def collected(printed: str) -> dict[str, Any]:
     """How many tests `pytest --collect-only -q` has selected. None is a failure: the expression is out of date."""
     counts = re.findall(r"(\d+)(?:/\d+)? tests? collected", printed)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastgpt.benchmarks.publish.rows import OURS
+
 T = TypeVar("T")
 
 
@@ -31,13 +33,15 @@ Makers = dict[str, Callable[[], Peer]]  # a peer's name -> what makes it, or rai
 
 
 def make_present(makers: Mapping[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, str]]:
-    """What the makers make, and the reasons of those that raise `Absent`."""
+    """What the makers make, and why each peer is missing that cannot be made, whatever it raises."""
     present, absent = {}, {}
     for name, make in makers.items():
         try:
             present[name] = make()
-        except Absent as reason:
-            absent[name] = str(reason)
+        except Exception as error:
+            if name == OURS:
+                raise
+            absent[name] = str(error) if isinstance(error, Absent) else f"cannot be made: {_first_line(error)}"
     return present, absent
 
 
@@ -49,8 +53,12 @@ def import_peer(module: str, package: str) -> Any:
         is_installed = importlib.util.find_spec(module.split(".")[0]) is not None
         what = f"{package} needs {error.name}, which" if is_installed else package
         raise Absent(f"{what} is not installed") from None
-    except Exception as error:  # a driver that is missing, an incompatible version: whatever it says is the reason
-        raise Absent(f"{package} does not load: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    except (Exception, SystemExit) as error:  # a missing driver, an incompatible version: what it says is the reason
+        raise Absent(f"{package} does not load: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 
 def only_on_gpus(device: torch.device) -> None:
@@ -66,7 +74,9 @@ def gpu_peer(
     def make() -> Peer:
         only_on_gpus(device)
         module, _, name = path.rpartition(".")
-        function = getattr(import_peer(module, package), name)
+        function = getattr(import_peer(module, package), name, None)
+        if function is None:  # what is left of a package that was removed has no contents, and can be imported
+            raise Absent(f"{package} has no {name} in {module}")
         return Peer(adapt(function) if adapt else function, overwrites)
 
     return {package: make}

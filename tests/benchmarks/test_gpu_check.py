@@ -146,6 +146,17 @@ def test_what_pytest_says_is_read():
         "outcome": "1 failed, 4 passed in 3.2s", "failed_tests": ["FAILED tests/test_y.py::test - wrong"],
         "skipped_tests": ["SKIPPED [2] tests/test_x.py:3: no GPU"],
     }  # fmt: skip
+    section = (
+        "=== FastGPT against its best peer ===\nattention B1, bfloat16, forward: 0.25 ms, sdpa cudnn takes 1.20x\n"
+    )
+    section += "absent from attention: flash-attn, it has no flash_attn_func\nrows: x.jsonl\n3 passed in 3s\n"
+    assert tasks.bench_outcome(section) == {
+        "outcome": "3 passed in 3s",
+        "said": [
+            "attention B1, bfloat16, forward: 0.25 ms, sdpa cudnn takes 1.20x",
+            "absent from attention: flash-attn, it has no flash_attn_func",
+        ],
+    }
     assert tasks.collected("tests/test_x.py: 3\ntests/a/test_y.py: 2\n") == {"selected": 5}
     assert tasks.collected("3/7 tests collected (4 deselected) in 0.1s") == {"selected": 3}
     assert tasks.collected("no tests collected (7 deselected)")["result"] == "failed"

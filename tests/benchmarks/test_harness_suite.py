@@ -97,6 +97,25 @@ def test_peers_that_are_not_here_say_why(tmp_path):
         peers.import_peer("package_that_is_nowhere", "flash-attn")
 
 
+def test_whatever_a_peer_raises_it_is_absent(tmp_path, monkeypatch):
+    """A package that ends the process, and one of which only an empty folder is left."""
+    (tmp_path / "ends.py").write_text("raise SystemExit('no licence')")
+    (tmp_path / "flash_attention").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    gpu = torch.device("cuda")
+    makers = peers.gpu_peer(gpu, "ends", "ends.function")
+    makers |= peers.gpu_peer(gpu, "flash-attn", "flash_attention.flash_attn_func")
+    makers["breaks"] = lambda: [][0]
+    present, absent = peers.make_present(makers)
+    assert not present and absent == {
+        "ends": "ends does not load: no licence",
+        "flash-attn": "flash-attn has no flash_attn_func in flash_attention",
+        "breaks": "cannot be made: list index out of range",
+    }
+    with pytest.raises(IndexError):
+        peers.make_present({"fastgpt": lambda: [][0]})
+
+
 def test_a_rehearsal_runs_everything_and_its_rows_name_no_device(tmp_path):
     ran = []
     calls = {name: lambda name=name: ran.append(name) for name in ("fastgpt", "torch")}
