@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
     facts = machine.facts(torch.device("cpu" if options.dry_run else "cuda"))
     if options.dry_run:
         facts["device"] = REHEARSAL
+    elif facts["commit"] is None:
+        print("the commit of these sources is not known, and such rows are not published: give COMMIT=hash", flush=True)
     failed = False
     try:
         for step in [options.step] if options.step else steps.STEPS:

@@ -116,13 +116,14 @@ TEST_GROUPS = {
 
 def _tests(plan: Plan, name: str, limit_s: float) -> Task:
     selection = TEST_GROUPS[name]()
+    why_not = lacking("pytest", *(["hypothesis"] if "-m" in selection else []))  # other files' tests import it
     if plan.rehearsal:
         command = pytest("--collect-only", *selection)
-        return Task(f"{name}, selected", command, 200, lacking("pytest"), reader=collected)
+        return Task(f"{name}, selected", command, 200, why_not, reader=collected)
     workers = min(WORKERS, max(1, plan.cores - 4))
     beside = ["-n", str(workers), "--dist", "loadgroup"] if lacking("xdist") is None else []
     command = pytest(*beside, "-rfEs", "--durations=5", *selection)
-    return Task(name, command, limit_s, lacking("pytest"), plan.environment, reader=pytest_outcome)
+    return Task(name, command, limit_s, why_not, plan.environment, reader=pytest_outcome)
 
 
 def sanitizer_command(checker: str, program: str, selection: Sequence[str]) -> tuple[str, ...]:

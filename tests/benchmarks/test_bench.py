@@ -119,6 +119,14 @@ def test_generation_benchmark(run, checkouts):
     assert run.rows[0].parity_error_ratio <= 2.0 and run.rows[0].extra["tokens_per_s"] > 0
 
 
+def test_graphed_generation_is_compared_with_eager_generation(run, checkouts):
+    rehearsal = dataclasses.replace(checkouts, rehearsal=True)
+    shape = GenerationShape(B=1, T=40, L=1, H=2, C=16, V=33, new=5, graphed=True)
+    run.measure_contenders(generate_work(rehearsal, shape))
+    assert [row.implementation for row in run.rows] == ["fastgpt", "fastgpt eager"]
+    assert run.rows[0].shape.endswith(", CUDA graph")
+
+
 def test_time_to_loss_benchmark(run, checkouts, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_time_to_loss, "EVAL_INTERVAL", 2)
     monkeypatch.setattr(bench_time_to_loss, "EVAL_BATCHES", 1)

