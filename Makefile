@@ -7,7 +7,7 @@ OUT ?= runs/gpu-check
 BASE ?= benchmarks/results
 HERE = $(or $(wildcard $(BIN)/python),$(PYTHON))
 
-.PHONY: demo test test-conditions lint types install wheel bench sanitize gpu-check report compare results clean
+.PHONY: demo test test-conditions lint types install wheel bench sanitize gpu-check gpu-tune report compare results clean
 
 $(VENV)/installed: requirements-dev.lock pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FastGPT needs Python 3.11 or newer")'
@@ -59,6 +59,11 @@ gpu-check:
 	$(if $(COMMIT),FASTGPT_COMMIT="$(COMMIT)" )$(if $(DRY_RUN),$(HERE),$(PYTHON)) -m fastgpt.benchmarks.gpu_check \
 		--out "$(OUT)" $(if $(STEP),--step $(STEP)) $(if $(DRY_RUN),--dry-run) $(if $(WHEELS),--wheels "$(WHEELS)") \
 		$(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(LECTURE),--lecture "$(LECTURE)") $(if $(DATA),--data "$(DATA)")
+
+# For a machine with a GPU: measures which launch configurations are the fastest there, and writes OUT/tuned.toml.
+gpu-tune:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PYTHON) -m fastgpt.benchmarks.gpu_tune --out $(OUT)
 
 # Renders the rows in OUT: tables and pictures into OUT/report, the tables alone into OUT/table.md.
 report:

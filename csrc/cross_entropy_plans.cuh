@@ -56,7 +56,8 @@ struct Launch {
   Launch(const Launch&) = delete;  // config points to shape
 };
 
-// Calls with values of so many bytes, a row of at most so many classes, and one pass over it or (2) more than one.
+// Calls with values of so many bytes, a row of at most so many classes and more than half of that, and one pass over it
+// or (2) more than one.
 struct PlannedCalls {
   int64_t element_size, passes, most_classes;
   Plan plan;
@@ -118,7 +119,8 @@ class PlanDevice {
   std::optional<Plan> planned(int64_t element_size, int64_t passes, int64_t classes) {
     const std::lock_guard<std::mutex> lock(guard_);
     for (const PlannedCalls& calls : planned_)
-      if (calls.element_size == element_size && calls.passes == passes && classes <= calls.most_classes)
+      if (calls.element_size == element_size && calls.passes == passes && classes <= calls.most_classes &&
+          2 * classes > calls.most_classes)
         return calls.plan;
     return std::nullopt;
   }

@@ -11,7 +11,6 @@ A table is read once in a process, when the first kernel asks for it. This modul
 """
 
 import contextlib
-import hashlib
 import inspect
 import os
 import tomllib
@@ -30,6 +29,7 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100:
 SHARED_LIMIT |= {120: 101376, 121: 101376}
 _REGISTERS_OF_A_MULTIPROCESSOR = 65536
 _LANES = 32
+_STATIC_BYTES = 1024  # of csrc/cross_entropy.cu, beside the part of a row
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,6 +75,9 @@ _CALL = {
     "group": _integers(1, 2),
     "n_rows": _powers_of_two(16, 256),
     "width": _powers_of_two(16, 16384),
+    "passes": _integers(1, 2),
+    "classes": _powers_of_two(16, 2**30),
+    "tokens": _powers_of_two(16, 2**30),
 }
 _CHOICES = {
     "BLOCK_M": _powers_of_two(16, 256),
@@ -82,8 +85,12 @@ _CHOICES = {
     "ROWS": _powers_of_two(1, 256),
     "num_warps": _powers_of_two(1, 32),
     "num_stages": _integers(1, 8),
+    "STAGES": _integers(1, 4),
     "programs": _integers(1, 32),
     "persistent": _integers(0, 32),
+    "threads": _powers_of_two(32, 512),
+    "blocks": Values("0, 1, 2, 4 or 8", lambda x: type(x) is int and x in (0, 1, 2, 4, 8)),
+    "chunk": Values("a multiple of 8 from 8 to 128", lambda x: type(x) is int and x in range(8, 129, 8)),
 }
 _OF_THE_GRID = ("programs", "persistent")  # the kernel itself does not take them
 _COMPILED = {"registers": _integers(1, 255), "shared_bytes": _integers(0, 2**20)}
@@ -100,6 +107,7 @@ class Kernel:
     choices: tuple[str, ...]
     # The choice that is the length of the tiles which the kernel's loop loads two at a time; "" where there is none.
     loop_tile: str = ""
+    of_csrc: bool = False  # built with the package, so that an entry has no figures of the compiler
 
 
 _TILED = ("head_size", "element_size", "longest", "descriptors", "dropout")
@@ -111,13 +119,15 @@ KERNELS = {
         ("head_size", "element_size", "n_rows"), ("BLOCK_N", "num_warps", "num_stages", "programs"), "BLOCK_N"
     ),
     "layer_norm.forward": Kernel(("width",), ("ROWS", "num_warps")),
-    "layer_norm.backward": Kernel(("width",), ("ROWS", "num_warps", "programs")),
+    "layer_norm.backward": Kernel(("width",), ("ROWS", "STAGES", "num_warps", "programs")),
+    "cross_entropy": Kernel(("element_size", "passes", "classes"), ("threads", "blocks"), of_csrc=True),
+    "embedding": Kernel(("element_size", "tokens"), ("chunk",), of_csrc=True),
 }
 
 
 def bucket_of(key: str, value: Any) -> Any:
     """The value that an entry has for a call's `value`: sizes are rounded up to powers of two, 3 heads count as 2."""
-    if key in ("head_size", "longest", "n_rows", "width"):
+    if key in ("head_size", "longest", "n_rows", "width", "classes", "tokens"):
         return max(16, 1 << (value - 1).bit_length())
     return min(value, 2) if key == "group" else value
 
@@ -148,7 +158,7 @@ def entry_of(row: dict[str, Any]) -> Entry:
         raise TableError(f"kernel: expected one of {', '.join(KERNELS)}, got {name!r}")
     kernel = KERNELS[name]
     call, choices = {key: _CALL[key] for key in kernel.call}, {key: _CHOICES[key] for key in kernel.choices}
-    facts = _COMPILED | _ORIGIN
+    facts = _ORIGIN if kernel.of_csrc else _COMPILED | _ORIGIN
     wanted = call | choices | facts
     if unknown := sorted(row.keys() - wanted - {"arch", "kernel"}):
         raise TableError(f"{unknown[0]}: {name} has no such key; it has {', '.join(wanted)}")
@@ -169,6 +179,9 @@ def _check_fit(entry: Entry, kernel: Kernel) -> None:
     tile that somebody edits, so the tile is checked by itself, too: a pipeline of n stages keeps at least n - 1 pairs
     of the tiles that the loop loads in shared memory.
     """
+    if kernel.of_csrc:
+        _check_plan(entry)
+        return
     limit, threads = SHARED_LIMIT[entry.arch], _LANES * entry.choices["num_warps"]
     shared, registers = entry.facts["shared_bytes"], entry.facts["registers"]
     if shared > limit:
@@ -185,6 +198,28 @@ def _check_fit(entry: Entry, kernel: Kernel) -> None:
             )
 
 
+def _check_plan(entry: Entry) -> None:
+    """Refuse a plan that csrc/cross_entropy.cu has no kernel for; `set_cuda_plans` says what each one means."""
+    if entry.kernel != "cross_entropy":
+        return
+    threads, blocks = entry.choices.values()
+    row_bytes = entry.call["element_size"] * entry.call["classes"]
+    if threads < 128:
+        if (threads, blocks) != (32, 1) or row_bytes > 512:
+            raise TableError("threads: fewer than 128 are 32, with 1 block, for rows of at most 512 bytes")
+        return
+    if entry.call["passes"] == 1 and blocks > 0:
+        raise TableError(f"blocks: a row that is read once is not kept, so that 0 is expected, got {blocks}")
+    if blocks > 1 and (entry.arch < 90 or threads < 256):
+        raise TableError(f"blocks: clusters of {blocks} need sm_90 or newer, and 256 threads or more")
+    limit = SHARED_LIMIT[entry.arch] - _STATIC_BYTES
+    if blocks > 0 and row_bytes // blocks > limit:
+        raise TableError(
+            f"blocks: {row_bytes // blocks} bytes of a row for each of {blocks} blocks are more than the {limit} of "
+            f"shared memory that sm_{entry.arch} has for them"
+        )
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -194,13 +229,10 @@ class Table:
 
     files: tuple[Path, ...] = ()
     entries: dict[tuple, Entry] = field(default_factory=dict)
-    digest: str = ""  # of the entries; "" where there are none
 
     @classmethod
-    def of(cls, entries: list[Entry], files: tuple[Path, ...] = ()) -> "Table":
-        by_key = {entry.key: entry for entry in entries}
-        text = repr(sorted((*key, *entry.choices.items()) for key, entry in by_key.items()))
-        return cls(files, by_key, hashlib.sha256(text.encode()).hexdigest()[:16] if by_key else "")
+    def of(cls, *entries: Entry) -> "Table":
+        return cls((), {entry.key: entry for entry in entries})
 
 
 def read(*files: Path) -> Table:
@@ -224,7 +256,7 @@ def read(*files: Path) -> Table:
             if entry.key in entries:
                 raise TableError(f"{place}: another entry before it is for the same calls; leave one of them")
             entries[entry.key] = entry
-    return Table.of(list(entries.values()), files)
+    return Table(files, entries)
 
 
 def named_files() -> tuple[Path, ...]:
@@ -238,7 +270,7 @@ def named_files() -> tuple[Path, ...]:
 
 
 _in_use: Table | None = None
-_caches: list[Callable[[], None]] = []
+_followers: list[Callable[[], object]] = []  # to be called when another table is in use
 
 
 def table() -> Table:
@@ -264,8 +296,13 @@ def use(replacement: Table) -> Iterator[None]:
 def _replace(replacement: Table | None) -> None:
     global _in_use
     _in_use = replacement
-    for clear in _caches:
-        clear()
+    for follow in _followers:
+        follow()
+
+
+def on_change(follow: Callable[[], object]) -> None:
+    """Have `follow` called whenever another table is in use."""
+    _followers.append(follow)
 
 
 def describe(arch: int | None) -> str:
@@ -288,6 +325,12 @@ def lookup(kernel: str, arch: int, **call: Any) -> Entry | None:
     if not entries:
         return None
     return entries.get((arch, kernel, *(bucket_of(key, call[key]) for key in KERNELS[kernel].call)))
+
+
+def plans(kernel: str, arch: int) -> list[tuple[int, ...]]:
+    """A CUDA kernel's entries for the architecture, each as the numbers of its calls followed by what it chooses."""
+    entries = table().entries.values()
+    return [(*e.call.values(), *e.choices.values()) for e in entries if (e.arch, e.kernel) == (arch, kernel)]
 
 
 def tunable(kernel: str, choice: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -313,7 +356,7 @@ def tunable(kernel: str, choice: str | None = None) -> Callable[[Callable[P, R]]
             launch = {key: value for key, value in entry.choices.items() if key not in _OF_THE_GRID}
             return fallback | launch  # type: ignore[operator]
 
-        _caches.append(tuned.cache_clear)
+        on_change(tuned.cache_clear)
         return tuned  # type: ignore[return-value]
 
     return decorate

@@ -97,10 +97,10 @@ def set_cuda_chunks(device: torch.device | str, chunks: Iterable[tuple[int, int,
     """Choose how many sorted tokens a block of csrc/embedding.cu takes on `device`, in place of CUDA_CHUNK.
 
     Each choice is (element_size, most_tokens, chunk), and counts for gradients with values of so many bytes (2 or 4)
-    of at most so many tokens; chunk is a multiple of 8 up to 128. A call takes the first choice that counts for it.
-    Earlier choices are forgotten: `set_cuda_chunks(device, [])` restores the default. A choice changes the order of
-    additions, and nothing else; each gives the same bits in every run. Raises ValueError naming the choice for one that
-    no kernel serves: then none is set.
+    of at most so many tokens and more than half of that; chunk is a multiple of 8 up to 128. A call takes the first
+    choice that counts for it. Earlier choices are forgotten: `set_cuda_chunks(device, [])` restores the default. A
+    choice changes the order of additions, and nothing else; each gives the same bits in every run. Raises ValueError
+    naming the choice for one that no kernel serves: then none is set.
     """
     chunks = list(chunks)
     for choice in chunks:
@@ -116,7 +116,7 @@ def set_cuda_chunks(device: torch.device | str, chunks: Iterable[tuple[int, int,
 def cuda_chunk(device: torch.device | str, element_size: int, n_tokens: int) -> int:
     """How many sorted tokens a block takes; see `set_cuda_chunks`."""
     for size, most_tokens, chunk in _cuda_chunks.get(_with_index(device), ()):
-        if size == element_size and n_tokens <= most_tokens:
+        if size == element_size and n_tokens <= most_tokens < 2 * n_tokens:
             return chunk
     return CUDA_CHUNK
 
@@ -205,5 +205,6 @@ def _native_serves(tokens: Tensor, token_table: Tensor, *positions: Any, **optio
     return inside_transform()
 
 
+native.takes_plans("embedding", set_cuda_chunks)
 register("embedding", "torch", embedding_on_torch)
 register("embedding", "native", embedding_on_native, _native_serves)

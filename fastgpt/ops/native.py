@@ -134,6 +134,30 @@ def _run_once(device_type: str) -> None:
     _, gradient = torch.ops.fastgpt.cross_entropy_native(logits, targets, None, -100, 2, 0.0, True)
     if not torch.allclose(gradient, logits.softmax(1) - logits, atol=1e-5):
         raise RuntimeError("the extension's cross_entropy gives a wrong result on this machine")
+    if device_type == "cuda":
+        follow_table(torch.device("cuda", torch.cuda.current_device()))
+
+
+_plan_setters: dict[str, Callable[[torch.device, list[Any]], None]] = {}
+
+
+def takes_plans(kernel: str, set_plans: Callable[[torch.device, list[Any]], None]) -> None:
+    """Have `set_plans(device, plans)` called with the plans that a tuned table (triton_kernels/tuned.py) has."""
+    _plan_setters[kernel] = set_plans
+
+
+def follow_table(device: torch.device) -> None:
+    """Give the CUDA kernels on `device` the plans of the tuned table, now and whenever another table is in use."""
+    from ..triton_kernels import tuned
+
+    major, minor = torch.cuda.get_device_capability(device)
+
+    def set_all() -> None:
+        for kernel, set_plans in _plan_setters.items():
+            set_plans(device, tuned.plans(kernel, 10 * major + minor))
+
+    set_all()
+    tuned.on_change(set_all)
 
 
 register_smoke_test("native", _run_once)

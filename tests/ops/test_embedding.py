@@ -136,8 +136,9 @@ def test_no_tokens_need_no_rows() -> None:
 def test_chunks_of_cuda_devices() -> None:
     try:
         set_cuda_chunks("cuda:1", [(2, 1000, 16), (2, 50_000, 64)])
-        found = [cuda_chunk("cuda:1", size, n) for size, n in ((2, 1000), (2, 1001), (2, 50_001), (4, 5))]
-        assert found == [16, 64, CUDA_CHUNK, CUDA_CHUNK]
+        calls = ((2, 1000), (2, 500), (2, 25_000), (2, 25_001), (2, 50_001), (4, 1000))
+        found = [cuda_chunk("cuda:1", size, n) for size, n in calls]
+        assert found == [16, CUDA_CHUNK, CUDA_CHUNK, 64, CUDA_CHUNK, CUDA_CHUNK]
         assert cuda_chunk("cuda:0", 2, 1000) == CUDA_CHUNK, "choices are for one device"
         for choice in ((3, 10, 32), (2, 0, 32), (2, 10, 20), (2, 10, 0), (2, 10, 256)):
             with pytest.raises(ValueError, match=rf"chunks: {re.escape(str(choice))}: expected"):

@@ -13,6 +13,7 @@ import torch
 from fastgpt import doctor
 from fastgpt.ops import native
 from fastgpt.ops.backend import unavailable
+from fastgpt.triton_kernels import tuned
 from helpers import run_command
 
 REASON = unavailable("native", "cpu")
@@ -91,6 +92,7 @@ def test_where_the_first_call_is_made_does_not_decide_for_the_process(context: s
 import torch, fastgpt
 from fastgpt import ops
 from fastgpt.ops.backend import unavailable
+from fastgpt.triton_kernels import tuned
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 def embed(table):
@@ -116,3 +118,27 @@ def test_a_missing_module_says_why(tmp_path: Path, monkeypatch) -> None:
         native.load("cpu")
     with pytest.raises(ImportError, match="no kernels for mps"):
         native.load("mps")
+
+
+def test_the_kernels_on_a_gpu_get_the_plans_of_a_table(monkeypatch) -> None:
+    origin = dict.fromkeys(("device", "driver", "torch", "triton", "date", "commit"), "a test")
+    row = {
+        "arch": 90,
+        "kernel": "embedding",
+        "element_size": 2,
+        "tokens": 1024,
+        "chunk": 64,
+        "time_us": 1,
+        "default_us": 2,
+    }
+    entry, given = tuned.entry_of(row | origin), []
+    assert native._plan_setters.keys() == {name for name, kernel in tuned.KERNELS.items() if kernel.of_csrc}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuned, "_followers", list(tuned._followers))
+    monkeypatch.setattr(native, "_plan_setters", {"embedding": lambda device, plans: given.append((device, plans))})
+    device = torch.device("cuda", 0)
+    with tuned.use(tuned.Table.of(entry)):
+        native.follow_table(device)
+        with tuned.use(tuned.Table()):
+            pass
+    assert given[:3] == [(device, [(2, 1024, 64)]), (device, []), (device, [(2, 1024, 64)])]
