@@ -102,13 +102,13 @@ class AttentionShape(OpShape):
         compiled = torch.compile(module.flex_attention, dynamic=False)
         masks: dict[tuple[int, int], Any] = {}
 
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def call(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             size = (q.shape[2], k.shape[2])
             if self.peers_are_causal and size not in masks:
                 masks[size] = module.create_block_mask(lambda b, h, i, j: j <= i, None, None, *size, device=q.device)
-            return compiled(q, k, v, block_mask=masks.get(size), enable_gqa=bool(self.Hkv))
+            return function(q, k, v, block_mask=masks.get(size), enable_gqa=bool(self.Hkv))
 
-        return Peer(call)
+        return Peer(partial(call, compiled), uncompiled=partial(call, module.flex_attention))
 
     def _flash_attn_3(self, function: Callable) -> Callable:
         if self.dropout:

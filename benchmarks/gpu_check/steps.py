@@ -165,7 +165,7 @@ def step_1(plan: Plan) -> list[list[Task]]:
         selected += [task for kernels in SANITIZED for task in _sanitized(plan, kernels, (), 0)]
         on_interpreter = Task("on the interpreter", pytest("-rs", *interpreted, persistent), 400, reader=pytest_outcome)
         offline = Task("Triton for sm_90", compiled, 400, environment={"TRITON_INTERPRET": "0"})
-        return [*([task] for task in selected), [on_interpreter], [offline], [Task("nvcc for sm_90", cuda, 500)]]
+        return [*([task] for task in selected), [on_interpreter, Task("nvcc for sm_90", cuda, 500)], [offline]]
     parity = python("-m", "fastgpt", "parity", "--device", "cuda", "--out", str(plan.out / "parity.json"))
     both = ("memcheck", "racecheck")
     return [

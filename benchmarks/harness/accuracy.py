@@ -50,14 +50,15 @@ class PeerCheck:
     def error_ratio(self, peer: Peer, direction: str) -> float:
         """The largest error ratio of the peer's outputs, and of its gradients where they are timed."""
         drawn, oracle, errors = self.known
+        function = peer.uncompiled or peer.function
         if peer.overwrites:
             drawn = {name: tensor.clone() for name, tensor in drawn.items()}
         if direction == "forward":
             with torch.no_grad():
-                out = peer.function(*drawn.values())
+                out = function(*drawn.values())
             values = dict(zip(("out", "h"), out if isinstance(out, tuple) else (out,), strict=False))
         else:
-            values = parity.outputs_and_gradients(lambda **named: peer.function(*named.values()), self.case, drawn, {})
+            values = parity.outputs_and_gradients(lambda **named: function(*named.values()), self.case, drawn, {})
         return max(parity.max_error(value, oracle[name]) / errors[name] for name, value in values.items())
 
 

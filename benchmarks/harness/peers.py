@@ -27,6 +27,9 @@ class Peer:
 
     function: Callable[..., Any]
     overwrites: bool = False  # it writes over its inputs, so that it needs copies
+    # Of a function that is compiled for each shape: the same one uncompiled. Its results are checked on another shape,
+    # for which nothing is compiled, so that each shape that is timed is compiled once.
+    uncompiled: Callable[..., Any] | None = None
 
 
 Makers = dict[str, Callable[[], Peer]]  # a peer's name -> what makes it, or raises `Absent`
@@ -86,5 +89,5 @@ def torch_peers(function: Callable[..., Any]) -> Makers:
     """PyTorch's own op, as it is and compiled."""
     return {
         "torch": lambda: Peer(function),
-        "torch.compile": lambda: Peer(torch.compile(function, fullgraph=True, dynamic=False)),
+        "torch.compile": lambda: Peer(torch.compile(function, fullgraph=True, dynamic=False), uncompiled=function),
     }

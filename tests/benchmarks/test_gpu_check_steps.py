@@ -12,7 +12,7 @@ from fastgpt.benchmarks import gpu_check
 from fastgpt.benchmarks.command import benchmark_names
 from fastgpt.benchmarks.gpu_check import __main__ as command
 from fastgpt.benchmarks.gpu_check import counters, steps
-from fastgpt.benchmarks.gpu_check.tasks import collected
+from fastgpt.benchmarks.gpu_check.tasks import bench_outcome, collected
 from helpers import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,10 @@ def test_a_rehearsal_writes_no_row_of_a_device(tmp_path):
 
 def test_the_benchmarks_options_parse_and_one_is_rehearsed(tmp_path):
     rehearsed = steps.Plan(tmp_path, rehearsal=True, device_slug="a-cpu", cores=2)
-    run_command(*steps._suite(rehearsed, "embedding"), cwd=ROOT)
+    printed = run_command(*steps._suite(rehearsed, "embedding"), cwd=ROOT).stdout
+    said = bench_outcome(printed)["said"]
+    assert said[0].startswith("rehearsed, not measured: embedding ")
+    assert "absent from embedding: liger-kernel, its kernels run on CUDA devices only" in said
     assert '"device": "rehearsal, not a measurement"' in (tmp_path / "rehearsal.jsonl").read_text(encoding="utf-8")
 
 

@@ -8,10 +8,11 @@ import json
 import pytest
 import torch
 
-from fastgpt import machine
+from fastgpt import machine, parity
 from fastgpt.benchmarks.bench_attention import AttentionShape
 from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
-from fastgpt.benchmarks.harness import measure, models, peers, suite
+from fastgpt.benchmarks.bench_layer_norm import LayerNormShape
+from fastgpt.benchmarks.harness import accuracy, measure, models, peers, suite
 from fastgpt.benchmarks.publish import rows
 
 CPU = torch.device("cpu")
@@ -95,6 +96,18 @@ def test_peers_that_are_not_here_say_why(tmp_path):
             shape.peers(CPU)[peer]()
     with pytest.raises(peers.Absent, match="flash-attn is not installed"):
         peers.import_peer("package_that_is_nowhere", "flash-attn")
+
+
+def test_a_compiled_peer_is_checked_without_compiling():
+    def refuse(*tensors):
+        raise RuntimeError("compiled for a shape that is not timed")
+
+    setting = suite.Setting(CPU)
+    case = parity.ParityCase("layer_norm", "", LayerNormShape(4, 8).arguments, {})
+    peer = peers.Peer(refuse, uncompiled=lambda x, weight, bias: torch.layer_norm(x, weight.shape, weight, bias))
+    assert accuracy.PeerCheck(case, setting).error_ratio(peer, "forward+backward") <= 1.0
+    wrong = peers.Peer(refuse, uncompiled=lambda x, weight, bias: x * weight + bias)
+    assert accuracy.PeerCheck(case, setting).error_ratio(wrong, "forward") > suite.MAX_PEER_ERROR_RATIO
 
 
 def test_whatever_a_peer_raises_it_is_absent(tmp_path, monkeypatch):
