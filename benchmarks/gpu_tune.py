@@ -44,6 +44,7 @@ from fastgpt import machine, parity
 from fastgpt.benchmarks.gpu_tune_subjects import Choices, Subject, no_numbers, random_on, subjects_for
 from fastgpt.benchmarks.harness.measure import Call, DeviceClock, interleave, ratio_of, spread_of
 from fastgpt.files import atomic_path
+from fastgpt.ops.backend import unavailable
 from fastgpt.triton_kernels import tuned
 
 TIME_LIMIT_S = 470
@@ -298,6 +299,9 @@ def tune(
     with ProcessPoolExecutor(jobs, spawn, begin_compiling, compiling) as pool:
         waiting = []
         for subject in subjects:
+            if reason := unavailable(subject.backend, timer.device):
+                print(f"{subject.name}: not tuned, {subject.backend} does not work here: {reason}", flush=True)
+                continue
             new = [choices for choices in subject.candidates(timer.arch)[:most] if not log.has(subject, choices)]
             # First the default: it is compared with, and should be in Triton's cache by then.
             both = [None, *new] if new else []

@@ -40,6 +40,7 @@ def report() -> str:
         f"--dtype auto: {precision.name} ({precision.why})",
         f"--cuda-graph: {_cuda_graph(auto)}",
         f"backend asked for: {requested()}",
+        _tuned_table(),
     ]
     for device in dict.fromkeys(("cpu", auto.type)):
         found = _ops(device) + _backends(device) + (_matrix_products() if device == "cpu" else [])
@@ -68,6 +69,18 @@ def _cuda_graph(device: torch.device) -> str:
         except Exception as error:  # a driver or a compiler may raise anything
             reason = words(error)
     return "a small model's training steps are the eager ones" if reason is None else f"does not work here: {reason}"
+
+
+def _tuned_table() -> str:
+    """Which table of launch configurations the kernels follow, and how many of its entries are for this GPU."""
+    try:
+        from .triton_kernels import tuned
+    except ImportError:  # from a source tree that is not installed
+        return "tuned table: none, this source tree is not installed"
+    if not torch.cuda.is_available():
+        return tuned.describe(None)
+    major, minor = torch.cuda.get_device_capability()
+    return tuned.describe(10 * major + minor)
 
 
 def example_call(op: str, device: str) -> dict[str, Any]:

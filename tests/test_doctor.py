@@ -7,6 +7,7 @@ import torch
 
 from fastgpt import doctor
 from fastgpt.ops import native
+from fastgpt.triton_kernels import tuned
 
 
 @pytest.fixture
@@ -63,6 +64,20 @@ def test_whether_training_by_a_graph_works(elsewhere, monkeypatch):
     ):
         monkeypatch.setattr(doctor.graph, "try_out", answer)
         assert f"\n--cuda-graph: {said}\n" in doctor.report()
+
+
+def test_which_tuned_table_is_in_use(elsewhere, monkeypatch, tmp_path):
+    def said():
+        return next(line for line in doctor.report().splitlines() if line.startswith("tuned table: "))
+
+    elsewhere(cuda=True, capability=(9, 0))
+    with tuned.use(tuned.Table()):
+        assert said() == "tuned table: none; entries: 0, 0 for sm_90"
+    elsewhere()
+    assert "tuned.toml" in said() and said().endswith("no GPU here")
+    monkeypatch.setenv("FASTGPT_TUNED", str(tmp_path / "nowhere.toml"))
+    monkeypatch.setattr(tuned, "_in_use", None)
+    assert "cannot be used: FASTGPT_TUNED: there is no file" in said()
 
 
 def test_a_mac(elsewhere):
