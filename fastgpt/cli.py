@@ -155,7 +155,7 @@ def study(settings: StudySettings) -> None:
 def doctor(settings: DoctorSettings) -> None:
     from .doctor import report
 
-    print(report())
+    print(report(settings.self_test))
 
 
 def parity(settings: ParitySettings) -> int:

@@ -11,8 +11,15 @@ import torch
 from . import __version__, ops
 from .cuda_graph import words
 from .machine import device_name, package_version, resolve_device
-from .ops import native
-from .ops.backend import BACKENDS, OPS, requested, unavailable
+from .ops import native, self_test
+from .ops.backend import (
+    BACKENDS,
+    OPS,
+    requested,
+    self_test_typical_variants,
+    typical_variants,
+    unavailable,
+)
 from .ops.linear import linear_choice
 from .parity.cases import Draw, parity_cases
 from .training import graph
@@ -21,8 +28,11 @@ from .training.step import Precision
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")
 
 
-def report() -> str:
-    """The text of `fastgpt doctor`: one fact a line, of the machine and then of each device."""
+def report(run_self_tests: bool = False) -> str:
+    """The text of `fastgpt doctor`: one fact a line, of the machine and then of each device.
+
+    With `run_self_tests`, the self-tests of common calls run first.
+    """
     lines = [
         f"fastgpt: {__version__}",
         f"Python: {platform.python_version()}",
@@ -44,6 +54,7 @@ def report() -> str:
     ]
     for device in dict.fromkeys(("cpu", auto.type)):
         found = _ops(device) + _backends(device) + (_matrix_products() if device == "cpu" else [])
+        found += _self_tests(device, run_self_tests)
         lines += ["", f"On {device}:", *(f"  {line}" for line in found)]
     return "\n".join(lines)
 
@@ -126,3 +137,23 @@ def _matrix_products() -> list[str]:
     for what, (own, why) in choices.items():
         lines.append(f"matrix products of {what}: by {'the extension' if own else 'the library'} ({why})")
     return lines
+
+
+def _self_tests(device_type: str, run: bool) -> list[str]:
+    """Which variants of the kernels were right on this GPU, which were not, and which common ones were never tried."""
+    is_on = self_test.is_on()
+    has_kernels = any(unavailable(backend, device_type) is None for backend in BACKENDS if backend != "torch")
+    if device_type not in self_test.SELF_TESTED or not has_kernels:
+        return []
+    if not is_on:
+        return ["self-tests: left out, by FASTGPT_SELF_TEST=0"]
+    device = torch.empty(0, device=device_type).device
+    if run:
+        self_test_typical_variants(device)
+    known = self_test.known_outcomes(device)
+    lines = [
+        f"self-test {'passed' if outcome.passed else 'FAILED'}: {name} ({outcome.figures})"
+        for name, outcome in sorted(known.items())
+    ]
+    common = [self_test.name_of(op, backend, call.variant(device)) for op, backend, call in typical_variants(device)]
+    return lines + [f"self-test never tried: {name}" for name in common if name not in known]

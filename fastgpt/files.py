@@ -38,6 +38,17 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     return Path(expanded)
 
 
+def cache_dir() -> Path:
+    """FASTGPT_CACHE, else XDG_CACHE_HOME/fastgpt, else ~/.cache/fastgpt; it need not exist yet.
+
+    A relative XDG_CACHE_HOME is left aside, as the XDG Base Directory Specification asks.
+    """
+    if own := os.environ.get("FASTGPT_CACHE"):
+        return expand_path(own)
+    shared = expand_path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else expand_path("~/.cache")) / "fastgpt"
+
+
 def readable(name: str) -> str:
     """A path or a command-line argument as text to show: where the locale is not UTF-8, Python keeps bytes in it."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -110,6 +110,8 @@ class DataShowSettings:
 class DoctorSettings:
     """Show what runs here: device, versions, and for each op the backend and why not each faster one."""
 
+    self_test: bool = False  # run the self-tests of common calls on this GPU first.
+
 
 @dataclass(frozen=True)
 class ParitySettings:

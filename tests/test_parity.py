@@ -11,7 +11,7 @@ import torch
 from fastgpt import cli, ops, parity
 from fastgpt.ops import backend
 from fastgpt.ops.backend import OPS
-from fastgpt.parity import DTYPES, max_error, measure_case, parity_cases, run_parity
+from fastgpt.parity import DTYPES, measure_case, parity_cases, run_parity
 
 
 def test_cases_cover_every_op_and_have_names_of_their_own() -> None:
@@ -157,13 +157,3 @@ def test_cuda_without_a_gpu(capsys) -> None:
     assert cli.main(["parity", "--device", "cuda"]) == 1
     error = capsys.readouterr().err
     assert "finds no CUDA device" in error and error.count("\n") == 1
-
-
-def test_max_error() -> None:
-    inf, nan = math.inf, math.nan
-    oracle = torch.tensor([1.0, inf, nan], dtype=torch.float64)
-    assert max_error(torch.tensor([1.5, inf, nan]), oracle) == 0.5
-    assert max_error(torch.tensor([nan, inf, nan]), oracle) == inf
-    assert max_error(torch.tensor([1.0, -inf, nan]), oracle) == inf
-    assert max_error(torch.tensor([1.0, inf, 0.0]), oracle) == inf
-    assert max_error(torch.empty(0), torch.empty(0, dtype=torch.float64)) == 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,22 +12,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..config import ConfigError
-from ..files import FileError, atomic_path, expand_path
+from ..files import FileError, atomic_path, cache_dir
 from ..tokenizer import BPETokenizer, Tokenizer, bpe_size, tokenizer_from_json
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 Kept = TypeVar("Kept")
-
-
-def cache_dir() -> Path:
-    """FASTGPT_CACHE, else XDG_CACHE_HOME/fastgpt, else ~/.cache/fastgpt; it need not exist yet.
-
-    A relative XDG_CACHE_HOME is left aside, as the XDG Base Directory Specification asks.
-    """
-    if own := os.environ.get("FASTGPT_CACHE"):
-        return expand_path(own)
-    shared = expand_path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else expand_path("~/.cache")) / "fastgpt"
 
 
 def cached(

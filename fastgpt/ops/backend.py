@@ -8,7 +8,8 @@ An op's file registers its implementations with :func:`register`. A call then pi
 
 Whether a backend works on this machine (driver, compiler, build) is found out by running it once, see
 :func:`unavailable`. Whether it serves a certain call (dtype, shape) is answered by the ``supports`` function that was
-registered with it, which returns None or a reason.
+registered with it, which returns None or a reason. On a GPU, ``"auto"`` then takes it only where its results were
+right in a self-test, which the first such call runs, see self_test.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 
 from ..config import BACKENDS
+from . import self_test
 from .library import assume_constant_result
+from .variants import FACTS, Call, typical_calls, with_unknown_sizes
 
 # The backends of each op on each device, in order of preference: fastest first where it was measured, which on GPUs it
 # is not yet. On a device that is not listed, an op runs on "torch".
@@ -166,12 +169,68 @@ def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -
             reason: str | None = f"{op} has no {name} implementation"
         else:
             reason = unavailable(name, device_type) or implementation.supports(*args, **kwargs)
+            if reason is None and device_type in self_test.SELF_TESTED and not asked_for:
+                reason = _distrusted(op, name, args, kwargs)
         if reason is None:
             return name, reasons
         if asked_for:
             raise BackendError(f"backend={name!r} was asked for, but cannot run {op} here: {reason}")
         reasons[name] = reason
     return "torch", reasons
+
+
+_UNTRIED = "it has had no self-test yet, and a CUDA graph is being captured; make such a call once before the capture"
+_MOST_VERDICTS = 4096  # the sizes of a call, of which generation has new ones at every token, are a part of the key
+_verdicts: dict[tuple, str | None] = {}
+
+
+def _distrusted(op: str, backend: str, args: tuple, kwargs: dict) -> str | None:
+    """Why a self-test forbids this call, or None. What is known already takes a look into a dictionary."""
+    facts = FACTS[op](*args, **kwargs)
+    device = (args[0] if args else next(iter(kwargs.values()))).device
+    if torch.compiler.is_compiling():
+        return _verdict(op, backend, device, with_unknown_sizes(facts))
+    try:
+        return _verdicts[op, backend, device, facts]
+    except KeyError:
+        pass
+    except TypeError:  # sizes are symbols, which have no hash
+        facts = with_unknown_sizes(facts)
+    verdict = _verdict(op, backend, device, facts)
+    if verdict is not _UNTRIED:
+        if len(_verdicts) >= _MOST_VERDICTS:
+            _verdicts.clear()
+        _verdicts[op, backend, device, facts] = verdict
+    return verdict
+
+
+@assume_constant_result
+def _verdict(op: str, backend: str, device: torch.device, facts: tuple) -> str | None:
+    if not self_test.is_on():
+        return None
+    if self_test.is_capturing(device) and not self_test.is_known(op, backend, device, facts):
+        return _UNTRIED
+    reason = self_test.why_not(op, backend, _registry[op, backend].run, device, facts)
+    if reason is not None:
+        _warned.add((op, backend, reason))  # the self-test has said it, louder
+    return reason
+
+
+def typical_variants(device: torch.device) -> list[tuple[str, str, Call]]:
+    """(op, backend, call) for common calls of each kernel that `auto` prefers on `device` and that runs there."""
+    return [
+        (op, backend, call)
+        for op in OPS
+        for backend in PREFERENCE[op].get(device.type, ())
+        if backend != "torch" and unavailable(backend, device.type) is None
+        for call in typical_calls(op)
+    ]
+
+
+def self_test_typical_variants(device: torch.device) -> None:
+    """Run the self-tests of `typical_variants` whose outcome is not known yet."""
+    for op, backend, call in typical_variants(device):
+        _verdict(op, backend, device, tuple(call))
 
 
 def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:

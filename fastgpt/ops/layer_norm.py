@@ -244,7 +244,7 @@ def add_layer_norm_on_triton(x, residual, weight, bias, eps, *, dropout_p, seed,
     return y, h
 
 
-def _triton_serves(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def _triton_serves(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     if x.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
     if x.shape[-1] > MAX_TRITON_WIDTH:
@@ -253,7 +253,7 @@ def _triton_serves(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> str 
 
 
 def _triton_serves_add(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    return _triton_serves(residual if residual.dtype == torch.float64 else x, *args)
+    return _triton_serves(residual if residual.dtype == torch.float64 else x)
 
 
 register("layer_norm", "torch", layer_norm_on_torch)

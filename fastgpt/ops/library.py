@@ -131,6 +131,7 @@ PRIVATE_NAMES = {
     "torch._C._AutoDispatchBelowAutograd": ("2.11.0", "2.14.1"),
     "torch._C._any_requires_grad": ("2.11.0", "2.14.1"),
     "torch._C._are_functorch_transforms_active": ("2.11.0", "2.14.1"),
+    "torch._C._current_graph_task_id": ("2.11.0", "2.14.1"),
     "torch._C._len_torch_dispatch_stack": ("2.11.0", "2.14.1"),
     "torch._C._functorch.is_functorch_wrapped_tensor": ("2.11.0", "2.14.1"),
     "torch.autograd.forward_ad._current_level": ("2.11.0", "2.14.1"),
@@ -180,6 +181,23 @@ def _apply_of(function: Any) -> Callable[..., Any]:
     Function.apply first unpacks the tensors that such transforms wrapped. This is the method that it calls after that.
     """
     return super(torch.autograd.Function, function).apply
+
+
+def in_backward() -> bool:
+    """Whether this runs inside of a backward pass, in one of autograd's threads."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether `tensor` has memory of its own; one that is traced, or stands for others, has none."""
+    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, nn.Parameter)
+
+
+def is_static(value: Any) -> bool:
+    """Whether `value` is not a size that torch.compile leaves open. Only for values that are being traced."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not isinstance(value, (int, torch.SymInt)) or has_static_value(value)
 
 
 def hooks_of(module: nn.Module) -> str | None:

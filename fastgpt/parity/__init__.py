@@ -13,10 +13,11 @@ by chance. The cases serve every backend: ``run_parity(backends=("native",))``, 
 ...     for row in measure_case(case, "triton", torch.float16): assert row.passed, row
 """
 
+from ..ops.accuracy import ATOL, max_error, tolerance
+from ..ops.yardsticks import YARDSTICKS
 from .cases import Draw, ParityCase, parity_cases
-from .measure import ATOL, DTYPES, exact_copy, max_error, measure_case, outputs_and_gradients, tolerance
+from .measure import DTYPES, exact_copy, measure_case, outputs_and_gradients
 from .report import run_parity
-from .yardsticks import YARDSTICKS
 
 __all__ = [
     "ATOL", "DTYPES", "YARDSTICKS", "Draw", "ParityCase", "exact_copy", "max_error", "measure_case",

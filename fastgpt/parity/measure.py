@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import reference
+from ..ops import accuracy, reference
+from ..ops.accuracy import ATOL, max_error, tolerance
+from ..ops.yardsticks import yardstick_for
 from .cases import Draw, ParityCase
-from .yardsticks import yardstick_for
 
-# In the 16-bit types, one unit in the last place of a number near 1. In the wide types a few units, because sums run in
-# another order than PyTorch's.
-ATOL = {torch.float64: 2e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = tuple(ATOL)
-
-
-def tolerance(dtype: torch.dtype, oracle: Tensor) -> float:
-    """How far an error may exceed twice PyTorch's error: ATOL, times the largest value where that is above 1."""
-    return ATOL[dtype] * max(1.0, float(oracle.abs().max()) if oracle.numel() else 0.0)
 
 
 @dataclass(frozen=True)
@@ -63,35 +56,24 @@ def outputs_and_gradients(
 ) -> dict[str, Tensor]:
     """The outputs of function(**arguments, **options) and the gradient of every argument that has one, by name."""
     # The class weights of cross_entropy have no gradient in PyTorch.
-    inputs = {
-        name: tensor.detach().requires_grad_()
+    differentiable = [
+        name
         for name, tensor in arguments.items()
         if tensor.is_floating_point() and (case.op, name) != ("cross_entropy", "weight")
-    }
-    result = function(**{**arguments, **inputs}, **options)
-    outputs = dict(zip(("out", "h"), result, strict=True)) if isinstance(result, tuple) else {"out": result}
-    draw = Draw(next(iter(inputs.values())).dtype, "cpu", seed=1)
-    upstream = []
-    for out in outputs.values():
+    ]
+    draw = Draw(arguments[differentiable[0]].dtype, "cpu", seed=1)
+
+    def upstream_of(out: Tensor) -> Tensor:
         # These numbers are exact in every dtype, so that all functions that are compared get the same gradient.
         grad = torch.full((), 0.5) if case.expanded_grad else draw.index(17, *out.shape) / 8.0 - 1.0
-        upstream.append(grad.to(out.device, out.dtype).expand(out.shape))
-    grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), upstream)
-    values = {name: out.detach() for name, out in outputs.items()}
-    return values | {f"d {name}": grad for name, grad in zip(inputs, grads, strict=True)}
+        return grad.to(out.device, out.dtype).expand(out.shape)
 
-
-def max_error(value: Tensor, oracle: Tensor) -> float:
-    """The largest |value - oracle|. An infinity or NaN is no error where the oracle has the same; else it is inf."""
-    value = value.detach().to(oracle.device, torch.float64)
-    same = (value == oracle) | (value.isnan() & oracle.isnan())
-    error = torch.where(same, 0.0, (value - oracle).abs())
-    return float(error.nan_to_num(nan=math.inf, posinf=math.inf).max()) if error.numel() else 0.0
+    return accuracy.outputs_and_gradients(function, arguments, options, differentiable, upstream_of)
 
 
 def exact_copy(tensor: Tensor) -> Tensor:
     """A copy on the CPU, with floating point numbers in float64: what the oracle computes with."""
-    return tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return accuracy.exact(tensor).cpu()
 
 
 def measure_case(case: ParityCase, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[ParityRow]:
@@ -101,7 +83,8 @@ def measure_case(case: ParityCase, backend: str, dtype: torch.dtype, device: str
     exact = {name: exact_copy(tensor) for name, tensor in arguments.items()}
     ours = outputs_and_gradients(getattr(ops, case.op), case, arguments, {**case.options, "backend": backend})
     changed = [name for name, before in exact.items() if not torch.equal(exact_copy(arguments[name]), before)]
-    theirs = outputs_and_gradients(yardstick_for(case, backend, device), case, arguments, case.options)
+    yardstick = yardstick_for(case.op, backend, device, "dropout_p" in case.options)
+    theirs = outputs_and_gradients(yardstick, case, arguments, case.options)
     oracle = outputs_and_gradients(getattr(reference, case.op), case, exact, case.options)
     rows = []
     for name, expected in oracle.items():

@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
-from fastgpt.data.cache import cache_dir
 from fastgpt.data.corpus import Corpus
+from fastgpt.files import cache_dir
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 from helpers import PANGRAM
 

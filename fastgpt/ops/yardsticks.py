@@ -1,4 +1,7 @@
-"""The yardstick of each op: PyTorch's own op, whose error in the same dtype is what ours is compared with."""
+"""The yardstick of each op: PyTorch's own op, whose error in the same dtype is what ours is compared with.
+
+`fastgpt parity` and the self-test before a kernel's first use (self_test.py) measure by the same yardsticks.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..ops import reference
-from ..ops.dropout import philox_keep_mask
-from .cases import ParityCase
+from . import reference
+from .dropout import philox_keep_mask
 
 
 def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
@@ -122,8 +124,8 @@ YARDSTICKS: dict[str, Callable[..., Any]] = {
 }
 
 
-def yardstick_for(case: ParityCase, backend: str, device: str) -> Callable[..., Any]:
-    """The yardstick of `case`: for Triton's attention, where PyTorch's flash kernel cannot run, that kernel's steps."""
-    if case.op == "attention" and backend == "triton" and (device == "cpu" or "dropout_p" in case.options):
+def yardstick_for(op: str, backend: str, device_type: str, dropout: bool) -> Callable[..., Any]:
+    """The yardstick of a call: for Triton's attention, where PyTorch's flash kernel cannot run, that kernel's steps."""
+    if op == "attention" and backend == "triton" and (device_type == "cpu" or dropout):
         return _flash
-    return YARDSTICKS[case.op]
+    return YARDSTICKS[op]

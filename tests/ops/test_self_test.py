@@ -1,0 +1,468 @@
+"""Trust at first use: a kernel made wrong on purpose is not taken, a right one is, and outcomes are kept on disk.
+
+Here the self-tests run on CPU tensors: the Triton kernels on Triton's interpreter, the native ones as compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import doctor, ops
+from fastgpt.ops import backend, kept_outcomes, self_test
+from fastgpt.ops.variants import LinearCrossEntropy
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is no interpreter to test with")
+
+X = torch.linspace(-2.0, 2.0, 3 * 48).sin().view(3, 48)
+W = torch.linspace(0.5, 1.5, 48)
+WEIGHT = W.clone().requires_grad_()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch, tmp_path):
+    """`auto` prefers Triton on the CPU, and tests itself there; no outcome is known."""
+    monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(self_test, "SELF_TESTED", {"cpu"})
+    for op in ("attention", "layer_norm", "add_layer_norm"):
+        monkeypatch.setitem(backend.PREFERENCE[op], "cpu", ("triton", "torch"))
+    for module, name in ((self_test, "_outcomes"), (backend, "_verdicts")):
+        monkeypatch.setattr(module, name, {})
+    for module, name in ((self_test, "_said"), (backend, "_warned")):
+        monkeypatch.setattr(module, name, set())
+    monkeypatch.setattr(backend, "_registry", dict(backend._registry))
+    monkeypatch.setattr(self_test, "_setting", "1")
+    kept_outcomes._say_once.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def tested(monkeypatch) -> list[str]:
+    """The ops of the self-tests that ran."""
+    ran: list[str] = []
+    measure = self_test.measure
+    monkeypatch.setattr(self_test, "measure", lambda op, *rest: ran.append(op) or measure(op, *rest))
+    return ran
+
+
+WRONG = {
+    "forward": ("mean = tl.sum(x, axis=1) / width", "mean = tl.sum(x, axis=1) / (width + 1)"),
+    "gradient": ("along_x = tl.sum(grad * x_hat, axis=1) / width", "along_x = tl.sum(grad * x_hat, axis=1) * 0.0"),
+    "dropout": ("x = tl.where(keep, x * keep_scale, 0.0)", "x = tl.where(keep, x, 0.0)"),
+    "NaN": ("mean = tl.sum(x, axis=1) / width", "mean = tl.sum(x, axis=1) / width * float('nan')"),
+}
+
+
+@pytest.fixture
+def make_wrong(monkeypatch, tmp_path):
+    """Replace the layer norm's kernels by a copy with one line changed."""
+    import fastgpt.triton_kernels as package
+    from fastgpt.triton_kernels import layer_norm
+
+    def replace(how: str) -> None:
+        right, wrong = WRONG[how]
+        source = Path(layer_norm.__file__).read_text(encoding="utf-8")
+        assert right in source, "the kernel has changed: name another line of it to make wrong"
+        file = tmp_path / "wrong_layer_norm.py"
+        file.write_text(source.replace(right, wrong), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("fastgpt.triton_kernels.wrong_layer_norm", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(package, "layer_norm", module)
+
+    return replace
+
+
+@contextlib.contextmanager
+def silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def backend_of(op: str, *args, **kwargs) -> str:
+    return ops.explain(op, *args, **kwargs).backend
+
+
+def norm(x: Tensor = X, weight: Tensor = WEIGHT, **options) -> Tensor:
+    return ops.layer_norm(x, weight, **options)
+
+
+# ---- right and wrong kernels ----
+
+
+def test_right_kernels_are_taken_after_one_test_each(tested) -> None:
+    heads = X.view(1, 3, 3, 16).requires_grad_()
+    tokens = torch.tensor([[0, 2]])
+    calls = {
+        "attention": (heads, heads, heads),
+        "layer_norm": (X, WEIGHT),
+        "add_layer_norm": (X, X, WEIGHT),
+        "embedding": (tokens, X.clone().requires_grad_()),
+        "cross_entropy": (X.clone().requires_grad_(), torch.arange(3)),
+        "linear_cross_entropy": (X, X.clone().requires_grad_(), torch.arange(3)),
+    }
+    with silence():
+        for op, args in calls.items():
+            if op in ("embedding", "cross_entropy", "linear_cross_entropy") and backend.unavailable("native", "cpu"):
+                continue
+            for _ in range(2):
+                assert backend_of(op, *args) != "torch"
+                getattr(ops, op)(*args)
+    assert sorted(tested) == sorted(set(tested)) and len(tested) >= 3
+    assert all(outcome.passed for outcome in self_test.known_outcomes(CPU).values())
+
+
+@pytest.mark.parametrize("how", ["forward", "gradient", "NaN"])
+def test_a_wrong_kernel_is_said_loudly_once_and_pytorch_serves(how, make_wrong) -> None:
+    make_wrong(how)
+    x = X.clone().requires_grad_()
+    with pytest.warns(UserWarning) as caught:
+        y = norm(x)
+    (said,) = [str(warning.message) for warning in caught]
+    value = "d x" if how == "gradient" else "out"
+    assert said.startswith("fastgpt: SELF-TEST FAILED: layer_norm on the triton backend is not right on this machine")
+    assert "variant: float32, weight float32, width 48" in said and "allowed" in said
+    assert f"torch {torch.__version__}" in said and "kernels " in said and "report" in said
+    assert ("error inf" in said) == (how == "NaN") and (value in said or how != "gradient")
+    with silence():
+        assert torch.equal(y, norm(x, backend="torch")) and torch.equal(norm(x), y)
+        answer = ops.explain("layer_norm", x, WEIGHT)
+    assert answer.backend == "torch" and answer.reasons["triton"].startswith("its self-test failed on this device: ")
+
+
+def test_only_the_wrong_variant_is_not_taken(make_wrong) -> None:
+    make_wrong("dropout")
+    with pytest.warns(UserWarning, match="variant: .*dropout"):
+        assert backend_of("add_layer_norm", X, X, WEIGHT, dropout_p=0.3, seed=1) == "torch"
+    with silence():
+        assert backend_of("add_layer_norm", X, X, WEIGHT) == "triton"
+
+
+def test_a_wrong_gradient_does_not_keep_generation_from_the_kernel(make_wrong) -> None:
+    make_wrong("gradient")
+    x = X.clone().requires_grad_()
+    with torch.no_grad(), silence():
+        assert backend_of("layer_norm", x, W) == "triton"
+    with pytest.warns(UserWarning, match="d x: error"):
+        assert backend_of("layer_norm", x, W) == "torch"
+
+
+def test_each_kernel_of_attention_is_a_variant(monkeypatch) -> None:
+    """Wrong for short sequences only, which have a kernel of their own."""
+    from fastgpt.triton_kernels import attention
+
+    forward = attention.forward
+
+    def wrong(q, *rest):
+        out, lse = forward(q, *rest)
+        return (out * 1.05 if q.shape[2] <= 64 else out), lse
+
+    monkeypatch.setattr(attention, "forward", wrong)
+    q = torch.zeros(1, 2, 40, 16, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="one tile"):
+        assert backend_of("attention", q, q, q) == "torch"
+    q = torch.zeros(1, 2, 70, 16, dtype=torch.bfloat16)
+    with silence():
+        assert backend_of("attention", q, q, q) == "triton"
+
+
+def failing(out: Tensor) -> Tensor:
+    raise OSError("no such instruction\nand a second line")
+
+
+CALLS = itertools.count()
+FAULTS = {
+    "raises": (failing, "it raised OSError: no such instruction"),
+    "other bits each time": (
+        lambda out: out * (1.0 + 1e-6 * (next(CALLS) % 2)),
+        "two runs on the same inputs gave different",
+    ),
+    "wrong shape": (lambda out: out[..., :1], "out: shape"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("op", ["layer_norm", "cross_entropy"])
+def test_other_faults(op, fault) -> None:
+    spoil, reason = FAULTS[fault]
+    if op == "cross_entropy" and fault == "wrong shape":
+        pytest.skip("a mean has no shape to be wrong")
+    name = "triton" if op == "layer_norm" else "native"
+    if backend.unavailable(name, "cpu"):
+        pytest.skip(f"no {name} backend here")
+    right = backend._registry[op, name].run
+    backend.register(op, name, lambda *args, **kwargs: spoil(right(*args, **kwargs)))
+    args = (X, W) if op == "layer_norm" else (X, torch.arange(3))
+    with pytest.warns(UserWarning, match=reason):
+        assert backend_of(op, *args) == "torch"
+    assert "second line" not in ops.explain(op, *args).reasons[name]
+
+
+def test_no_memory_is_no_fault_to_keep(monkeypatch) -> None:
+    def out_of_memory(**arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backend.register("layer_norm", "triton", out_of_memory)
+    with pytest.warns(UserWarning, match="could not run: CUDA out of memory"):
+        assert backend_of("layer_norm", X, W) == "torch"
+    assert kept_outcomes.read(CPU) == {}
+
+
+# ---- where it is left out, and what it leaves alone ----
+
+
+def test_a_backend_asked_for_by_name_runs_without(make_wrong, tested) -> None:
+    make_wrong("forward")
+    with silence():
+        norm(backend="triton")
+        with backend.use_backend("triton"):
+            norm()
+    assert tested == []
+
+
+def test_the_environment_leaves_it_out(monkeypatch, make_wrong, tested) -> None:
+    make_wrong("forward")
+    monkeypatch.setattr(self_test, "_setting", "0")
+    with silence():
+        assert backend_of("layer_norm", X, W) == "triton"
+    assert tested == [] and "  self-tests: left out, by FASTGPT_SELF_TEST=0" in doctor.report().splitlines()
+
+
+@pytest.mark.parametrize("value", ["2", "yes", " 1"])
+def test_another_value_is_an_error(monkeypatch, value) -> None:
+    monkeypatch.setattr(self_test, "_setting", value)
+    for call in (norm, doctor.report):
+        with pytest.raises(ValueError, match=f"FASTGPT_SELF_TEST: expected 0 or 1, got '{value}'"):
+            call()
+
+
+def test_an_empty_call_is_not_tested(tested) -> None:
+    assert norm(X[:0]).shape == (0, 48)
+    assert tested == []
+
+
+def test_the_callers_random_numbers_do_not_move(tested) -> None:
+    before = torch.get_rng_state()
+    norm()
+    assert tested == ["layer_norm"] and torch.equal(torch.get_rng_state(), before)
+
+
+def test_while_a_graph_is_captured_pytorch_serves(monkeypatch, tested) -> None:
+    monkeypatch.setattr(self_test, "is_capturing", lambda device: True)
+    with pytest.warns(UserWarning, match="no self-test yet, and a CUDA graph is being captured"):
+        norm()
+    assert tested == []
+    monkeypatch.setattr(self_test, "is_capturing", lambda device: False)
+    assert backend_of("layer_norm", X, WEIGHT) == "triton" and tested == ["layer_norm"]
+    monkeypatch.setattr(self_test, "is_capturing", lambda device: True)
+    assert backend_of("layer_norm", X[:2], WEIGHT) == "triton" and tested == ["layer_norm"]  # of the same variant
+
+
+# ---- modes of the caller ----
+
+
+def test_the_self_test_knows_no_mode_of_the_caller(monkeypatch, tested) -> None:
+    seen = []
+    measure = self_test.measure
+
+    def look(*args):
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
+        return measure(*args)
+
+    monkeypatch.setattr(self_test, "measure", look)
+    with torch.no_grad():
+        norm()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        norm()
+    with torch.device("meta"):
+        norm(X, weight=W)
+    assert seen and set(seen) == {(True, False, False)}
+    assert all(outcome.passed for outcome in self_test.known_outcomes(CPU).values())
+
+
+def test_within_a_backward_pass(tested) -> None:
+    """As activation checkpointing calls an op: autograd's own thread must not wait for another one."""
+
+    class Recompute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(norm(x, W), x, grad)
+
+    x = X.clone().requires_grad_()
+    (Recompute.apply(x) * X.cos()).sum().backward()
+    assert tested == ["layer_norm"] and backend_of("layer_norm", x, W) == "triton"
+    (expected,) = torch.autograd.grad((norm(x, W, backend="torch") * X.cos()).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_transforms_get_pytorch_and_no_test(tested) -> None:
+    with pytest.warns(UserWarning, match="torch.func"):
+        torch.func.vmap(lambda x: norm(x, W))(X)
+        torch.func.grad(lambda x: norm(x, W).sum())(X)
+    assert tested == []
+
+
+@pytest.mark.parametrize("how", [None, "forward"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(how, dynamic, make_wrong, tested) -> None:
+    """The choice is made while the call is traced, in one graph, for all sizes of it."""
+    if how:
+        make_wrong(how)
+    seen: list[str] = []
+
+    def look(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(lambda x: ops.layer_norm(x, W), fullgraph=True, dynamic=dynamic, backend=look)
+    with pytest.warns(UserWarning, match="SELF-TEST FAILED") if how else silence():
+        y = compiled(X)
+    assert any("layer_norm_triton" in name for name in seen) == (how is None)
+    assert torch.allclose(y, ops.layer_norm(X, W, backend="torch"), atol=1e-5)
+    n_graphs = len(seen)
+    compiled(X[:2]) if dynamic else compiled(X)
+    assert len(seen) == n_graphs and tested == ["layer_norm"]
+
+
+def test_compiled_attention_of_any_length_is_tested_in_each_kernel(tested) -> None:
+    q = torch.zeros(1, 2, 9, 16, dtype=torch.bfloat16)
+    compiled = torch.compile(lambda q: ops.attention(q, q, q), fullgraph=True, backend="eager")
+    torch._dynamo.mark_dynamic(q, 2)
+    compiled(q)
+    names = " ".join(self_test.known_outcomes(CPU))
+    assert len(tested) == 3 and "one tile" in names and "forward: tiles" in names and "descriptors" in names
+
+
+def test_traced_with_fake_tensors_and_symbols(tested) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    for mode in ("fake", "symbolic"):
+        graph = make_fx(lambda x, w: ops.layer_norm(x, w), tracing_mode=mode)(X, W)
+        assert "layer_norm_triton" in graph.code
+        q = torch.zeros(1, 2, 9, 16)
+        assert "attention_triton" in make_fx(lambda q: ops.attention(q, q, q), tracing_mode=mode)(q).code
+    assert set(tested) == {"layer_norm", "attention"}
+
+
+# ---- what is kept ----
+
+SECOND = """
+import torch
+from fastgpt import ops
+from fastgpt.ops import backend, self_test
+self_test.SELF_TESTED.add("cpu")
+backend.PREFERENCE["layer_norm"]["cpu"] = ("triton", "torch")
+measure = self_test.measure
+self_test.measure = lambda *args: print("tested") or measure(*args)
+print(ops.explain("layer_norm", torch.zeros(3, 48), torch.ones(48)).backend)
+"""
+
+
+def in_a_second_process(**environment: str) -> list[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split() + (["warned"] if "SELF-TEST FAILED" in done.stderr else [])
+
+
+def kept_file() -> Path:
+    (file,) = (Path(os.environ["FASTGPT_CACHE"]) / "self-tests").iterdir()
+    return file
+
+
+def test_a_second_process_reads_it() -> None:
+    assert backend_of("layer_norm", X, W) == "triton"
+    assert in_a_second_process() == ["triton"]
+    assert in_a_second_process(FASTGPT_CACHE=os.environ["FASTGPT_CACHE"] + "2") == ["tested", "triton"]
+
+
+def test_a_failure_is_kept_too(make_wrong) -> None:
+    make_wrong("forward")
+    with pytest.warns(UserWarning, match="SELF-TEST FAILED"):
+        assert backend_of("layer_norm", X, W) == "torch"
+    assert in_a_second_process() == ["torch", "warned"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", '{"machine": 1, "outcomes": {}}', "\0\xff", None], ids=lambda c: repr(c)[:12]
+)
+def test_a_damaged_file_is_as_none(content, tested) -> None:
+    backend_of("layer_norm", X, W)
+    file = kept_file()
+    whole = file.read_text(encoding="utf-8")
+    text = json.dumps({"machine": kept_outcomes.machine(CPU), "outcomes": {"a": {}}}) if content is None else content
+    file.write_text(text, encoding="utf-8")
+    self_test._outcomes.clear()
+    backend._verdicts.clear()
+    with silence():
+        assert backend_of("layer_norm", X, W) == "triton"
+    assert tested == ["layer_norm"] * 2 and file.read_text(encoding="utf-8") == whole
+
+
+@pytest.mark.parametrize("what", ["torch", "triton", "driver", "device", "kernels", "fastgpt"])
+def test_another_version_is_tested_again(what, monkeypatch, tested) -> None:
+    backend_of("layer_norm", X, W)
+    other = kept_outcomes.machine(CPU) | {what: "another"}
+    monkeypatch.setattr(kept_outcomes, "machine", lambda device: other)
+    self_test._outcomes.clear()
+    backend._verdicts.clear()
+    assert backend_of("layer_norm", X, W) == "triton" and tested == ["layer_norm"] * 2
+
+
+def test_a_file_that_claims_another_machine_is_not_believed(monkeypatch) -> None:
+    backend_of("layer_norm", X, W)
+    other = kept_outcomes.machine(CPU) | {"driver": "another"}
+    kept_outcomes._path(other).write_text(kept_file().read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(kept_outcomes, "machine", lambda device: other)
+    assert kept_outcomes.read(CPU) == {}
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, tested) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.warns(UserWarning, match="outcomes of self-tests are not kept") as caught:
+        assert backend_of("layer_norm", X, W) == "triton"
+        assert backend_of("layer_norm", X, WEIGHT) == "triton"
+    assert len(caught) == 1 and tested == ["layer_norm"] * 2
+
+
+# ---- the doctor ----
+
+
+def test_the_doctor_lists_them(monkeypatch, make_wrong) -> None:
+    make_wrong("dropout")
+    small = LinearCrossEntropy(torch.bfloat16, 65, False, "mean", False, (True, True, False))
+    monkeypatch.setattr(backend, "typical_calls", lambda op: [small] if op == "linear_cross_entropy" else [])
+    with pytest.warns(UserWarning):
+        ops.add_layer_norm(X, X, W, dropout_p=0.1)
+    lines = doctor.report().splitlines()
+    assert any(line.startswith("  self-test FAILED: add_layer_norm, triton: float32, ") for line in lines)
+    assert any(line.startswith("  self-test passed: layer_norm, triton: float32, ") for line in lines)  # its example
+    if backend.unavailable("native", "cpu"):
+        return
+    never = "  self-test never tried: linear_cross_entropy, native: bfloat16, 65 classes, reduction mean"
+    assert any(line.startswith(never) for line in lines)
+    lines = doctor.report(run_self_tests=True).splitlines()
+    assert not any("never tried" in line for line in lines)
