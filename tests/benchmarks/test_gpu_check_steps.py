@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from fastgpt.benchmarks import gpu_check
+from fastgpt.benchmarks import gpu_check, gpu_tune
 from fastgpt.benchmarks.command import benchmark_names
 from fastgpt.benchmarks.gpu_check import __main__ as command
 from fastgpt.benchmarks.gpu_check import counters, steps
@@ -82,6 +83,16 @@ def test_each_step_ends_in_time(plan):
     for step in (steps.step_1(plan), steps.step_4(plan)):
         assert sum(max(task.limit_s for task in stage) for stage in step[1:]) <= steps.STEP_LIMIT_S
     assert all(task.limit_s <= steps.STEP_LIMIT_S for task in all_tasks(plan))
+
+
+def test_the_sweep_has_the_options_it_is_given(plan, capsys):
+    rehearsed = dataclasses.replace(plan, rehearsal=True)
+    for task in (steps.step_2(plan)[-1][0], steps.step_2(rehearsed)[-1][0]):
+        assert task.command[1:3] == ("-m", gpu_tune.__name__)
+        with pytest.raises(SystemExit):
+            gpu_tune.main([*task.command[3:], "--jobs", "0"])
+        said = capsys.readouterr().err
+        assert "--jobs: expected at least 1" in said, "an option that it does not have is refused before that"
 
 
 def test_nothing_changes_the_cards_settings(plan):
