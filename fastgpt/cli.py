@@ -110,6 +110,8 @@ def sample(settings: SampleSettings) -> None:
     generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
     prompt = settings.prompt.replace("\r\n", "\n")  # as in the training data
     of_names = saved.train_config.get("layout") == "names"
+    if of_names and settings.cuda_graph:
+        raise UsageError("--cuda-graph: a graph belongs to one text, and each name is a text of its own; leave it out")
     if of_names:  # the last line of the prompt is the name to go on with
         prompt = NAME_BOUNDARY + prompt.rpartition(NAME_BOUNDARY)[2]
     try:
@@ -124,7 +126,7 @@ def sample(settings: SampleSettings) -> None:
             if of_names:
                 tokens = stream_names(model, idx, settings.max_new_tokens, boundary_token(tokenizer), **options)
             else:
-                tokens = stream(model, idx, settings.max_new_tokens, **options)
+                tokens = stream(model, idx, settings.max_new_tokens, **options, cuda_graph=settings.cuda_graph)
         except ValueError as error:  # a setting it cannot have
             raise UsageError(str(error)) from None
         print(settings.prompt, end="", flush=True)

@@ -62,7 +62,7 @@ class CUDARecorder:
                 ):
                     result = run()
             except BaseException:
-                _stop_waiting(torch.cuda.default_generators[torch.cuda.current_device()], generator)
+                _stop_waiting(default_generator(self._device), generator)
                 raise
 
         def replay() -> Result:
@@ -80,6 +80,13 @@ def _stop_waiting(*generators: torch.Generator | None) -> None:
     for generator in generators:
         if generator is not None:
             generator.graphsafe_set_state(generator.clone_state())
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that PyTorch draws from on `device` where it is given none."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def recorder(device: torch.device) -> Recorder:

@@ -42,7 +42,8 @@ class Model(Protocol):
     def new_cache(self, batch_size: int) -> Any:
         """An empty cache for `batch_size` sequences, whose `length` counts the tokens in it; None where there is none.
 
-        Asked once, before the first token, and only while the sequence is shorter than `context_size`.
+        With the methods of `generate_graph.GraphedCache`, a CUDA graph can use it. Asked once, before the first token,
+        and only while the sequence is shorter than `context_size`.
         """
 
     def next_logits(self, idx: Tensor, cache: Any = None) -> Tensor:
@@ -106,6 +107,7 @@ def _check_finite(largest: Tensor, what: str) -> None:
 
 
 Draw = Callable[[Tensor], tuple[Tensor, Tensor]]  # `_draw` with its settings
+CachedStep = Callable[[Tensor, Any], tuple[Tensor, Tensor]]  # (tokens after those in the cache, cache) -> as `_draw`
 
 
 def _checked(
@@ -138,20 +140,29 @@ def stream(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    cuda_graph: bool = False,
 ) -> Iterator[Tensor]:
     """Yield each next token (B, 1) that continues idx (B, T), int64 or int32, in the dtype of idx.
 
     temperature: divides the logits; 0, or anything below 2**-126, takes the likeliest token. top_k: sample among the k
     likeliest tokens. top_p: sample among the fewest whose probabilities sum to p (Holtzman et al. 2020). Of equally
     likely tokens all three take those with the lowest ids. generator: a random generator on the device of idx, which
-    makes the sample repeatable. use_cache=False computes the whole context at each step, to compare with.
+    makes the sample repeatable. use_cache=False computes the whole context at each step, to compare with. cuda_graph:
+    while the sequence fits `block_size`, launch the kernels of a token at once (see generate_graph.py); the model's
+    tensors must then stay where they are until the last token. It has not run on a GPU yet.
     The model is in evaluation mode while a token is computed, and in its own mode again when it is yielded.
 
     Raises ValueError naming the argument at the call, and, while sampling, for logits of which one is nan or inf or
     all of a row are -inf. On a GPU that error comes one token late, so that the next step need not wait for the check.
     """
     n, settings = _checked(model, idx, max_new_tokens, temperature, top_k, top_p)
-    return _stream(model, idx, n, partial(_draw, generator=generator, **settings), use_cache)
+    draw = partial(_draw, generator=generator, **settings)
+    if not cuda_graph:
+        return _stream(model, idx, n, draw, use_cache)
+    from .cuda_graph import recorder
+    from .generate_graph import GraphedTokens
+
+    return _stream(model, idx, n, draw, use_cache, GraphedTokens(model, draw, generator, recorder(idx.device)))
 
 
 def stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, **options: Any) -> Iterator[Tensor]:
@@ -175,10 +186,14 @@ def _stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int,
                 break
 
 
-def _stream(model: Model, idx: Tensor, max_new_tokens: int, draw: Draw, use_cache: bool) -> Iterator[Tensor]:
+def _stream(
+    model: Model, idx: Tensor, max_new_tokens: int, draw: Draw, use_cache: bool, by_graph: CachedStep | None = None
+) -> Iterator[Tensor]:
     was_training = model.training
     limit = model.context_size
-    context = idx if limit is None else idx[:, -limit:]
+    step = by_graph or (lambda new, cache: draw(model.next_logits(new, cache)))
+    new = idx if limit is None else idx[:, -limit:]  # the tokens that are not in the cache
+    context = [new]  # in pieces, which are joined where all of it is computed at once
     cache = None
     late = 0 if idx.is_cpu else 1  # on a GPU a token is checked once the next one's kernels have been launched
     unread: list[tuple[Tensor, str]] = []
@@ -187,23 +202,32 @@ def _stream(model: Model, idx: Tensor, max_new_tokens: int, draw: Draw, use_cach
             if model.training:  # asked at each token: the caller may train the model between two of them
                 model.eval()
             with torch.no_grad():
-                if use_cache and cache is None and (limit is None or context.shape[1] < limit):
+                if use_cache and cache is None and (limit is None or position < limit):
                     cache = model.new_cache(idx.shape[0])
+                    new = new if cache is None else _joined(context, limit)
                 if cache is not None and (limit is None or cache.length < limit):
-                    logits = model.next_logits(context[:, cache.length :], cache)
+                    token, largest = step(new, cache)
                 else:
-                    logits = model.next_logits(context)
-                token, largest = draw(logits)
+                    context = [_joined(context, limit)]
+                    token, largest = draw(model.next_logits(context[0]))
             unread.append((largest, f"model: its logits for position {position}"))
             if len(unread) > late:
                 _check_finite(*unread.pop(0))
-            context = torch.cat([context, token.to(context.dtype)], dim=1)
-            context = context if limit is None else context[:, -limit:]
+            new = token.to(idx.dtype)
+            if cache is not None and limit is None:
+                context = []  # it is never computed again
+            context.append(new)
             if was_training:
                 model.train()
-            yield token.to(idx.dtype)
+            yield new
         for check in unread:
             _check_finite(*check)
     finally:
         if model.training != was_training:
             model.train(was_training)
+
+
+def _joined(context: list[Tensor], limit: int | None) -> Tensor:
+    """Pieces (B, T_i) of a context as one tensor, of the last `limit` tokens."""
+    whole = context[0] if len(context) == 1 else torch.cat(context, dim=1)
+    return whole if limit is None else whole[:, -limit:]

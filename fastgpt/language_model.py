@@ -137,9 +137,11 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        cuda_graph: bool = False,
     ) -> Tensor:
         """Continue idx (B, T) by `max_new_tokens` tokens: (B, T + max_new_tokens), in the dtype of idx.
 
         See `fastgpt.generate.stream` for what the settings do.
         """
-        return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature, top_k, top_p, generator)], dim=1)
+        draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        return torch.cat([idx, *stream(self, idx, max_new_tokens, **draw, cuda_graph=cuda_graph)], dim=1)

@@ -9,7 +9,9 @@ B sequences of T tokens, C channels in H heads of D, V tokens in the vocabulary,
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from .checkpoint import load_parameters, model_tensors
 from .config import GPTConfig
 from .language_model import LanguageModel
 from .modules import add_norm, check_unchanged, embed, linear, norm, read_dtype
+from .ops.attention_cached import attention_cached_
 from .ops.dropout import dropout
 
 
@@ -36,6 +39,7 @@ class KVCache:
         self.shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
         self.tensor: Tensor | None = None
         self.length = 0
+        self.position: Tensor | None = None  # in a CUDA graph: the length, on the device
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H, T, D) of the newest tokens; return those of all `length + T` tokens."""
@@ -53,7 +57,28 @@ class KVCache:
 
     def advance(self, n_tokens: int) -> None:
         """Count the newest tokens, once every layer has stored theirs."""
-        self.length += n_tokens
+        if self.position is None:
+            self.length += n_tokens
+
+    @contextlib.contextmanager
+    def length_on_device(self, position: Tensor) -> Iterator[None]:
+        """For a CUDA graph: read the length from `position`, 0-dim int64, on the device. Nothing is counted here."""
+        self.position = position
+        try:
+            yield
+        finally:
+            self.position = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v of the newest tokens and attend to all, where the length is on the device, in one kernel."""
+        assert self.tensor is not None and self.position is not None
+        keys, values = self.tensor[:, layer]  # (B, H, block_size, D) each
+        return attention_cached_(q, k, v, keys, values, self.position)
+
+    def entry(self, index: int) -> Tensor:
+        """Keys and values of one token: (2, L, B, H, D)."""
+        assert self.tensor is not None
+        return self.tensor[..., index, :]
 
 
 class CausalSelfAttention(nn.Module):
@@ -68,9 +93,12 @@ class CausalSelfAttention(nn.Module):
         D = C // self.n_head
         qkv = linear(self.qkv, x).split(C, dim=2)  # three of (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, D).transpose(1, 2) for t in qkv)  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        y = ops.attention(q, k, v, is_causal=self.is_causal, dropout_p=self.dropout if self.training else 0.0)
+        if cache is not None and cache.position is not None:
+            y = cache.attend(self.layer, q, k, v)
+        else:
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)
+            y = ops.attention(q, k, v, is_causal=self.is_causal, dropout_p=self.dropout if self.training else 0.0)
         return linear(self.proj, y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
 
 
@@ -175,7 +203,10 @@ class GPT(LanguageModel):
         start = 0 if cache is None else cache.length
         self._check_fits(start + idx.shape[1])
         p = self.cfg.dropout if self.training else 0.0
-        x = embed(idx, self.token_embedding, self.position_embedding, start)
+        if cache is not None and cache.position is not None:  # of one token
+            x = embed(idx, self.token_embedding) + self.position_embedding(cache.position.view(1))
+        else:
+            x = embed(idx, self.token_embedding, self.position_embedding, start)
         x, branch = dropout(x, p), None
         for block in self.blocks:
             x, branch = block(x, branch, cache)

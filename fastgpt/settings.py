@@ -90,6 +90,8 @@ class SampleSettings:
     seed: int | None = None  # repeats a sample.
     device: str = "auto"  # auto, cpu, cuda, ...
     backend: str = "auto"  # auto, torch, triton or native.
+    # compute tokens by a CUDA graph, after a check against others; has not run on a GPU yet.
+    cuda_graph: bool = False
     config: str | None = None  # a TOML file with any of these settings.
 
 

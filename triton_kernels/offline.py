@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from . import attention, attention_configs, layer_norm, tuned
+from . import attention, attention_cached, attention_configs, layer_norm, tuned
 from .target import INTERPRETING, ASTSource, GPUTarget
 
 ARCHITECTURES = (80, 90, 100)
@@ -27,13 +27,14 @@ _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _COUNTS = [
     *("batch_size", "n_heads", "group", "n_queries", "n_keys", "section", "last_dropped", "split_size", "n_splits"),
     *("n_rows", "width", "x_stride", "residual_stride", "grad_y_stride", "grad_sum_stride"),
-    *(f"{x}_{part}stride" for x in ("q", "k", "v", "grad") for part in ("batch_", "head_", "")),
+    "capacity",
+    *(f"{x}_{part}stride" for x in ("q", "k", "v", "new_k", "new_v", "grad") for part in ("batch_", "head_", "")),
 ]
 _TYPES = (
     dict.fromkeys(_COUNTS, "i32")
     | dict.fromkeys(("score_scale", "scale", "keep_scale", "eps"), "fp32")
     | dict.fromkeys(("Lse", "Delta", "PartialOut", "PartialLse", "Stats", "Partial"), "*fp32")
-    | {"Seed": "*i64"}
+    | {"Seed": "*i64", "Length": "*i64"}
 )
 _ALIGNED = ("stride", "width")  # compiled as multiples of 16, which they are for every usual width
 
@@ -120,6 +121,11 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
         yield case(f"decode.rows{config['ROWS']}", attention.decode_kernel, "bf16", head_size, config)
         name = f"decode.one_split.rows{config['ROWS']}"
         yield case(name, attention.decode_kernel, "bf16", head_size, config, SPLIT=False)
+    for dtype, head_size, rows in (("bf16", 64, 1), ("bf16", 128, 32), ("bf16", 256, 1), ("fp32", 64, 1)):
+        config = attention_configs.decode_config(head_size, 4 if dtype == "fp32" else 2, rows, arch)
+        name = f"cached_decode{'.float32' if dtype == 'fp32' else ''}.rows{config['ROWS']}"
+        config = {**config, "BLOCK_NEW": attention_cached.BLOCK_NEW}
+        yield case(name, attention_cached.cached_decode_kernel, dtype, head_size, config)
     for splits in (2, 128):
         config = {"SPLITS": splits, "BLOCK_D": 128, **attention_configs.JOIN_CONFIG}
         yield case(f"join_splits.s{splits}", attention.join_splits_kernel, "bf16", 128, config)
