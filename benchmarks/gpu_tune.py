@@ -124,7 +124,7 @@ class Check:
 
     def why_wrong(self, choices: Choices | None) -> str | None:
         """What is wrong with the results under `choices`, or with the default's under None."""
-        first = self.results(choices)
+        first = self.default if choices is None else self.results(choices)
         part = self.subject.part(first)
         for name, expected in self.oracle.items():
             limit = 2.0 * self.torch_errors[name] + parity.tolerance(part[name].dtype, expected)

@@ -72,7 +72,14 @@ def _memory_bytes() -> int:
 
 # The files that take longest: begun first, so that no worker is left alone with one of them at the end.
 LONGEST = [
-    *("triton_kernels/test_offline.py", "test_parity.py", "test_setup.py", "csrc/test_cuda.py", "test_readme.py"),
+    *(
+        "triton_kernels/test_offline.py",
+        "benchmarks/test_gpu_tune.py",
+        "test_parity.py",
+        "test_setup.py",
+        "csrc/test_cuda.py",
+        "test_readme.py",
+    ),
     *("test_package.py", "training/test_loop_resume.py", "benchmarks/test_conftest.py", "ops/test_native.py"),
 ]
 TESTS = Path(__file__).resolve().parent
