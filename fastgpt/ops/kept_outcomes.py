@@ -76,7 +76,8 @@ def _hash_of_kernels() -> str:
 
     kernels = Path(tuned.__file__).parent
     files = [*kernels.glob("*.py"), *PACKAGE.glob("_C*"), *Path(__file__).parent.glob("*.py")]
-    digest = hashlib.sha256(tuned.table().digest.encode())
+    entries = sorted(f"{entry.key} {entry.choices}" for entry in tuned.table().entries.values())
+    digest = hashlib.sha256("\n".join(entries).encode())
     for file in sorted(files):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -78,7 +78,8 @@ def why_not(op: str, backend: str, run: Run, device: torch.device, facts: tuple)
         outcome = find(op, backend, variant, device) or _test(op, backend, run, device, call, variant)
         if not outcome.passed:
             _warn(op, backend, variant, device, outcome)
-            return f"its self-test failed on this device: {outcome.figures}"
+            what = "its self-test failed on this device" if outcome.is_kept else "no self-test was possible"
+            return f"{what}: {outcome.figures}"
     return None
 
 
@@ -119,17 +120,21 @@ def measure(op: str, backend: str, run: Run, device: torch.device, call: Call) -
     try:
         tensors, options = call.inputs(Draw(device))
         arguments = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        expected = _results(getattr(reference, op), call, {k: exact(v) for k, v in arguments.items()}, options)
+        copies = {name: exact(tensor) for name, tensor in arguments.items()}
+        expected = _results(getattr(reference, op), call, copies, options)
         yardstick = yardstick_for(op, backend, device.type, "dropout_p" in options)
         torchs = _results(yardstick, call, arguments, options)
     except Exception as error:  # no memory is free; PyTorch has no deterministic way where one is demanded; ...
-        return Outcome(False, f"PyTorch's part of it could not run: {_first_line(error)}", is_kept=False)
+        return Outcome(False, f"PyTorch's part of it: {_first_line(error)}", is_kept=False)
     try:
         options |= _all_options(op, call, arguments | options)
         ours, again = (_results(run, call, arguments, options) for _ in range(2))
+        changed = [name for name, tensor in arguments.items() if not torch.equal(exact(tensor), copies[name])]
+        if changed:
+            return Outcome(False, f"{', '.join(changed)}: the kernel has written to it")
         return _compare(ours, again, torchs, expected, call.dtype)
     except torch.OutOfMemoryError as error:
-        return Outcome(False, f"it could not run: {_first_line(error)}", is_kept=False)
+        return Outcome(False, _first_line(error), is_kept=False)
     except Exception as error:  # a compiler or a driver may raise anything
         return Outcome(False, f"it raised {type(error).__name__}: {_first_line(error)}")
 
@@ -193,9 +198,13 @@ def _warn(op: str, backend: str, variant: str, device: torch.device, outcome: Ou
         return
     _said.add((variant, device))
     facts = ", ".join(f"{what} {value}" for what, value in (machine(device) or {}).items())
+    if outcome.is_kept:
+        what = f"SELF-TEST FAILED: {op} on the {backend} backend is not right on this machine; PyTorch serves."
+    else:
+        what = f"no self-test of {op} on the {backend} backend was possible; in this process PyTorch serves."
     warnings.warn(
-        f"fastgpt: SELF-TEST FAILED: {op} on the {backend} backend is not right on this machine; PyTorch serves.\n"
+        f"fastgpt: {what}\n"
         f"  variant: {variant}\n  {outcome.figures}\n  {facts}\n"
-        "  Please report this text. FASTGPT_BACKEND=torch leaves out all kernels.",
+        f"  {'Please report this text. ' if outcome.is_kept else ''}FASTGPT_BACKEND=torch leaves out all kernels.",
         stacklevel=2,
     )

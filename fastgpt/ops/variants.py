@@ -26,7 +26,7 @@ Inputs: TypeAlias = tuple[dict[str, Tensor | None], dict[str, Any]]  # tensors, 
 Asked: TypeAlias = tuple[bool, ...]  # for each tensor, whether its gradient is asked for; empty where none is
 
 
-_MOST_SCORES = 2**29  # of a small call of attention: a few GB of GPU memory in float64
+_MOST_SCORES = 2**28  # of a small call of attention; the formula keeps several tensors of this size, in float64
 
 
 class Draw:

@@ -79,7 +79,8 @@ def test_the_kernels_hash_changes_with_the_tuned_table() -> None:
 
     before = kept_outcomes._hash_of_kernels()
     assert before == kept_outcomes._hash_of_kernels() and len(before) == 16
-    with tuned.use(tuned.Table(digest="another")):
+    entry = tuned.Entry(90, "layer_norm.forward", {"width": 64}, {"ROWS": 4, "num_warps": 4})
+    with tuned.use(tuned.Table.of(entry)):
         assert kept_outcomes._hash_of_kernels() != before
 
 

@@ -217,9 +217,23 @@ def test_no_memory_is_no_fault_to_keep(monkeypatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     backend.register("layer_norm", "triton", out_of_memory)
-    with pytest.warns(UserWarning, match="could not run: CUDA out of memory"):
+    with pytest.warns(UserWarning, match="no self-test of layer_norm .* was possible(.|\n)*CUDA out of memory"):
         assert backend_of("layer_norm", X, W) == "torch"
     assert kept_outcomes.read(CPU) == {}
+    assert ops.explain("layer_norm", X, W).reasons["triton"] == "no self-test was possible: CUDA out of memory"
+
+
+def test_a_kernel_that_writes_to_its_inputs() -> None:
+    right = backend._registry["layer_norm", "triton"].run
+
+    def wrong(x, **rest):
+        out = right(x, **rest)
+        x.detach().zero_()
+        return out
+
+    backend.register("layer_norm", "triton", wrong)
+    with pytest.warns(UserWarning, match="x: the kernel has written to it"):
+        assert backend_of("layer_norm", X.clone(), W) == "torch"
 
 
 # ---- where it is left out, and what it leaves alone ----
@@ -248,6 +262,14 @@ def test_another_value_is_an_error(monkeypatch, value) -> None:
     for call in (norm, doctor.report):
         with pytest.raises(ValueError, match=f"FASTGPT_SELF_TEST: expected 0 or 1, got '{value}'"):
             call()
+
+
+def test_another_value_is_one_line_of_the_command() -> None:
+    command = [sys.executable, "-m", "fastgpt", "doctor"]
+    environment = {**os.environ, "FASTGPT_SELF_TEST": "yes"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 1
+    assert done.stderr == "fastgpt doctor: FASTGPT_SELF_TEST: expected 0 or 1, got 'yes'\n"
 
 
 def test_an_empty_call_is_not_tested(tested) -> None:
