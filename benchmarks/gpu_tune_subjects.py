@@ -23,8 +23,7 @@ from fastgpt import ops
 from fastgpt.ops import reference
 from fastgpt.ops.cross_entropy import REDUCTIONS, cuda_plan
 from fastgpt.ops.embedding import CUDA_CHUNK
-from fastgpt.parity import ParityCase
-from fastgpt.parity.yardsticks import yardstick_for
+from fastgpt.ops.yardsticks import yardstick_for
 from fastgpt.triton_kernels import tuned
 
 Choices = dict[str, int]
@@ -119,8 +118,8 @@ class Subject:
 
     def by_pytorch(self, inputs: dict[str, Tensor], device: str) -> dict[str, Tensor]:
         """The same by PyTorch in the kernel's dtype: the yardstick of its error."""
-        case = ParityCase(self.op, self.name, lambda draw: {}, self.options)
-        return _through_autograd(yardstick_for(case, self.backend, device), self.part(inputs), self.options)
+        yardstick = yardstick_for(self.op, self.backend, device, bool(self.key.get("dropout")))
+        return _through_autograd(yardstick, self.part(inputs), self.options)
 
     def entry(self, arch: int, choices: Choices, facts: dict[str, Any] | None = None) -> tuned.Entry:
         return tuned.Entry(arch, self.kernel, self.key, choices, facts or {})
