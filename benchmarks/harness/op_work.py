@@ -93,7 +93,8 @@ def op_work(setting: Setting, shape: OpShape, direction: str) -> Work:
     torch.compiler.reset()  # after too many graphs of one function torch.compile runs it uncompiled
     copies = 3 if setting.device.type == "cuda" else 1  # taken in turn, so that none is found in the GPU's L2 cache
     inputs = [list(shape.arguments(DeviceDraw(setting, seed)).values()) for seed in range(copies)]
-    taken = ops.explain(shape.op, *inputs[0], **options)
+    # With the gradients that are asked for, because a kernel may serve a call without them and not the one with them.
+    taken = ops.explain(shape.op, *(map(_leaf, inputs[0]) if backward else inputs[0]), **options)
     ours = {OURS: lambda: Peer(functools.partial(getattr(ops, shape.op), **options))}
     present, absent = make_present(ours | shape.peers(setting.device))
     contenders = {}
