@@ -63,17 +63,6 @@ def _gradients(call: Call) -> str:
     return "gradients of " + " ".join(call.asked_for()) if call.asked else "forward alone"
 
 
-def _plans(kernel: str, device: torch.device) -> str | bool:
-    """What a tuned table chooses for the kernel in csrc/ on this GPU: by another plan it is another variant."""
-    if device.type != "cuda":
-        return False
-    from ..triton_kernels import tuned
-
-    major, minor = torch.cuda.get_device_capability(device)
-    plans = tuned.plans(kernel, 10 * major + minor)
-    return bool(plans) and f"plans {plans}"
-
-
 def _where(asked: Asked, *names: str) -> list[str]:
     return [name for name, is_asked in zip(names, asked, strict=bool(asked)) if is_asked]
 
@@ -264,7 +253,6 @@ class Embedding(NamedTuple):
             "aligned rows" if self.aligned else "rows at any address",
             self.has_positions and "positions",
             _gradients(self),
-            _plans("embedding", device),
         )
 
     def inputs(self, draw: Draw) -> Inputs:
@@ -316,7 +304,6 @@ class CrossEntropy(NamedTuple):
             self.has_weight and "class weights",
             self.smoothing and "label smoothing",
             _gradients(self),
-            _plans("cross_entropy", device),
         )
 
     def inputs(self, draw: Draw) -> Inputs:
@@ -353,7 +340,6 @@ class LinearCrossEntropy(NamedTuple):
             self.has_bias and "bias",
             self.smoothing and "label smoothing",
             _gradients(self),
-            _plans("cross_entropy", device),
         )
 
     def inputs(self, draw: Draw) -> Inputs:

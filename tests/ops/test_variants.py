@@ -8,21 +8,10 @@ import pytest
 import torch
 
 from fastgpt import ops
-from fastgpt.ops.variants import (
-    CALLS,
-    FACTS,
-    UNKNOWN,
-    Attention,
-    CrossEntropy,
-    Draw,
-    Norm,
-    calls_of,
-    small_call,
-    typical_calls,
-)
+from fastgpt.ops.variants import CALLS, FACTS, UNKNOWN, Attention, Draw, Norm, calls_of, small_call, typical_calls
 
 pytest.importorskip("triton")
-from fastgpt.triton_kernels import attention, target, tuned
+from fastgpt.triton_kernels import attention, target
 
 CPU = torch.device("cpu")
 CHIPS = {"A100": (108, 80), "H100": (132, 90), "B200": (148, 100)}  # multiprocessors, compute capability
@@ -165,16 +154,3 @@ def test_facts_are_keys_and_tell_what_is_asked_for() -> None:
     assert Attention(*FACTS["attention"](q[..., :15], q[..., :15], q[..., :15])).aligned
     padded = torch.zeros(1, 2, 3, 17)[..., 1:]
     assert not Attention(*FACTS["attention"](padded, padded, padded)).aligned
-
-
-def test_a_plan_of_a_tuned_table_is_another_variant(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    call = CrossEntropy(torch.bfloat16, 50304, False, "mean", False, (True,))
-    key, choices = {"element_size": 2, "passes": 2, "classes": 65536}, {"threads": 256, "blocks": 2}
-    entry = tuned.Entry(90, "cross_entropy", key, choices)
-    device = torch.device("cuda", 0)
-    with tuned.use(tuned.Table()):
-        by_default = call.variant(device)
-    with tuned.use(tuned.Table.of(entry)):
-        assert call.variant(device) == f"{by_default}, plans [(2, 2, 65536, 256, 2)]"
-        assert call.variant(torch.device("cpu")) == by_default
