@@ -213,10 +213,10 @@ def set_cuda_plans(device: torch.device | str, plans: Iterable[tuple[int, int, i
     """Choose by how many threads and blocks csrc/cross_entropy.cu computes a row on `device`, in place of its default.
 
     Each plan is (element_size, passes, most_classes, threads, blocks), and counts for calls with values of so many
-    bytes (2 or 4), one pass over a row or (2) more than one, and rows of at most so many classes and more than half as
-    many (a plan for up to 16 classes counts for fewer, too). A loss with its gradient takes two passes, a loss alone
-    one, and so does the gradient for "none" from the saved statistics. A call takes the first plan that counts for it,
-    and without one the default. Earlier plans are forgotten: `set_cuda_plans(device, [])` leaves the default alone.
+    bytes (2 or 4), one pass over a row or (2) more than one, and rows of at most so many classes and more than half of
+    that. A loss with its gradient takes two passes, a loss alone one, and so does the gradient for "none" from the
+    saved statistics. A call takes the first plan that counts for it, and without one the default. Earlier plans are
+    forgotten: `set_cuda_plans(device, [])` leaves the default alone.
 
     threads, blocks   where the row is kept between its passes
     32, 1             in registers: rows of up to 512 bytes

@@ -97,11 +97,10 @@ def set_cuda_chunks(device: torch.device | str, chunks: Iterable[tuple[int, int,
     """Choose how many sorted tokens a block of csrc/embedding.cu takes on `device`, in place of CUDA_CHUNK.
 
     Each choice is (element_size, most_tokens, chunk), and counts for gradients with values of so many bytes (2 or 4)
-    of at most so many tokens and more than half as many (a choice for up to 16 tokens counts for fewer, too). The chunk
-    is a multiple of 8 up to 128. A call takes the first choice that counts for it, and without one the default. Earlier
-    choices are forgotten: `set_cuda_chunks(device, [])` leaves the default alone. A choice changes the order of
-    additions, and nothing else; each gives the same bits in every run. Raises ValueError naming the choice for one that
-    no kernel serves: then none is set.
+    of at most so many tokens and more than half of that. The chunk is a multiple of 8 up to 128. A call takes the first
+    choice that counts for it, and without one the default. Earlier choices are forgotten: `set_cuda_chunks(device, [])`
+    leaves the default alone. A choice changes the order of additions, and nothing else; each gives the same bits in
+    every run. Raises ValueError naming the choice for one that no kernel serves: then none is set.
     """
     chunks = list(chunks)
     for choice in chunks:
