@@ -255,9 +255,10 @@ class Log:
 def _row(line: str) -> dict[str, Any] | None:
     """A line of the log; None for one that was cut off when the process was ended."""
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except ValueError:
         return None
+    return row if isinstance(row, dict) else None
 
 
 def _identity(subject: str, choices: Choices) -> str:
@@ -394,9 +395,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_tune: there is no CUDA device; --dry-run rehearses without one", file=sys.stderr)
         return 1
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot be made a folder: {error.strerror}")
     os.environ["TRITON_INTERPRET"] = "1" if options.dry_run else "0"
     timer = MadeUpTimer() if options.dry_run else GraphTimer()
-    options.out.mkdir(parents=True, exist_ok=True)
     log = Log(options.out / "tune.jsonl", origin_of(timer))
     subjects = subjects_for(timer.arch, options.kernels)
     if options.quick:

@@ -74,7 +74,7 @@ def test_the_log_goes_on_where_it_was_and_forgets_what_another_machine_or_commit
     file = tmp_path / "tune.jsonl"
     gpu_tune.Log(file, ORIGIN).add(NORM, ONE, "begun", **CODE)
     with file.open("a") as written:
-        written.write('{"subject": "cut o')
+        written.write('[]\n{"subject": "cut o')
     again = gpu_tune.Log(file, ORIGIN | {"date": "another day"})
     assert again.has(NORM, ONE) and not again.has(NORM, TWO)
     assert not gpu_tune.Log(file, ORIGIN | {"commit": "another"}).has(NORM, ONE)
@@ -109,7 +109,10 @@ def test_wrong_results_are_found(monkeypatch):
 
 
 def test_bad_use_is_refused(tmp_path, capsys, monkeypatch):
-    for wrong in (["--out", str(tmp_path), "--jobs", "0"], ["--out", str(tmp_path), "--kernels", "softmax"], []):
+    (tmp_path / "file").touch()
+    there = ["--out", str(tmp_path)]
+    no_folder = ["--out", str(tmp_path / "file" / "below"), "--dry-run"]
+    for wrong in ([*there, "--jobs", "0"], [*there, "--kernels", "softmax"], no_folder, []):
         with pytest.raises(SystemExit) as stopped:
             gpu_tune.main(wrong)
         assert stopped.value.code == 2
