@@ -227,12 +227,12 @@ def _block(width: int) -> int:
 
 @tunable("layer_norm.forward")
 def forward_config(width: int, arch: int) -> dict[str, int]:
-    """For `forward_kernel`: 4 warps take 4 rows of 1024, or as many elements, and read weight and bias once for them.
+    """For `forward_kernel`: a program takes 4 rows, more of narrow ones, and reads weight and bias once for them.
 
     A lane has 32 elements: its loads of 16 bytes are all under way before it needs the first of them.
     """
     block = _block(width)
-    rows = min(32, max(1, 4096 // block))
+    rows = max(1, min(4, 4096 // block), min(32, 2048 // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 1024), **COMPILE_OPTIONS}
 
 

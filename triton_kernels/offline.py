@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from . import attention, attention_cached, attention_configs, layer_norm, tuned
+from . import attention, attention_cached, attention_configs, layer_norm, ptx, tuned
 from .target import INTERPRETING, ASTSource, GPUTarget
 
 ARCHITECTURES = (80, 90, 100)
@@ -179,8 +179,10 @@ def _signature(case: KernelCase) -> dict[str, str]:
     return types
 
 
-def measure_kernel(case: KernelCase, arch: int) -> dict[str, int | str]:
-    """A compiled case: registers a thread, bytes spilled, bytes shared and, for sm_90, counts of two instructions."""
+def measure_kernel(case: KernelCase, arch: int) -> dict[str, Any]:
+    """A compiled case: registers a thread, bytes spilled, bytes shared, programs that fit a multiprocessor at one time,
+    for sm_90 the counts of two instructions, and what `ptx.faults` finds.
+    """
     if INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET=1 is set, and what it interprets cannot be compiled; unset it")
     options = {key: value for key, value in case.constants.items() if key in _OPTIONS}
@@ -196,7 +198,7 @@ def measure_kernel(case: KernelCase, arch: int) -> dict[str, int | str]:
     return {"arch": arch, "name": case.name, **machine_code(compiled, arch)}
 
 
-def machine_code(compiled: Any, arch: int) -> dict[str, int]:
+def machine_code(compiled: Any, arch: int) -> dict[str, Any]:
     """The figures of a kernel that Triton compiled for sm_`arch`, as `measure_kernel` gives them."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -209,9 +211,21 @@ def machine_code(compiled: Any, arch: int) -> dict[str, int]:
         "registers": registers,
         "spilled_bytes": stack + local,
         "shared_bytes": compiled.metadata.shared,
+        "programs": _programs(registers, compiled.metadata.shared, compiled.metadata.num_warps, arch),
         "hgmma": len(re.findall(r"\bHGMMA\b", assembly)),
         "tma_loads": len(re.findall(r"\bUTMALDG\b", assembly)),
+        "faults": ptx.faults(compiled.asm["ptx"]),
     }
+
+
+def _programs(registers: int, shared_bytes: int, num_warps: int, arch: int) -> int:
+    """How many programs a multiprocessor holds at one time: of its 64 warps, 64 K registers and shared memory.
+
+    Registers are given to a warp in units of 8 for each lane; 1 KB of shared memory is lost for each program.
+    """
+    by_registers = 2**16 // (-(-registers // 8) * 8 * 32 * num_warps)
+    by_shared = (164 if arch == 80 else 228) * 1024 // (shared_bytes + 1024)
+    return min(32, 64 // num_warps, by_registers, by_shared)
 
 
 def main() -> None:
