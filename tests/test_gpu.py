@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, ops
-from fastgpt.ops import reference
-from fastgpt.ops.backend import unavailable
+from fastgpt.ops import reference, self_test
+from fastgpt.ops.backend import self_test_typical_variants, unavailable
 from fastgpt.ops.cross_entropy import cuda_plan, set_cuda_plans
 from triton_checks import check_against_oracle
 
@@ -265,3 +265,12 @@ def test_the_model_takes_the_kernels_and_compiles():
         eager = model(tokens, tokens)[1]
         compiled = torch.compile(model)(tokens, tokens)[1]
     torch.testing.assert_close(eager, compiled, atol=1e-2, rtol=1e-2)
+
+
+def test_the_kernels_pass_the_self_tests_of_common_calls():
+    """What stands between a kernel and its first use by `auto`: a false alarm would leave PyTorch to serve."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    self_test_typical_variants(device)
+    outcomes = self_test.known_outcomes(device)
+    assert outcomes
+    assert [f"{name}: {outcome.figures}" for name, outcome in outcomes.items() if not outcome.passed] == []

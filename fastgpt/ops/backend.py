@@ -267,7 +267,8 @@ class Explanation:
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explanation:
     """Which backend the call ``op(*args, **kwargs)`` runs on, and where that is "torch", why none of our kernels.
 
-    `op` is an op's name; the other arguments are those of the op itself, tensors included. Nothing is computed.
+    `op` is an op's name; the other arguments are those of the op itself, tensors included. They are not
+    computed with; on a GPU the self-test of the call's variant runs, if it has not run yet.
     Raises ValueError for an unknown op and BackendError where a backend asked for by name cannot serve.
     """
     if op not in OPS:

@@ -194,9 +194,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _warn(op: str, backend: str, variant: str, device: torch.device, outcome: Outcome) -> None:
-    if (variant, device) in _said:
+    name = name_of(op, backend, variant)
+    if (name, device) in _said:
         return
-    _said.add((variant, device))
+    _said.add((name, device))
     facts = ", ".join(f"{what} {value}" for what, value in (machine(device) or {}).items())
     if outcome.is_kept:
         what = f"SELF-TEST FAILED: {op} on the {backend} backend is not right on this machine; PyTorch serves."

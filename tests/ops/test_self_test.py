@@ -212,6 +212,15 @@ def test_other_faults(op, fault) -> None:
     assert "second line" not in ops.explain(op, *args).reasons[name]
 
 
+def test_each_op_that_fails_is_said() -> None:
+    """The losses have variants of the same name."""
+    wrong = kept_outcomes.Outcome(False, "out: error 1")
+    with pytest.warns(UserWarning) as caught:
+        for op in ("cross_entropy", "linear_cross_entropy", "cross_entropy"):
+            self_test._warn(op, "native", "float32, 65 classes", CPU, wrong)
+    assert len(caught) == 2
+
+
 def test_no_memory_is_no_fault_to_keep(monkeypatch) -> None:
     def out_of_memory(**arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
