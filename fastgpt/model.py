@@ -24,6 +24,7 @@ from .checkpoint import load_parameters, model_tensors
 from .config import GPTConfig
 from .language_model import LanguageModel
 from .modules import add_norm, check_unchanged, embed, linear, norm, read_dtype
+from .ops.attention import self_attention, split_heads
 from .ops.attention_cached import attention_cached_
 from .ops.dropout import dropout
 
@@ -89,17 +90,17 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
-        D = C // self.n_head
-        qkv = linear(self.qkv, x).split(C, dim=2)  # three of (B, T, C)
-        q, k, v = (t.view(B, T, self.n_head, D).transpose(1, 2) for t in qkv)  # (B, H, T, D)
-        if cache is not None and cache.position is not None:
+        qkv = linear(self.qkv, x)  # (B, T, 3C)
+        p = self.dropout if self.training else 0.0
+        if cache is None:
+            return linear(self.proj, self_attention(qkv, self.n_head, is_causal=self.is_causal, dropout_p=p))
+        q, k, v = split_heads(qkv, self.n_head)  # (B, H, T, D)
+        if cache.position is not None:
             y = cache.attend(self.layer, q, k, v)
         else:
-            if cache is not None:
-                k, v = cache.append(self.layer, k, v)
-            y = ops.attention(q, k, v, is_causal=self.is_causal, dropout_p=self.dropout if self.training else 0.0)
-        return linear(self.proj, y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+            k, v = cache.append(self.layer, k, v)
+            y = ops.attention(q, k, v, is_causal=self.is_causal, dropout_p=p)
+        return linear(self.proj, y.transpose(1, 2).flatten(2))  # heads side by side again
 
 
 class MLP(nn.Module):

@@ -1,5 +1,7 @@
 """A tiny model trained for ten steps: losses and weights are the same on the Triton and the torch backend."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,8 @@ def prefer_triton(monkeypatch):
     """Let "auto" take Triton on this device, as it does on CUDA: on a CPU it is otherwise taken only when named."""
     for op in TRITON_OPS:
         monkeypatch.setitem(backend.PREFERENCE[op], DEVICE, ("triton", "torch"))
+    float32_too = dataclasses.replace(backend._registry["attention", "triton"], unproved=backend._always)
+    monkeypatch.setitem(backend._registry, ("attention", "triton"), float32_too)
 
 
 def train(steps: int = 10, **model_changes) -> tuple[list[float], list[torch.Tensor]]:
@@ -68,6 +72,32 @@ def test_auto_takes_triton_for_the_models_ops(prefer_triton):
     assert ops.explain("layer_norm", x, x[0]).backend == "triton"
     assert ops.explain("add_layer_norm", x, x, x[0]).backend == "triton"
     assert ops.explain("attention", x[None, None], x[None, None], x[None, None]).backend == "triton"
+
+
+class OpsCalled(TorchDispatchMode):
+    """The names of the ops that are called, of those below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "joined"), [("triton", 0), ("torch", 2)])
+def test_the_gradient_of_qkv_is_written_in_place_not_joined_from_three(prefer_triton, name, joined):
+    """In each of the two blocks, autograd would copy the gradients of q, k and v into one tensor."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=13, block_size=10, n_layer=2, n_head=2, n_embd=12, dropout=0.0)).to(DEVICE)
+    tokens = torch.randint(13, (2, 11), device=DEVICE)
+    with use_backend(name if name == "torch" else "auto"), OpsCalled() as called:
+        gpt.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert called.names.count("aten::cat") == joined
+    assert called.names.count("fastgpt::attention_packed_backward") == 2 - joined
+    if name == "triton":
+        assert not {"aten::clone", "aten::copy_", "aten::stack"} & set(called.names)
 
 
 class Casts(TorchDispatchMode):

@@ -227,7 +227,45 @@ def backward(
     seed: Tensor | None,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, laid out as (B, T, H, D) like `out`; empty where `output_mask` does not ask for one.
+    """The gradients of q, k and v, laid out as (B, T, H, D) like `out`; empty where they are not asked for."""
+    needs_q, needs_k, needs_v = output_mask
+    grads = (
+        empty_heads(q, q.shape[1], q.shape[2]) if needs_q else q.new_empty(0),
+        empty_heads(k, k.shape[1], k.shape[2]) if needs_k else k.new_empty(0),
+        empty_heads(v, v.shape[1], v.shape[2]) if needs_v else v.new_empty(0),
+    )
+    _write_gradients(grads, grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, output_mask, False)
+    return grads
+
+
+def packed_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """The gradient of qkv (B, T, 3, H, D), which holds q, k and v: written by the kernels, joined by no copy.
+
+    grad_out and out are (B, H, T, D).
+    """
+    grad_qkv = qkv.new_empty(qkv.shape)
+    q, k, v = unpack(qkv)
+    every = (True, True, True)
+    _write_gradients(unpack(grad_qkv), grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, every, True)
+    return grad_qkv
+
+
+def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
+    """(B, T, 3, H, D) -> three views (B, H, T, D)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+
+def _write_gradients(grads, grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, output_mask, packed):
+    """Fills `grads`, of q, k and v: (B, H, T, D) each, views of (B, T, H, D) or, `packed`, of one (B, T, 3, H, D).
 
     In two passes, the gradient of q needs the first and that of v the second. The gradient of k needs both, because the
     first one makes delta.
@@ -235,11 +273,11 @@ def backward(
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1:3]
     needs_q, needs_k, needs_v = output_mask
-    grad_q = empty_heads(q, H, Tq) if needs_q else q.new_empty(0)
-    grad_k = empty_heads(k, Hkv, Tk) if needs_k else k.new_empty(0)
-    grad_v = empty_heads(v, Hkv, Tk) if needs_v else v.new_empty(0)
+    grad_q, grad_k, grad_v = grads
     if q.numel() == 0 or k.numel() == 0 or not any(output_mask):
-        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
+        for grad in grads:
+            grad.zero_()
+        return
     q, k, v, grad_out = _dense_heads(q), _dense_heads(k), _dense_heads(v), _dense_heads(grad_out)
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()  # no copy where they come from `forward`
     key = lse if seed is None else seed
@@ -254,9 +292,9 @@ def backward(
         if config is not None:
             one_tile_backward_kernel[(B * Hkv,)](
                 grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, key, *strides, H, group, Tq, Tk, *factors,
-                GRAD_Q=needs_q, GRAD_K=needs_k, GRAD_V=needs_v, **constants, **config,
+                GRAD_Q=needs_q, GRAD_K=needs_k, GRAD_V=needs_v, PACKED=packed, **constants, **config,
             )  # fmt: skip
-            return grad_q, grad_k, grad_v
+            return
         descriptors = _takes_descriptors(longest, q, k, v, grad_out)
         constants["DESCRIPTORS"] = descriptors
         delta = torch.empty_like(lse) if needs_q or needs_k else lse.new_empty(0)
@@ -264,15 +302,16 @@ def backward(
             config = grad_q_config(D, size, longest, descriptors, dropout_p > 0.0, architecture(q))
             grad_q_kernel[(B * H * cdiv(Tq, config["BLOCK_M"]),)](
                 *_kernel_inputs((grad_out, q), (k, v), descriptors, config), out, lse, delta, grad_q, key, *strides,
-                B, H, group, Tq, Tk, section, *factors, GRAD_Q=needs_q, **constants, **config,
+                grad_q.stride(2) if needs_q else 0, B, H, group, Tq, Tk, section, *factors,
+                GRAD_Q=needs_q, **constants, **config,
             )  # fmt: skip
         if needs_k or needs_v:
             config = grad_kv_config(D, size, longest, descriptors, dropout_p > 0.0, group, architecture(q))
             grad_kv_kernel[(B * Hkv * cdiv(Tk, config["BLOCK_N"]),)](
                 *_kernel_inputs((grad_out, q), (k, v), descriptors, config), lse, delta, grad_k, grad_v, key, *strides,
-                B, H, group, Tq, Tk, section, *factors, GRAD_K=needs_k, GRAD_V=needs_v, **constants, **config,
+                B, H, group, Tq, Tk, section, *factors,
+                GRAD_K=needs_k, GRAD_V=needs_v, PACKED=packed, **constants, **config,
             )  # fmt: skip
-    return grad_q, grad_k, grad_v
 
 
 # --- which kernels a call takes ---------------------------------------------------------------------------------------

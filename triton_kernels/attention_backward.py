@@ -73,31 +73,9 @@ def _add_to_grad_kv(
 
 
 @triton.jit
-def _grad_q_tiles(
-    grad_q, q, grad_out, lse, delta, k_source, v_source, batch, key_head, first_query, start, stop,
-    n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Adds the tiles of keys from `start` to `stop` to the gradient of a tile of queries."""
-    for first_key in range(start, stop, BLOCK_N):
-        k = load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        v = load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
-        if q.dtype == tl.float32:
-            # Without a barrier here, the compiler reads all of q into registers before it waits for k and v.
-            tl.debug_barrier()
-        weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * score_scale - lse[:, None])
-        if MASKED:
-            seen = seen_mask(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
-            weights = tl.where(seen, weights, 0.0)
-        grad_weights = dot(grad_out, tl.trans(v), PRECISION)
-        if DROPOUT:
-            keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
-            grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-        grad_scores = weights * (grad_weights - delta[:, None])
-        grad_q = dot_add(round_to(grad_scores, k.dtype), k, grad_q, PRECISION)
-    return grad_q
+def _row_stride(n_heads, HEAD_SIZE: tl.constexpr, PACKED: tl.constexpr):
+    """The distance of two rows of a gradient. PACKED: the gradients of q, k and v lie side by side in one tensor."""
+    return n_heads * (3 * HEAD_SIZE if PACKED else HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
@@ -106,13 +84,18 @@ def grad_q_kernel(
     grad_batch_stride, grad_head_stride, grad_stride,
     q_batch_stride, q_head_stride, q_stride,
     k_batch_stride, k_head_stride, k_stride,
-    v_batch_stride, v_head_stride, v_stride,
+    v_batch_stride, v_head_stride, v_stride, grad_q_stride,
     batch_size, n_heads, group, n_queries, n_keys, section, score_scale, scale, last_dropped, keep_scale,
     GRAD_Q: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """GradQ and Out are (B, Tq, H, D) contiguous; Delta (B, H, Tq) float32 is written for `grad_kv_kernel`.
+    """Out is (B, Tq, H, D) contiguous; GradQ has the same shape, and rows `grad_q_stride` apart.
+
+    Delta (B, H, Tq), in float32, is written for `grad_kv_kernel`. `grad_q_stride` is an argument, so that the compiler
+    does not know that the rows of GradQ are as far apart as those of Out. It would keep the offsets of Out in registers
+    over the loop, to use them again: at head size 64, 135 registers a thread instead of 128, and so one program instead
+    of two on a multiprocessor.
 
     Without GRAD_Q, only Delta is written.
     """
@@ -137,18 +120,26 @@ def grad_q_kernel(
         q = load_tile(q_source, batch, head, first_query, n_queries, HEAD_SIZE, True, DESCRIPTORS, BLOCK_M, BLOCK_D)
         seed = tl.load(Seed) if DROPOUT else 0
         unmasked_end, end = key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+        key_head = head // group
         grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        grad_q = _grad_q_tiles(
-            grad_q, q, grad_out, lse, delta, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
-            n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-            HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        grad_q = _grad_q_tiles(
-            grad_q, q, grad_out, lse, delta, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
-            n_queries, n_keys, score_scale, seed, mask_row, last_dropped, keep_scale,
-            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        store_tile(GradQ, grad_q * scale, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+        for first_key in range(0, end, BLOCK_N):
+            k = load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
+            v = load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
+            if q.dtype == tl.float32:
+                # Without a barrier here, the compiler reads all of q into registers before it waits for k and v.
+                tl.debug_barrier()
+            weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * score_scale - lse[:, None])
+            if first_key >= unmasked_end:
+                seen = seen_mask(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
+                weights = tl.where(seen, weights, 0.0)
+            grad_weights = dot(grad_out, tl.trans(v), PRECISION)
+            if DROPOUT:
+                keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
+                grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+            grad_scores = weights * (grad_weights - delta[:, None])
+            grad_q = dot_add(round_to(grad_scores, k.dtype), k, grad_q, PRECISION)
+        grad_q *= scale
+        store_tile(GradQ, grad_q, batch, head, first_query, grad_q_stride, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
@@ -159,15 +150,17 @@ def grad_kv_kernel(
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
     batch_size, n_heads, group, n_queries, n_keys, section, score_scale, scale, last_dropped, keep_scale,
-    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
+    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, PACKED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """GradK and GradV are (B, Tk, Hkv, D) contiguous. The first keys are seen by the most queries, and start first.
+    """GradK and GradV are (B, Tk, Hkv, D) contiguous, unless they are PACKED: see `_row_stride`.
 
-    Unlike the other passes, this one masks every tile. A second loop, without a mask, for the tiles that are seen whole
-    would take forty more registers. Beside two sums of (BLOCK_N, BLOCK_D) there is no room for them, and spilling
-    registers costs more than the comparison and the selection that the mask adds to each score.
+    The first keys are seen by the most queries, and start first.
+
+    Unlike the other passes, this one masks every tile. A branch over the mask, for the tiles that are seen whole, took
+    up to forty more registers on triton 3.6. Beside two sums of (BLOCK_N, BLOCK_D) there is no room for them, and
+    spilling registers costs more than the comparison and the selection that the mask adds to each score.
     """
     n_key_heads = n_heads // group
     batch, key_head, tile = locate_tile(
@@ -207,10 +200,11 @@ def grad_kv_kernel(
                 grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
                 GRAD_K, GRAD_V, False, CAUSAL, DROPOUT, PRECISION,
             )  # fmt: skip
+    stride = _row_stride(n_key_heads, HEAD_SIZE, PACKED)
     if GRAD_K:
-        store_tile(GradK, grad_k * scale, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+        store_tile(GradK, grad_k * scale, batch, key_head, first_key, stride, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
     if GRAD_V:
-        store_tile(GradV, grad_v, batch, key_head, first_key, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+        store_tile(GradV, grad_v, batch, key_head, first_key, stride, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "last_dropped"])
@@ -221,7 +215,7 @@ def one_tile_backward_kernel(
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
     n_heads, group, n_queries, n_keys, score_scale, scale, last_dropped, keep_scale,
-    GRAD_Q: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
+    GRAD_Q: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, PACKED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -262,8 +256,10 @@ def one_tile_backward_kernel(
         )  # fmt: skip
         if GRAD_Q:
             grad_q = dot(tl.trans(grad_scores), k, PRECISION) * scale
-            store_tile(GradQ, grad_q, batch, head, 0, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+            stride = _row_stride(n_heads, HEAD_SIZE, PACKED)
+            store_tile(GradQ, grad_q, batch, head, 0, stride, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+    stride = _row_stride(n_key_heads, HEAD_SIZE, PACKED)
     if GRAD_K:
-        store_tile(GradK, grad_k * scale, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+        store_tile(GradK, grad_k * scale, batch, key_head, 0, stride, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
     if GRAD_V:
-        store_tile(GradV, grad_v, batch, key_head, 0, n_key_heads, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
+        store_tile(GradV, grad_v, batch, key_head, 0, stride, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)

@@ -89,7 +89,7 @@ def grad_q_config(
     if element_size == 4:
         return _float32_config(d, 4 if d <= 64 else 8)
     if descriptors:
-        return _config(128, 32 if dropout and d > 64 else 64, 8, 3 if d <= 64 else 2, d)
+        return _config(128, 32 if dropout and d > 64 else 64, 8, 3, d)
     if d <= 128:
         return _config(64, 32, 4 if d <= 64 else 8, 2, d)
     return _config(16, 32, 4, 1, d)
@@ -104,7 +104,7 @@ def grad_kv_config(
     if element_size == 4:
         return _float32_config(d, 4 if d <= 64 else 8)
     if descriptors:
-        return _config(64 if d <= 64 or (group == 1 and not dropout) else 32, 128, 8, 2, d)
+        return _config(64 if d <= 64 or (group == 1 and not dropout) else 32, 128, 8, 2 if dropout and d > 64 else 3, d)
     if d <= 64:  # from sm_90 on, the operands of a product may stay in shared memory, which saves registers
         return _config(32, 64 if arch >= 90 or not dropout else 32, 4, 2, d)
     return _config(32, 32, 8, 2 if d == 128 else 1, d)

@@ -42,69 +42,55 @@ from .attention_tiles import (
 from .dropout import keep_tile
 from .rounding import round_to
 
+# The largest score of a row before its first key. It is finite, so that the difference of two such scores is 0, and not
+# NaN as that of two infinities; the scores that a mask hides are -inf, and their exponentials are 0 beside it.
+_NO_SCORE = tl.constexpr(-3.4028234663852886e38)  # of all float32 numbers the smallest
+
 
 @triton.jit
 def _forward_tile(
-    accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, first_key,
+    accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, first_key, masked,
     n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of keys to the online softmax of a tile of queries."""
-    k = load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+    """Adds one tile of keys to the online softmax of a tile of queries; `masked`: some query does not see all of it."""
+    k = load_tile(k_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
     scores = dot(q, tl.trans(k), PRECISION)
-    if MASKED:
+    if masked:
         seen = seen_mask(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
         scores = tl.where(seen, scores, -float("inf"))
     new_largest = tl.maximum(largest, tl.max(scores, axis=1) * score_scale)
-    shift = new_largest
-    if MASKED:  # a row that has seen no key yet has the largest score -inf, and -inf - -inf would be NaN
-        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-    weights = tl.exp2(scores * score_scale - shift[:, None])
-    shrink = tl.exp2(largest - shift)
+    weights = tl.exp2(scores * score_scale - new_largest[:, None])
+    shrink = tl.exp2(largest - new_largest)
     total = total * shrink + tl.sum(weights, axis=1)
     accumulator = accumulator * shrink[:, None]
     if DROPOUT:
         keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
         weights = tl.where(keep, weights, 0.0)
-    v = load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, MASKED, DESCRIPTORS, BLOCK_N, BLOCK_D)
+    v = load_tile(v_source, batch, key_head, first_key, n_keys, HEAD_SIZE, True, DESCRIPTORS, BLOCK_N, BLOCK_D)
     accumulator = dot_add(round_to(weights, v.dtype), v, accumulator, PRECISION)
     return accumulator, new_largest, total
 
 
 @triton.jit
-def _forward_tiles(
-    accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, start, stop,
-    n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Adds the tiles of keys from `start` to `stop`."""
-    for first_key in range(start, stop, BLOCK_N):
-        accumulator, largest, total = _forward_tile(
-            accumulator, largest, total, q, k_source, v_source, batch, key_head, first_query, first_key,
-            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-            HEAD_SIZE, CAUSAL, MASKED, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    return accumulator, largest, total
-
-
-@triton.jit
 def _store_forward(
-    Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row, n_heads, n_queries, keep_scale,
-    HEAD_SIZE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row,
+    n_heads, n_queries, n_keys, keep_scale,
+    HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Divides by the sum of the exponentials, and writes the outputs and logsumexps of a tile of queries."""
-    blind = total == 0.0  # queries that see no key
-    factor = tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total))
-    if DROPOUT:
-        factor *= keep_scale
-    out = accumulator * factor[:, None]
-    store_tile(Out, out, batch, head, first_query, n_heads, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
-    lse = tl.where(blind, float("inf"), largest + tl.log2(tl.where(blind, 1.0, total)))
-    tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=first_query + tl.arange(0, BLOCK_M) < n_queries)
+    queries = first_query + tl.arange(0, BLOCK_M)
+    if CAUSAL:
+        blind = queries + (n_keys - n_queries) < 0  # queries that see no key: zeros, and a logsumexp of +inf
+        total = tl.where(blind, 1.0, total)
+        largest = tl.where(blind, float("inf"), largest)
+    lse = largest + tl.log2(total)
+    out = accumulator * (keep_scale / total if DROPOUT else 1.0 / total)[:, None]
+    store_tile(Out, out, batch, head, first_query, n_heads * HEAD_SIZE, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
+    tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=queries < n_queries)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
@@ -140,21 +126,17 @@ def forward_kernel(
         mask_row = first_row_of_head(batch, n_heads, head, n_queries) + first_query
         unmasked_end, end = key_range(first_query, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        largest = tl.full((BLOCK_M,), _NO_SCORE, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
-        accumulator, largest, total = _forward_tiles(
-            accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, 0, unmasked_end,
-            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-            HEAD_SIZE, CAUSAL, False, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        accumulator, largest, total = _forward_tiles(
-            accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, unmasked_end, end,
-            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        for first_key in range(0, end, BLOCK_N):
+            accumulator, largest, total = _forward_tile(
+                accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, first_key,
+                first_key >= unmasked_end, n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+                HEAD_SIZE, CAUSAL, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
         _store_forward(
-            Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row, n_heads, n_queries, keep_scale,
-            HEAD_SIZE, DROPOUT, BLOCK_M, BLOCK_D,
+            Out, Lse, accumulator, largest, total, batch, head, first_query, mask_row,
+            n_heads, n_queries, n_keys, keep_scale, HEAD_SIZE, CAUSAL, DROPOUT, BLOCK_M, BLOCK_D,
         )  # fmt: skip
 
 
@@ -182,14 +164,14 @@ def one_tile_forward_kernel(
         q = load_tile(q_source, batch, head, 0, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
         mask_row = first_row_of_head(batch, n_heads, head, n_queries)
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        largest = tl.full((BLOCK_M,), _NO_SCORE, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         accumulator, largest, total = _forward_tile(
-            accumulator, largest, total, q, k_source, v_source, batch, head // group, 0, 0,
+            accumulator, largest, total, q, k_source, v_source, batch, head // group, 0, 0, True,
             n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
-            HEAD_SIZE, CAUSAL, True, DROPOUT, PRECISION, False, BLOCK_M, BLOCK_N, BLOCK_D,
+            HEAD_SIZE, CAUSAL, DROPOUT, PRECISION, False, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         _store_forward(
-            Out, Lse, accumulator, largest, total, batch, head, 0, mask_row, n_heads, n_queries, keep_scale,
-            HEAD_SIZE, DROPOUT, BLOCK_M, BLOCK_D,
+            Out, Lse, accumulator, largest, total, batch, head, 0, mask_row,
+            n_heads, n_queries, n_keys, keep_scale, HEAD_SIZE, CAUSAL, DROPOUT, BLOCK_M, BLOCK_D,
         )  # fmt: skip

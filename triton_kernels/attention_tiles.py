@@ -2,7 +2,7 @@
 
 A tile is BLOCK_M queries or BLOCK_N keys of one head, with BLOCK_D columns: the head size, rounded up to a power of two
 of at least 16 because a matrix instruction multiplies no fewer. Columns beyond the head size are zeros, so they add
-nothing to a product. Inputs may have any strides; outputs are contiguous (B, T, H, D).
+nothing to a product. Inputs may have any strides; outputs are (B, T, H, D), with rows at any distance.
 
 The causal mask is aligned to the bottom right: query i sees key j when j <= i + Tk - Tq.
 """
@@ -77,11 +77,10 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    tensor, tile, batch, head, first, n_heads, n_rows, HEAD_SIZE: tl.constexpr,
+    tensor, tile, batch, head, first, stride, n_rows, HEAD_SIZE: tl.constexpr,
     N_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile into a contiguous (B, n_rows, n_heads, HEAD_SIZE)."""
-    stride = n_heads * HEAD_SIZE
+    """Writes a tile into (B, n_rows, heads, HEAD_SIZE), whose rows are `stride` apart and hold their heads in a row."""
     base = row_start(row_start(tensor, batch * tl.cast(n_rows, tl.int64) + first, stride), head, HEAD_SIZE)
     mask = (first + tl.arange(0, N_ROWS) < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
     tl.store(base + _tile_offsets(stride, N_ROWS, BLOCK_D), round_to(tile, tensor.dtype.element_ty), mask=mask)
@@ -108,14 +107,16 @@ def key_range(
 ):  # fmt: skip
     """(unmasked end, end) of a tile of queries: all of them see every key before the first, none a key from `end` on.
 
-    The unmasked end is rounded down to whole tiles of keys.
+    The unmasked end is rounded down to whole tiles of keys. The end is at least 1, so that the compiler knows that a
+    loop over the keys runs at least once. Where it does not know that, it clears the sums in two places, and the
+    assembler of sm_90 then waits for each matrix instruction before it issues the next one.
     """
     end, unmasked_end = n_keys, n_keys
     if CAUSAL:
         offset = n_keys - n_queries
         end = tl.minimum(n_keys, tl.maximum(0, first_query + BLOCK_M + offset))
         unmasked_end = tl.minimum(n_keys, tl.maximum(0, first_query + offset + 1))
-    return unmasked_end // BLOCK_N * BLOCK_N, end
+    return unmasked_end // BLOCK_N * BLOCK_N, tl.maximum(1, end)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _COUNTS = [
     *("batch_size", "n_heads", "group", "n_queries", "n_keys", "section", "last_dropped", "split_size", "n_splits"),
     *("n_rows", "width", "x_stride", "residual_stride", "grad_y_stride", "grad_sum_stride"),
-    "capacity",
+    *("capacity", "grad_q_stride"),
     *(f"{x}_{part}stride" for x in ("q", "k", "v", "new_k", "new_v", "grad") for part in ("batch_", "head_", "")),
 ]
 _TYPES = (
@@ -54,7 +54,7 @@ def _attention_cases(arch: int) -> Iterator[KernelCase]:
     def case(name, kernel, dtype, head_size, config, **constants):
         wanted = (
             {"HEAD_SIZE": head_size, "CAUSAL": True, "PRECISION": "ieee"}
-            | dict.fromkeys(("DESCRIPTORS", "PERSISTENT"), False)
+            | dict.fromkeys(("DESCRIPTORS", "PERSISTENT", "PACKED"), False)
             | {"SPLIT": True}
             | dict.fromkeys(("GRAD_Q", "GRAD_K", "GRAD_V"), True)
             | constants
@@ -181,7 +181,7 @@ def _signature(case: KernelCase) -> dict[str, str]:
 
 def measure_kernel(case: KernelCase, arch: int) -> dict[str, Any]:
     """A compiled case: registers a thread, bytes spilled, bytes shared, programs that fit a multiprocessor at one time,
-    for sm_90 the counts of two instructions, and what `ptx.faults` finds.
+    for sm_90 the counts of instructions, and what `ptx.faults` finds.
     """
     if INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET=1 is set, and what it interprets cannot be compiled; unset it")
@@ -213,6 +213,7 @@ def machine_code(compiled: Any, arch: int) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "programs": _programs(registers, compiled.metadata.shared, compiled.metadata.num_warps, arch),
         "hgmma": len(re.findall(r"\bHGMMA\b", assembly)),
+        "hgmma_waits": len(re.findall(r"\bWARPGROUP\.DEPBAR\b", assembly)),
         "tma_loads": len(re.findall(r"\bUTMALDG\b", assembly)),
         "faults": ptx.faults(compiled.asm["ptx"]),
     }

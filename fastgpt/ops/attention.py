@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..config import MAX_HEAD_SIZE
 from .arguments import as_dropout, as_number, autocast_dtype, check_bool, check_float, check_like
-from .backend import dispatch, register
+from .backend import choose, dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .library import define_op, inside_transform, refuse_forward_mode
 from .reference import causal_mask
 from .triton_backend import seed_tensor
+
+_SMALLEST_SCALE = 2.0**-126  # of the normal numbers of float32
 
 
 def attention(
@@ -74,6 +76,28 @@ def attention(
             raise ValueError(f"scale: expected a finite number or None, got {scale}")
     dropout_p, seed = as_dropout(dropout_p, seed)
     return dispatch("attention", backend, q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed)
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """q, k and v, (B, H, T, D) each, as views of qkv (B, T, 3 C), where a linear layer wrote them side by side."""
+    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    return tuple(x.view(B, T, n_head, C // n_head).transpose(1, 2) for x in qkv.split(C, dim=2))
+
+
+def self_attention(
+    qkv: Tensor, n_head: int, *, is_causal: bool = True, dropout_p: float = 0.0, backend: str = "auto"
+) -> Tensor:
+    """`attention` of the heads in qkv: (B, T, 3 C) -> (B, T, C), the heads side by side again.
+
+    Where a gradient is needed and Triton's kernels run, they write the gradient of qkv itself. Otherwise autograd
+    copies those of q, k and v into one tensor.
+    """
+    q, k, v = split_heads(qkv, n_head)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        options = {"is_causal": is_causal, "scale": None, "dropout_p": dropout_p, "seed": None}
+        if choose("attention", backend, qkv.device.type, (q, k, v), options)[0] == "triton":
+            return _packed_attention_on_triton(qkv, n_head, is_causal, dropout_p)
+    return attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p, backend=backend).transpose(1, 2).flatten(2)
 
 
 def attention_on_torch(
@@ -216,13 +240,108 @@ def attention_on_triton(
     return _attention_triton(q, k, v, key, is_causal, scale, dropout_p)[0]
 
 
+# q, k and v side by side: the same kernels, whose gradients are one tensor
+
+
+def _heads_side_by_side(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, C), a view of what the kernels write."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _packed_forward(qkv, n_head, seed, is_causal, scale, dropout_p):
+    out, lse = _forward(*split_heads(qkv, n_head), seed, is_causal, scale, dropout_p)
+    return _heads_side_by_side(out), lse
+
+
+def _packed_forward_fake(qkv, n_head, seed, is_causal, scale, dropout_p):
+    B, T, width = qkv.shape
+    return qkv.new_empty((B, T, width // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+def _packed_gradient(grad_out, qkv, out, lse, n_head, seed, is_causal, scale, dropout_p):
+    from ..triton_kernels import attention
+
+    grad_out, out = (x.unflatten(2, (n_head, -1)).transpose(1, 2) for x in (grad_out, out))
+    packed = qkv.unflatten(2, (3, n_head, -1))
+    return attention.packed_backward(grad_out, packed, out, lse, is_causal, scale, dropout_p, seed).flatten(2)
+
+
+def _packed_gradient_fake(grad_out, qkv, out, lse, n_head, seed, is_causal, scale, dropout_p):
+    return qkv.new_empty(qkv.shape)
+
+
+def _packed_save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    qkv, ctx.n_head, seed, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, out, lse, seed)
+
+
+def _packed_backward(ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) -> tuple:
+    if grad_out is None or not ctx.needs_input_grad[0]:
+        return (None,) * 6
+    qkv, out, lse, seed = ctx.saved_tensors
+    grad = _attention_packed_backward(grad_out, qkv, out, lse, ctx.n_head, seed, *ctx.options)
+    return grad, None, None, None, None, None
+
+
+def _packed_flops(qkv: Any, *rest: Any, **options: Any) -> Any:
+    B, T, width = qkv
+    return 4 * B * T * T * (width // 3)
+
+
+def _packed_backward_flops(grad_out: Any, qkv: Any, *rest: Any, **options: Any) -> Any:
+    return 5 * (_packed_flops(qkv) // 2)
+
+
+_attention_packed_backward = define_op(
+    "attention_packed_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, Tensor? seed, "
+    "bool is_causal, float scale, float dropout_p) -> Tensor",
+    forward=_packed_gradient,
+    fake=_packed_gradient_fake,
+    is_gradient=True,
+    flops=_packed_backward_flops,
+)
+_attention_packed = define_op(
+    "attention_packed(Tensor qkv, int n_head, Tensor? seed, bool is_causal, float scale, float dropout_p) "
+    "-> (Tensor, Tensor)",
+    forward=_packed_forward,
+    fake=_packed_forward_fake,
+    save=_packed_save,
+    backward=_packed_backward,
+    flops=_packed_flops,
+)
+
+
+def _packed_attention_on_triton(qkv: Tensor, n_head: int, is_causal: bool, dropout_p: float) -> Tensor:
+    dtype = autocast_dtype(qkv)
+    if dtype is not None and qkv.dtype != torch.float64:
+        qkv = qkv.to(dtype)
+    scale = 1.0 / math.sqrt(qkv.shape[2] // 3 // n_head)
+    key = seed_tensor(dropout_p, None, qkv.device)
+    refuse_forward_mode("attention", qkv)
+    return _attention_packed(qkv, n_head, key, is_causal, scale, dropout_p)[0]
+
+
 def _triton_serves(q: Tensor, *rest: Any, scale: float | None = None, **options: Any) -> str | None:
     if q.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
     if scale is not None and scale <= 0.0:
         return "scale must be positive: the kernels find the largest score before they multiply by the scale"
+    if scale is not None and scale < _SMALLEST_SCALE:
+        return f"scale must be at least {_SMALLEST_SCALE:.1e}: the kernels take it in float32, where it would be 0"
     return inside_transform()
 
 
+def _triton_unproved(q: Tensor, *rest: Any, **options: Any) -> str | None:
+    if (autocast_dtype(q) or q.dtype) == torch.float32:
+        return (
+            "in float32 its tiles are small (of true float32, which no tensor core multiplies, and of TF32 alike), and "
+            'they have not been measured against PyTorch on a GPU; backend="triton" asks for it'
+        )
+    return None
+
+
 register("attention", "torch", attention_on_torch)
-register("attention", "triton", attention_on_triton, _triton_serves)
+register("attention", "triton", attention_on_triton, _triton_serves, _triton_unproved)

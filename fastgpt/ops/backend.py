@@ -51,6 +51,7 @@ class BackendError(ValueError):
 class _Implementation:
     run: Callable[..., Any]
     supports: Callable[..., str | None]  # the op's own arguments -> None, or why not
+    unproved: Callable[..., str | None]  # the same arguments -> None, or why "auto" leaves it to the next backend
 
 
 _registry: dict[tuple[str, str], _Implementation] = {}
@@ -63,13 +64,20 @@ def _always(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def register(op: str, backend: str, run: Callable[..., Any], supports: Callable[..., str | None] = _always) -> None:
+def register(
+    op: str,
+    backend: str,
+    run: Callable[..., Any],
+    supports: Callable[..., str | None] = _always,
+    unproved: Callable[..., str | None] = _always,
+) -> None:
     """Make `run` the implementation of `op` on `backend`.
 
     `run` gets every argument of the op, after the op has checked it. `supports` gets the arguments that a caller of
-    the op or of `explain` gave, and returns None, or the reason why `run` does not serve them.
+    the op or of `explain` gave, and returns None, or the reason why `run` does not serve them. `unproved` returns None,
+    or the reason why `run`, which serves them, has not been shown to be the faster one: "auto" then passes it over.
     """
-    _registry[op, backend] = _Implementation(run, supports)
+    _registry[op, backend] = _Implementation(run, supports, unproved)
 
 
 def register_smoke_test(backend: str, run_once: Callable[[str], None]) -> None:
@@ -169,6 +177,8 @@ def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -
             reason: str | None = f"{op} has no {name} implementation"
         else:
             reason = unavailable(name, device_type) or implementation.supports(*args, **kwargs)
+            if reason is None and not asked_for:
+                reason = implementation.unproved(*args, **kwargs)
             if reason is None and device_type in self_test.SELF_TESTED and not asked_for:
                 reason = _distrusted(op, name, args, kwargs)
         if reason is None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import ops
-from fastgpt.ops import reference
+from fastgpt.ops import backend, reference
 from fastgpt.ops.dropout import philox_keep_mask
 from fastgpt.parity import DTYPES, run_parity
 
@@ -250,3 +250,15 @@ X = torch.randn(1, 2, 3, 8)
 def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         ops.attention(**{"q": X, "k": X, "v": X, **change})
+
+
+def test_on_cuda_auto_leaves_float32_to_pytorch(monkeypatch) -> None:
+    """Its tiles are small and nothing says that they are the faster ones; under autocast the inputs become 16-bit."""
+    monkeypatch.setattr(backend, "unavailable", lambda name, device_type: None)
+    chosen = lambda x, name="auto": backend.choose("attention", name, "cuda", (x, x, x), {})  # noqa: E731
+    x = heads(1, 1, 4, 8)
+    assert chosen(x.bfloat16())[0] == chosen(x.half())[0] == chosen(x, "triton")[0] == "triton"
+    taken, reasons = chosen(x)
+    assert taken == "torch" and "not been measured" in reasons["triton"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(x)[0] == "triton"

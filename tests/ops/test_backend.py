@@ -22,7 +22,7 @@ X, W = torch.randn(3, 8), torch.ones(8)
 def pretend(monkeypatch):
     """Make a copy of the registry in which layer_norm has a "native" implementation that adds 1000."""
 
-    def install(*, runs: bool = True, serves: bool = True) -> list[str]:
+    def install(*, runs: bool = True, serves: bool = True, proved: bool = True) -> list[str]:
         launches: list[str] = []
 
         def smoke_test(device_type: str) -> None:
@@ -41,6 +41,7 @@ def pretend(monkeypatch):
             "native",
             lambda x, weight, bias, eps: torch.full_like(x, 1000.0),
             lambda x, *rest: None if serves else "it is Tuesday",
+            lambda x, *rest: None if proved else "nobody has measured it",
         )
         return launches
 
@@ -49,6 +50,14 @@ def pretend(monkeypatch):
 
 def took_native(out: torch.Tensor) -> bool:
     return bool((out == 1000.0).all())
+
+
+def test_auto_passes_over_what_was_not_measured_and_a_name_takes_it(pretend) -> None:
+    pretend(proved=False)
+    with pytest.warns(UserWarning, match="does not take the native backend: nobody has measured it"):
+        assert not took_native(ops.layer_norm(X, W))
+    assert took_native(ops.layer_norm(X, W, backend="native"))
+    assert ops.explain("layer_norm", X, W).reasons["native"] == "nobody has measured it"
 
 
 def test_auto_takes_the_fastest_and_tries_it_once(pretend) -> None:

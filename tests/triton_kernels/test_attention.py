@@ -304,6 +304,7 @@ def test_autocast_gives_the_torch_ops_dtype():
     [
         (torch.zeros(1, 1, 2, 8, dtype=torch.float64), {}, "float64"),
         (torch.zeros(1, 1, 2, 8), {"scale": -1.0}, "scale must be positive"),
+        (torch.zeros(1, 1, 2, 8), {"scale": 1e-40}, "scale must be at least 1.2e-38"),
     ],
 )
 def test_an_unsupported_call_raises_the_reason(q, options, reason):
