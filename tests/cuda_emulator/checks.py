@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -399,7 +400,8 @@ def planned(case: Case, threads: int, blocks: int) -> Case:
     """The case with a plan for its calls; a loss alone and a gradient alone take one pass, which keeps no row."""
     from fastgpt.ops.cross_entropy import set_cuda_plans
 
-    plans = [(size, passes, 10000, threads, blocks if passes == 2 else 0) for size in (2, 4) for passes in (1, 2)]
+    of_calls = itertools.product((2, 4), (1, 2), (2000, 10000))  # element sizes, passes, classes: a plan is for a range
+    plans = [(size, passes, most, threads, blocks if passes == 2 else 0) for size, passes, most in of_calls]
 
     def run() -> list[Tensor]:
         set_cuda_plans("cpu", plans)
