@@ -33,6 +33,7 @@ class Run:
     batch_size: int
     dtype: torch.dtype = torch.float32
     new_tokens: int = 0
+    tf32: bool = False  # training without autocast, where matrix products may be TF32
 
 
 def _small(preset: str, **changes: float) -> GPTConfig:
@@ -44,6 +45,8 @@ RUNS = {
     "gpt2.train": Run(_small("gpt2", dropout=0.0), 16),
     "gpt2.train.dropout": Run(_small("gpt2", dropout=0.1), 16),
     "shakespeare_char.train": Run(_small("shakespeare-char"), 64),
+    "gpt2.train.tf32": Run(_small("gpt2", dropout=0.0), 16, tf32=True),
+    "unaligned.train": Run(_small("gpt2", dropout=0.1, n_embd=100, n_head=4, block_size=130), 3),
     "gpt2.generate": Run(_small("gpt2"), 1, new_tokens=2),
     "gpt2.generate.bfloat16": Run(_small("gpt2"), 1, torch.bfloat16, new_tokens=2),
 }
@@ -72,7 +75,8 @@ def _launch(run: Run) -> None:
             model.next_logits(tokens[:, : -run.new_tokens], cache)
             model.next_logits(tokens[:, :1], cache)
         return
-    with torch.autocast("cpu", torch.bfloat16):
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if run.tf32 else "ieee"
+    with torch.autocast("cpu", torch.bfloat16, enabled=not run.tf32):
         loss = model.loss(tokens, tokens)
     loss.backward()
 
