@@ -66,6 +66,7 @@ class _WithoutProducts(TorchDispatchMode):
 
 def _launch(run: Run) -> None:
     """Everything that `run` launches, on a model with any values."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if run.tf32 else "ieee"
     model = GPT(run.cfg).to(run.dtype)
     tokens = torch.zeros(run.batch_size, run.cfg.block_size, dtype=torch.int64)
     if run.new_tokens:
@@ -75,7 +76,6 @@ def _launch(run: Run) -> None:
             model.next_logits(tokens[:, : -run.new_tokens], cache)
             model.next_logits(tokens[:, :1], cache)
         return
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if run.tf32 else "ieee"
     with torch.autocast("cpu", torch.bfloat16, enabled=not run.tf32):
         loss = model.loss(tokens, tokens)
     loss.backward()
