@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .config import ConfigError
-from .ops.library import hooks_of
+from .ops.library import end_allocating, hooks_of
 
 Result = TypeVar("Result")
 
@@ -53,15 +53,17 @@ class CUDARecorder:
         if generator is not None:
             graph.register_generator_state(generator)
         with torch.cuda.device(self._device):
+            pool = torch.cuda.graph_pool_handle()  # of its own, by a name that is known if the recording fails
             try:
                 # A recording that fails leaves its stream as the current one; the outer context puts that right. The
                 # mode lets another thread pin memory meanwhile, for the next batches.
                 with (
                     torch.cuda.stream(torch.cuda.current_stream()),
-                    torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
+                    torch.cuda.graph(graph, pool, torch.cuda.Stream(), capture_error_mode="thread_local"),
                 ):
                     result = run()
             except BaseException:
+                end_allocating(torch.cuda.current_device(), pool)
                 _stop_waiting(default_generator(self._device), generator)
                 raise
 

@@ -35,7 +35,7 @@ class Generator:
 @pytest.fixture
 def pretend(monkeypatch):
     """torch.cuda with one device, as a log of what was asked of it."""
-    log, generators = [], [Generator()]
+    log, generators, pools = [], [Generator()], []
     current = [Stream(log, "main")]
 
     @contextlib.contextmanager
@@ -55,12 +55,14 @@ def pretend(monkeypatch):
             log.append("replay")
 
     @contextlib.contextmanager
-    def graph(recorded, stream, capture_error_mode):
+    def graph(recorded, pool, stream, capture_error_mode):
         log.append(f"begin {capture_error_mode}")
+        pools.append(pool)
         current[0] = stream
         for generator in generators:
             generator.waiting = True
-        yield  # what fails in here leaves the stream and the generators as they are, as PyTorch does
+        yield  # what fails in here leaves stream, generators and memory pool as they are, as PyTorch 2.11 does
+        pools.remove(pool)
         for generator in generators:
             generator.waiting = False
         current[0] = Stream(log, "main")
@@ -75,29 +77,32 @@ def pretend(monkeypatch):
         "CUDAGraph": Graph,
         "graph": graph,
         "default_generators": generators[:1],
+        "graph_pool_handle": lambda: (0, 1),
     }
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: pools.remove(pool))
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    return log, current
+    return log, current, pools
 
 
 def test_a_warm_up_is_on_a_side_stream(pretend):
-    log, current = pretend
+    log, current, _ = pretend
     assert cuda_graph.recorder(torch.device("cuda")).warm_up(lambda: current[0].name) == "side"
     assert log == ["side waits for main", "main waits for side"] and current[0].name == "main"
 
 
 def test_a_recording_is_replayed(pretend):
-    log, current = pretend
+    log, current, pools = pretend
     generator = Generator()
     recorder = cuda_graph.recorder(torch.device("cuda", 0))
     replay = recorder.record(lambda: (log.append("run"), current[0].name)[1], generator)
     assert log == ["register", "begin thread_local", "run", "end"] and current[0].name == "main"
     assert replay() == replay() == "side" and log[4:] == ["replay", "replay"]
+    assert pools == []
 
 
 def test_after_a_recording_that_fails_eager_work_goes_on(pretend):
-    _, current = pretend
+    _, current, pools = pretend
     generator = Generator()
 
     def run():
@@ -107,6 +112,7 @@ def test_after_a_recording_that_fails_eager_work_goes_on(pretend):
     with pytest.raises(RuntimeError, match="not permitted"):
         cuda_graph.recorder(torch.device("cuda")).record(run, generator)
     assert current[0].name == "main" and not generator.waiting and not torch.cuda.default_generators[0].waiting
+    assert pools == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])

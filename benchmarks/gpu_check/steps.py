@@ -96,8 +96,13 @@ def triton_tests() -> tuple[str, ...]:
 
 
 def native_tests() -> tuple[str, ...]:
-    files = ("tests/test_gpu.py", "tests/test_gpu_replays.py", "tests/test_triton_training.py")
-    return (*files, "-k", f"{NATIVE} or replays or training")
+    files = (
+        "tests/test_gpu.py",
+        "tests/test_gpu_replays.py",
+        "tests/test_gpu_graphs.py",
+        "tests/test_triton_training.py",
+    )
+    return (*files, "-k", f"{NATIVE} or replays or graphs or training")
 
 
 def marked_tests() -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Schemas are defined in Python, so the ops exist without compiled code.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -131,6 +132,7 @@ PRIVATE_NAMES = {
     "torch._C._AutoDispatchBelowAutograd": ("2.11.0", "2.14.1"),
     "torch._C._any_requires_grad": ("2.11.0", "2.14.1"),
     "torch._C._are_functorch_transforms_active": ("2.11.0", "2.14.1"),
+    "torch._C._cuda_endAllocateToPool": ("2.11.0", "2.15.0"),
     "torch._C._current_graph_task_id": ("2.11.0", "2.14.1"),
     "torch._C._len_torch_dispatch_stack": ("2.11.0", "2.14.1"),
     "torch._C._functorch.is_functorch_wrapped_tensor": ("2.11.0", "2.14.1"),
@@ -186,6 +188,15 @@ def _apply_of(function: Any) -> Callable[..., Any]:
 def in_backward() -> bool:
     """Whether this runs inside of a backward pass, in one of autograd's threads."""
     return torch._C._current_graph_task_id() != -1
+
+
+def end_allocating(device_index: int, pool: tuple[int, int]) -> None:
+    """Take memory from `pool` no longer. torch 2.11 would do so for ever after a recording of a graph that failed.
+
+    It would then keep what several streams have used, and raise an internal error where memory runs out.
+    """
+    with contextlib.suppress(RuntimeError):  # PyTorch has ended it already
+        torch._C._cuda_endAllocateToPool(device_index, pool)
 
 
 def has_address(tensor: Tensor) -> bool:

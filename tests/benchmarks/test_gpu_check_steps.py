@@ -60,6 +60,12 @@ def test_the_tests_of_the_kernels_need_few_packages(name, tmp_path):
     assert collected(done.stdout)["selected"] > 0
 
 
+def test_no_file_with_tests_for_a_gpu_is_left_out():
+    named = {word for words in steps.TEST_GROUPS.values() for word in words()}
+    files = {f"tests/{file.name}" for file in (ROOT / "tests").glob("test_gpu*.py")}  # `marked_tests` finds the others
+    assert len(files) >= 4 and files <= named
+
+
 def test_no_test_of_the_gpu_file_is_left_out():
     everything = run_command(*steps.pytest("--collect-only", "tests/test_gpu.py"), cwd=ROOT).stdout
     parts = [f"not ({steps.NATIVE})", steps.NATIVE]
