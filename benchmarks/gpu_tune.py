@@ -13,10 +13,11 @@ For each subject (gpu_tune_subjects.py), the most valuable one first:
 3. The default and the candidates are timed in turn, as replays of CUDA graphs, on inputs that are not in the L2 cache.
 4. The fastest candidate gets an entry, if it is faster than the default by more than 2 %, beyond the noise.
 
-OUT/tune.jsonl has a line for each candidate: dropped, wrong or timed; begun, if it ended the process. What is in it is
-not measured again, so that the same command goes on after the time ran out. OUT/tuned.toml is written after every
-subject, and holds the entries of all of them, those of the kernels in csrc/ in OUT/tuned_cuda.toml.
-FASTGPT_TUNED=OUT/tuned.toml uses both; copied into triton_kernels/ they are the package's own.
+OUT/tune.jsonl has a line for each candidate: dropped, wrong or timed; begun, if it ended the process; right, if the
+time ran out before it was timed. Only those that are right are measured again, so that the same command goes on where
+it was. OUT/tuned.toml is written after every subject, and holds the entries of all of them, those of the kernels in
+csrc/ in OUT/tuned_cuda.toml. FASTGPT_TUNED=OUT/tuned.toml uses both; copied into triton_kernels/ they are the package's
+own.
 
 --dry-run rehearses all of it without a GPU: candidates are compiled for sm_90, checked by Triton's interpreter on small
 inputs (in place of the CUDA kernels, those for the CPU run), and timed by a clock that makes its times up. Its
@@ -225,13 +226,17 @@ class Log:
 
     def __init__(self, file: Path, origin: dict[str, Any]) -> None:
         self.file, self.origin = file, origin
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        rows = [row for row in map(_row, lines) if row is not None]
+        written = file.read_text(encoding="utf-8") if file.exists() else ""
+        if written and not written.endswith("\n"):  # the process was ended while it wrote a line
+            file.write_text(written + "\n", encoding="utf-8")
+        rows = [row for row in map(_row, written.splitlines()) if row is not None]
         same = [row for row in rows if all(row.get(key) == value for key, value in origin.items() if key != "date")]
         self.rows = {_identity(row["subject"], row["choices"]): row for row in same}
 
     def has(self, subject: Subject, choices: Choices) -> bool:
-        return _identity(subject.name, choices) in self.rows
+        """Whether nothing is left to do; what was right, and not timed before the time ran out, is done again."""
+        row = self.rows.get(_identity(subject.name, choices))
+        return row is not None and row["outcome"] != "right"
 
     def add(self, subject: Subject, choices: Choices, outcome: str, **facts: Any) -> None:
         row = {"subject": subject.name, "choices": choices, "outcome": outcome, **facts, **self.origin}
@@ -275,13 +280,18 @@ def origin_of(timer: Timer) -> dict[str, Any]:
 
 
 def write_tables(out: Path, entries: Sequence[tuned.Entry], origin: dict[str, Any]) -> None:
-    import tomli_w
-
     for name in TABLES:
         head = f"# Written by gpu_tune on {origin['device']}. fastgpt/triton_kernels/{name} explains the keys.\n"
         rows = [e.row() for e in entries if tuned.KERNELS[e.kernel].of_csrc == (name == TABLES[1])]
         with atomic_path(out / name) as temporary:
-            temporary.write_text(head + tomli_w.dumps({"entry": rows} if rows else {}), encoding="utf-8")
+            temporary.write_text("\n".join([head, *map(_toml, rows)]), encoding="utf-8")
+
+
+def _toml(row: dict[str, Any]) -> str:
+    """An entry in TOML, whose numbers and texts are written as in JSON; a rented machine may have no tomli_w."""
+    return "".join(
+        ["[[entry]]\n", *(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in row.items())]
+    )
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -359,13 +369,14 @@ def _right(
         log.add(subject, choices, "begun", **code)
         try:
             wrong = check.why_wrong(choices)
-        except RuntimeError as error:  # of set_cuda_plans, say, which asks the chip
-            if "CUDA error" in str(error):
-                raise
+        except Exception as error:  # of set_cuda_plans, say, which asks the chip; Triton's errors are of many types
+            if check.timer.full:
+                torch.cuda.synchronize()  # raises where this process can use the GPU no longer
             wrong = _first_line(error)
         if wrong:
             log.add(subject, choices, "wrong", why=wrong, **code)
         else:
+            log.add(subject, choices, "right", **code)
             yield choices, code
 
 

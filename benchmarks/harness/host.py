@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgpt import cuda_graph
+
 from .measure import Call, Clock
 
 CALLS = 3  # in one graph: as many as there are sets of inputs, which the calls of a contender take in turn
@@ -28,19 +30,19 @@ class HostTimes:
 
 
 def captured(call: Call) -> Callable[[], object]:
-    """A function that replays CALLS calls as one CUDA graph. It is captured after calls on another stream, because
-    what libraries set up in their first calls cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    """A function that replays CALLS calls as one CUDA graph.
+
+    Some peers ask the device for a value, which fails. The recorder of `fastgpt train --cuda-graph` puts right what
+    that leaves behind, so that the next case can be measured.
+    """
+    recorder = cuda_graph.recorder(torch.device("cuda"))
+
+    def calls() -> None:
         for _ in range(CALLS):
             call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    return graph.replay
+
+    recorder.warm_up(calls)
+    return recorder.record(calls)
 
 
 def host_times(call: Call, clock: Clock, capture: Callable[[Call], Callable[[], object]] = captured) -> HostTimes:

@@ -78,6 +78,8 @@ def test_the_log_goes_on_where_it_was_and_forgets_what_another_machine_or_commit
     again = gpu_tune.Log(file, ORIGIN | {"date": "another day"})
     assert again.has(NORM, ONE) and not again.has(NORM, TWO)
     assert not gpu_tune.Log(file, ORIGIN | {"commit": "another"}).has(NORM, ONE)
+    again.add(NORM, ONE, "right", **CODE)
+    assert not gpu_tune.Log(file, ORIGIN).has(NORM, ONE), "it was not timed"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off")
@@ -106,6 +108,31 @@ def test_wrong_results_are_found(monkeypatch):
     ):
         monkeypatch.setattr(Norm, "results", off_by(name, amount, after))
         assert words in check.why_wrong(TWO)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels in csrc/ are compared for the CPU")
+def test_a_gradient_of_cross_entropy_that_is_off_by_a_twentieth_is_found(monkeypatch):
+    subject = subjects_for(90, ["cross_entropy"])[0]
+    check = gpu_tune.Check(subject, gpu_tune.MadeUpTimer())
+    assert check.why_wrong(None) is None
+    right = type(subject).results
+    off = lambda self, inputs: {name: x * 1.05 if name == "d logits" else x for name, x in right(self, inputs).items()}  # noqa: E731
+    monkeypatch.setattr(type(subject), "results", off)
+    assert "d logits: error" in check.why_wrong(subject.candidates(90)[0])
+
+
+def test_a_candidate_whose_launch_raises_is_wrong_and_the_others_go_on(tmp_path):
+    class Check:
+        timer = gpu_tune.MadeUpTimer()
+
+        def why_wrong(self, choices):
+            if choices == ONE:
+                raise TypeError("a launcher of Triton\nmore")
+
+    log = gpu_tune.Log(tmp_path / "tune.jsonl", ORIGIN)
+    assert list(gpu_tune._right(NORM, log, [(ONE, CODE), (TWO, CODE)], Check())) == [(TWO, CODE)]
+    rows = {row["outcome"]: row for row in log.rows.values()}
+    assert rows["wrong"]["why"] == "TypeError: a launcher of Triton" and rows["right"]["choices"] == TWO
 
 
 def test_bad_use_is_refused(tmp_path, capsys, monkeypatch):

@@ -121,6 +121,22 @@ def test_the_host_is_what_a_replay_does_without():
     assert host.host_times(lambda: 1.0, host_clock, captured) == host.HostTimes(1.0, 0.25)
 
 
+def test_a_graph_is_recorded_by_what_puts_right_a_recording_that_fails(monkeypatch):
+    log = []
+
+    class Recorder:
+        def warm_up(self, run):
+            run()
+            log.append("recorded")
+
+        def record(self, run):
+            return run
+
+    monkeypatch.setattr(host.cuda_graph, "recorder", lambda device: Recorder())
+    host.captured(lambda: log.append("call"))()
+    assert log == ["call"] * host.CALLS + ["recorded"] + ["call"] * host.CALLS
+
+
 def test_a_call_that_cannot_be_captured_says_why():
     def refuse(call):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
