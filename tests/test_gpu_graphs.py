@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import GPT, GPTConfig, cuda_graph, ops, use_backend
 from fastgpt.config import TrainConfig
@@ -48,7 +49,8 @@ def trained(by_graph: bool, dtype: str, grad_accum: int, dropout: float) -> tupl
     [("bfloat16", 1, 0.0), ("bfloat16", 2, 0.1), ("float16", 1, 0.0), ("float32", 1, 0.1)],
 )
 def test_ten_steps_by_a_graph_have_the_bits_of_eager_ones(dtype, grad_accum, dropout):
-    with warnings.catch_warnings():
+    # PyTorch's fused attention, which serves in float32, adds up the gradient of q in no fixed order.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.filterwarnings("error", message=".*CUDA graph.*")
         by_graph, eager = (trained(each, dtype, grad_accum, dropout) for each in (True, False))
     assert by_graph[0] == eager[0]

@@ -243,6 +243,12 @@ def single_row_config(width: int) -> dict[str, int]:
     return {"ROWS": 1, "BLOCK": block, "num_warps": min(16, max(1, block // 256)), **COMPILE_OPTIONS}
 
 
+def forward_config_of_call(n_rows: int, width: int, arch: int, n_multiprocessors: int) -> dict[str, int]:
+    """`forward_config`, but `single_row_config` where some multiprocessors would be without work."""
+    config = forward_config(width, arch)
+    return single_row_config(width) if cdiv(n_rows, config["ROWS"]) < n_multiprocessors else config
+
+
 @tunable("layer_norm.backward")
 def backward_config(width: int, arch: int) -> dict[str, int]:
     """For `backward_kernel`: 8 elements in a lane, because weight, gradients and two sums take registers, too."""
@@ -287,9 +293,7 @@ def forward(
         return y, h, stats
     rows = _rows(x)
     residual_rows = rows if residual is None else _rows(residual)
-    config = forward_config(C, architecture(x))
-    if cdiv(n_rows, config["ROWS"]) < multiprocessors(x):  # some of them would be without work
-        config = single_row_config(C)
+    config = forward_config_of_call(n_rows, C, architecture(x), multiprocessors(x))
     with device_of(x):
         forward_kernel[(cdiv(n_rows, config["ROWS"]),)](
             rows, residual_rows, weight.contiguous(), weight if bias is None else bias.contiguous(),

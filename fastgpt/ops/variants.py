@@ -77,6 +77,14 @@ def _of_rows(n_rows: int) -> str:
     return "one row" if n_rows == 1 else "rows in sixteens" if n_rows % 16 == 0 else "rows"
 
 
+def _chip(device: torch.device) -> tuple[int, int]:
+    """The compute capability and the number of multiprocessors, by which the Triton kernels' launches are chosen."""
+    from ..triton_kernels.target import architecture, multiprocessors
+
+    on_device = torch.empty(0, device=device)
+    return architecture(on_device), multiprocessors(on_device)
+
+
 # ---- attention ----
 
 
@@ -117,12 +125,9 @@ class Attention(NamedTuple):
 
     def variant(self, device: torch.device) -> str:
         from ..triton_kernels.attention import kernels_of_call
-        from ..triton_kernels.target import architecture, multiprocessors
 
         sizes = (self.B, self.H, self.Hkv, self.Tq, self.Tk, self.D)
-        on_device = torch.empty(0, device=device)
-        chip = architecture(on_device), multiprocessors(on_device)
-        forward, backward = kernels_of_call(*sizes, self.dtype.itemsize, self.dropout, self.aligned, *chip)
+        forward, backward = kernels_of_call(*sizes, self.dtype.itemsize, self.dropout, self.aligned, *_chip(device))
         group = self.H // self.Hkv
         return _words(
             _name(self.dtype),
@@ -190,12 +195,16 @@ class Norm(NamedTuple):
         return _where(self.asked, "x", "residual", "weight", "bias")
 
     def variant(self, device: torch.device) -> str:
+        from ..triton_kernels.layer_norm import forward_config_of_call
+
+        config = forward_config_of_call(self.n_rows, self.width, *_chip(device))
         return _words(
             _name(self.dtype),
             self.residual is not None and f"residual {_name(self.residual or self.dtype)}",
             f"weight {_name(self.weight)}",
             f"width {self.width}",
             _of_rows(self.n_rows),
+            f"{config['ROWS']} by {config['num_warps']} warps",
             "bias" if self.has_bias else "no bias",
             self.dropout and "dropout",
             self.autocast is not None and f"autocast {_name(self.autocast or self.dtype)}",
@@ -204,9 +213,13 @@ class Norm(NamedTuple):
         )
 
     def inputs(self, draw: Draw) -> Inputs:
-        # So many rows that the programs of the backward pass take several each.
-        n_rows = 1 if self.n_rows == 1 else max(64, draw.n_elements // self.width) // 16 * 16 + (self.n_rows % 16 != 0)
-        shape, weight = (n_rows, self.width), self.weight
+        from ..triton_kernels.layer_norm import forward_config
+
+        # So many rows that programs of the backward pass take several, and that no multiprocessor is without work.
+        arch, n_multiprocessors = _chip(draw.device)
+        at_once = n_multiprocessors * forward_config(self.width, arch)["ROWS"]
+        many = max(64, draw.n_elements // self.width, at_once + 15) // 16 * 16 + (self.n_rows % 16 != 0)
+        shape, weight = (min(self.n_rows, many), self.width), self.weight
         tensors: dict[str, Tensor | None] = {"x": draw.normal(*shape, dtype=self.dtype)}
         if self.residual is not None:
             tensors["residual"] = draw.normal(*shape, dtype=self.residual)
@@ -374,9 +387,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": LinearCrossEntropy,
 }
 UNKNOWN = -1  # a size that torch.compile leaves open
-# What stands for sizes that are not known: for attention one call for each of its kernels.
-_SIZES = {"B": 2, "H": 4, "Hkv": 4, "D": 64, "width": 768, "n_rows": 64, "n_classes": 50304}
-_LENGTHS = (48, 200, 600)
+# What stands for sizes that are not known: for attention one call for each of its kernels, for a norm few and many rows.
+_SIZES = {"B": 2, "H": 4, "Hkv": 4, "D": 64, "width": 768, "n_classes": 50304}
+_LENGTHS_AND_ROWS = ((48, 64), (200, 2**16), (600, 2**16))
 
 
 def with_unknown_sizes(facts: tuple) -> tuple:
@@ -395,9 +408,8 @@ def calls_of(op: str, facts: tuple) -> list[Call]:
     unknown = [name for name, fact in zip(call._fields, call, strict=True) if type(fact) is int and fact == UNKNOWN]
     if not unknown:
         return [call]
-    lengths = _LENGTHS if {"Tq", "Tk"} & set(unknown) else _LENGTHS[:1]
-    sizes = [_SIZES | {"Tq": length, "Tk": length} for length in lengths]
-    return [call._replace(**{name: size[name] for name in unknown}) for size in sizes]
+    sizes = [_SIZES | {"Tq": length, "Tk": length, "n_rows": n_rows} for length, n_rows in _LENGTHS_AND_ROWS]
+    return list(dict.fromkeys(call._replace(**{name: size[name] for name in unknown}) for size in sizes))
 
 
 def small_call(call: Call, device: torch.device) -> Call:

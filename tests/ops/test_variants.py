@@ -11,7 +11,7 @@ from fastgpt import ops
 from fastgpt.ops.variants import CALLS, FACTS, UNKNOWN, Attention, Draw, Norm, calls_of, small_call, typical_calls
 
 pytest.importorskip("triton")
-from fastgpt.triton_kernels import attention, target
+from fastgpt.triton_kernels import attention, layer_norm, target
 
 CPU = torch.device("cpu")
 CHIPS = {"A100": (108, 80), "H100": (132, 90), "B200": (148, 100)}  # multiprocessors, compute capability
@@ -137,12 +137,34 @@ def test_rows_of_one_of_sixteen_and_of_any_number() -> None:
         assert words in call.variant(CPU).split(", ") and words in call._replace(n_rows=len(x)).variant(CPU).split(", ")
 
 
+@pytest.mark.parametrize("n_rows", [1, 16, 100, 600, 100_000])
+@pytest.mark.parametrize("width", [64, 768, 16384])
+def test_the_inputs_of_a_norm_are_launched_as_the_call_is(width, n_rows, chip, monkeypatch) -> None:
+    """Few rows are spread over more warps: such a call is another variant, and its self-test has few rows, too."""
+    launched = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple) -> object:
+            return lambda *args, **constants: launched.append((constants["ROWS"], constants["num_warps"]))
+
+    monkeypatch.setattr(layer_norm, "forward_kernel", Recorded())
+    draw = Draw(CPU)
+    draw.n_elements = 2**21  # as on a GPU
+    call = Norm(torch.bfloat16, None, torch.bfloat16, width, n_rows, False, False, None, None, ())
+    for x in (torch.empty(n_rows, width, device="meta"), call.inputs(draw)[0]["x"]):
+        layer_norm.forward(x, None, x[0], None, 1e-5, 0.0, None, x.dtype)
+        assert call._replace(n_rows=len(x)).variant(CPU) == call.variant(CPU)
+    assert launched[0] == launched[1] and "{} by {} warps".format(*launched[0]) in call.variant(CPU)
+
+
 def test_unknown_sizes_stand_for_typical_ones() -> None:
     call = Attention(torch.bfloat16, UNKNOWN, 4, 4, UNKNOWN, UNKNOWN, 64, True, False, None, ())
     calls = calls_of("attention", tuple(call))
     assert len(calls) == 3 and all(UNKNOWN not in found[:7] and found.Tq == found.Tk for found in calls)
     assert calls_of("attention", tuple(calls[0])) == [calls[0]]
     assert calls_of("attention", tuple(calls[0]._replace(B=0))) == []
+    norm = Norm(torch.float32, None, torch.float32, 768, UNKNOWN, True, False, None, None, ())
+    assert [call.n_rows for call in calls_of("layer_norm", tuple(norm))] == [64, 65536], "few, and many"
 
 
 def test_facts_are_keys_and_tell_what_is_asked_for() -> None:
