@@ -387,7 +387,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": LinearCrossEntropy,
 }
 UNKNOWN = -1  # a size that torch.compile leaves open
-# What stands for sizes that are not known: for attention one call for each of its kernels, for a norm few and many rows.
+# What stands for sizes that are not known: one call for each kernel of attention, few rows and many of a norm.
 _SIZES = {"B": 2, "H": 4, "Hkv": 4, "D": 64, "width": 768, "n_classes": 50304}
 _LENGTHS_AND_ROWS = ((48, 64), (200, 2**16), (600, 2**16))
 
