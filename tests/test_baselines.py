@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -107,8 +108,6 @@ def triangular(n: int) -> torch.Tensor:
 
 def test_the_triangular_mask_and_nothing_else_makes_the_decoder(monkeypatch):
     """Encoder and decoder have the same weights; an encoder whose attention is given the triangle is the decoder."""
-    from fastgpt import ops
-
     decoder, encoder = made("gpt"), made("gpt", is_causal=False)
     assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), encoder.parameters(), strict=True))
     idx, _ = batch()
@@ -119,11 +118,11 @@ def test_the_triangular_mask_and_nothing_else_makes_the_decoder(monkeypatch):
     torch.testing.assert_close(one_layer[0][:, -1], one_layer[1][:, -1])  # the last token sees all either way
     assert not torch.allclose(one_layer[0][:, :-1], one_layer[1][:, :-1])
 
-    def masked(q, k, v, *, is_causal, dropout_p):
+    def masked(q, k, v, *, is_causal, **options):
         assert not is_causal
         return F.scaled_dot_product_attention(q, k, v, attn_mask=triangular(q.shape[2]))
 
-    monkeypatch.setattr(ops, "attention", masked)
+    monkeypatch.setattr(sys.modules["fastgpt.ops.attention"], "attention", masked)
     with_mask = encoder(idx)[0]
     monkeypatch.undo()
     torch.testing.assert_close(with_mask, decoder(idx)[0])

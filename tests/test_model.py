@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -123,11 +124,10 @@ def test_dropout_acts_in_training_only_and_everywhere(norm, monkeypatch):
     # Embedding and branches: with p near 1 almost all of the stream is 0 before the head.
     model = tiny(dropout=0.999, norm="none", bias=False)
     assert (model.hidden(idx) == 0.0).double().mean() > 0.9
-    from fastgpt import ops
-
     seen = []
-    real = ops.attention
-    monkeypatch.setattr(ops, "attention", lambda *a, **k: seen.append(k["dropout_p"]) or real(*a, **k))
+    ops_attention = sys.modules["fastgpt.ops.attention"]  # `fastgpt.ops.attention` is the function in it
+    real = ops_attention.attention
+    monkeypatch.setattr(ops_attention, "attention", lambda *a, **k: seen.append(k["dropout_p"]) or real(*a, **k))
     tiny(dropout=0.25).train()(idx)
     tiny(dropout=0.25).eval()(idx)
     assert seen == [0.25, 0.25, 0.0, 0.0]
