@@ -89,14 +89,14 @@ def self_attention(
 ) -> Tensor:
     """`attention` of the heads in qkv: (B, T, 3 C) -> (B, T, C), the heads side by side again.
 
-    Where a gradient is needed and Triton's kernels run, they write the gradient of qkv itself. Otherwise autograd
-    copies those of q, k and v into one tensor.
+    Where a gradient is needed and Triton's kernels run, they write the gradient of qkv itself, which is a variant with
+    a self-test of its own. Otherwise autograd copies those of q, k and v into one tensor.
     """
     q, k, v = split_heads(qkv, n_head)
     if torch.is_grad_enabled() and qkv.requires_grad:
-        options = {"is_causal": is_causal, "scale": None, "dropout_p": dropout_p, "seed": None}
+        options = {"is_causal": is_causal, "scale": None, "dropout_p": dropout_p, "seed": None, "packed": True}
         if choose("attention", backend, qkv.device.type, (q, k, v), options)[0] == "triton":
-            return _packed_attention_on_triton(qkv, n_head, is_causal, dropout_p)
+            return self_attention_on_triton(qkv, n_head, is_causal, None, dropout_p, None)
     return attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p, backend=backend).transpose(1, 2).flatten(2)
 
 
@@ -314,12 +314,14 @@ _attention_packed = define_op(
 )
 
 
-def _packed_attention_on_triton(qkv: Tensor, n_head: int, is_causal: bool, dropout_p: float) -> Tensor:
+def self_attention_on_triton(
+    qkv: Tensor, n_head: int, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
+) -> Tensor:
     dtype = autocast_dtype(qkv)
     if dtype is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(dtype)
-    scale = 1.0 / math.sqrt(qkv.shape[2] // 3 // n_head)
-    key = seed_tensor(dropout_p, None, qkv.device)
+    scale = 1.0 / math.sqrt(qkv.shape[2] // 3 // n_head) if scale is None else float(scale)
+    key = seed_tensor(dropout_p, seed, qkv.device)
     refuse_forward_mode("attention", qkv)
     return _attention_packed(qkv, n_head, key, is_causal, scale, dropout_p)[0]
 
@@ -345,3 +347,4 @@ def _triton_unproved(q: Tensor, *rest: Any, **options: Any) -> str | None:
 
 register("attention", "torch", attention_on_torch)
 register("attention", "triton", attention_on_triton, _triton_serves, _triton_unproved)
+register("self_attention", "triton", self_attention_on_triton)  # chosen as "attention"; this is for the self-test

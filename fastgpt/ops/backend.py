@@ -220,7 +220,11 @@ def _verdict(op: str, backend: str, device: torch.device, facts: tuple) -> str |
         return None
     if self_test.is_capturing(device) and not self_test.is_known(op, backend, device, facts):
         return _UNTRIED
-    reason = self_test.why_not(op, backend, _registry[op, backend].run, device, facts)
+
+    def run_of(call: Call) -> Callable[..., Any]:
+        return _registry[getattr(call, "implementation", op), backend].run
+
+    reason = self_test.why_not(op, backend, run_of, device, facts)
     if reason is not None:
         _warned.add((op, backend, reason))  # the self-test has said it, louder
     return reason

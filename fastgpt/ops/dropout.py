@@ -37,9 +37,11 @@ def drop_threshold(p: float) -> int:
     return round(p * 2**31)
 
 
-def philox_keep_mask(seed: int | Tensor, p: float, n_rows: int, n_cols: int, device: torch.device) -> Tensor:
-    """The mask of the definition above: bool (n_rows, n_cols), True where the element is kept."""
-    rows = torch.arange(n_rows, device=device)[:, None]
+def philox_keep_mask(
+    seed: int | Tensor, p: float, n_rows: int, n_cols: int, device: torch.device, first_row: int = 0
+) -> Tensor:
+    """The mask of the definition above, from `first_row` on: bool (n_rows, n_cols), True where the element is kept."""
+    rows = torch.arange(first_row, first_row + n_rows, device=device)[:, None]
     groups = torch.arange((n_cols + 3) // 4, device=device)[None, :]
     seed = seed.to(device) if isinstance(seed, Tensor) else seed
     zero = torch.zeros_like(rows)

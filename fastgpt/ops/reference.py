@@ -21,8 +21,11 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
     return j <= i + (n_keys - n_queries)  # (Tq, Tk)
 
 
-def attention(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
-    """softmax(q k^T * scale + mask) v; a query that sees no key gives 0. (Vaswani et al. 2017, eq. 1)"""
+def attention(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None, first_row=0):
+    """softmax(q k^T * scale + mask) v; a query that sees no key gives 0. (Vaswani et al. 2017, eq. 1)
+
+    `first_row` is the row of the dropout mask for the first query, where q is a part of a larger call.
+    """
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
     group = H // k.shape[1]
@@ -38,7 +41,7 @@ def attention(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
     weights = torch.exp(scores - largest)
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     if dropout_p > 0.0:
-        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk)
+        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device, first_row).view(B, H, Tq, Tk)
         weights = weights * keep / (1.0 - dropout_p)
     return weights @ v  # (B, H, Tq, D)
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from . import reference
 from .accuracy import ATOL, exact, max_error, outputs_and_gradients, tolerance
+from .compared_heads import heads_of, results_of_heads
 from .kept_outcomes import Outcome, keep, machine, read
 from .library import in_backward
-from .variants import Call, Draw, calls_of, small_call
+from .variants import Attention, Call, Draw, calls_of, small_call
 from .yardsticks import yardstick_for
 
 # The devices on which `auto` runs self-tests: those whose kernels were not run where they were written.
@@ -71,13 +72,16 @@ def without_modes(device: torch.device, function: Callable[[], Any]) -> Any:
         return thread.submit(run).result()
 
 
-def why_not(op: str, backend: str, run: Run, device: torch.device, facts: tuple) -> str | None:
-    """Why a self-test forbids the calls that `facts` describe; None where the kernel is right. It warns of failures."""
+def why_not(op: str, backend: str, run_of: Callable[[Call], Run], device: torch.device, facts: tuple) -> str | None:
+    """Why a self-test forbids the calls that `facts` describe; None where the kernel is right. It warns of failures.
+
+    `run_of` gives the implementation that serves a call.
+    """
     for call in calls_of(op, facts):
         variant = call.variant(device)
-        outcome = find(op, backend, variant, device) or _test(op, backend, run, device, call, variant)
+        outcome = find(op, backend, variant, device) or _test(op, backend, run_of(call), device, call, variant)
         if not outcome.passed:
-            _warn(op, backend, variant, device, outcome)
+            _warn(op, backend, variant, device, outcome, getattr(call, "instead", "PyTorch serves"))
             what = "its self-test failed on this device" if outcome.is_kept else "no self-test was possible"
             return f"{what}: {outcome.figures}"
     return None
@@ -120,55 +124,87 @@ def measure(op: str, backend: str, run: Run, device: torch.device, call: Call) -
     try:
         tensors, options = call.inputs(Draw(device))
         arguments = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        copies = {name: exact(tensor) for name, tensor in arguments.items()}
-        expected = _results(getattr(reference, op), call, copies, options)
+        copies = {name: tensor.clone() for name, tensor in arguments.items()}
+        expected = _compared(getattr(reference, op), call, arguments, options, exact)
         yardstick = yardstick_for(op, backend, device.type, "dropout_p" in options)
-        torchs = _results(yardstick, call, arguments, options)
+        torchs = _compared(yardstick, call, arguments, options, lambda tensor: tensor)
     except Exception as error:  # no memory is free; PyTorch has no deterministic way where one is demanded; ...
         return Outcome(False, f"PyTorch's part of it: {_first_line(error)}", is_kept=False)
     try:
         options |= _all_options(op, call, arguments | options)
         ours, again = (_results(run, call, arguments, options) for _ in range(2))
-        changed = [name for name, tensor in arguments.items() if not torch.equal(exact(tensor), copies[name])]
+        changed = [name for name, tensor in arguments.items() if not torch.equal(tensor, copies[name])]
         if changed:
             return Outcome(False, f"{', '.join(changed)}: the kernel has written to it")
-        return _compare(ours, again, torchs, expected, call.dtype)
+        outcome = _compare(heads_of(call, ours) if isinstance(call, Attention) else ours, torchs, expected, call.dtype)
+        return outcome if not outcome.passed else _whole(call, ours, again) or outcome
     except torch.OutOfMemoryError as error:
         return Outcome(False, _first_line(error), is_kept=False)
     except Exception as error:  # a compiler or a driver may raise anything
         return Outcome(False, f"it raised {type(error).__name__}: {_first_line(error)}")
 
 
+def _whole(call: Call, ours: dict[str, Tensor], again: dict[str, Tensor]) -> Outcome | None:
+    """What is wrong with values that need not have been compared with the formula."""
+    infinite = [name for name, value in ours.items() if isinstance(call, Attention) and not value.isfinite().all()]
+    if infinite:
+        return Outcome(False, f"{', '.join(infinite)}: not finite in a head that is not among the compared ones")
+    differing = [name for name, value in ours.items() if not torch.equal(value, again[name])]
+    if differing:
+        return Outcome(False, f"{', '.join(differing)}: two runs on the same inputs gave different bits")
+    return None
+
+
 def _all_options(op: str, call: Call, given: dict[str, Any]) -> dict[str, Any]:
     """Every other argument that an implementation gets: those that are `given`, and the op's defaults."""
     parameters = inspect.signature(getattr(reference, op)).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
+    known = {*given, "first_row"}  # this one is of the formula alone
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in known}
     read_as = getattr(call, "read_as", None)
     return defaults | ({} if read_as is None else {"read_as": read_as})
+
+
+def _compared(
+    function: Run,
+    call: Call,
+    arguments: dict[str, Tensor],
+    options: dict[str, Any],
+    convert: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The results of the formula or of PyTorch, on converted tensors; of attention, those of a few heads."""
+    if isinstance(call, Attention):
+        upstream = _upstream(call.output_shape, call.dtype, _generator(arguments))
+        return results_of_heads(function, call, arguments, options, upstream, convert)
+    return _results(function, call, {name: convert(tensor) for name, tensor in arguments.items()}, options)
+
+
+def _generator(arguments: dict[str, Tensor]) -> torch.Generator:
+    return torch.Generator(next(iter(arguments.values())).device).manual_seed(1)
+
+
+def _upstream(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Numbers that are exact in every dtype, so that all functions that are compared get the same gradient."""
+    draws = torch.randint(17, shape, generator=generator, device=generator.device, dtype=torch.int8)
+    return draws.to(dtype) / 8.0 - 1.0
 
 
 def _results(function: Run, call: Call, arguments: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
     """The outputs of function(**arguments, **options) and the gradients that are asked for, by name."""
     tensors = list(arguments.values())
     dtype = getattr(call, "autocast", None) if tensors[0].dtype != torch.float64 else None
-    generator = torch.Generator(tensors[0].device).manual_seed(1)
+    generator = _generator(arguments)
 
     def upstream_of(out: Tensor) -> Tensor:
         if out.ndim == 0:  # of a loss; gradients of a mean would vanish beside the tolerance without this factor
             return torch.full_like(out, 256.0)
-        # These numbers are exact in every dtype, so that all functions that are compared get the same gradient.
-        return (torch.randint(17, out.shape, generator=generator, device=out.device) / 8.0 - 1.0).to(out.dtype)
+        return _upstream(out.shape, out.dtype, generator)
 
     with torch.autocast(tensors[0].device.type, dtype=dtype, enabled=dtype is not None):
         return outputs_and_gradients(function, arguments, options, call.asked_for(), upstream_of)
 
 
 def _compare(
-    ours: dict[str, Tensor],
-    again: dict[str, Tensor],
-    torchs: dict[str, Tensor],
-    expected: dict[str, Tensor],
-    dtype: torch.dtype,
+    ours: dict[str, Tensor], torchs: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype
 ) -> Outcome:
     """The figures of the worst value: its error, and what is allowed."""
     worst, figures, passed = -1.0, "", True
@@ -183,9 +219,6 @@ def _compare(
             worst = error / allowed
             figures = f"{name}: error {error:.1e}, allowed {allowed:.1e} (PyTorch's {torch_error:.1e})"
         passed = passed and error <= allowed
-    differing = [name for name, value in ours.items() if not torch.equal(value, again[name])]
-    if passed and differing:
-        return Outcome(False, f"{', '.join(differing)}: two runs on the same inputs gave different bits")
     return Outcome(passed, figures)
 
 
@@ -193,16 +226,18 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _warn(op: str, backend: str, variant: str, device: torch.device, outcome: Outcome) -> None:
+def _warn(
+    op: str, backend: str, variant: str, device: torch.device, outcome: Outcome, instead: str = "PyTorch serves"
+) -> None:
     name = name_of(op, backend, variant)
     if (name, device) in _said:
         return
     _said.add((name, device))
     facts = ", ".join(f"{what} {value}" for what, value in (machine(device) or {}).items())
     if outcome.is_kept:
-        what = f"SELF-TEST FAILED: {op} on the {backend} backend is not right on this machine; PyTorch serves."
+        what = f"SELF-TEST FAILED: {op} on the {backend} backend is not right on this machine; {instead}."
     else:
-        what = f"no self-test of {op} on the {backend} backend was possible; in this process PyTorch serves."
+        what = f"no self-test of {op} on the {backend} backend was possible; in this process {instead}."
     warnings.warn(
         f"fastgpt: {what}\n"
         f"  variant: {variant}\n  {outcome.figures}\n  {facts}\n"

@@ -26,7 +26,7 @@ Inputs: TypeAlias = tuple[dict[str, Tensor | None], dict[str, Any]]  # tensors, 
 Asked: TypeAlias = tuple[bool, ...]  # for each tensor, whether its gradient is asked for; empty where none is
 
 
-_MOST_SCORES = 2**28  # of a small call of attention; the formula keeps several tensors of this size, in float64
+_MOST_SCORES = 2**28  # of a small call of attention, all heads together: its kernels run for about a millisecond
 
 
 class Draw:
@@ -88,13 +88,14 @@ def _chip(device: torch.device) -> tuple[int, int]:
 # ---- attention ----
 
 
-def attention_facts(q, k, v, is_causal=True, scale=None, dropout_p=0.0, seed=None) -> tuple:
+def attention_facts(q, k, v, is_causal=True, scale=None, dropout_p=0.0, seed=None, packed=False) -> tuple:
     B, H, Tq, D = q.shape
     _, Hkv, Tk, _ = k.shape
     layout: Any = None  # a tensor that is being traced has no address
     if has_address(q):
         layout = q.stride(), k.stride(), v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16
-    return q.dtype, B, H, Hkv, Tq, Tk, D, is_causal, dropout_p > 0.0, layout, _asked(q, k, v)
+    dtype = autocast_dtype(q) or q.dtype  # `self_attention` asks before it casts
+    return dtype, B, H, Hkv, Tq, Tk, D, is_causal, dropout_p > 0.0, layout, _asked(q, k, v), packed
 
 
 class Attention(NamedTuple):
@@ -109,9 +110,22 @@ class Attention(NamedTuple):
     dropout: bool
     layout: tuple | None
     asked: Asked
+    packed: bool = False  # q, k and v lie side by side in one tensor, qkv, whose gradient is written as one tensor
 
     def asked_for(self) -> list[str]:
-        return _where(self.asked, "q", "k", "v")
+        return ["qkv"] if self.packed else _where(self.asked, "q", "k", "v")
+
+    @property
+    def implementation(self) -> str:
+        return "self_attention" if self.packed else "attention"
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.B, self.Tq, self.H * self.D) if self.packed else (self.B, self.H, self.Tq, self.D)
+
+    @property
+    def instead(self) -> str:
+        return "kernels with separate gradients serve, else PyTorch" if self.packed else "PyTorch serves"
 
     @property
     def aligned(self) -> bool:
@@ -138,7 +152,7 @@ class Attention(NamedTuple):
             self.Tq % 16 == 0 and self.Tk % 16 == 0 and "lengths in sixteens",
             f"forward: {forward}",
             f"backward: {backward}" if self.asked else False,
-            _gradients(self),
+            "gradient of qkv in one tensor" if self.packed else _gradients(self),
         )
 
     def smaller(self) -> Iterator[Attention]:
@@ -159,9 +173,14 @@ class Attention(NamedTuple):
         def heads(H: int, T: int) -> Tensor:
             return draw.normal(self.B, T, H, self.D + pad, dtype=self.dtype)[..., pad:].transpose(1, 2)
 
-        q, k, v = heads(self.H, self.Tq), heads(self.Hkv, self.Tk), heads(self.Hkv, self.Tk)
         options: dict[str, Any] = {"is_causal": self.is_causal}
-        return {"q": q, "k": k, "v": v}, options | ({"dropout_p": 0.2, "seed": 2**33 + 7} if self.dropout else {})
+        if self.dropout:
+            options |= {"dropout_p": 0.2, "seed": 2**33 + 7}
+        if self.packed:
+            qkv = draw.normal(self.B, self.Tq, 3 * self.H * self.D + pad, dtype=self.dtype)[..., pad:]
+            return {"qkv": qkv}, options | {"n_head": self.H}
+        q, k, v = heads(self.H, self.Tq), heads(self.Hkv, self.Tk), heads(self.Hkv, self.Tk)
+        return {"q": q, "k": k, "v": v}, options
 
 
 # ---- layer_norm, add_layer_norm ----
@@ -423,13 +442,14 @@ def typical_calls(op: str) -> list[Call]:
     """The calls of `op` in the training and the generation of common models: what `fastgpt doctor` asks about."""
     half, wide, everything = torch.bfloat16, torch.float32, (True,) * 4
     if op == "attention":
-        return [
-            Attention(half, 8, 12, 12, Tq, T, 64, True, dropout, None, asked)
-            for Tq, T, dropout, asked in (
-                *((T, T, dropout, everything[:3]) for T in (64, 256, 1024) for dropout in (False, True)),
-                (1, 600, False, ()),
-            )
+        step = Attention(half, 8, 12, 12, 64, 64, 64, True, False, None, everything[:3])
+        steps = [
+            step._replace(Tq=T, Tk=T, dropout=dropout, packed=packed)
+            for packed in (True, False)  # a model takes the packed ones, and a caller of the op the others
+            for T in (64, 256, 1024)
+            for dropout in (False, True)
         ]
+        return [*steps, step._replace(Tq=1, Tk=600, asked=())]
     if op == "layer_norm":
         return [
             Norm(dtype, None, dtype, 768, 8192, True, False, None, None, (True, False, True, True))

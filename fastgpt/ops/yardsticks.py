@@ -16,7 +16,7 @@ from . import reference
 from .dropout import philox_keep_mask
 
 
-def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
+def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None, first_row=0):
     """scaled_dot_product_attention; with dropout, whose mask it does not take, its steps with float32 scores."""
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
@@ -33,7 +33,7 @@ def _sdpa(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores[:, :, blind:], dim=-1).to(q.dtype)
-    keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk)
+    keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device, first_row).view(B, H, Tq, Tk)
     weights = weights * keep[:, :, blind:] / (1.0 - dropout_p)
     return F.pad(weights @ v, (0, 0, blind, 0))
 
@@ -71,7 +71,7 @@ class _FlashSteps(torch.autograd.Function):
         return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None, None
 
 
-def _flash(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
+def _flash(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None, first_row=0):
     B, H, Tq, D = q.shape
     Tk = k.shape[2]
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
@@ -79,7 +79,8 @@ def _flash(q, k, v, *, is_causal=True, scale=None, dropout_p=0.0, seed=None):
     mask = reference.causal_mask(Tq, Tk, q.device) if is_causal else everything
     keep = torch.ones((), device=q.device)
     if dropout_p > 0.0:
-        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk) / (1.0 - dropout_p)
+        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device, first_row).view(B, H, Tq, Tk)
+        keep = keep / (1.0 - dropout_p)
     return _FlashSteps.apply(q, k, v, keep, mask, D**-0.5 if scale is None else scale)
 
 

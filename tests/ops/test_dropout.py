@@ -65,6 +65,7 @@ def test_rows_past_32_bits_have_their_own_words() -> None:
 def test_mask_does_not_depend_on_the_shape_around_it() -> None:
     large = philox_keep_mask(3, 0.5, 20, 37, CPU)
     assert torch.equal(philox_keep_mask(3, 0.5, 7, 10, CPU), large[:7, :10])
+    assert torch.equal(philox_keep_mask(3, 0.5, 7, 10, CPU, 13), large[13:, :10])
 
 
 @pytest.mark.parametrize("p", [0.0, 2.0**-31, 0.1, 0.5, 0.9])

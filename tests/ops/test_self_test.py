@@ -13,7 +13,9 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor
 
 from fastgpt import doctor, ops
 from fastgpt.ops import backend, kept_outcomes, self_test
-from fastgpt.ops.variants import LinearCrossEntropy
+from fastgpt.ops.attention import self_attention
+from fastgpt.ops.variants import LinearCrossEntropy, typical_calls
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there is no interpreter to test with")
@@ -66,6 +69,18 @@ WRONG = {
 }
 
 
+def with_a_wrong_line(module: ModuleType, folder: Path, right: str, wrong: str) -> ModuleType:
+    """A copy of a module of kernels with one line changed."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert right in source, "the kernel has changed: name another line of it to make wrong"
+    file = folder / f"wrong_{module.__name__.rpartition('.')[2]}.py"
+    file.write_text(source.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"fastgpt.triton_kernels.{file.stem}", file)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
 @pytest.fixture
 def make_wrong(monkeypatch, tmp_path):
     """Replace the layer norm's kernels by a copy with one line changed."""
@@ -73,15 +88,7 @@ def make_wrong(monkeypatch, tmp_path):
     from fastgpt.triton_kernels import layer_norm
 
     def replace(how: str) -> None:
-        right, wrong = WRONG[how]
-        source = Path(layer_norm.__file__).read_text(encoding="utf-8")
-        assert right in source, "the kernel has changed: name another line of it to make wrong"
-        file = tmp_path / "wrong_layer_norm.py"
-        file.write_text(source.replace(right, wrong), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location("fastgpt.triton_kernels.wrong_layer_norm", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(package, "layer_norm", module)
+        monkeypatch.setattr(package, "layer_norm", with_a_wrong_line(layer_norm, tmp_path, *WRONG[how]))
 
     return replace
 
@@ -178,6 +185,90 @@ def test_each_kernel_of_attention_is_a_variant(monkeypatch) -> None:
     q = torch.zeros(1, 2, 70, 16, dtype=torch.bfloat16)
     with silence():
         assert backend_of("attention", q, q, q) == "triton"
+
+
+# ---- q, k and v side by side, as the model's training calls attention ----
+
+SEPARATE, PACKED = "attention_triton", "attention_packed"  # the ops whose gradients are three tensors, and one
+
+
+@pytest.fixture
+def wrong_packed_gradient(monkeypatch, tmp_path):
+    """The rows of one gradient of qkv are as far apart as if only q and k lay side by side."""
+    from fastgpt.triton_kernels import attention, attention_backward
+
+    right, wrong = "(3 * HEAD_SIZE if PACKED else HEAD_SIZE)", "(2 * HEAD_SIZE if PACKED else HEAD_SIZE)"
+    copy = with_a_wrong_line(attention_backward, tmp_path, right, wrong)
+    for kernel in ("one_tile_backward_kernel", "grad_q_kernel", "grad_kv_kernel"):
+        monkeypatch.setattr(attention, kernel, getattr(copy, kernel))
+
+
+def side_by_side(T: int) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, T, 3 * 32, dtype=torch.bfloat16, requires_grad=True)
+
+
+def op_of(qkv: Tensor, **options) -> str:
+    out = self_attention(qkv, 2, **options)
+    names = [name for function in walk(out.grad_fn) if (name := function.name()).startswith("attention_")]
+    return names[0].removesuffix("Backward") if names else "torch"
+
+
+def walk(function) -> Iterator[torch.autograd.graph.Node]:
+    yield function
+    for above, _ in function.next_functions:
+        if above is not None:
+            yield from walk(above)
+
+
+@pytest.mark.parametrize("T", [20, 70])  # of the kernel of one tile, and of two passes
+def test_one_gradient_of_qkv_is_a_variant(T, tested) -> None:
+    qkv = side_by_side(T)
+    with silence():
+        assert [op_of(qkv) for _ in range(2)] == [PACKED] * 2
+    (name,) = self_test.known_outcomes(CPU)
+    assert tested == ["attention"] and name.endswith("stages, gradient of qkv in one tensor")
+    assert op_of(qkv, dropout_p=0.1) == PACKED and tested == ["attention"] * 2
+    assert all(outcome.passed for outcome in self_test.known_outcomes(CPU).values())
+    with torch.no_grad():
+        self_attention(qkv, 2)
+    assert "forward alone" in " ".join(self_test.known_outcomes(CPU))
+
+
+@pytest.mark.parametrize("T", [20, 70])
+def test_a_wrong_gradient_of_qkv_leaves_three_separate_ones(T, wrong_packed_gradient) -> None:
+    qkv = side_by_side(T)
+    with pytest.warns(UserWarning, match="SELF-TEST FAILED") as caught:
+        assert op_of(qkv) == SEPARATE
+    (said,) = [str(warning.message) for warning in caught]
+    assert "not right on this machine; kernels with separate gradients serve, else PyTorch." in said
+    assert "gradient of qkv in one tensor\n  d " in said
+    with silence():
+        (ours,) = torch.autograd.grad(self_attention(qkv, 2).float().square().sum(), qkv)
+    (torchs,) = torch.autograd.grad(self_attention(qkv, 2, backend="torch").float().square().sum(), qkv)
+    torch.testing.assert_close(ours, torchs, atol=0.1, rtol=0.1)
+
+
+def test_where_both_are_wrong_pytorch_serves(wrong_packed_gradient) -> None:
+    backend.register("attention", "triton", lambda q, *args, **options: q * 0.0)
+    with pytest.warns(UserWarning, match="SELF-TEST FAILED") as caught:
+        assert op_of(side_by_side(20)) == "torch"
+    assert len(caught) == 2
+
+
+def test_one_gradient_of_qkv_under_autocast_and_compiled() -> None:
+    """The dtype is autocast's, to which qkv is cast before the kernels; a traced call asks about the same variant."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op_of(side_by_side(20).detach().float().requires_grad_()) == PACKED
+    (name,) = self_test.known_outcomes(CPU)
+    assert "bfloat16" in name
+    compiled = torch.compile(lambda qkv: self_attention(qkv, 2), fullgraph=True, backend="aot_eager")
+    qkv = side_by_side(20)
+    assert torch.equal(compiled(qkv), self_attention(qkv, 2))
+    assert list(self_test.known_outcomes(CPU)) == [name]
+
+
+# ---- other faults ----
 
 
 def failing(out: Tensor) -> Tensor:
@@ -497,3 +588,19 @@ def test_the_doctor_lists_them(monkeypatch, make_wrong) -> None:
     assert any(line.startswith(never) for line in lines)
     lines = doctor.report(run_self_tests=True).splitlines()
     assert not any("never tried" in line for line in lines)
+
+
+def test_the_doctor_lists_one_gradient_of_qkv_and_tries_it(monkeypatch, tested) -> None:
+    def lines() -> list[str]:
+        return [
+            line for line in doctor.report().splitlines() if line.startswith("  self-test") and "one tensor" in line
+        ]
+
+    never = lines()
+    assert len(never) == 6 and all(line.startswith("  self-test never tried: attention, triton: ") for line in never)
+    (common, *_) = typical_calls("attention")
+    short = common._replace(Tq=20, Tk=20, D=16)
+    monkeypatch.setattr(backend, "typical_calls", lambda op: [short] if op == "attention" else [])
+    backend.self_test_typical_variants(CPU)
+    assert tested.count("attention") == 1
+    assert [line for line in lines() if line.startswith("  self-test passed: attention, triton: bfloat16, heads of 16")]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastgpt import ops
+from fastgpt.ops.compared_heads import separate
 from fastgpt.ops.variants import CALLS, FACTS, UNKNOWN, Attention, Draw, Norm, calls_of, small_call, typical_calls
 
 pytest.importorskip("triton")
@@ -120,6 +121,9 @@ def test_the_inputs_are_of_the_same_variant(op) -> None:
         tensors, options = call.inputs(Draw(CPU))
         for name in call.asked_for():
             tensors[name].requires_grad_()
+        if isinstance(call, Attention):
+            tensors, options["packed"] = separate(call, tensors), "n_head" in options
+            options.pop("n_head", None)
         with torch.autocast(
             "cpu", dtype=getattr(call, "autocast", None), enabled=bool(getattr(call, "autocast", None))
         ):
@@ -127,6 +131,7 @@ def test_the_inputs_are_of_the_same_variant(op) -> None:
         if isinstance(call, Norm):
             drawn = drawn._replace(read_as=call.read_as)
         assert drawn.variant(CPU) == call.variant(CPU)
+        options.pop("packed", None)
         ops.explain(op, **tensors, **options)  # they are arguments of the op
 
 
