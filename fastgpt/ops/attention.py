@@ -92,11 +92,16 @@ def self_attention(
     Where a gradient is needed and Triton's kernels run, they write the gradient of qkv itself, which is a variant with
     a self-test of its own. Otherwise autograd copies those of q, k and v into one tensor.
     """
-    q, k, v = split_heads(qkv, n_head)
     if torch.is_grad_enabled() and qkv.requires_grad:
+        dtype = autocast_dtype(qkv)
+        if dtype is not None and qkv.dtype != torch.float64:
+            qkv = qkv.to(dtype)
+        q, k, v = split_heads(qkv, n_head)
         options = {"is_causal": is_causal, "scale": None, "dropout_p": dropout_p, "seed": None, "packed": True}
         if choose("attention", backend, qkv.device.type, (q, k, v), options)[0] == "triton":
             return self_attention_on_triton(qkv, n_head, is_causal, None, dropout_p, None)
+    else:
+        q, k, v = split_heads(qkv, n_head)
     return attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p, backend=backend).transpose(1, 2).flatten(2)
 
 
@@ -317,9 +322,6 @@ _attention_packed = define_op(
 def self_attention_on_triton(
     qkv: Tensor, n_head: int, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
-    dtype = autocast_dtype(qkv)
-    if dtype is not None and qkv.dtype != torch.float64:
-        qkv = qkv.to(dtype)
     scale = 1.0 / math.sqrt(qkv.shape[2] // 3 // n_head) if scale is None else float(scale)
     key = seed_tensor(dropout_p, seed, qkv.device)
     refuse_forward_mode("attention", qkv)

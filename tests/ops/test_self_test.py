@@ -477,6 +477,14 @@ def test_compiled_attention_of_any_length_is_tested_in_each_kernel(tested) -> No
     assert len(tested) == 3 and "one tile" in names and "forward: tiles" in names and "descriptors" in names
 
 
+def test_under_autocast_the_self_test_is_of_the_dtype_that_runs(tested) -> None:
+    qkv = X.view(1, 3, 48).clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), silence():
+        assert self_attention(qkv, 1).dtype == torch.bfloat16
+    (name,) = self_test.known_outcomes(CPU)
+    assert name.startswith("attention, triton: bfloat16") and tested == ["attention"]
+
+
 def test_traced_with_fake_tensors_and_symbols(tested) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
