@@ -225,8 +225,13 @@ def set_cuda_plans(device: torch.device | str, plans: Iterable[tuple[int, int, i
     256|512, 2|4|8    in the shared memories of a cluster of so many blocks, from sm_90 on
 
     The plan changes the order of additions, and nothing else; each gives the same bits in every run. Raises
-    RuntimeError naming the plan for one that the device has no kernel, shared memory or clusters for: then none is set.
+    RuntimeError naming the plan for one that the device has no kernel, shared memory or clusters for, and ValueError
+    for one that is not five integers: then none is set.
     """
+    plans = list(plans)
+    for plan in plans:
+        if len(plan) != 5 or not all(type(number) is int for number in plan):
+            raise ValueError(f"plans: {plan}: expected (element_size, passes, most_classes, threads, blocks), integers")
     _set_plans(torch.empty(0, device=device), [number for plan in plans for number in plan])
 
 

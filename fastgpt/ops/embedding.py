@@ -104,13 +104,18 @@ def set_cuda_chunks(device: torch.device | str, chunks: Iterable[tuple[int, int,
     """
     chunks = list(chunks)
     for choice in chunks:
-        element_size, most_tokens, chunk = choice
-        if element_size not in (2, 4) or most_tokens < 1 or not 8 <= chunk <= 128 or chunk % 8:
+        if not _is_choice(*choice):
             raise ValueError(
                 f"chunks: {choice}: expected (element_size, most_tokens, chunk) with an element_size of 2 or 4, at "
                 "least 1 token, and a chunk that is a multiple of 8 up to 128"
             )
     _cuda_chunks[_with_index(device)] = chunks
+
+
+def _is_choice(element_size: Any = None, most_tokens: Any = None, chunk: Any = None, *more: Any) -> bool:
+    if more or not all(type(number) is int for number in (element_size, most_tokens, chunk)):
+        return False
+    return element_size in (2, 4) and most_tokens >= 1 and chunk in range(8, 129, 8)
 
 
 def cuda_chunk(device: torch.device | str, element_size: int, n_tokens: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 
 import numpy as np
@@ -303,3 +304,6 @@ def test_plans_are_for_cuda_devices() -> None:
         set_cuda_plans("cpu", [])
     with pytest.raises(NotImplementedError, match="cross_entropy_plan has no kernel for these tensors on cpu"):
         cuda_plan(torch.zeros(2, 3))
+    for plan in ((2, 2, 300, 128), (2, 2, 300, 128, 1, 1), (2, 2, 300, 128, 1.0)):
+        with pytest.raises(ValueError, match=rf"^plans: {re.escape(str(plan))}: expected"):
+            set_cuda_plans("cpu", [(2, 1, 300, 128, 0), plan])

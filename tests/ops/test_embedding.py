@@ -140,7 +140,17 @@ def test_chunks_of_cuda_devices() -> None:
         found = [cuda_chunk("cuda:1", size, n) for size, n in calls]
         assert found == [16, CUDA_CHUNK, CUDA_CHUNK, 64, CUDA_CHUNK, CUDA_CHUNK]
         assert cuda_chunk("cuda:0", 2, 1000) == CUDA_CHUNK, "choices are for one device"
-        for choice in ((3, 10, 32), (2, 0, 32), (2, 10, 20), (2, 10, 0), (2, 10, 256)):
+        for choice in (
+            (2, 10),
+            (2, 10, 32, 1),
+            (2, "10", 32),
+            (2, 10, 32.0),
+            (3, 10, 32),
+            (2, 0, 32),
+            (2, 10, 20),
+            (2, 10, 0),
+            (2, 10, 256),
+        ):
             with pytest.raises(ValueError, match=rf"chunks: {re.escape(str(choice))}: expected"):
                 set_cuda_chunks("cuda:1", [(2, 10, 32), choice])
         assert cuda_chunk("cuda:1", 2, 1000) == 16, "one that is refused changes nothing"
