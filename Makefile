@@ -60,10 +60,12 @@ gpu-check:
 		--out "$(OUT)" $(if $(STEP),--step $(STEP)) $(if $(DRY_RUN),--dry-run) $(if $(WHEELS),--wheels "$(WHEELS)") \
 		$(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(LECTURE),--lecture "$(LECTURE)") $(if $(DATA),--data "$(DATA)")
 
-# For a machine with a GPU: measures which launch configurations are the fastest there, and writes OUT/tuned.toml.
+# For a machine with a GPU: measures which launch configurations are the fastest there, and writes OUT/tuned.toml and
+# OUT/tuned_cuda.toml. Without OUT, it goes on with the sweep of gpu-check. DRY_RUN=1 rehearses a part without a GPU.
+gpu-tune: OUT = runs/gpu-check/tune
 gpu-tune:
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
-	$(PYTHON) -m fastgpt.benchmarks.gpu_tune --out $(OUT)
+	$(if $(DRY_RUN),,$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .)
+	$(if $(DRY_RUN),$(HERE),$(PYTHON)) -m fastgpt.benchmarks.gpu_tune --out "$(OUT)" $(if $(DRY_RUN),--dry-run --quick)
 
 # Renders the rows in OUT: tables and pictures into OUT/report, the tables alone into OUT/table.md.
 report:

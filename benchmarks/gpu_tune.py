@@ -1,6 +1,6 @@
 """`make gpu-tune`: measure which launch configuration of each kernel is the fastest on this GPU, and write the tables.
 
-    make gpu-tune OUT=dir           under 8 minutes on an H100 with 16 cores; no network
+    make gpu-tune OUT=dir           after 8 minutes it begins with no further kernel; no network
     python -m fastgpt.benchmarks.gpu_tune --out DIR [--jobs N] [--kernels NAME ...] [--time-limit S] [--dry-run]
 
 For each subject (gpu_tune_subjects.py), the most valuable one first:
@@ -281,10 +281,17 @@ def origin_of(timer: Timer) -> dict[str, Any]:
 
 def write_tables(out: Path, entries: Sequence[tuned.Entry], origin: dict[str, Any]) -> None:
     for name in TABLES:
-        head = f"# Written by gpu_tune on {origin['device']}. fastgpt/triton_kernels/{name} explains the keys.\n"
         rows = [e.row() for e in entries if tuned.KERNELS[e.kernel].of_csrc == (name == TABLES[1])]
+        head = [f"# Written by gpu_tune on {origin['device']}.", *explanation_of_keys(name), ""]
         with atomic_path(out / name) as temporary:
-            temporary.write_text("\n".join([head, *map(_toml, rows)]), encoding="utf-8")
+            temporary.write_text("\n".join([*head, *map(_toml, rows)]), encoding="utf-8")
+
+
+def explanation_of_keys(name: str) -> list[str]:
+    """The comments of the package's own table, from its first empty one on: a table that replaces it keeps them."""
+    lines = tuned.DEFAULT.with_name(name).read_text(encoding="utf-8").splitlines()
+    comments = [line for line in lines if line.startswith("#")]
+    return comments[comments.index("#") :]
 
 
 def _toml(row: dict[str, Any]) -> str:
@@ -389,17 +396,21 @@ def _summary(subject: Subject, log: Log) -> str:
     counts = {kind: sum(row["outcome"] == kind for row in rows) for kind in ("dropped", "wrong", "timed", "begun")}
     best = max((row["ratio"] for row in rows if row["outcome"] == "timed"), default=None)
     of_all = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
-    return f"{subject.name}: {of_all}; " + (f"the fastest is {best:.3f}x the default" if best else "none was timed")
+    return f"{subject.name}: {of_all}; " + (
+        f"the fastest is {best:.3f} times as fast as the default" if best else "none was timed"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="a folder for tune.jsonl and tuned.toml")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a folder for tune.jsonl, tuned.toml and tuned_cuda.toml"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--kernels", nargs="+", default=[], choices=sorted(tuned.KERNELS), help="only these")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="seconds after which nothing is begun")
     parser.add_argument("--dry-run", action="store_true", help="rehearse without a GPU; the times are made up")
-    parser.add_argument("--quick", action="store_true", help="one subject and two candidates of each kernel")
+    parser.add_argument("--quick", action="store_true", help="of each kernel one kind of call and two candidates")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")

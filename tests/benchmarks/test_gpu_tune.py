@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -66,8 +67,20 @@ def test_an_entry_is_written_only_for_a_gain_above_the_noise(tmp_path):
     gpu_tune.write_tables(tmp_path, [entry, plan], ORIGIN)
     assert tuned.read(tmp_path / "tuned.toml").entries == {entry.key: entry}
     assert tuned.read(tmp_path / "tuned_cuda.toml").entries == {plan.key: plan}
+    # A table that is copied over the package's own goes on explaining the keys.
+    package = tuned.DEFAULT.parent
+    for name in gpu_tune.TABLES:
+        explained = gpu_tune.explanation_of_keys(name)
+        assert any(line.startswith("#   [[entry]]") for line in explained) and "no entry yet" not in "".join(explained)
+        assert "\n".join(explained) in (tmp_path / name).read_text(encoding="utf-8")
+        assert "\n".join(explained) in (package / name).read_text(encoding="utf-8")
     gpu_tune.write_tables(tmp_path, [], ORIGIN)
     assert tuned.read(*(tmp_path / name for name in gpu_tune.TABLES)).entries == {}
+
+
+@pytest.mark.parametrize("value", ['a "quoted" \\ text', "Größe", 0.1, 1e-7, 123456789, True])
+def test_values_are_written_as_toml_reads_them(value):
+    assert tomllib.loads(gpu_tune._toml({"key": value})) == {"entry": [{"key": value}]}
 
 
 def test_the_log_goes_on_where_it_was_and_forgets_what_another_machine_or_commit_measured(tmp_path):
