@@ -3,7 +3,7 @@
     make gpu-check OUT=dir                 all four steps; STEP=1 .. 4 takes one
     make gpu-check OUT=dir DRY_RUN=1       rehearses them here, as far as that goes without a GPU
 
-    step 1   parity of every kernel on the device, and compute-sanitizer
+    step 1   the tests of every kernel on the device, compute-sanitizer, and the parity report
     step 2   the sweep of launch configurations, whose tables steps 3 and 4 use
     step 3   the benchmarks: ops against their peers, training steps, a training run, generation
     step 4   five kernels under Nsight Compute

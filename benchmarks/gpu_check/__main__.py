@@ -22,10 +22,18 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, choices=steps.STEPS, help="default: all of them, one after the other")
     parser.add_argument("--dry-run", action="store_true", help="rehearse without a GPU, into DIR/rehearsal")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="install the wheels in this folder first")
-    parser.add_argument("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT, to compare with")
-    parser.add_argument("--lecture", metavar="FILE", help="gpt.py of karpathy/ng-video-lecture, to compare with")
-    parser.add_argument("--data", metavar="FILE", help="tinyshakespeare.txt, to train on")
+    there = {"type": existing}  # what is missing is said now, and not minutes later
+    parser.add_argument("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT, to compare with", **there)
+    parser.add_argument("--lecture", metavar="FILE", help="gpt.py of karpathy/ng-video-lecture, the same", **there)
+    parser.add_argument("--data", metavar="FILE", help="tinyshakespeare.txt, to train on", **there)
     return parser.parse_args(argv)
+
+
+def existing(path: str) -> Path:
+    """`path`, absolute, because commands run in the sources' folder. ArgumentTypeError where nothing is there."""
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"{path}: there is no such file or folder")
+    return Path(path).resolve()
 
 
 def source_digest() -> str:
@@ -68,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run and data is None:
         data = out / "tinyshakespeare.txt"
         data.write_text("To be, or not to be: that is the question.\n" * 100, encoding="utf-8")
-    given = [value and str(Path(value).resolve()) for value in (options.nanogpt, options.lecture, data)]
+    given = [value and str(value) for value in (options.nanogpt, options.lecture, data)]
     plan = steps.plan_for(out, options.dry_run, *given)
     facts = machine.facts(torch.device("cpu" if options.dry_run else "cuda"))
     if options.dry_run:

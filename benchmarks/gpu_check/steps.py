@@ -229,8 +229,10 @@ def step_3(plan: Plan) -> list[list[Task]]:
     for name, limit_s in BENCHMARKS.items():
         reason = why_not
         if name == "recipe":
-            no_text = "no text was given: DATA=.../tinyshakespeare.txt"
-            reason = why_not or lacking("tomli_w", "tqdm", "safetensors") or (None if plan.data else no_text)
+            text = None if plan.data else "no text was given: DATA=.../tinyshakespeare.txt"
+            if plan.data and Path(plan.data).stem != "tinyshakespeare":  # the benchmark would be skipped
+                text = f"{plan.data}: the text has to be in a file called tinyshakespeare.txt"
+            reason = why_not or lacking("tomli_w", "tqdm", "safetensors") or text
         raw = f"--benchmark-json={plan.out / f'bench_{name}.json'}"
         command = (*_suite(plan, name), raw)
         stages += [[Task(f"bench {name}", command, limit_s, reason, plan.tuned, may_be_cut=True, reader=bench_outcome)]]

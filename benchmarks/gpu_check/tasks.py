@@ -198,4 +198,8 @@ def collected(printed: str) -> dict[str, Any]:
     selected = (
         int(counts[-1]) if counts else sum(int(n) for n in re.findall(r"^\S+\.py: (\d+)$", printed, re.MULTILINE))
     )
-    return {"selected": selected} if selected else {"result": "failed", "reason": "it selects no test"}
+    return (
+        {"selected": selected, "outcome": f"{selected} selected"}
+        if selected
+        else {"result": "failed", "reason": "it selects no test"}
+    )

@@ -157,8 +157,8 @@ def test_what_pytest_says_is_read():
             "absent from attention: flash-attn, it has no flash_attn_func",
         ],
     }
-    assert tasks.collected("tests/test_x.py: 3\ntests/a/test_y.py: 2\n") == {"selected": 5}
-    assert tasks.collected("3/7 tests collected (4 deselected) in 0.1s") == {"selected": 3}
+    assert tasks.collected("tests/test_x.py: 3\ntests/a/test_y.py: 2\n") == {"selected": 5, "outcome": "5 selected"}
+    assert tasks.collected("3/7 tests collected (4 deselected) in 0.1s")["selected"] == 3
     assert tasks.collected("no tests collected (7 deselected)")["result"] == "failed"
 
 
@@ -188,6 +188,13 @@ def test_missing_packages_are_one_line_that_says_where_wheels_go(monkeypatch):
         "tomli-w and pytest-xdist are not installed"
     )
     assert packages.lacking("pytest") is None
+
+
+@pytest.mark.parametrize("option", ["nanogpt", "lecture", "data"])
+def test_what_is_brought_along_has_to_be_there(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--out", str(tmp_path), "--dry-run", f"--{option}", "nowhere"])
+    assert stopped.value.code == 2 and "nowhere: there is no such file or folder" in capsys.readouterr().err
 
 
 def test_wheels_that_cannot_be_installed_are_an_error_in_one_line(tmp_path, capsys):

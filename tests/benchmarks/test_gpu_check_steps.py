@@ -120,6 +120,20 @@ def test_the_benchmarks_are_there_and_get_the_tuned_table(plan):
         assert f"--rows={plan.out / 'a-gpu.jsonl'}" in task.command and "--device=cuda" in task.command
 
 
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, "no text was given"),
+        ("input.txt", "input.txt: the text has to be in a file called tinyshakespeare.txt"),
+        ("folder/tinyshakespeare.txt", None),
+    ],
+)
+def test_the_training_run_needs_a_text_of_this_name(plan, monkeypatch, data, reason):
+    monkeypatch.setattr(steps, "lacking", lambda *modules: None)
+    ((task,),) = [stage for stage in steps.step_3(dataclasses.replace(plan, data=data)) if "recipe" in stage[0].name]
+    assert task.why_not is reason or task.why_not.startswith(reason)
+
+
 def test_a_rehearsal_writes_no_row_of_a_device(tmp_path):
     rehearsed = steps.Plan(tmp_path, rehearsal=True, device_slug="a-cpu", cores=2)
     ((task,),) = steps.step_3(rehearsed)
