@@ -52,6 +52,8 @@ def report(run_self_tests: bool = False) -> str:
         f"backend asked for: {requested()}",
         _tuned_table(),
     ]
+    if run_self_tests and auto.type not in self_test.SELF_TESTED:
+        lines.append("--self-test: has nothing to do, because there is no CUDA device here")
     for device in dict.fromkeys(("cpu", auto.type)):
         found = _ops(device) + _backends(device) + (_matrix_products() if device == "cpu" else [])
         found += _self_tests(device, run_self_tests)
@@ -79,7 +81,8 @@ def _cuda_graph(device: torch.device) -> str:
             reason = graph.try_out(device)
         except Exception as error:  # a driver or a compiler may raise anything
             reason = words(error)
-    return "a small model's training steps are the eager ones" if reason is None else f"does not work here: {reason}"
+    works = "works: for a small model it gave what training without it gives"
+    return works if reason is None else f"does not work here: {reason}"
 
 
 def _tuned_table() -> str:

@@ -58,7 +58,7 @@ def test_a_gpu_with_bfloat16(elsewhere):
 def test_whether_training_by_a_graph_works(elsewhere, monkeypatch):
     elsewhere(cuda=True, capability=(9, 0))
     for answer, said in (
-        (lambda device: None, "a small model's training steps are the eager ones"),
+        (lambda device: None, "works: for a small model it gave what training without it gives"),
         (lambda device: "the loss differs", "does not work here: the loss differs"),
         (lambda device: int("no number"), "does not work here: invalid literal for int() with base 10: 'no number'"),
     ):
@@ -97,6 +97,8 @@ def test_a_machine_without_a_gpu(elsewhere):
     assert "\nGPU: none that this PyTorch can use\n--device auto: cpu\n--dtype auto: float32 (" in text
     assert "matrix products: by PyTorch's library, because the native backend does not work here" in text
     assert "\nOn cpu:\n" in text and "\nOn cuda:\n" not in text and "\nOn mps:\n" not in text
+    nothing = "\n--self-test: has nothing to do, because there is no CUDA device here\n"
+    assert nothing in doctor.report(run_self_tests=True) and nothing not in text
 
 
 @pytest.mark.parametrize("maker", ["amd", "intel", "other"])
