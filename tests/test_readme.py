@@ -265,7 +265,7 @@ DECIMALS = {  # the only ones in the words of a document, and what each is
     },
     "backends.md": {"8.0": "compute capability"},
     "benchmarks.md": {},
-    "gpu.md": {"8.0": "compute capability", "3.11": "Python"},
+    "gpu.md": {"8.0": "compute capability", "3.11": "Python", "3.12": "Python", "2.11": "torch", "3.6": "triton"},
 }
 
 
