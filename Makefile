@@ -62,7 +62,7 @@ gpu-check:
 
 # For a machine with a GPU: measures which launch configurations are the fastest there, and writes OUT/tuned.toml and
 # OUT/tuned_cuda.toml. Without OUT, it goes on with the sweep of gpu-check. DRY_RUN=1 rehearses a part without a GPU.
-gpu-tune: OUT = runs/gpu-check/tune
+gpu-tune: OUT = runs/gpu-check/$(if $(DRY_RUN),rehearsal/)tune
 gpu-tune:
 	$(if $(DRY_RUN),,$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .)
 	$(if $(DRY_RUN),$(HERE),$(PYTHON)) -m fastgpt.benchmarks.gpu_tune --out "$(OUT)" $(if $(DRY_RUN),--dry-run --quick)

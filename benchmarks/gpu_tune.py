@@ -55,7 +55,6 @@ COPIES = 3  # of the inputs, taken in turn, so that none of them is found in the
 LAUNCHES = 6  # in a CUDA graph
 REPEATS = 3  # of a result that has to have the same bits
 TABLES = ("tuned.toml", "tuned_cuda.toml")
-DRY_RUN = "none: a dry run, whose times are made up"
 
 
 # --- 1. compile -------------------------------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ def origin_of(timer: Timer) -> dict[str, Any]:
     """What a table says about where its times come from."""
     facts = machine.facts(torch.device(timer.device))
     if not timer.full:
-        facts |= {"device": DRY_RUN, "driver": "none"}
+        facts |= {"device": tuned.MADE_UP, "driver": "none"}
     wanted = ("device", "driver", "torch", "triton", "date", "commit")
     return {key: str(facts[key] or "unknown") for key in wanted}
 

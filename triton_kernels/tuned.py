@@ -22,6 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 
 DEFAULT = Path(__file__).with_name("tuned.toml")
 VARIABLE = "FASTGPT_TUNED"
+MADE_UP = "none: a dry run, whose times are made up"  # the device of an entry that a rehearsal of the sweep wrote
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, "Compute
 # Capabilities", the maximum for a thread block).
@@ -277,7 +278,10 @@ def table() -> Table:
     """The table that this process uses, read at the first call."""
     global _in_use
     if _in_use is None:
-        _in_use = read(*named_files())
+        found = read(*named_files())
+        if any(entry.facts["device"] == MADE_UP for entry in found.entries.values()):
+            raise TableError(f"{found.files[0]}: a rehearsal wrote this table, and its times are made up; name another")
+        _in_use = found
     return _in_use
 
 

@@ -68,7 +68,7 @@ def test_every_kernel_of_a_table_has_a_row_here():
 def test_the_committed_tables_can_be_read_and_name_a_device_that_was_measured():
     table = read(*tuned.named_files())
     assert tuned.DEFAULT in table.files
-    assert not [e for e in table.entries.values() if "dry run" in e.facts["device"]]
+    assert not [e for e in table.entries.values() if e.facts["device"] == tuned.MADE_UP]
 
 
 REFUSED = {
@@ -194,6 +194,15 @@ layer_norm.forward_config(100, 90)
     code = "import torch; from fastgpt import ops; print(ops.explain('layer_norm', torch.ones(2), torch.ones(2)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert f"{file}: entry 1 (of no kernel): arch: expected one of 80" in done.stdout, done.stderr
+
+
+def test_the_table_of_a_rehearsal_is_not_followed(tmp_path, monkeypatch):
+    file = write(tmp_path / "tuned.toml", row("layer_norm.forward"), row("layer_norm.backward", device=tuned.MADE_UP))
+    monkeypatch.setenv("FASTGPT_TUNED", str(file))
+    monkeypatch.setattr(tuned, "_in_use", None)
+    with pytest.raises(TableError, match=r"tuned.toml: a rehearsal wrote this table, and its times are made up"):
+        tuned.table()
+    assert "cannot be used: " in tuned.describe(90)
 
 
 def test_the_description_says_what_is_in_use(monkeypatch, tmp_path):
