@@ -268,7 +268,7 @@ def test_the_model_takes_the_kernels_and_compiles():
     torch.testing.assert_close(eager, compiled, atol=1e-2, rtol=1e-2)
 
 
-def test_the_kernels_pass_the_self_tests_of_common_calls():
+def test_triton_and_native_kernels_pass_the_self_tests_of_common_calls():
     """What stands between a kernel and its first use by `auto`: a false alarm would leave PyTorch to serve."""
     device = torch.device("cuda", torch.cuda.current_device())
     self_test_typical_variants(device)

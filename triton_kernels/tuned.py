@@ -290,8 +290,8 @@ def use(replacement: Table) -> Iterator[None]:
     """Within the context, every kernel is launched as `replacement` says; an empty Table() means by the defaults."""
     global _in_use
     before = _in_use
-    _replace(replacement)
     try:
+        _replace(replacement)  # raises where the chip refuses a plan
         yield
     finally:
         _replace(before)

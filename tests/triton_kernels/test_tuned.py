@@ -231,6 +231,19 @@ def test_an_entry_serves_its_bucket_and_no_other_call():
     assert configs.forward_config(*forward) == default and configs.forward_programs(*forward) == 2
 
 
+def test_a_table_that_a_chip_refuses_does_not_stay(monkeypatch):
+    refused, before = table_of(row("attention.forward")), tuned.table()
+
+    def follow():
+        if tuned.table() is refused:
+            raise RuntimeError("this device has no such clusters")
+
+    monkeypatch.setattr(tuned, "_followers", [follow])
+    with pytest.raises(RuntimeError, match="no such clusters"), tuned.use(refused):
+        pass
+    assert tuned.table() is before
+
+
 def test_every_choice_reaches_its_configuration():
     calls = {
         "attention.forward": (configs.forward_config, configs.forward_programs, (64, 2, 1000, True, False, 90)),
