@@ -11,6 +11,7 @@ from typing import Any
 
 from fastgpt import machine
 from fastgpt.benchmarks.harness.suite import REHEARSAL
+from fastgpt.files import FileError
 
 from . import packages, steps, summary
 from .tasks import Book, run_stages
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)  # as a time limit sends it
     try:
         return run(options_of(argv))
-    except (packages.WheelError, OSError) as error:
+    except (packages.WheelError, FileError, OSError) as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 1
 

@@ -208,6 +208,17 @@ def test_wheels_that_cannot_be_installed_are_an_error_in_one_line(tmp_path, caps
     assert f"WHEELS={tmp_path}: pip cannot install them" in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_is_an_error_in_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert command.main(["--out", str(tmp_path / "file" / "below"), "--dry-run"]) == 1
+    (tmp_path / "rehearsal" / "summary.md").mkdir(parents=True)
+    monkeypatch.setattr(command.steps, "STEPS", {})
+    assert command.main(["--out", str(tmp_path), "--dry-run"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("gpu_check: ") and "below" in first
+    assert second.startswith("gpu_check: ") and "summary.md" in second
+
+
 # --- Nsight Compute ---------------------------------------------------------------------------------------------------
 
 NAMES = ["ID", "Kernel Name", "dram__bytes.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed"]
