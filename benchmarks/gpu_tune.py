@@ -33,7 +33,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -309,7 +309,7 @@ Compiling = tuple[Choices | None, Future]  # None for the default
 def tune(
     subjects: Sequence[Subject], timer: Timer, log: Log, out: Path, jobs: int, deadline: float, most: int | None
 ) -> bool:
-    """Whether the default's results were right for every subject that was begun before the deadline."""
+    """Whether every subject that was begun before the deadline could be tuned, and the default's results were right."""
     spawn = multiprocessing.get_context("spawn")
     compiling = (timer.arch, timer.n_multiprocessors)
     right = True
@@ -329,7 +329,13 @@ def tune(
             if time.monotonic() > deadline:
                 print(f"{subject.name}: not begun, the time is used up; the same command goes on", flush=True)
                 continue
-            right &= _tune_subject(subject, timer, log, candidates)
+            try:
+                right &= _tune_subject(subject, timer, log, candidates)
+            except Exception as error:  # no memory for the formula, say: the other subjects go on
+                if timer.full:
+                    torch.cuda.synchronize()  # raises where this process can use the GPU no longer
+                print(f"{subject.name}: not tuned: {_first_line(error)}", flush=True)
+                right = False
             write_tables(out, log.entries(subjects, timer.arch), log.origin)
         pool.shutdown(cancel_futures=True)
     return right
@@ -357,6 +363,8 @@ def _fitting(
     """The candidates that the chip has room for, each with the figures of its machine code."""
     for choices, code in candidates:
         error = code.exception()
+        if isinstance(error, BrokenExecutor):  # a process of the pool has died, whose candidate is not known
+            raise error
         if choices is None:
             continue
         if error is not None:

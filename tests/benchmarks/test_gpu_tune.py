@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import BrokenExecutor, Future
 
 import pytest
 import torch
@@ -146,6 +147,35 @@ def test_a_candidate_whose_launch_raises_is_wrong_and_the_others_go_on(tmp_path)
     assert list(gpu_tune._right(NORM, log, [(ONE, CODE), (TWO, CODE)], Check())) == [(TWO, CODE)]
     rows = {row["outcome"]: row for row in log.rows.values()}
     assert rows["wrong"]["why"] == "TypeError: a launcher of Triton" and rows["right"]["choices"] == TWO
+
+
+def test_a_dead_compiler_neither_ends_the_sweep_nor_drops_candidates(tmp_path, monkeypatch, capsys):
+    """A process that compiles is killed, by a lack of memory say: what it compiled, and all that waited, has failed."""
+
+    class Pool:
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, *args):
+            future = Future()
+            future.set_exception(BrokenExecutor("a process was terminated abruptly"))
+            return future
+
+        def shutdown(self, cancel_futures):
+            pass
+
+    monkeypatch.setattr(gpu_tune, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(gpu_tune, "unavailable", lambda backend, device: None)
+    log = gpu_tune.Log(tmp_path / "tune.jsonl", ORIGIN)
+    subjects = subjects_for(90, ["layer_norm.forward"])[:2]
+    assert not gpu_tune.tune(subjects, gpu_tune.MadeUpTimer(), log, tmp_path, 1, float("inf"), 2)
+    assert log.rows == {} and capsys.readouterr().out.count("not tuned: BrokenExecutor: a process was term") == 2
 
 
 def test_bad_use_is_refused(tmp_path, capsys, monkeypatch):
