@@ -1,5 +1,6 @@
 """The ops FastGPT is made of. Each has one file, one formula in `reference.py`, and one or more backends."""
 
+from . import attention_cached as _attention_cached  # noqa: F401  -- its self-test is registered
 from . import linear as _linear  # noqa: F401  -- its op is registered, so that exported programs find it
 from . import native as _native  # noqa: F401  -- the test whether the extension runs here is registered
 from .attention import attention as attention

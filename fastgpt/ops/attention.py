@@ -97,7 +97,7 @@ def self_attention(
         if dtype is not None and qkv.dtype != torch.float64:
             qkv = qkv.to(dtype)
         q, k, v = split_heads(qkv, n_head)
-        options = {"is_causal": is_causal, "scale": None, "dropout_p": dropout_p, "seed": None, "packed": True}
+        options = {"is_causal": is_causal, "dropout_p": dropout_p, "route": "self_attention"}
         if choose("attention", backend, qkv.device.type, (q, k, v), options)[0] == "triton":
             return self_attention_on_triton(qkv, n_head, is_causal, None, dropout_p, None)
     else:
@@ -349,4 +349,4 @@ def _triton_unproved(q: Tensor, *rest: Any, **options: Any) -> str | None:
 
 register("attention", "torch", attention_on_torch)
 register("attention", "triton", attention_on_triton, _triton_serves, _triton_unproved)
-register("self_attention", "triton", self_attention_on_triton)  # chosen as "attention"; this is for the self-test
+register("self_attention", "triton", self_attention_on_triton)  # "attention" is what is chosen; this is its self-test's

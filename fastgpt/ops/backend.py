@@ -222,7 +222,7 @@ def _verdict(op: str, backend: str, device: torch.device, facts: tuple) -> str |
         return _UNTRIED
 
     def run_of(call: Call) -> Callable[..., Any]:
-        return _registry[getattr(call, "implementation", op), backend].run
+        return _registry[getattr(call, "route", op), backend].run
 
     reason = self_test.why_not(op, backend, run_of, device, facts)
     if reason is not None:

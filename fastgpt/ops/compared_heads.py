@@ -25,7 +25,15 @@ def chosen(call: Attention) -> list[tuple[int, int]]:
 
 
 def separate(call: Attention, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a call and their gradients as (B, H, T, D), by name; those of qkv are three."""
+    """Tensors of a call and their gradients as (B, H, T, D), by name; those of qkv are three.
+
+    k and v are all that q sees: of a cache, what it holds, and behind this the new ones, which are appended twice.
+    """
+    if "keys" in values:
+        caches = {"k": values["keys"], "v": values["values"]}
+        for name, cache in caches.items():
+            caches[name] = torch.cat([cache[:, :, : int(values["length"])], values[name], values[name]], dim=2)
+        return {name: values[name] for name in ("q", "out")} | caches
     if not call.packed:
         return values
     found: dict[str, Tensor] = {}
@@ -72,6 +80,7 @@ def results_of_heads(
     `upstream` is the gradient of the call's output. The function gets each of its inputs through `convert`.
     """
     inputs = heads_of(call, arguments | {"out": upstream})
+    call = call._replace(Tk=inputs["k"].shape[2])  # of a cache, as many as it holds
     asked = [name for name in "qkv" if call.packed or name in call.asked_for()]
     wanted = {"out": inputs["out"]} | {f"d {name}": inputs[name] for name in asked}
     results = {name: torch.zeros_like(like, dtype=torch.float64) for name, like in wanted.items()}

@@ -88,14 +88,15 @@ def _chip(device: torch.device) -> tuple[int, int]:
 # ---- attention ----
 
 
-def attention_facts(q, k, v, is_causal=True, scale=None, dropout_p=0.0, seed=None, packed=False) -> tuple:
+def attention_facts(q, k, v, is_causal=True, scale=None, dropout_p=0.0, seed=None, route="attention") -> tuple:
     B, H, Tq, D = q.shape
     _, Hkv, Tk, _ = k.shape
     layout: Any = None  # a tensor that is being traced has no address
     if has_address(q):
         layout = q.stride(), k.stride(), v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16
-    dtype = autocast_dtype(q) or q.dtype  # `self_attention` asks before it casts
-    return dtype, B, H, Hkv, Tq, Tk, D, is_causal, dropout_p > 0.0, layout, _asked(q, k, v), packed
+    dtype = autocast_dtype(q) or q.dtype  # `explain` is asked before the op casts
+    asked = () if route == "attention_cached" else _asked(q, k, v)
+    return dtype, B, H, Hkv, Tq, Tk, D, is_causal, dropout_p > 0.0, layout, asked, route
 
 
 class Attention(NamedTuple):
@@ -110,14 +111,16 @@ class Attention(NamedTuple):
     dropout: bool
     layout: tuple | None
     asked: Asked
-    packed: bool = False  # q, k and v lie side by side in one tensor, qkv, whose gradient is written as one tensor
+    # The function that calls the kernels. "self_attention": q, k and v lie side by side in one tensor, qkv, and so do
+    # their gradients. "attention_cached": k and v are caches, to which the keys and values of q are appended.
+    route: str = "attention"
 
     def asked_for(self) -> list[str]:
         return ["qkv"] if self.packed else _where(self.asked, "q", "k", "v")
 
     @property
-    def implementation(self) -> str:
-        return "self_attention" if self.packed else "attention"
+    def packed(self) -> bool:
+        return self.route == "self_attention"
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -152,6 +155,7 @@ class Attention(NamedTuple):
             self.Tq % 16 == 0 and self.Tk % 16 == 0 and "lengths in sixteens",
             f"forward: {forward}",
             f"backward: {backward}" if self.asked else False,
+            self.route == "attention_cached" and "a cache whose length is on the device",
             "gradient of qkv in one tensor" if self.packed else _gradients(self),
         )
 
@@ -179,8 +183,14 @@ class Attention(NamedTuple):
         if self.packed:
             qkv = draw.normal(self.B, self.Tq, 3 * self.H * self.D + pad, dtype=self.dtype)[..., pad:]
             return {"qkv": qkv}, options | {"n_head": self.H}
-        q, k, v = heads(self.H, self.Tq), heads(self.Hkv, self.Tk), heads(self.Hkv, self.Tk)
-        return {"q": q, "k": k, "v": v}, options
+        q, n_new = heads(self.H, self.Tq), self.Tk
+        if self.route == "attention_cached":
+            n_new, capacity = self.Tq, max(self.Tk, 2 * self.Tq)  # the new ones are appended twice
+            length = torch.tensor((capacity - 2 * self.Tq) * 3 // 4, device=draw.device)
+            caches = {"keys": heads(self.Hkv, capacity), "values": heads(self.Hkv, capacity), "length": length}
+        else:
+            caches = {}
+        return {"q": q, "k": heads(self.Hkv, n_new), "v": heads(self.Hkv, n_new), **caches}, options
 
 
 # ---- layer_norm, add_layer_norm ----
@@ -444,12 +454,13 @@ def typical_calls(op: str) -> list[Call]:
     if op == "attention":
         step = Attention(half, 8, 12, 12, 64, 64, 64, True, False, None, everything[:3])
         steps = [
-            step._replace(Tq=T, Tk=T, dropout=dropout, packed=packed)
-            for packed in (True, False)  # a model takes the packed ones, and a caller of the op the others
+            step._replace(Tq=T, Tk=T, dropout=dropout, route=route)
+            for route in ("self_attention", "attention")  # that of a model, and that of who calls the op
             for T in (64, 256, 1024)
             for dropout in (False, True)
         ]
-        return [*steps, step._replace(Tq=1, Tk=600, asked=())]
+        token = step._replace(Tq=1, Tk=600, asked=())
+        return [*steps, token, token._replace(Tk=1024, route="attention_cached")]
     if op == "layer_norm":
         return [
             Norm(dtype, None, dtype, 768, 8192, True, False, None, None, (True, False, True, True))

@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 ALL = (True, True, True)
 
 
-def call_of(B, H, Hkv, Tq, Tk, D=8, *, is_causal=True, dropout=False, asked=ALL, packed=False) -> Attention:
-    return Attention(torch.float32, B, H, Hkv, Tq, Tk, D, is_causal, dropout, None, asked, packed)
+def call_of(B, H, Hkv, Tq, Tk, D=8, *, is_causal=True, dropout=False, asked=ALL, route="attention") -> Attention:
+    return Attention(torch.float32, B, H, Hkv, Tq, Tk, D, is_causal, dropout, None, asked, route)
 
 
 CALLS = {
@@ -33,7 +33,9 @@ CALLS = {
     "every key is seen": call_of(2, 3, 3, 10, 12, is_causal=False, dropout=True),
     "forward alone": call_of(2, 3, 3, 1, 40, asked=()),
     "the gradient of k": call_of(2, 3, 3, 8, 8, asked=(False, True, False)),
-    "side by side": call_of(2, 4, 4, 13, 13, dropout=True, packed=True),
+    "side by side": call_of(2, 4, 4, 13, 13, dropout=True, route="self_attention"),
+    "a cache": call_of(2, 4, 2, 3, 40, asked=(), route="attention_cached"),
+    "a small cache": call_of(2, 2, 2, 4, 5, asked=(), route="attention_cached"),
 }
 
 
@@ -46,17 +48,19 @@ def test_they_have_the_values_of_the_whole_call(name, most_scores, monkeypatch) 
     upstream = Draw(CPU).normal(*call.output_shape, dtype=call.dtype)
     found = results_of_heads(reference.attention, call, tensors, options, upstream, exact)
 
-    doubled = {which: exact(tensor) for which, tensor in separate(call, tensors).items()}
+    separated = separate(call, tensors | {"out": upstream})
+    grad = exact(separated.pop("out"))
+    doubled = {which: exact(tensor) for which, tensor in separated.items()}
     options.pop("n_head", None)
     asked = [which for which, is_asked in zip("qkv", call.asked or (False,) * 3, strict=True) if is_asked]
-    grad = separate(call, {"out": exact(upstream)})["out"]
     whole = outputs_and_gradients(reference.attention, doubled, options, asked, lambda out: grad)
-    expected = heads_of(call._replace(packed=False), whole)
+    expected = heads_of(call._replace(route="attention"), whole)
     assert found.keys() == expected.keys() == {"out", *(f"d {which}" for which in asked)}
     for which, value in expected.items():
         assert found[which].shape == value.shape and max_error(found[which], value) < 1e-13
     if most_scores == 30 and 1 < call.Tq <= call.Tk:
-        assert len(list(pieces(call))) > len(chosen(call)) * call.H // call.Hkv
+        n_pieces = len(list(pieces(call._replace(Tk=doubled["k"].shape[2]))))
+        assert n_pieces > len(chosen(call)) * call.H // call.Hkv
 
 
 def test_which_heads() -> None:

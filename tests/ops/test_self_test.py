@@ -24,6 +24,7 @@ from torch import Tensor
 from fastgpt import doctor, ops
 from fastgpt.ops import backend, kept_outcomes, self_test
 from fastgpt.ops.attention import self_attention
+from fastgpt.ops.attention_cached import attention_cached_
 from fastgpt.ops.variants import LinearCrossEntropy, typical_calls
 
 pytest.importorskip("triton")
@@ -266,6 +267,47 @@ def test_one_gradient_of_qkv_under_autocast_and_compiled() -> None:
     qkv = side_by_side(20)
     assert torch.equal(compiled(qkv), self_attention(qkv, 2))
     assert list(self_test.known_outcomes(CPU)) == [name]
+
+
+# ---- a cache whose length is on the device, as generation in a CUDA graph calls attention ----
+
+
+def appended(length: int = 5) -> Tensor:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 1, 16, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 1, 2, 40, 16, dtype=torch.bfloat16)
+    return attention_cached_(q, k, v, keys, values, torch.tensor(length))
+
+
+WRONG_CACHES = {
+    "appended one row too far": (
+        "key_head, k_head_stride), n_keys, k_stride)",
+        "key_head, k_head_stride), n_keys + 1, k_stride)",
+    ),
+    "the new keys are not seen": ("new_seen = (new < n_new)", "new_seen = (new < 0 * n_new)"),
+}
+
+
+def test_attention_of_a_cache_is_a_variant(tested) -> None:
+    with silence():
+        ours, again = appended(), appended(6)
+    assert tested == ["attention"] and not torch.equal(ours, again)
+    ((name, outcome),) = self_test.known_outcomes(CPU).items()
+    assert name.endswith("a cache whose length is on the device, forward alone") and outcome.passed
+    with backend.use_backend("torch"):
+        torch.testing.assert_close(ours, appended(), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("how", WRONG_CACHES)
+def test_a_wrong_kernel_of_the_cache(how, monkeypatch, tmp_path) -> None:
+    import fastgpt.triton_kernels as package
+    from fastgpt.triton_kernels import attention_cached
+
+    monkeypatch.setattr(package, "attention_cached", with_a_wrong_line(attention_cached, tmp_path, *WRONG_CACHES[how]))
+    with pytest.warns(UserWarning, match="a cache whose length is on the device(.|\\n)*out: error"):
+        ours = appended()
+    with backend.use_backend("torch"):
+        assert torch.equal(ours, appended())
 
 
 # ---- other faults ----

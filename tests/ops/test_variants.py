@@ -122,8 +122,11 @@ def test_the_inputs_are_of_the_same_variant(op) -> None:
         for name in call.asked_for():
             tensors[name].requires_grad_()
         if isinstance(call, Attention):
-            tensors, options["packed"] = separate(call, tensors), "n_head" in options
+            if call.route == "attention_cached":
+                tensors = {"q": tensors["q"], "k": tensors["keys"], "v": tensors["values"]}
+            tensors = separate(call, tensors)
             options.pop("n_head", None)
+            options["route"] = call.route
         with torch.autocast(
             "cpu", dtype=getattr(call, "autocast", None), enabled=bool(getattr(call, "autocast", None))
         ):
@@ -131,7 +134,7 @@ def test_the_inputs_are_of_the_same_variant(op) -> None:
         if isinstance(call, Norm):
             drawn = drawn._replace(read_as=call.read_as)
         assert drawn.variant(CPU) == call.variant(CPU)
-        options.pop("packed", None)
+        options.pop("route", None)
         ops.explain(op, **tensors, **options)  # they are arguments of the op
 
 
