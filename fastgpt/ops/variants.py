@@ -153,6 +153,7 @@ class Attention(NamedTuple):
             self.is_causal and "causal",
             self.dropout and "dropout",
             self.Tq % 16 == 0 and self.Tk % 16 == 0 and "lengths in sixteens",
+            not self.aligned and "rows at any address",
             f"forward: {forward}",
             f"backward: {backward}" if self.asked else False,
             self.route == "attention_cached" and "a cache whose length is on the device",

@@ -84,6 +84,14 @@ def test_the_words_are_those_of_the_launch(sizes, dtype, dropout, chip, launches
     assert said[0] in call.variant(CPU) and "gradients" not in call.variant(CPU)
 
 
+def test_rows_at_any_address_are_another_variant() -> None:
+    """Triton compiles other loads for them, whichever kernel serves."""
+    for T in (1, 40, 300):
+        whole, padded = torch.zeros(1, 2, T, 64), torch.zeros(1, 2, T, 65)[..., 1:]
+        aligned, other = (Attention(*FACTS["attention"](q, q, q)).variant(CPU) for q in (whole, padded))
+        assert "rows at any address" in other.split(", ") and "address" not in aligned
+
+
 LARGE = [
     (16, 12, 12, 1024, 1024, 64),
     (1, 16, 16, 8192, 8192, 128),
