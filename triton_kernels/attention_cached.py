@@ -24,7 +24,7 @@ from .attention_tiles import load_tile, row_start
 from .target import architecture, device_of, multiprocessors, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_splits"])
+@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_splits"])
 def cached_decode_kernel(
     Q, NewK, NewV, K, V, Length, Out, Lse,
     q_batch_stride, q_head_stride, q_stride,

@@ -80,7 +80,7 @@ def store_rows(
     tl.store(Lse + of_batch + lse_row, tl.where(blind, no_key, largest + tl.log2(safe_total)), mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_keys", "split_size"])
+@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "split_size"])
 def decode_kernel(
     Q, K, V, Out, Lse,
     q_batch_stride, q_head_stride, q_stride,
@@ -124,7 +124,7 @@ def decode_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_splits"])
+@triton.jit(do_not_specialize=["n_heads", "n_queries", "n_splits"])
 def join_splits_kernel(
     PartialOut, PartialLse, Out, Lse, n_rows, n_heads, n_queries, n_splits,
     HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -93,7 +93,7 @@ def _store_forward(
     tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=queries < n_queries)
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_keys", "section", "last_dropped"])
+@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "last_dropped"])
 def forward_kernel(
     Q, K, V, Out, Lse, Seed,
     q_batch_stride, q_head_stride, q_stride,
@@ -140,7 +140,7 @@ def forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["batch_size", "n_queries", "n_keys", "last_dropped"])
+@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "last_dropped"])
 def one_tile_forward_kernel(
     Q, K, V, Out, Lse, Seed,
     q_batch_stride, q_head_stride, q_stride,
