@@ -141,7 +141,8 @@ def test_a_rehearsal_writes_no_row_of_a_device(tmp_path):
     assert not any("benchmarks/results" in shlex.join(task.command) for task in all_tasks(rehearsed))
 
 
-def test_the_benchmarks_options_parse_and_one_is_rehearsed(tmp_path):
+def test_the_benchmarks_options_parse_and_one_is_rehearsed(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # beside other tests, pytest-benchmark measures nothing
     rehearsed = steps.Plan(tmp_path, rehearsal=True, device_slug="a-cpu", cores=2)
     printed = run_command(*steps._suite(rehearsed, "embedding"), cwd=ROOT).stdout
     said = bench_outcome(printed)["said"]
