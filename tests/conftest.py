@@ -163,3 +163,16 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "text.txt"
     path.write_text(TEXT)
     return path
+
+
+@pytest.fixture
+def use_recorder(monkeypatch):
+    """`use_recorder(stand_in)`: CUDA graphs come from a stand-in of shared/stand_in_graph.py."""
+
+    def install(stand_in):
+        from fastgpt import cuda_graph
+
+        monkeypatch.setattr(cuda_graph, "recorder", lambda device: stand_in)
+        return stand_in
+
+    return install

@@ -29,17 +29,6 @@ def built(cfg: GPTConfig = CONFIG, kind: str = "gpt", dtype=torch.float32):
     return model
 
 
-@pytest.fixture
-def use(monkeypatch):
-    """Make generation take its graphs from one stand-in."""
-
-    def install(stand_in: StandIn) -> StandIn:
-        monkeypatch.setattr(cuda_graph, "recorder", lambda device: stand_in)
-        return stand_in
-
-    return install
-
-
 def tokens(model, prompt, n, seed=None, **options):
     if seed is not None:
         options["generator"] = torch.Generator().manual_seed(seed)
@@ -55,9 +44,9 @@ def tokens(model, prompt, n, seed=None, **options):
     [{"temperature": 0.0}, {"seed": 1}, {"top_k": 5, "top_p": 0.9, "temperature": 1.5}],
     ids=["greedy", "seeded", "from PyTorch's generator"],
 )
-def test_the_tokens_are_those_without_a_graph(use, prompt_tokens, options):
+def test_the_tokens_are_those_without_a_graph(use_recorder, prompt_tokens, options):
     """From a prompt, past the end of the window, where all of it is computed again without a graph."""
-    stand_in, model = use(StandIn()), built()
+    stand_in, model = use_recorder(StandIn()), built()
     for batch_size in (1, 3):
         stand_in.recordings = stand_in.replays = 0
         prompt = torch.randint(29, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(prompt_tokens))
@@ -68,9 +57,9 @@ def test_the_tokens_are_those_without_a_graph(use, prompt_tokens, options):
     assert len(expected[:, prompt_tokens:].unique()) > 3
 
 
-def test_the_logits_are_those_of_the_whole_text(use):
+def test_the_logits_are_those_of_the_whole_text(use_recorder):
     """In float64, from the cache that the graph alone has written into."""
-    use(StandIn())
+    use_recorder(StandIn())
     model, logits = built(dtype=torch.float64).eval(), []
     draw = lambda x: (logits.append(x.clone()), _draw(x, 0.0, None, None, None))[1]  # noqa: E731
     step = GraphedTokens(model, draw, None, cuda_graph.recorder(torch.device("cpu")))
@@ -85,10 +74,10 @@ def test_the_logits_are_those_of_the_whole_text(use):
     torch.testing.assert_close(torch.stack([logits[0], *logits[2:]], dim=1), whole[:, 2:], rtol=1e-10, atol=1e-10)
 
 
-def test_on_triton(use, monkeypatch):
+def test_on_triton(use_recorder, monkeypatch):
     """The kernel that reads the length from a tensor and appends, in a cache that it splits."""
     pytest.importorskip("triton")
-    use(StandIn())
+    use_recorder(StandIn())
     monkeypatch.setitem(backend.PREFERENCE["attention"], "cpu", ("triton", "torch"))
     key = ("attention", "triton")  # of float32, too
     measured = dataclasses.replace(backend._registry[key], unproved=lambda *args, **kwargs: None)
@@ -138,10 +127,10 @@ class OtherDraw(StandIn):
     ],
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_wrong_graph_is_not_used_and_the_reason_is_said_once(use, wrong, reason, temperature):
+def test_a_wrong_graph_is_not_used_and_the_reason_is_said_once(use_recorder, wrong, reason, temperature):
     model, prompt = built(), torch.zeros(1, 3, dtype=torch.int64)
     expected = tokens(model, prompt, 10, seed=1, temperature=temperature)
-    stand_in = use(wrong())
+    stand_in = use_recorder(wrong())
     with pytest.warns(UserWarning, match="fastgpt: generation goes on without a CUDA graph: " + reason) as caught:
         generator = torch.Generator().manual_seed(1)
         got = model.generate(prompt, 10, temperature, generator=generator, cuda_graph=True)
@@ -159,17 +148,17 @@ class Forgetting(StandIn):
         cache.tensor.copy_(before)
 
 
-def test_what_is_added_to_the_cache_is_checked(use):
-    use(Forgetting())
+def test_what_is_added_to_the_cache_is_checked(use_recorder):
+    use_recorder(Forgetting())
     model, prompt = built(), torch.zeros(1, 3, dtype=torch.int64)
     expected = tokens(model, prompt, 10, temperature=0.0)
     with pytest.warns(UserWarning, match="what it adds to the cache"):
         assert torch.equal(model.generate(prompt, 10, temperature=0.0, cuda_graph=True), expected)
 
 
-def test_a_model_whose_logits_are_nan_is_named(use):
+def test_a_model_whose_logits_are_nan_is_named(use_recorder):
     """As without a graph: after the tokens that are checked, and among them."""
-    use(StandIn())
+    use_recorder(StandIn())
     for position in (5, 12):
         broken = GPT(CONFIG)
         with torch.no_grad():
@@ -178,9 +167,9 @@ def test_a_model_whose_logits_are_nan_is_named(use):
             broken.generate(torch.zeros(2, 3, dtype=torch.int64), 13, cuda_graph=True)
 
 
-def test_tokens_are_the_callers_own(use):
+def test_tokens_are_the_callers_own(use_recorder):
     """A replay writes into the same tensors, and the tokens before must not change."""
-    use(StandIn())
+    use_recorder(StandIn())
     prompt = torch.zeros(2, 2, dtype=torch.int64)
     model, copies = built(), []
     yielded = []
@@ -191,8 +180,8 @@ def test_tokens_are_the_callers_own(use):
     assert len(yielded) > CHECKED_TOKENS + 2
 
 
-def test_a_model_that_is_trained_between_two_tokens(use):
-    use(StandIn())
+def test_a_model_that_is_trained_between_two_tokens(use_recorder):
+    use_recorder(StandIn())
     results = []
     for by_graph in (False, True):
         model, drawn = built(), []
@@ -212,8 +201,8 @@ def test_a_model_that_is_trained_between_two_tokens(use):
         (lambda: hooked(built()), "blocks.0.mlp: it has hooks, which a graph would not run"),
     ],
 )
-def test_models_that_have_no_graph(use, prepare, reason):
-    stand_in, model = use(StandIn()), prepare()
+def test_models_that_have_no_graph(use_recorder, prepare, reason):
+    stand_in, model = use_recorder(StandIn()), prepare()
     prompt = torch.zeros(1, 3, dtype=torch.int64)
     expected = model.generate(prompt, 6, temperature=0.0)
     with pytest.warns(UserWarning, match="generation goes on without a CUDA graph: " + reason):
@@ -226,8 +215,8 @@ def hooked(model):
     return model
 
 
-def test_under_autocast_there_is_no_graph(use):
-    use(StandIn())
+def test_under_autocast_there_is_no_graph(use_recorder):
+    use_recorder(StandIn())
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast is on"):
         built().generate(torch.zeros(1, 3, dtype=torch.int64), 6, cuda_graph=True)
 

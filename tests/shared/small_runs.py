@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastgpt import GPTConfig
@@ -28,6 +31,19 @@ def trainer(corpus: Corpus, path: Path, cfg: TrainConfig = TRAIN, new: bool = Tr
         folder.create(dataclasses.asdict(cfg))
     model_config = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **{**MODEL, **model_changes})
     return Trainer(build_model(model_config, cfg.seed), corpus, cfg, folder, "fastgpt train --resume")
+
+
+def signal_at(step: int, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SIGTERM reach the run of `trainer` while it takes step number `step`."""
+    take = trainer._step
+
+    def take_then_signal(micro_batches):
+        loss = take(micro_batches)
+        if trainer.state["step"] + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(trainer, "_step", take_then_signal)
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:

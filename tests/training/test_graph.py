@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import warnings
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import cuda_graph
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
 from fastgpt.config import ConfigError
@@ -20,7 +17,7 @@ from fastgpt.training import graph, step
 from fastgpt.training.graph import CHECKED_STEPS
 from fastgpt.training.loop import Interrupted, Trainer
 from fastgpt.training.run_folder import read_metrics
-from small_runs import TRAIN, assert_same_checkpoint, trainer
+from small_runs import TRAIN, assert_same_checkpoint, signal_at, trainer
 from stand_in_graph import DoingNothing, Failing, StandIn
 
 GRAPHED = dataclasses.replace(TRAIN, cuda_graph=True)
@@ -31,17 +28,6 @@ def rates_of_float32(monkeypatch):
     """Graphs read the learning rate from a float32 tensor: with such rates, plain steps have the same one."""
     rounded = lambda number, cfg: float(np.float32(step.learning_rate(number, cfg)))  # noqa: E731
     monkeypatch.setattr("fastgpt.training.loop.learning_rate", rounded)
-
-
-@pytest.fixture
-def use(monkeypatch):
-    """Make every trainer take its graphs from one stand-in."""
-
-    def install(stand_in: StandIn) -> StandIn:
-        monkeypatch.setattr(cuda_graph, "recorder", lambda device: stand_in)
-        return stand_in
-
-    return install
 
 
 def same_run(a: Trainer, b: Trainer) -> None:
@@ -62,8 +48,8 @@ def same_run(a: Trainer, b: Trainer) -> None:
     ],
     ids=str,
 )
-def test_the_bits_are_those_of_plain_training(corpus, names, tmp_path, use, changes):
-    stand_in, runs = use(StandIn()), []
+def test_the_bits_are_those_of_plain_training(corpus, names, tmp_path, use_recorder, changes):
+    stand_in, runs = use_recorder(StandIn()), []
     for cuda_graph_or_not in (False, True):
         cfg = dataclasses.replace(TRAIN, cuda_graph=cuda_graph_or_not, **changes)
         runs.append(trainer(names if cfg.layout == "names" else corpus, tmp_path / str(cuda_graph_or_not), cfg))
@@ -75,21 +61,15 @@ def test_the_bits_are_those_of_plain_training(corpus, names, tmp_path, use, chan
 
 @pytest.mark.parametrize("stop_at", [1, 3, 9])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_stopped_and_resumed_equals_plain_training_in_one_go(corpus, tmp_path, use, monkeypatch, stop_at, dtype):
-    use(StandIn())
+def test_stopped_and_resumed_equals_plain_training_in_one_go(
+    corpus, tmp_path, use_recorder, monkeypatch, stop_at, dtype
+):
+    use_recorder(StandIn())
     plain = trainer(corpus, tmp_path / "plain", dataclasses.replace(TRAIN, dtype=dtype))
     plain.run()
     cfg = dataclasses.replace(GRAPHED, dtype=dtype)
     stopped = trainer(corpus, tmp_path / "parts", cfg)
-    take = stopped._step
-
-    def take_then_signal(micro_batches):
-        loss = take(micro_batches)
-        if stopped.state["step"] + 1 == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss
-
-    monkeypatch.setattr(stopped, "_step", take_then_signal)
+    signal_at(stop_at, stopped, monkeypatch)
     with pytest.raises(Interrupted):
         stopped.run()
     torch.manual_seed(999)
@@ -100,9 +80,9 @@ def test_stopped_and_resumed_equals_plain_training_in_one_go(corpus, tmp_path, u
     assert Checkpoint.load(plain.folder.latest).state.get("scaler") == resumed.checkpoint().state.get("scaler")
 
 
-def test_steps_that_overflow_float16_are_left_out_by_the_graph_too(corpus, tmp_path, use):
+def test_steps_that_overflow_float16_are_left_out_by_the_graph_too(corpus, tmp_path, use_recorder):
     """One of the overflows is in the steps that are checked, one later."""
-    use(StandIn())
+    use_recorder(StandIn())
     runs = []
     for cuda_graph_or_not in (False, True):
         cfg = dataclasses.replace(TRAIN, dtype="float16", cuda_graph=cuda_graph_or_not)
@@ -167,10 +147,10 @@ class WrongLoss(StandIn):
         (Failing, "operation not permitted when stream is capturing$"),
     ],
 )
-def test_a_wrong_graph_is_not_used_and_the_reason_is_said_once(corpus, tmp_path, use, wrong, reason):
+def test_a_wrong_graph_is_not_used_and_the_reason_is_said_once(corpus, tmp_path, use_recorder, wrong, reason):
     plain = trainer(corpus, tmp_path / "plain", TRAIN)
     plain.run()
-    stand_in = use(wrong())
+    stand_in = use_recorder(wrong())
     run = trainer(corpus, tmp_path / "graphed", GRAPHED)
     with pytest.warns(UserWarning, match="fastgpt: training goes on without a CUDA graph: " + reason) as caught:
         run.run()
@@ -189,8 +169,8 @@ class BreakingInTheOptimizer(StandIn):
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
-def test_a_recording_that_fails_in_the_middle_of_a_step(corpus, tmp_path, use, grad_clip):
-    use(BreakingInTheOptimizer())
+def test_a_recording_that_fails_in_the_middle_of_a_step(corpus, tmp_path, use_recorder, grad_clip):
+    use_recorder(BreakingInTheOptimizer())
     runs = []
     for cuda_graph_or_not in (False, True):
         cfg = dataclasses.replace(TRAIN, dtype="float16", grad_clip=grad_clip, cuda_graph=cuda_graph_or_not)
@@ -202,8 +182,8 @@ def test_a_recording_that_fails_in_the_middle_of_a_step(corpus, tmp_path, use, g
     assert not any(group["capturable"] for group in runs[1].optimizer.param_groups)
 
 
-def test_a_batch_of_another_shape_is_taken_eagerly(corpus, tmp_path, use):
-    stand_in = use(StandIn())
+def test_a_batch_of_another_shape_is_taken_eagerly(corpus, tmp_path, use_recorder):
+    stand_in = use_recorder(StandIn())
     results = []
     for cuda_graph_or_not in (False, True):
         run = trainer(corpus, tmp_path / str(cuda_graph_or_not), dataclasses.replace(GRAPHED, cuda_graph=False))
@@ -219,8 +199,8 @@ def test_a_batch_of_another_shape_is_taken_eagerly(corpus, tmp_path, use):
     assert stand_in.replays == CHECKED_STEPS + 3
 
 
-def test_a_model_with_hooks_is_trained_eagerly(corpus, tmp_path, use):
-    use(StandIn())
+def test_a_model_with_hooks_is_trained_eagerly(corpus, tmp_path, use_recorder):
+    use_recorder(StandIn())
     run = trainer(corpus, tmp_path, GRAPHED)
     seen = []
     run.model.blocks[1].register_forward_hook(lambda *args: seen.append(1))
@@ -241,11 +221,11 @@ def test_without_a_gpu_it_is_refused_before_anything_is_written(corpus, text_fil
     assert not Path(out).exists()
 
 
-def test_a_small_model_is_tried_out(use):
-    use(StandIn())
+def test_a_small_model_is_tried_out(use_recorder):
+    use_recorder(StandIn())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert graph.try_out(torch.device("cpu")) is None
-    use(Failing())
+    use_recorder(Failing())
     with pytest.warns(UserWarning, match="goes on without a CUDA graph"):
         assert graph.try_out(torch.device("cpu")) == "operation not permitted when stream is capturing"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.config import TrainConfig
 from fastgpt.training.loop import Interrupted, Trainer
 from fastgpt.training.run_folder import RunFolder, read_metrics
-from small_runs import MODEL, TRAIN, assert_same_checkpoint, trainer
+from small_runs import MODEL, TRAIN, assert_same_checkpoint, signal_at, trainer
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 8])
@@ -28,15 +27,7 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, stop_at, mon
     trainer(corpus, tmp_path / "whole", cfg).run()
 
     stopped = trainer(corpus, tmp_path / "parts", cfg)
-    step = stopped._step
-
-    def step_then_signal(batches):
-        loss = step(batches)
-        if stopped.state["step"] + 1 == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss
-
-    monkeypatch.setattr(stopped, "_step", step_then_signal)
+    signal_at(stop_at, stopped, monkeypatch)
     with pytest.raises(Interrupted, match=rf"SIGTERM: stopped at step {stop_at} .*Resume with: fastgpt train --resume"):
         stopped.run()
 
