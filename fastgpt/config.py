@@ -13,6 +13,7 @@ from typing import Any
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
 NORMS = ("pre", "post", "none")
+LR_DECAYS = ("cosine", "linear")
 LAYOUTS = ("blocks", "windows", "names")  # data.layouts has a class for each
 SOURCES = ("shakespeare", "tinyshakespeare", "names")  # texts with a name; data.sources reads each
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
@@ -159,7 +160,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. Learning rate: linear warm-up, then a cosine down to min_lr at max_steps.
+    """How a model is trained. Learning rate: linear warm-up, then a decay down to min_lr at max_steps.
 
     Args:
         batch_size: blocks per micro-step.
@@ -168,6 +169,7 @@ class TrainConfig:
         lr: the largest learning rate, reached after the warm-up.
         min_lr: the learning rate at max_steps.
         warmup_steps: steps of linear warm-up.
+        lr_decay: how the learning rate falls after the warm-up, along half a cosine or linear.
         weight_decay: AdamW's, on matrices only.
         beta1: AdamW's first-moment decay.
         beta2: AdamW's second-moment decay.
@@ -190,6 +192,7 @@ class TrainConfig:
     lr: float = 1e-3
     min_lr: float = 1e-4
     warmup_steps: int = 100
+    lr_decay: str = "cosine"
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.99
@@ -216,6 +219,7 @@ class TrainConfig:
         _expect(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr}")
         _expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2**63)")
         _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _expect(self.lr_decay in LR_DECAYS, "lr_decay", self.lr_decay, f"one of {', '.join(LR_DECAYS)}")
         _expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
 
 

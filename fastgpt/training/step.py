@@ -18,13 +18,14 @@ Batch = tuple[Tensor, Tensor]
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Linear warm-up over warmup_steps, then half a cosine from lr down to min_lr at max_steps."""
+    """Linear warm-up over warmup_steps, then from lr down to min_lr at max_steps, along half a cosine or linearly."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
     if step >= cfg.max_steps:
         return cfg.min_lr
     progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (cfg.lr - cfg.min_lr)
+    height = 1.0 - progress if cfg.lr_decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return cfg.min_lr + height * (cfg.lr - cfg.min_lr)
 
 
 def training_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dtype, str]:

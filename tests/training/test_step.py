@@ -31,6 +31,12 @@ def test_schedule():
     assert learning_rate(0, TrainConfig(max_steps=0, warmup_steps=0, lr=1.0, min_lr=0.5)) == 0.5
 
 
+def test_a_linear_decay_falls_by_the_same_amount_at_every_step():
+    cfg = TrainConfig(lr=1.0, min_lr=0.2, warmup_steps=9, max_steps=109, lr_decay="linear")
+    assert learning_rate(9, cfg) == 1.0 and learning_rate(109, cfg) == 0.2
+    assert all(learning_rate(s, cfg) - learning_rate(s + 1, cfg) == pytest.approx(0.008) for s in range(9, 109))
+
+
 def test_weight_decay_is_on_matrices_only(corpus):
     model = build_model(GPTConfig(vocab_size=9, **MODEL), 0)
     decayed, kept = make_optimizer(model, TRAIN).param_groups
