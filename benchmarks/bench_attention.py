@@ -56,12 +56,12 @@ class AttentionShape(OpShape):
     def tiny(self) -> Self:
         return replace(self, B=1, H=4, Hkv=2 if self.Hkv else 0, T=min(self.T, 40))
 
-    def elements_moved(self, backward: bool) -> int:
-        q, k, v = (H * T for H, T in self.heads_and_tokens.values())
-        elements = 2 * q + k + v  # q, out; k, v
+    def elements_moved(self, backward: bool) -> tuple[int, int]:
+        q, k, v = (self.B * H * T * self.D for H, T in self.heads_and_tokens.values())
+        read, written = q + k + v, q  # written: out
         if backward:
-            elements += 4 * q + 2 * k + 2 * v  # q, out, dout, dq; k, v, dk, dv
-        return self.B * self.D * elements
+            read, written = read + 3 * q + k + v, written + q + k + v  # q, out, dout, k, v; dq, dk, dv
+        return read, written
 
     def flops(self, backward: bool) -> float:
         pairs = self.B * self.H * (self.T if self.one_query else self.T**2 / 2)

@@ -32,9 +32,9 @@ class CrossEntropyShape(OpShape):
     def tiny(self) -> Self:
         return replace(self, rows=4)
 
-    def elements_moved(self, backward: bool) -> int:
-        passes = 2 if backward else 1  # the logits once; their gradient once
-        return passes * self.rows * self.V
+    def elements_moved(self, backward: bool) -> tuple[int, int]:
+        logits = self.rows * self.V
+        return logits, logits if backward else 0  # written: their gradient
 
     def peers(self, device: torch.device) -> Makers:
         path = "liger_kernel.transformers.functional.liger_cross_entropy"

@@ -1,5 +1,6 @@
 """Token and position embedding: the gather and its gradient, with tokens as frequent as words are (Zipf), or evenly."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -41,12 +42,20 @@ class EmbeddingShape(OpShape):
     def tiny(self) -> Self:
         return replace(self, B=1, T=16, V=503)
 
-    def elements_moved(self, backward: bool) -> int:
+    @property
+    def different_tokens(self) -> float:
+        """How many rows of the table are read, as expected of random tokens."""
+        if not self.zipf:
+            return self.V * (1 - (1 - 1 / self.V) ** (self.B * self.T))
+        shares = (math.log1p(1 / rank) / math.log(self.V) for rank in range(1, self.V))
+        return sum(1 - (1 - share) ** (self.B * self.T) for share in shares)
+
+    def elements_moved(self, backward: bool) -> tuple[float, float]:
         tokens = self.B * self.T
-        rows = 2 * tokens  # read from the table, written to the output
+        read, written = self.different_tokens + self.T, tokens  # rows of the tables; of the output
         if backward:
-            rows += tokens + self.V  # the upstream gradient is read, the table's gradient written
-        return rows * self.C
+            read, written = read + tokens, written + self.V + self.T  # the upstream gradient; those of the tables
+        return read * self.C, written * self.C
 
     def peers(self, device: torch.device) -> Makers:
         def torchs(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import fastgpt
 from fastgpt import parity
 from fastgpt.benchmarks.harness.accuracy import error_ratio
+from fastgpt.benchmarks.harness.ceilings import Demand, Traffic
 from fastgpt.benchmarks.harness.models import ModelShape, make_models
 from fastgpt.benchmarks.harness.suite import OURS, Setting, Work
 
@@ -70,6 +71,7 @@ def generate_work(setting: Setting, shape: GenerationShape) -> Work:
     models = {name: model.eval().to(setting.dtype) for name, (model, _) in present.items() if name != "lecture"}
     if shape.graphed:
         models = {OURS: models[OURS], EAGER: models[OURS]}
+    n_weights, weights = shape.head_and_blocks, shape.head_and_blocks * setting.dtype.itemsize
     prompt = torch.randint(shape.V, (1, PROMPT), generator=torch.Generator().manual_seed(1)).to(setting.device)
     # For transformers: sample from all tokens, and write exactly as many as the others.
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "use_cache": True, "pad_token_id": 0}
@@ -93,7 +95,6 @@ def generate_work(setting: Setting, shape: GenerationShape) -> Work:
         op="generate", shape=str(shape), direction="generate", dtype=setting.dtype_name, absent=absent,
         contenders={name: sampler(name, model) for name, model in models.items()},
         error_ratio=lambda name: cached_error_ratio(models[OURS]) if name == OURS else None,
-        n_bytes=shape.new * shape.head_and_blocks * setting.dtype.itemsize,
-        flops=2 * shape.new * shape.head_and_blocks,
+        demand=Demand(Traffic(read=shape.new * weights, written=0, footprint=weights), flops=2 * shape.new * n_weights),
         tokens=shape.new, warmups=0 if setting.device.type == "cpu" else 1,
     )  # fmt: skip

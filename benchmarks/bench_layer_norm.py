@@ -36,9 +36,9 @@ class LayerNormShape(OpShape):
     def tiny(self) -> Self:
         return replace(self, rows=8)
 
-    def elements_moved(self, backward: bool) -> int:
-        passes = 5 if backward else 2  # x, y; and dy, x, dx
-        return passes * self.rows * self.width
+    def elements_moved(self, backward: bool) -> tuple[int, int]:
+        read, written = (3, 2) if backward else (1, 1)  # x; y; and dy, x; dx
+        return read * self.rows * self.width, written * self.rows * self.width
 
     def peers(self, device: torch.device) -> Makers:
         def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -74,11 +74,12 @@ class AddLayerNormShape(LayerNormShape):
     def options(self) -> dict[str, Any]:
         return {"dropout_p": self.dropout}
 
-    def elements_moved(self, backward: bool) -> int:
-        passes = 4  # x, residual, y, h
+    def elements_moved(self, backward: bool) -> tuple[int, int]:
+        read, written = 2, 2  # x, residual; y, h
         if backward:
-            passes += 5 if self.dropout else 4  # dy, dh, h, dx; with dropout the residual's gradient is not dx
-        return passes * self.rows * self.width
+            read += 3  # dy, dh, h
+            written += 2 if self.dropout else 1  # dx; with dropout the residual's gradient is not dx
+        return read * self.rows * self.width, written * self.rows * self.width
 
     def peers(self, device: torch.device) -> Makers:
         def torchs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

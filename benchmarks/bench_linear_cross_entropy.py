@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.benchmarks.harness.ceilings import Product, linear_products
 from fastgpt.benchmarks.harness.op_work import OpShape, op_benchmark
 from fastgpt.benchmarks.harness.peers import Makers, gpu_peer, torch_peers
 
@@ -34,12 +35,15 @@ class LinearCrossEntropyShape(OpShape):
     def tiny(self) -> Self:
         return replace(self, rows=20, C=16, V=self.V % 1000 + 10)
 
-    def elements_moved(self, backward: bool) -> int:
-        passes = 2 if backward else 1  # x and the head; their gradients
-        return passes * (self.rows + self.V) * self.C
+    def elements_moved(self, backward: bool) -> tuple[int, int]:
+        x_and_head = (self.rows + self.V) * self.C
+        return x_and_head, x_and_head if backward else 0  # written: their gradients
 
     def flops(self, backward: bool) -> int:
         return (6 if backward else 2) * self.rows * self.C * self.V
+
+    def products(self, backward: bool) -> list[Product]:
+        return linear_products(self.rows, self.C, self.V, backward)
 
     def peers(self, device: torch.device) -> Makers:
         def torchs(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

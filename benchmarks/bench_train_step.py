@@ -14,6 +14,7 @@ import torch
 
 from fastgpt import cuda_graph
 from fastgpt.benchmarks.harness.accuracy import model_error_ratio
+from fastgpt.benchmarks.harness.ceilings import Demand, Traffic
 from fastgpt.benchmarks.harness.models import ModelShape, make_models, measured_precision
 from fastgpt.benchmarks.harness.suite import OURS, Setting, Work
 from fastgpt.config import TrainConfig
@@ -87,9 +88,14 @@ def train_step_work(setting: Setting, shape: TrainStepShape) -> Work:
         op="train_step", shape=str(shape), direction="step", dtype=setting.dtype_name, absent=absent,
         contenders={name: stepper(*made) for name, made in present.items()},
         error_ratio=lambda name: model_error_ratio(ours, shape, shape.compiled) if name == OURS else None,
-        n_bytes=7 * 4 * ours.num_parameters(),  # AdamW: weight, gradient, two moments read; weight and moments written
-        flops=shape.step_flops, tokens=shape.B * shape.T, warmups=warmups,
+        demand=step_demand(shape, ours.num_parameters()), tokens=shape.B * shape.T, warmups=warmups,
     )  # fmt: skip
+
+
+def step_demand(shape: ModelShape, n_parameters: int) -> Demand:
+    """AdamW reads weights, gradients and two moments, and writes weights and moments; and all products are made."""
+    state = 4 * n_parameters
+    return Demand(Traffic(4 * state, 3 * state, 4 * state), shape.step_flops, tuple(shape.step_products))
 
 
 def _graphed(step: GraphedStep, turn: Iterator[Batch]) -> Callable[[], None]:

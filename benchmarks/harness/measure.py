@@ -1,4 +1,4 @@
-"""How times are taken: contenders in turn, one clock for each kind of device, the device's ceilings, peak memory.
+"""How times are taken: contenders in turn, one clock for each kind of device, peak memory.
 
 A round runs every contender once, in an order drawn for it: A B C, B C A, A C B, ... What slows a machine down for a
 while slows neighbours alike, so ratios are taken inside a round, and the median of the rounds' ratios is reported with
@@ -16,9 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -129,44 +127,6 @@ def verdict_of(ratio: Spread) -> str:
     if ratio.p20 > 1.0:
         return "faster"
     return "slower" if ratio.p80 < 1.0 else "noise"
-
-
-# --- the device's limits ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """The fastest copy (bytes read plus written) and matrix product this device did in this run."""
-
-    bytes_per_s: float
-    flops_per_s: float
-    dtype: str  # of the matrix product
-
-    def fraction(self, seconds: float, n_bytes: float | None, flops: float | None) -> float | None:
-        """The roofline's time over the time taken; above 1 where data came from caches. None where no work is given."""
-        least = max((n_bytes or 0) / self.bytes_per_s, (flops or 0) / self.flops_per_s)
-        return least / seconds if least > 0.0 else None
-
-    def or_better(self, other: Self) -> Self:
-        bytes_per_s, flops_per_s = max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s)
-        return replace(self, bytes_per_s=bytes_per_s, flops_per_s=flops_per_s)
-
-
-# Bytes that are copied, far more than the caches hold, and rows, columns and dtype of a large square matrix product.
-CEILING_SIZES = {"cpu": (2**28, 2048, torch.float32), "cuda": (2**30, 8192, torch.bfloat16)}
-
-
-def measure_ceilings(device: torch.device, rounds: int = 3) -> Ceilings:
-    """How fast the device copies and multiplies: the best of some rounds."""
-    n_bytes, size, dtype = CEILING_SIZES[device.type]
-    source = torch.ones(n_bytes // 4, device=device)
-    target = torch.empty_like(source)
-    matrix = torch.randn(size, size, dtype=dtype, device=device)
-    product = torch.empty_like(matrix)
-    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(matrix, matrix, out=product)}
-    times = interleave(calls, clock_of(device), seconds=0.0, min_rounds=rounds, warmups=1)
-    bytes_per_s, flops_per_s = 2 * n_bytes / min(times["copy"]), 2 * size**3 / min(times["matmul"])
-    return Ceilings(bytes_per_s, flops_per_s, str(dtype).removeprefix("torch."))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fastgpt.benchmarks.publish.rows import OURS
 from fastgpt.config import preset
 from fastgpt.training.step import Loss, Precision
 
+from .ceilings import Product, linear_products
 from .peers import Absent, import_peer, make_present
 from .suite import Setting
 
@@ -68,6 +69,13 @@ class ModelShape:
         """Matrix products of a training step, with the causal half of the attention's."""
         tokens = self.B * self.T
         return 6.0 * tokens * self.head_and_blocks + 3.5 * 4 * tokens * (self.T / 2) * self.C * self.L
+
+    @property
+    def step_products(self) -> list[Product]:
+        """Those of the linear layers in a step: q, k and v at once, the projection, the two of the MLP, the head."""
+        rows, C = self.B * self.T, self.C
+        layers = [(C, 3 * C, self.L), (C, C, self.L), (C, 4 * C, self.L), (4 * C, C, self.L), (C, self.V, 1)]
+        return [p for k, n, count in layers for p in linear_products(rows, k, n, backward=True, count=count)]
 
     def random_batches(self, device: torch.device, n_batches: int) -> list[tuple[Tensor, Tensor]]:
         """Batches of tokens x and targets y, (B, T) each."""

@@ -18,6 +18,7 @@ from fastgpt.benchmarks.publish.rows import OURS
 from fastgpt.ops.backend import PREFERENCE, Explanation
 
 from .accuracy import PeerCheck, op_error_ratio
+from .ceilings import Demand, Product, Traffic
 from .measure import Call
 from .peers import Makers, Peer, make_present
 from .suite import Setting, Work
@@ -50,13 +51,23 @@ class OpShape:
     def peers(self, device: torch.device) -> Makers:
         raise NotImplementedError
 
-    def elements_moved(self, backward: bool) -> float:
-        """The least that has to be read and written, in elements of the dtype; `backward`: by both passes."""
+    def elements_moved(self, backward: bool) -> tuple[float, float]:
+        """The least that has to be read, and written, in elements of the dtype; `backward`: by both passes."""
         raise NotImplementedError
 
     def flops(self, backward: bool) -> float | None:
         """Operations of the matrix products; `backward`: of both passes. None: there are none."""
         return None
+
+    def products(self, backward: bool) -> list[Product]:
+        """Those of the products whose speed on this machine limits the op."""
+        return []
+
+    def demand(self, backward: bool, itemsize: int) -> Demand:
+        read, written = self.elements_moved(backward)
+        footprint = sum(self.elements_moved(backward=False))  # the passes of backward move some of it again
+        traffic = Traffic(*(itemsize * elements for elements in (read, written, footprint)))
+        return Demand(traffic, self.flops(backward), tuple(self.products(backward)))
 
 
 def op_benchmark(cpu: Sequence[OpShape], cuda: Sequence[OpShape], directions: Sequence[str] = DIRECTIONS) -> Callable:
@@ -113,8 +124,7 @@ def op_work(setting: Setting, shape: OpShape, direction: str) -> Work:
     return Work(
         op=shape.op, shape=str(shape), direction=direction, dtype=setting.dtype_name, backend=taken.backend,
         contenders=contenders, error_ratio=error_ratio_of, absent=absent, remark=_fallback(setting.device.type, taken),
-        n_bytes=shape.elements_moved(backward) * setting.dtype.itemsize, flops=shape.flops(backward),
-        one_call=True,
+        demand=shape.demand(backward, setting.dtype.itemsize), one_call=True,
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ tolerance (`fastgpt.parity` has the rule), `ParityError` is raised, nothing is t
 that cannot run here, or that computes something else, is left out, and the reason is written down with the run.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,10 @@ import torch
 from fastgpt import machine
 from fastgpt.benchmarks.publish.rows import OURS, Row, Run, write
 
-from . import measure
+from . import ceilings, measure
+from .ceilings import Ceilings, Demand
 from .host import HostTimes, captured, host_times
-from .measure import Call, Ceilings, Clock
+from .measure import Call, Clock
 
 MAX_ERROR_RATIO = 2.0
 REHEARSAL = "rehearsal, not a measurement"  # the device of its rows
@@ -70,8 +70,7 @@ class Work:
     absent: dict[str, str] = field(default_factory=dict)  # peers that are not contenders, and why
     remark: str | None = None  # what a reader of the times has to know
     backend: str | None = None  # that serves FastGPT's op
-    n_bytes: float | None = None  # least memory traffic of one call
-    flops: float | None = None  # operations of one call
+    demand: Demand = field(default_factory=Demand)  # the least that one call has to move and to multiply
     tokens: int | None = None  # that one call trains on or writes
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # more figures, by contender
     warmups: int = 1  # rounds that are not counted, after the first call of all
@@ -88,6 +87,7 @@ class Suite:
     def __init__(self, setting: Setting, path: Path | None) -> None:
         self.setting, self.path = setting, path
         self.rows: list[Row] = []
+        self.demands: list[Demand] = []  # of the rows
         self.absent: dict[str, dict[str, str]] = {}
         self.remarks: list[str] = []
         self.facts = machine.facts(setting.device)
@@ -98,7 +98,7 @@ class Suite:
     def measure_contenders(self, work: Work) -> dict[str, list[float]]:
         """Seconds by contender and round. Raises ParityError; whatever is raised, no row is written."""
         contenders, error_ratios = self.check_contenders(work)
-        self._measure_ceilings_again()
+        self._measure_ceilings(work.demand)
         setting, device = self.setting, self.setting.device
         rounds = {"min_rounds": setting.min_rounds if work.min_rounds is None else work.min_rounds}
         if work.reports_seconds:
@@ -109,9 +109,11 @@ class Suite:
             times = measure.interleave(contenders, setting.clock, **rounds)
             peaks = {name: measure.peak_bytes(call, device) for name, call in contenders.items()}
         self.rows += self.make_rows(work, times, error_ratios, peaks, self._host_times(work, contenders))
+        self.demands += [work.demand] * len(times)
+        self._compare_with_ceilings(work.demand)
         if self.path is not None:
             ops = list(dict.fromkeys(row.op for row in self.rows))
-            run = Run(ops=ops, ceilings=dataclasses.asdict(self.ceilings), absent=self.absent, **self.facts)
+            run = Run(ops=ops, ceilings=self.ceilings.to_json(), absent=self.absent, **self.facts)
             write(self.path, self.rows, run)
         return times
 
@@ -127,15 +129,36 @@ class Suite:
         self.remarks += [f"{case}: {name} has no graph: {reason}" for name, reason in reasons.items()]
         return found
 
-    def _measure_ceilings_again(self) -> None:
-        """Before each comparison. The best of the run counts, for the rows that are there already too."""
+    def _measure_ceilings(self, demand: Demand, again: bool = False) -> None:
+        """At the sizes of the work that were not measured in this run, or at all of them `again`."""
         if self.setting.rehearsal:
-            self.ceilings = Ceilings(bytes_per_s=1e9, flops_per_s=1e9, dtype=self.setting.dtype_name)
+            self.ceilings = ceilings.MADE_UP
             return
-        now = measure.measure_ceilings(self.setting.device)
-        self.ceilings = now if self.ceilings is None else self.ceilings.or_better(now)
+        now = ceilings.measure_ceilings(self.setting.device, demand, None if again else self.ceilings)
+        if self.ceilings is not None:
+            now.merge(self.ceilings)
+        self.ceilings = now
+
+    def _compare_with_ceilings(self, demand: Demand) -> None:
+        """The fractions of all rows, because ceilings only rise. Where the newest rows are faster than their ceiling,
+        the machine may have been slow while that was measured: it is measured again. What is still faster is told."""
+        self._set_fractions()
+        if self.setting.rehearsal:
+            return
+        if any(row.roofline_fraction and row.roofline_fraction > 1.0 for row in self.rows):
+            self._measure_ceilings(demand, again=True)
+            self._set_fractions()
         for row in self.rows:
-            row.roofline_fraction = _digits(self.ceilings.fraction(row.median_ms / 1e3, row.bytes, row.flops))
+            if row.roofline_fraction and row.roofline_fraction > 1.0:
+                fault = f"{row.op} {row.shape}, {row.direction}: {row.implementation} is faster than its ceiling"
+                fault += f" ({row.ceiling}), so that the ceiling is not one"
+                self.remarks += [fault] if fault not in self.remarks else []
+
+    def _set_fractions(self) -> None:
+        for row, demand in zip(self.rows, self.demands, strict=True):
+            if (bound := self.ceilings.bound(demand)) is not None:
+                row.ceiling = bound.name
+                row.roofline_fraction = _digits(bound.seconds / (row.median_ms / 1e3))
 
     def check_contenders(self, work: Work) -> tuple[dict[str, Call], dict[str, float | None]]:
         """The contenders that run and compute the same, and their error ratios. Only a peer may be left out."""
@@ -185,8 +208,7 @@ class Suite:
                 graph_ms=_digits(host and host.replayed and host.replayed * 1e3), ratio=_digits(ratio and ratio.median),
                 ratio_p20=_digits(ratio and ratio.p20), ratio_p80=_digits(ratio and ratio.p80),
                 best_peer=best if is_ours else None, verdict=measure.verdict_of(ratio) if ratio else None,
-                bytes=work.n_bytes, flops=work.flops,
-                roofline_fraction=_digits(self.ceilings.fraction(seconds.median, work.n_bytes, work.flops)),
+                bytes=work.demand.n_bytes, flops=work.demand.flops,
                 peak_bytes=peaks.get(name), parity_error_ratio=_digits(errors.get(name)),
                 extra=_rates(work, seconds.median) | work.extra.get(name, {}), **facts,
             ))  # fmt: skip
@@ -205,7 +227,11 @@ def _checked_error_ratio(work: Work, name: str) -> float | None:
 
 
 def _rates(work: Work, seconds: float) -> dict[str, float | None]:
-    rates = {"gb_per_s": (work.n_bytes, 1e9), "tflop_per_s": (work.flops, 1e12), "tokens_per_s": (work.tokens, 1.0)}
+    rates = {
+        "gb_per_s": (work.demand.n_bytes, 1e9),
+        "tflop_per_s": (work.demand.flops, 1e12),
+        "tokens_per_s": (work.tokens, 1.0),
+    }
     return {name: _digits(amount / seconds / unit) for name, (amount, unit) in rates.items() if amount}
 
 

@@ -18,8 +18,9 @@ from fastgpt.report import Report, markdown_table
 
 from . import cells
 from .pictures import ratio_figure, roofline_figure
-from .rows import OURS, Results, ResultsError, Row, by_case, peers_of
+from .rows import OURS, Results, ResultsError, Row, Run, by_case, peers_of
 
+WAYS = ("read", "write", "copy", "add")  # of moving bytes, as a run's ceilings name them
 RATES = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s"}
 FACTS = ("driver", "clocks_mhz", "python", "torch", "triton", "cuda", "commit", "date")  # said once for a machine
 
@@ -31,8 +32,11 @@ ABOUT = [
     "the 20th and 80th percentile in brackets. A ratio is the peer's time over FastGPT's, the median over the rounds: "
     "above 1 FastGPT is faster. Where the percentiles of the ratio lie on both sides of 1, the verdict is noise.",
     "The error ratio is FastGPT's error over PyTorch's own error plus half the stated tolerance; a result passes up to "
-    "2. The fraction of the roofline is the time that the work would take at the speed of the fastest copy or matrix "
-    "product of the same run, over the time that it took.",
+    "2. The fraction of the roofline is the least time that this machine needs for the work, over the time that it "
+    "took. The least time is that of moving the bytes that have to move, or of the matrix products, whichever is longer, "
+    "at the speeds that were measured in the same run at the sizes of the work. In older rows, which do not name their "
+    "limit, they are the speeds of one copy from memory and of one large product; work that fits into caches can "
+    "be above them.",
 ]
 
 
@@ -166,6 +170,7 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
         ("host's share", lambda row: cells.percent(row.host_share)),
         *rates,
         ("of the roofline", lambda row: cells.percent(row.roofline_fraction)),
+        ("its limit", lambda row: row.ceiling),
         ("peak MB", lambda row: cells.short(row.peak_bytes and row.peak_bytes / 1e6)),
         ("error ratio", lambda row: cells.short(row.parity_error_ratio, 2)),
         ("verdict", _verdict),
@@ -189,17 +194,32 @@ def _ceilings(machine: str, results: Results) -> Table:
         copy, product = (run.ceilings.get(key) for key in ("bytes_per_s", "flops_per_s"))
         if copy and product:
             speeds = [f"{copy / 1e9:.1f} GB/s", cells.flop_rate(product)]
-            rows.append([", ".join(run.ops), run.ceilings.get("dtype"), *speeds, run.date])
+            rows.append([", ".join(run.ops), run.ceilings.get("dtype"), *speeds, _by_size(run), run.date])
     drawn = bool(rows) and any(row.bytes and row.flops for row in results.rows)
     return Table(
         "The machine's ceilings",
-        ["The fastest copy and matrix product of each run. A row's fraction of the roofline refers to its own run."],
-        ["ops of the run", "dtype", "copy", "matrix product", "date"],
+        [
+            "The fastest copy from memory and the fastest matrix product of each run. Where a run measured more sizes, "
+            "the last column has how fast so many bytes are read, written, copied and added up. A row's fraction of "
+            "the roofline refers to its own run."
+        ],
+        ["ops of the run", "dtype", "copy", "matrix product", "GB/s by size: read / written / copied / added", "date"],
         rows,
         f"{cells.file_stem(machine)}-roofline" if drawn else None,
         "Achieved operations per second over operations per byte moved; filled FastGPT, hollow its best peer",
         partial(roofline_figure, machine, results),
     )
+
+
+def _by_size(run: Run) -> str | None:
+    """The speeds of the sizes that are powers of two: each run has them."""
+    speeds: dict[int, list[str]] = {}
+    for way in WAYS:
+        for measured, size, rate in run.ceilings.get("moved", []):
+            if measured == way and size & (size - 1) == 0:
+                speeds.setdefault(size, []).append(f"{rate / 1e9:.0f}")
+    told = [f"{size / 2**20:g} MiB: {' / '.join(rates)}" for size, rates in sorted(speeds.items())]
+    return "; ".join(told) or None
 
 
 def _absent(results: Results) -> Table:

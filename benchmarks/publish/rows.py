@@ -2,7 +2,7 @@
 
 A file holds JSON lines. Each is one implementation in one comparison (`Row`) or one run of the suite (`Run`). It has
 every field of its class in the order in which they are listed here, then those of `Line`; what is not known is null,
-and a field that is `known_on_gpus` is then left out.
+and a field that is `known_later` is then left out.
 
 Files travel: they come from another machine, from another version, or from an upload that broke off. So each line is
 checked when it is read, and an error names its file and line.
@@ -43,8 +43,8 @@ class CaseKey(NamedTuple):
     direction: str
 
 
-def known_on_gpus() -> Any:
-    """A field that a line has only where it is known: most rows have none, and older ones cannot have it."""
+def known_later() -> Any:
+    """A field that a line has only where it is known: on GPUs alone, say, or not in older rows."""
     return field(default=None, metadata={"left out": True})
 
 
@@ -105,8 +105,8 @@ class Row(Line):
     p80_ms: float | None = None
     rounds: float | None = None
     # On a GPU, of calls that follow each other; in the times above, preparing a call is hidden (harness/host.py).
-    eager_ms: float | None = known_on_gpus()
-    graph_ms: float | None = known_on_gpus()  # the same calls, replayed as a CUDA graph
+    eager_ms: float | None = known_later()
+    graph_ms: float | None = known_later()  # the same calls, replayed as a CUDA graph
     # A peer's time over FastGPT's, taken inside each round; in a row of FastGPT that of its best peer.
     ratio: float | None = None
     ratio_p20: float | None = None
@@ -115,7 +115,10 @@ class Row(Line):
     verdict: str | None = None  # FastGPT is "faster", "slower", or the percentiles lie on both sides of 1: "noise"
     bytes: float | None = None  # the least memory traffic
     flops: float | None = None  # operations
-    roofline_fraction: float | None = None  # max(bytes / copy bandwidth, flops / matrix product rate) / median
+    roofline_fraction: float | None = None  # the least time that the machine needs, see `ceiling`, over the median
+    # By what that least time is bound, such as "reading 42 MB at 83 GB/s". Rows without it are older: the larger of
+    # bytes over the speed of one copy from memory, and flops over that of one large product.
+    ceiling: str | None = known_later()
     peak_bytes: float | None = None  # how far memory rises during one call, its results included
     parity_error_ratio: float | None = None  # error over (PyTorch's error + tolerance / 2); up to 2 passes
     extra: dict = field(default_factory=dict)  # more figures by name: tokens_per_s, tflop_per_s, gb_per_s, val_loss
@@ -139,7 +142,9 @@ class Run(Line):
     kind = "run"
 
     ops: list = field(default_factory=list)  # what it measured
-    ceilings: dict = field(default_factory=dict)  # bytes_per_s, flops_per_s, dtype: the fastest copy and matrix product
+    # bytes_per_s, flops_per_s, dtype: the fastest copy from memory and matrix product. Newer runs also have what was
+    # measured at each size: moved [[way, bytes, bytes per second]], products [[m, k, n, flops per second]].
+    ceilings: dict = field(default_factory=dict)
     # {op: {peer: why it was not measured}}; "peer, shape, direction" where it was measured in other cases.
     absent: dict = field(default_factory=dict)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgpt.benchmarks.harness import measure, suite
+from fastgpt.benchmarks.harness import ceilings, suite
 
 CPU = torch.device("cpu")
-CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
+CEILINGS = ceilings.Ceilings("float32", {(way, 2**20): 1e9 for way in ceilings.MIXED}, {(1, 1, 1): 1e12})
 
 
 @pytest.fixture
@@ -24,5 +24,5 @@ def run(setting, tmp_path, monkeypatch) -> suite.Suite:
         raise RuntimeError("compiled in the benchmarks, not in their tests")
 
     monkeypatch.setattr(torch, "compile", lambda *args, **options: refuse)
-    monkeypatch.setattr(measure, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *args: CEILINGS)
     return suite.Suite(setting, tmp_path / "rows.jsonl")

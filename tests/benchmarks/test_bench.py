@@ -15,13 +15,12 @@ from fastgpt.benchmarks.bench_generate import GenerationShape, generate_work
 from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShape
 from fastgpt.benchmarks.bench_linear_cross_entropy import LinearCrossEntropyShape
 from fastgpt.benchmarks.bench_train_step import TrainStepShape, train_step_work
-from fastgpt.benchmarks.harness import measure, suite
+from fastgpt.benchmarks.harness import suite
 from fastgpt.benchmarks.harness.op_work import op_work
 from fastgpt.benchmarks.publish import rows
 from fastgpt.data.corpus import Corpus
 
 CPU = torch.device("cpu")
-CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
 MODEL = """
 import torch
 class GPTLanguageModel(torch.nn.Module):

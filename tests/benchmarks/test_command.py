@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastgpt.benchmarks import bench_recipe, command
-from fastgpt.benchmarks.harness import measure, models
+from fastgpt.benchmarks.harness import ceilings, models
 from fastgpt.benchmarks.harness.suite import Setting, Suite
 from fastgpt.benchmarks.publish import rows
 from fastgpt.cli import main
@@ -117,7 +117,7 @@ def test_the_recipe_is_a_training_run_and_its_last_validation(tmp_path, monkeypa
     text.write_text("To be, or not to be: that is the question. " * 20)
     setting = Setting(torch.device("cpu"), data=str(text))
     suite = Suite(setting, tmp_path / "rows.jsonl")
-    monkeypatch.setattr(measure, "measure_ceilings", lambda device: measure.Ceilings(1e10, 1e11, "float32"))
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *args: ceilings.MADE_UP)
     bench_recipe.bench_recipe(suite.measure_contenders, setting, bench_recipe.Recipe("shakespeare-char-cpu"))
     (row,) = rows.read([tmp_path / "rows.jsonl"]).rows
     assert (row.op, row.shape, row.rounds) == ("recipe", "shakespeare-char-cpu", 1)

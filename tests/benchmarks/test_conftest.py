@@ -15,7 +15,6 @@ from fastgpt.benchmarks.harness import measure
 from fastgpt.benchmarks.publish import rows
 
 CPU = torch.device("cpu")
-CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
 SMALL = """
 import dataclasses
 from fastgpt.benchmarks.harness import op_work, peers
@@ -32,12 +31,12 @@ class SmallShape(op_work.OpShape):
     def peers(self, device):
         return {"torch": lambda: peers.Peer(lambda tokens, table: table[tokens])}
     def elements_moved(self, backward):
-        return 1
+        return 1, 1
 bench_small = op_work.op_benchmark(cpu=[SmallShape(4), SmallShape(5)], cuda=[], directions=["forward"])
 """
 GIVEN_CEILINGS = """
-from fastgpt.benchmarks.harness import measure
-measure.measure_ceilings = lambda device: measure.Ceilings(1e10, 1e11, "float32")
+from fastgpt.benchmarks.harness import ceilings
+ceilings.measure_ceilings = lambda *args: ceilings.MADE_UP
 """
 WRONG = """
 from fastgpt.ops import backend, embedding

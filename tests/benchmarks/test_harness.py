@@ -1,4 +1,4 @@
-"""Measuring: contenders take turns, and medians, ratios, ceilings and peaks are computed from what is measured."""
+"""Measuring: contenders take turns, and medians, ratios and peaks are computed from what is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from fastgpt.benchmarks.harness import host, measure
 from fastgpt.benchmarks.publish.rows import Spread
 
 CPU = torch.device("cpu")
-CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
 
 
 def test_contenders_take_turns():
@@ -80,27 +79,6 @@ def test_ratios_are_taken_inside_a_round():
 )
 def test_the_verdict_is_noise_where_the_percentiles_straddle_1(spread, expected):
     assert measure.verdict_of(Spread(*spread)) == expected
-
-
-def test_roofline():
-    assert CEILINGS.fraction(2.0, n_bytes=1e9, flops=None) == 0.5  # a second to move them
-    assert CEILINGS.fraction(4.0, n_bytes=1e9, flops=2e12) == 0.5  # two to multiply
-    assert CEILINGS.fraction(1.0, None, None) is None
-
-
-def test_ceilings_are_the_best_rounds_of_a_copy_and_a_product(monkeypatch):
-    """The calls are run; how long they take is given: the copy 4, 2 and 3 seconds, the product half of that."""
-    monkeypatch.setitem(measure.CEILING_SIZES, "cpu", (2**20, 64, torch.float32))
-    seconds = iter([9.0, 4.0, 2.0, 3.0])  # the first is the warm-up's
-
-    def clock(calls, iterations):
-        copy = next(seconds)
-        shapes = [call().shape for call in calls]
-        return [copy if shape == (2**18,) else copy / 2 for shape in shapes]
-
-    monkeypatch.setattr(measure, "clock_of", lambda device: clock)
-    found = measure.measure_ceilings(CPU, rounds=3)
-    assert found == measure.Ceilings(bytes_per_s=2 * 2**20 / 2.0, flops_per_s=2 * 64**3 / 1.0, dtype="float32")
 
 
 def test_peak_memory_is_what_a_call_adds_however_often_it_ran():

@@ -12,11 +12,18 @@ from fastgpt import machine, parity
 from fastgpt.benchmarks.bench_attention import AttentionShape
 from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
 from fastgpt.benchmarks.bench_layer_norm import LayerNormShape
-from fastgpt.benchmarks.harness import accuracy, measure, models, peers, suite
+from fastgpt.benchmarks.harness import accuracy, ceilings, measure, models, peers, suite
 from fastgpt.benchmarks.publish import rows
 
 CPU = torch.device("cpu")
-CEILINGS = measure.Ceilings(bytes_per_s=1e9, flops_per_s=1e12, dtype="float32")
+GIGABYTE = ceilings.Demand(ceilings.Traffic(read=1e9, written=0, footprint=1e9))
+
+
+def given(bytes_per_s: float) -> ceilings.Ceilings:
+    return ceilings.Ceilings("float32", {(way, 2**20): bytes_per_s for way in ceilings.MIXED}, {(1, 1, 1): 1e12})
+
+
+CEILINGS = given(1e9)
 
 
 def work(**changes) -> suite.Work:
@@ -26,25 +33,42 @@ def work(**changes) -> suite.Work:
 
 
 def test_the_best_ceilings_of_a_run_count_for_all_its_rows(run, monkeypatch):
-    found = iter([measure.Ceilings(1e9, 1e12, "float32"), measure.Ceilings(4e9, 1e11, "float32")])
-    monkeypatch.setattr(measure, "measure_ceilings", lambda device: next(found))
+    found = iter([given(1e9), given(4e9)])
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *args: next(found))
     monkeypatch.setattr(measure, "interleave", lambda contenders, clock, **options: {"fastgpt": [1.0]})
     for shape in "12":
-        run.measure_contenders(work(shape=shape, n_bytes=1e9, contenders={"fastgpt": lambda: None}))
+        run.measure_contenders(work(shape=shape, demand=GIGABYTE, contenders={"fastgpt": lambda: None}))
     assert [row.roofline_fraction for row in rows.read([run.path]).rows] == [0.25, 0.25]
-    assert run.ceilings == measure.Ceilings(4e9, 1e12, "float32")
+    assert run.ceilings.bandwidth(2**20) == 4e9
+    assert {row.ceiling for row in run.rows} == {"reading 1e+03 MB at 4 GB/s"} and not run.remarks
+
+
+def test_a_row_that_is_faster_than_its_ceiling_has_it_measured_again_or_is_told(run, monkeypatch):
+    asked = []
+    found = iter([given(1e9), given(4e9), given(1e9), given(4e9)])
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *args: asked.append(args[2]) or next(found))
+    monkeypatch.setattr(measure, "interleave", lambda contenders, clock, **options: {"fastgpt": [0.5]})
+    alone = {"fastgpt": lambda: None}
+    run.measure_contenders(work(demand=GIGABYTE, contenders=alone))
+    assert asked == [None, None] and not run.remarks
+    assert [row.roofline_fraction for row in run.rows] == [0.5]
+    twice = dataclasses.replace(GIGABYTE, traffic=ceilings.Traffic(3e9, 0, 1e9))
+    run.measure_contenders(work(shape="2", demand=twice, contenders=alone))
+    (told,) = run.remarks
+    assert told.startswith("thing 2, forward: fastgpt is faster than its ceiling (reading 1e+03 MB at 4 GB/s)")
+    assert [row.roofline_fraction for row in rows.read([run.path]).rows] == [0.5, 1.5]
 
 
 def test_rows_say_who_is_faster(run):
     times = {"fastgpt": [1.0, 2.0, 1.0], "A": [2.0, 4.0, 2.0], "B": [0.5, 4.0, 0.5]}
-    done = work(n_bytes=1e9, flops=1e9, tokens=10, backend="native")
+    done = work(demand=dataclasses.replace(GIGABYTE, flops=1e9), tokens=10, backend="native")
     run.ceilings = CEILINGS
     ours, a, b = run.make_rows(done, times, {"fastgpt": 0.5}, {"A": 7}, {})
     assert (ours.implementation, ours.backend, ours.best_peer) == ("fastgpt", "native", "B")
     assert (ours.ratio, ours.verdict) == (0.5, "noise")
     assert (a.ratio, a.ratio_p20, a.verdict, a.best_peer, a.backend) == (2.0, 2.0, "faster", None, None)
     assert (b.ratio, b.ratio_p80) == (0.5, 1.4)
-    assert (ours.median_ms, ours.rounds, ours.roofline_fraction) == (1000.0, 3, 1.0)
+    assert (ours.median_ms, ours.rounds, ours.bytes, ours.flops) == (1000.0, 3, 1e9, 1e9)
     assert ours.extra == {"gb_per_s": 1.0, "tflop_per_s": 0.001, "tokens_per_s": 10.0}
     assert (ours.parity_error_ratio, a.parity_error_ratio, a.peak_bytes) == (0.5, None, 7)
 
@@ -59,7 +83,7 @@ def test_every_line_has_every_key_the_facts_of_the_machine_last(run):
     facts, run.ceilings = machine.facts(CPU), CEILINGS
     (row,) = run.make_rows(work(), {"fastgpt": [1.0]}, {}, {}, {})
     assert list(json.loads(row.to_json()))[-len(facts) :] == list(facts)
-    keys = {field.name for field in dataclasses.fields(rows.Row)} - {"other_keys", "eager_ms", "graph_ms"}
+    keys = {field.name for field in dataclasses.fields(rows.Row)} - {"other_keys", "eager_ms", "graph_ms", "ceiling"}
     assert set(json.loads(row.to_json())) == keys | {"kind"}
     assert list(json.loads(rows.Run(**facts).to_json())) == ["kind", "ops", "ceilings", "absent", *facts]
 
@@ -134,7 +158,7 @@ def test_a_rehearsal_runs_everything_and_its_rows_name_no_device(tmp_path):
     calls = {name: lambda name=name: ran.append(name) for name in ("fastgpt", "torch")}
     setting = suite.Setting(CPU, seconds=0.0, min_rounds=1, rehearsal=True)
     session = suite.Suite(setting, tmp_path / "rows.jsonl")
-    session.measure_contenders(work(contenders=calls, one_call=True, n_bytes=1e3))
+    session.measure_contenders(work(contenders=calls, one_call=True, demand=GIGABYTE))
     found = rows.read([tmp_path / "rows.jsonl"])
     assert found.machines() == ["rehearsal, not a measurement"] and set(ran) == {"fastgpt", "torch"}
     assert [(row.median_ms, row.eager_ms, row.graph_ms) for row in found.rows] == [(1.0, 1.0, 0.33333)] * 2

@@ -17,8 +17,10 @@ NEEDED = ("op", "shape", "dtype", "implementation", "direction", "device", "medi
 def some_results(tmp_path: Path) -> rows.Results:
     work = {"bytes": 4e6, "flops": 1e6, "roofline_fraction": 0.5}
     more = {"peak_bytes": 12_300_000, "parity_error_ratio": 0.9312, "extra": {"gb_per_s": 7.5049, "steps": None}}
+    rates = {"read": 80e9, "write": 70e9, "copy": 90e9, "add": 60e9}
+    moved = [[way, size, rate] for way, rate in sorted(rates.items()) for size in (2**18, 12_345_678)]
     lines = [
-        run_line(date="2026-01-02"),
+        run_line(date="2026-01-02", ceilings=run_line()["ceilings"] | {"moved": moved}),
         row(ratio=1.6, best_peer="torch.compile", verdict="faster", backend="native", **work, **more),
         row("torch", 20.0, 2.0, **work),
         row("torch.compile", 16.0, 1.6, **work),
@@ -41,7 +43,7 @@ def test_the_markdown_says_what_the_rows_say(tmp_path):
         "1.60x (1.55 – 1.65)",
         "B1\\|T1 | 10 (9.7 – 10.3) | – | – | – | – | noise against torch | 1.01x (0.98 – 1.04) | –",
         "B4 T64 | 1,230",  # an op without peers, measured once
-        "embedding | float32 | 15.0 GB/s | 160 GFLOP/s | 2026-01-02",
+        "embedding | float32 | 15.0 GB/s | 160 GFLOP/s | 0.25 MiB: 80 / 70 / 90 / 60 | 2026-01-02",
         "liger-kernel | embedding | its kernels run on CUDA devices only",
     ):
         assert line in lines
