@@ -2,7 +2,8 @@
 
 A file is written beside its place, flushed to the disk and renamed onto it: whatever happens, the old one or the new
 one is there, whole. Tensors are called ``model.<parameter or buffer>``; ``step.<parameter>``, ``exp_avg.<parameter>``,
-``exp_avg_sq.<parameter>`` (AdamW's state); and ``rng.cpu`` / ``rng.cuda`` / ``rng.mps``.
+``exp_avg_sq.<parameter>`` (AdamW's state); ``momentum_buffer.<parameter>`` (Muon's); and ``rng.cpu`` / ``rng.cuda`` /
+``rng.mps``.
 """
 
 from __future__ import annotations

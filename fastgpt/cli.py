@@ -55,6 +55,7 @@ def train(settings: TrainSettings) -> None:
     from .machine import resolve_device
     from .tokenizer import BPETokenizer, tokenizer_from_json
     from .training import runs
+    from .training.muon import who_trains
     from .training.step import Precision
 
     model_class(settings.model)
@@ -87,6 +88,8 @@ def train(settings: TrainSettings) -> None:
         n = trainer.model.num_parameters()
         where = f"{trainer.device}, {trainer.precision}"
         print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {where}", flush=True)
+        if train_config.optimizer == "muon":
+            print(f"optimizer: {who_trains(trainer.optimizer)}", flush=True)
         state = trainer.run()
     print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
 

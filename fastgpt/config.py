@@ -17,6 +17,7 @@ LR_DECAYS = ("cosine", "linear")
 LAYOUTS = ("blocks", "windows", "names")  # data.layouts has a class for each
 SOURCES = ("shakespeare", "tinyshakespeare", "names")  # texts with a name; data.sources reads each
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
+OPTIMIZERS = ("adamw", "muon")
 BACKENDS = ("torch", "triton", "native")  # of the ops; here, because ops.backend imports PyTorch
 MAX_HEAD_SIZE = 256  # of ops.attention, on every backend
 
@@ -166,11 +167,14 @@ class TrainConfig:
         batch_size: blocks per micro-step.
         grad_accum: micro-steps per optimizer step.
         max_steps: optimizer steps; training ends here.
-        lr: the largest learning rate, reached after the warm-up.
-        min_lr: the learning rate at max_steps.
+        optimizer: adamw, or muon for the matrices between embeddings and head, with adamw for all other parameters.
+        lr: the largest learning rate of adamw, reached after the warm-up.
+        min_lr: the learning rate of adamw at max_steps.
+        muon_lr: the largest learning rate of muon; its schedule is adamw's, so it ends at muon_lr * min_lr / lr.
+        muon_momentum: how much of muon's momentum is kept at each step.
         warmup_steps: steps of linear warm-up.
         lr_decay: how the learning rate falls after the warm-up, along half a cosine or linear.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: decoupled from the gradient, on matrices only.
         beta1: AdamW's first-moment decay.
         beta2: AdamW's second-moment decay.
         grad_clip: largest gradient norm; 0 does not clip.
@@ -189,8 +193,11 @@ class TrainConfig:
     batch_size: int = 64
     grad_accum: int = 1
     max_steps: int = 5000
+    optimizer: str = "adamw"
     lr: float = 1e-3
     min_lr: float = 1e-4
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
     warmup_steps: int = 100
     lr_decay: str = "cosine"
     weight_decay: float = 0.1
@@ -212,11 +219,14 @@ class TrainConfig:
         check_types(self)
         for name in ("batch_size", "grad_accum", "eval_interval", "eval_batches", "log_interval"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        for name in ("max_steps", "warmup_steps", "lr", "min_lr", "weight_decay", "grad_clip"):
+        for name in ("max_steps", "warmup_steps", "lr", "min_lr", "muon_lr", "weight_decay", "grad_clip"):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             _expect(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "a number in [0, 1)")
         _expect(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr}")
+        _expect(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
+        if self.optimizer == "muon":  # the rate of muon is that of adamw, times muon_lr / lr
+            _expect(self.lr > 0.0, "lr", self.lr, "more than 0 with optimizer=muon, whose rate follows its schedule")
         _expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2**63)")
         _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _expect(self.lr_decay in LR_DECAYS, "lr_decay", self.lr_decay, f"one of {', '.join(LR_DECAYS)}")

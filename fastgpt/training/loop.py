@@ -28,10 +28,12 @@ from ..language_model import LanguageModel
 from ..machine import resolve_device
 from . import TrainingError
 from .graph import GraphedStep
+from .muon import Muon
 from .run_folder import RunFolder, plot_loss
 from .step import Batch, Precision, count_targets, learning_rate, make_optimizer, mean_loss, training_step
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, by AdamW's own names
+MUON_MOMENTS = ("momentum_buffer",)  # Muon's, of a matrix
 
 
 class Interrupted(TrainingError):
@@ -63,11 +65,15 @@ class Trainer:
         """The parameters that are not frozen, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def _moments_of(self, parameter: Tensor) -> tuple[str, ...]:
+        by_muon = self.optimizer.matrices if isinstance(self.optimizer, Muon) else ()
+        return MUON_MOMENTS if any(parameter is matrix for matrix in by_muon) else MOMENTS
+
     def checkpoint(self) -> Checkpoint:
         tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
         for name, parameter in self._trained().items():
             moments = self.optimizer.state.get(parameter)
-            for moment in MOMENTS:
+            for moment in self._moments_of(parameter):
                 zeros = torch.zeros(()) if moment == "step" else torch.zeros_like(parameter)
                 tensors[f"{moment}.{name}"] = moments[moment] if moments else zeros
         tensors["rng.cpu"] = torch.get_rng_state()
@@ -104,24 +110,30 @@ class Trainer:
         self.precision.scaler.load_state_dict(scaler)
         self.state = {key: saved.state[key] for key in self.state}
         if self.state["step"] == 0:
-            return  # AdamW makes its zeros itself
-        fused = self.optimizer.defaults["fused"]
+            return  # the optimizer makes its zeros itself
+        step_device = self.device if self.optimizer.param_groups[-1]["fused"] else torch.device("cpu")  # AdamW's rule
         for name, parameter in self._trained().items():
             self.optimizer.state[parameter] = {
-                "step": moments["step"][name].to(self.device if fused else "cpu", torch.float32, copy=True),
-                **{m: torch.empty_like(parameter.detach()).copy_(moments[m][name]) for m in ("exp_avg", "exp_avg_sq")},
+                moment: moments[moment][name].to(step_device, torch.float32, copy=True)
+                if moment == "step"
+                else torch.empty_like(parameter.detach()).copy_(moments[moment][name])
+                for moment in self._moments_of(parameter)
             }
 
     def _checked_moments(self, saved: Checkpoint) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state of the trained parameters. The state that older checkpoints have of frozen ones is left out."""
+        """The optimizer's state by kind and parameter. What older checkpoints have of frozen ones is left out."""
         trained = self._trained()
         frozen = {name for name, _ in self.model.named_parameters()} - trained.keys()
-        moments = {m: {n: t for n, t in saved.part(m).items() if n not in frozen} for m in MOMENTS}
+        kinds = MOMENTS + MUON_MOMENTS
+        moments = {m: {n: t for n, t in saved.part(m).items() if n not in frozen} for m in kinds}
+        expected: dict[str, dict[str, Tensor]] = {moment: {} for moment in kinds}
+        for name, parameter in trained.items():
+            for moment in self._moments_of(parameter):
+                expected[moment][name] = torch.zeros(()) if moment == "step" else parameter
         if not moments["step"]:  # an older checkpoint, whose parameters all took every step
-            moments["step"] = dict.fromkeys(trained, torch.tensor(float(saved.state["step"])))
-        for moment in MOMENTS:
-            steps = dict.fromkeys(trained, torch.zeros(()))
-            check_same(saved.path, moment, moments[moment], steps if moment == "step" else trained)
+            moments["step"] = dict.fromkeys(expected["step"], torch.tensor(float(saved.state["step"])))
+        for moment in kinds:
+            check_same(saved.path, moment, moments[moment], expected[moment])
         return moments
 
     def _checked_scaler(self, saved: Checkpoint) -> dict[str, Any]:
@@ -239,7 +251,7 @@ class Trainer:
         """Steps whose float16 gradients overflowed: their batches were taken, but the weights stayed as they were."""
         if not self.precision.scaler.is_enabled():
             return 0
-        taken = [state["step"] for state in self.optimizer.state.values()]
+        taken = [state["step"] for state in self.optimizer.state.values() if "step" in state]
         return self.state["step"] - (int(torch.stack(taken).max()) if taken else 0)
 
     def evaluate(self, split: str) -> float:

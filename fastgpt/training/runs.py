@@ -55,11 +55,11 @@ def resume(
 ) -> Trainer:
     """A trainer that goes on with the run in `out` from `saved`, which `load_latest(out)` gave, ready to `run()`.
 
-    The other arguments are those of `start`. The model, its settings and the layout must be those of the run; what
-    else differs from the run so far is printed and recorded in config.toml. Raises CheckpointError, and changes
-    nothing, where the checkpoint does not fit.
+    The other arguments are those of `start`. The model, its settings, the layout and the optimizer must be those of the
+    run; what else differs from the run so far is printed and recorded in config.toml. Raises CheckpointError, and
+    changes nothing, where the checkpoint does not fit.
     """
-    _check_unchanged(saved, kind, config, train_config.layout)
+    _check_unchanged(saved, kind, config, train_config)
     folder = RunFolder(Path(out))
     trainer = Trainer(build_model(config, train_config.seed, kind), corpus, train_config, folder, resume_command)
     trainer.restore(saved)
@@ -97,11 +97,12 @@ def _recorded(kind: str, config: GPTConfig, train_config: TrainConfig) -> dict[s
     return {"model": kind, **dataclasses.asdict(config), **dataclasses.asdict(train_config)}
 
 
-def _check_unchanged(saved: Checkpoint, kind: str, config: GPTConfig, layout: str) -> None:
-    """A resumed run keeps its model and its layout. A setting that an older checkpoint lacks has its default."""
-    was = {"model": saved.model, "layout": saved.train_config.get("layout", "blocks")}
+def _check_unchanged(saved: Checkpoint, kind: str, config: GPTConfig, train_config: TrainConfig) -> None:
+    """A resumed run keeps its model, layout and optimizer. What an older checkpoint does not say has its default."""
+    kept = ("layout", "optimizer")
+    was = {"model": saved.model} | {name: saved.train_config.get(name, getattr(TrainConfig, name)) for name in kept}
     was |= dataclasses.asdict(from_dict(GPTConfig, saved.model_config))
-    now = {"model": kind, "layout": layout, **dataclasses.asdict(config)}
+    now = {"model": kind} | {name: getattr(train_config, name) for name in kept} | dataclasses.asdict(config)
     for name, value in now.items():
         if was[name] != value:
             option = f"--{name.replace('_', '-')}"

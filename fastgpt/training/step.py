@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..data.layouts import IGNORED
 from . import TrainingError
+from .muon import Muon, hidden_matrices
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # x (B, T), y (B, T) -> the mean in nats per counted target, 0-dim
 Batch = tuple[Tensor, Tensor]
@@ -75,17 +76,22 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW of the parameters that are not frozen. Matrices (embeddings, linears) decay; biases and norms do not."""
+def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon and AdamW, of the parameters that are not frozen. Matrices decay; biases and norms do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise TrainingError("model: every parameter is frozen (requires_grad is False): there is nothing to train")
+    by_muon = hidden_matrices(model) if cfg.optimizer == "muon" else []
+    by_adamw = [p for p in parameters if p not in set(by_muon)]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in by_adamw if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in by_adamw if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+    if not by_muon:
+        return adamw
+    return Muon(by_muon, adamw, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, lr_ratio=cfg.muon_lr / cfg.lr)
 
 
 def count_targets(y: Tensor) -> Tensor:
@@ -116,12 +122,13 @@ def training_step(
     """One optimizer step on the mean loss over the targets of all micro-batches; returns that loss, on the device.
 
     The gradients are those of one batch of all the rows, however the counted targets are spread. `lr` becomes the
-    learning rate of every parameter group, and may be a tensor, which a CUDA graph reads; without it the optimizer
-    keeps its own. Nothing here waits for a GPU. The caller has put the model into training mode.
+    learning rate of every parameter group, times the group's `lr_ratio` where it has one. It may be a tensor, which a
+    CUDA graph reads; without it the optimizer keeps its own. Nothing here waits for a GPU. The caller has put the model
+    into training mode.
     """
     if lr is not None:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"] if "lr_ratio" in group else lr
     shares = target_shares(micro_batches) if len(micro_batches) > 1 else [None]
     total = torch.zeros((), device=precision.device)
     for (x, y), share in zip(micro_batches, shares, strict=True):

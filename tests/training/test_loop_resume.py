@@ -133,7 +133,7 @@ def test_the_random_state_of_any_gpu_is_kept(corpus, tmp_path, monkeypatch):
     saved = run.checkpoint()
     assert torch.equal(saved.tensors["rng.mps"], torch.arange(16, dtype=torch.uint8))
     module.state = torch.zeros(16, dtype=torch.uint8)
-    run.optimizer.defaults["fused"] = False
+    run.optimizer.param_groups[-1]["fused"] = False
     run.restore(saved)
     assert torch.equal(module.state, torch.arange(16, dtype=torch.uint8))
     assert {s["step"].device.type for s in run.optimizer.state.values()} == {"cpu"}

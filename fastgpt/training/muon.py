@@ -1,0 +1,146 @@
+"""Muon (Jordan et al. 2024): momentum whose matrices are made orthogonal before they are subtracted from the weights.
+
+The momentum of a weight matrix is dominated by a few directions. Its nearest orthogonal matrix, U V^T of the singular
+value decomposition U S V^T, moves the weights equally far in all directions. A few Newton-Schulz iterations, which are
+matrix products alone, come close enough to it: with Jordan's coefficients all singular values end between 0.7 and 1.2.
+
+torch.optim.Muon orthogonalises one matrix after the other in bfloat16. Here matrices of one shape are stacked, and on a
+CPU the products are float32's. Muon is for the matrices between the embeddings and the head; AdamW trains the rest.
+
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982, on weight decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: they grow small singular values fastest
+EPSILON = 1e-7  # keeps a gradient of zeros from becoming NaN
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for `matrices`, and `adamw`, an optimizer of its own, for all other parameters.
+
+    A matrix W (rows, columns) with the momentum M changes by
+
+        M <- momentum M + (1 - momentum) gradient
+        W <- (1 - lr weight_decay) W - lr sqrt(max(1, rows / columns)) orthogonal(Nesterov's M)
+
+    The groups of `adamw` follow that of the matrices in `param_groups`, and its state is in `state`. Muon's learning
+    rate is `lr_ratio` times AdamW's, which whoever schedules the rates has to know.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        adamw: torch.optim.AdamW,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        lr_ratio: float,
+    ) -> None:
+        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "lr_ratio": lr_ratio}
+        super().__init__([{"params": matrices, **own}, *adamw.param_groups], {})
+        self.adamw = adamw
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        return self.param_groups[0]["params"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step from the gradients in `.grad`; a parameter without one stays as it is."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stacks = defaultdict(list)
+        for matrix in self.matrices:
+            if matrix.grad is not None:
+                stacks[matrix.shape, matrix.dtype, matrix.device].append(matrix)
+        for matrices in stacks.values():
+            self._step_of(matrices, self.param_groups[0])
+        # Given anew at each step, because load_state_dict replaces groups and state.
+        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
+        self.adamw.step()
+        return loss
+
+    def _step_of(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """One step of matrices of one shape."""
+        momentum, lr = group["momentum"], group["lr"]  # lr may be a tensor, which a CUDA graph reads
+        updates = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])  # (N, rows, columns)
+        for matrix, update in zip(matrices, updates, strict=True):
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            state["momentum_buffer"].lerp_(update, 1.0 - momentum)
+            update.lerp_(state["momentum_buffer"], momentum)  # Nesterov: the gradient counts once more
+        rows, columns = matrices[0].shape
+        updates = orthogonal(updates).mul_(lr * math.sqrt(max(1.0, rows / columns)))
+        for matrix, update in zip(matrices, updates, strict=True):
+            matrix.mul_(1.0 - lr * group["weight_decay"]).sub_(update)
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices that Muon is for: all trained ones except the embeddings and the head."""
+    others = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    others |= set(getattr(model, "lm_head", nn.Identity()).parameters())
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in others]
+
+
+def who_trains(optimizer: torch.optim.Optimizer) -> str:
+    """In words, which parameters Muon trains where it was asked for."""
+    if not isinstance(optimizer, Muon):
+        return "adamw for all parameters: none is a matrix between embeddings and head, which are what muon is for"
+    n = sum(matrix.numel() for matrix in optimizer.matrices)
+    return f"muon for {len(optimizer.matrices)} matrices ({n:,} parameters), adamw for the rest"
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """matrices (N, rows, columns) -> about U V^T of the singular value decomposition U S V^T of each."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # the products below are cheaper with few rows
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + EPSILON)  # no singular value is above 1 now
+    x = _iterate(x) if x.dtype == torch.bfloat16 else _iterate_gram(x)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """x <- a x + b (x x^T) x + c (x x^T)^2 x, which maps each singular value s to a s + b s^3 + c s^5."""
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _iterate_gram(x: Tensor) -> Tensor:
+    """The same, on the smaller matrix x x^T: an iteration multiplies x by p = a I + b (x x^T) + c (x x^T)^2.
+
+    All products are polynomials in x x^T, so their factors may change places. Rounding errors of x x^T grow faster than
+    those of x, so this needs float32.
+    """
+    gram = x @ x.mT
+    product = _polynomial(gram)
+    p = product
+    for _ in range(ITERATIONS - 1):
+        gram = p @ (p @ gram)  # (p x) (p x)^T
+        p = _polynomial(gram)
+        product = p @ product
+    return product @ x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """a I + b gram + c gram^2."""
+    a, b, c = COEFFICIENTS
+    p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    p.diagonal(dim1=1, dim2=2).add_(a)
+    return p
