@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("large_buffer", TORCH_BOX(&fastgpt::large_buffer));
   m.impl("cross_entropy_chunk_", TORCH_BOX(&fastgpt::cross_entropy_chunk));
   m.impl("linear_native", TORCH_BOX(&fastgpt::linear));
+  m.impl("linear_native_backward", TORCH_BOX(&fastgpt::linear_backward));
   m.impl("matmul_", TORCH_BOX(&fastgpt::matmul));
 }
 

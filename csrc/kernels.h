@@ -66,9 +66,10 @@ struct AccumulateRows {
   void* position_grad;  // (length, columns)
 };
 
-// c (+)= a b in float32: a (rows, depth) and b (depth, columns) of any strides, c with contiguous rows.
+// c = a b + bias, or c += a b, in float32: a (rows, depth) and b (depth, columns) of any strides, c with contiguous rows.
 struct Matmul {
   const float *a, *b;
+  const float* bias;  // (columns), or null; null where c is added to
   float* c;
   int64_t a_row, a_depth, b_depth, b_column, c_row;  // strides, in values
   int64_t rows, columns, depth;
@@ -84,6 +85,13 @@ struct LinearRows {
   int64_t rows, depth, columns, weight_stride;
 };
 
+// out[j] = the sum over i < count of rows[i][j]
+struct ColumnSums {
+  const float* rows;  // (count, columns)
+  float* out;
+  int64_t count, columns;
+};
+
 // The row kernels of one instruction set; those in arrays are one for each Storage.
 struct Kernels {
   const char* name;
@@ -94,6 +102,7 @@ struct Kernels {
   void (*accumulate_rows[STORAGES])(const AccumulateRows&);
   void (*linear[STORAGES])(const LinearRows&, int64_t begin, int64_t end);
   void (*widen[STORAGES])(const void* from, float* to, int64_t count);
+  void (*column_sums)(const ColumnSums&, int64_t begin, int64_t end);
   int64_t (*matmul_workspace)(const Matmul&);  // the number of values in `workspace`
   void (*matmul)(const Matmul&, float* workspace);
 };

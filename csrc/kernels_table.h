@@ -23,6 +23,7 @@ constexpr Kernels table(const char* name) {
       {accumulate_rows<float>, accumulate_rows<BFloat16>, accumulate_rows<Float16>},
       {linear_rows<float>, linear_rows<BFloat16>, linear_rows<Float16>},
       {widen<float>, widen<BFloat16>, widen<Float16>},
+      column_sums,
       matmul_workspace,
       matmul,
   };

@@ -1,7 +1,8 @@
 // x W^T + b for a few rows x. W is read once and in order, so that the product takes as long as reading W from memory.
 //
 // Matrix libraries are made for many rows. For a single row, MKL on AMD's processors reads W at a third of that speed.
-// What is fused: the products, the bias, and the rounding to the dtype of the output.
+// What is fused: the products, the bias, and the rounding to the dtype of the output. Also here: the sum of many rows,
+// which is the gradient of the bias.
 #pragma once
 
 #include "kernels.h"
@@ -55,6 +56,38 @@ void linear_rows(const LinearRows& a, int64_t begin, int64_t end) {
     if (a.rows - row == 2) dot_products<T, 2, 2>(a, row, n, last);
     if (a.rows - row == 1) dot_products<T, 1, 4>(a, row, n, last);
   }
+}
+
+// The sums of columns [begin, begin + width), with width <= VECTORS * LANES. SUMMED rows are added one after the other,
+// and their sums are added with the rounding errors carried along (Kahan 1965), because a plain sum of thousands of rows
+// would round worse than PyTorch's.
+template <int VECTORS>
+void column_strip(const ColumnSums& a, int64_t begin, int64_t width) {
+  constexpr int64_t SUMMED = 32;
+  Vec total[VECTORS] = {}, error[VECTORS] = {};
+  for (int64_t first = 0; first < a.count; first += SUMMED) {
+    const int64_t last = first + SUMMED < a.count ? first + SUMMED : a.count;
+    Vec sum[VECTORS] = {};
+    for (int64_t i = first; i < last; ++i) {
+      const float* row = a.rows + i * a.columns + begin;
+      for (int v = 0; v < VECTORS; ++v) sum[v] += width < LANES ? load_some(row, width, 0.0f) : load(row + v * LANES);
+    }
+    for (int v = 0; v < VECTORS; ++v) {
+      const Vec added = sum[v] - error[v];
+      const Vec next = total[v] + added;
+      error[v] = (next - total[v]) - added;
+      total[v] = next;
+    }
+  }
+  for (int v = 0; v < VECTORS; ++v) store_some(a.out + begin + v * LANES, width < LANES ? width : LANES, total[v]);
+}
+
+// The sums of columns [begin, end), which are the gradient of the bias.
+inline void column_sums(const ColumnSums& a, int64_t begin, int64_t end) {
+  int64_t j = begin;
+  for (; j + 8 * LANES <= end; j += 8 * LANES) column_strip<8>(a, j, 8 * LANES);
+  for (; j + LANES <= end; j += LANES) column_strip<1>(a, j, LANES);
+  if (j < end) column_strip<1>(a, j, end - j);
 }
 
 // Converts values to float32.

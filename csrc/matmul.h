@@ -1,4 +1,4 @@
-// out (+)= a b on the CPU in float32, for linear_cross_entropy.
+// The matrix product on the CPU in float32, for linear and linear_cross_entropy.
 //
 // PyTorch's wheels call Intel's MKL, which is hard to beat on Intel's processors. On AMD's it misses the peak by a
 // tenth to a fifth, most with the shape of a language model's head: few rows and a large vocabulary. There
@@ -9,8 +9,11 @@
 
 namespace fastgpt {
 
-// a (M, K), b (K, N), any strides; out (M, N) with contiguous rows, which is added to where `accumulate`. The same bits
-// for any number of threads, because each sum over the depth is made by one thread.
+// c = a b + bias or c += a b, divided among threads. The same bits for any number of them, because each sum over the
+// depth is made by one thread.
+void multiply(const Matmul& whole);
+
+// a (M, K), b (K, N), any strides; out (M, N) with contiguous rows, which is added to where `accumulate`.
 void matmul(const Tensor& a, const Tensor& b, Tensor out, bool accumulate);
 
 }  // namespace fastgpt

@@ -1,7 +1,7 @@
-// The matrix product c (+)= a b in float32, by packed panels and a tile of sums in registers (Goto and van de Geijn
-// 2008; BLIS, Van Zee and van de Geijn 2015).
+// The matrix product c = a b + bias or c += a b in float32, by packed panels and a tile of sums in registers (Goto and
+// van de Geijn 2008; BLIS, Van Zee and van de Geijn 2015).
 //
-// linear_cross_entropy uses it where it is faster than the library that PyTorch calls, see matmul.h. Panels of A of
+// linear and linear_cross_entropy use it where it is faster than the library that PyTorch calls, see matmul.h. Panels of A of
 // TILE_ROWS rows, and panels of B two vectors wide, are copied (packed), so that the loop over the depth of a tile
 // reads both in order. Each step of the loop loads two vectors of B and broadcasts TILE_ROWS values of A, for each of
 // which it makes two fused multiply-adds into sums in registers.
@@ -33,8 +33,14 @@ constexpr int64_t equal_blocks(int64_t lines, int64_t most, int64_t panel) {
   return (panels + blocks - 1) / blocks * panel;
 }
 
-// c[TILE_ROWS][TILE_COLUMNS] (+)= panel of A times panel of B
-inline void multiply_tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool accumulate) {
+// What a block of c begins with: its own values, the bias in every row (stride 0), or nothing (null).
+struct Start {
+  const float* values;
+  int64_t stride;
+};
+
+// c[TILE_ROWS][TILE_COLUMNS] = start + panel of A times panel of B
+inline void multiply_tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, Start start) {
   Vec sum[TILE_ROWS][2];
 #pragma GCC unroll 12
   for (int i = 0; i < TILE_ROWS; ++i) {
@@ -57,8 +63,8 @@ inline void multiply_tile(const float* a, const float* b, int64_t depth, float* 
 #pragma GCC unroll 12
   for (int i = 0; i < TILE_ROWS; ++i) {
     float* row = c + i * c_stride;
-    store(row, accumulate ? load(row) + sum[i][0] : sum[i][0]);
-    store(row + LANES, accumulate ? load(row + LANES) + sum[i][1] : sum[i][1]);
+    store(row, start.values ? load(start.values + i * start.stride) + sum[i][0] : sum[i][0]);
+    store(row + LANES, start.values ? load(start.values + i * start.stride + LANES) + sum[i][1] : sum[i][1]);
   }
 }
 
@@ -87,29 +93,31 @@ void pack(const float* from, int64_t line_stride, int64_t depth_stride, int64_t 
   }
 }
 
-// c (+)= a b, tile by tile, for packed blocks of A (rows, depth) and B (depth, columns).
+// c = start + a b, tile by tile, for packed blocks of A (rows, depth) and B (depth, columns).
 inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_t columns, int64_t depth, float* c,
-                            int64_t c_stride, bool accumulate) {
+                            int64_t c_stride, Start start) {
   for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
       float* to = c + i * c_stride + j;
-      const auto multiply = [&](float* tile, int64_t stride) {
+      const Start from = {start.values ? start.values + i * start.stride + j : nullptr, start.stride};
+      const auto multiply = [&](float* tile, int64_t stride, Start first) {
         for (int64_t p = 0; p < depth; p += CHAIN)
           multiply_tile(a + i * depth + p * TILE_ROWS, b + j * depth + p * TILE_COLUMNS, smaller(CHAIN, depth - p), tile,
-                        stride, accumulate || p > 0);
+                        stride, p == 0 ? first : Start{tile, stride});
       };
       if (i + TILE_ROWS <= rows && j + TILE_COLUMNS <= columns) {
-        multiply(to, c_stride);
+        multiply(to, c_stride, from);
         continue;
       }
-      // A tile at the edge is computed as a whole one, in a copy that begins with the values of c. Its sums then have
+      // A tile at the edge is computed as a whole one, in a copy that begins with the same values. Its sums then have
       // the bits of any other tile. They must not differ, because the number of threads decides which tiles are at an
       // edge.
       float edge[TILE_ROWS * TILE_COLUMNS] = {};
       const int64_t height = smaller(TILE_ROWS, rows - i), width = smaller(TILE_COLUMNS, columns - j);
       const size_t row_bytes = sizeof(float) * static_cast<size_t>(width);
-      for (int64_t r = 0; accumulate && r < height; ++r) std::memcpy(edge + r * TILE_COLUMNS, to + r * c_stride, row_bytes);
-      multiply(edge, TILE_COLUMNS);
+      for (int64_t r = 0; from.values && r < height; ++r)
+        std::memcpy(edge + r * TILE_COLUMNS, from.values + r * from.stride, row_bytes);
+      multiply(edge, TILE_COLUMNS, {from.values ? edge : nullptr, TILE_COLUMNS});
       for (int64_t r = 0; r < height; ++r) std::memcpy(to + r * c_stride, edge + r * TILE_COLUMNS, row_bytes);
     }
 }
@@ -150,8 +158,11 @@ inline void matmul(const Matmul& m, float* workspace) {
       pack<TILE_COLUMNS>(m.b + j * m.b_column + p * m.b_depth, m.b_column, m.b_depth, columns, depth, packed_b);
     };
     const auto multiply = [&](int64_t i, int64_t j) {
+      float* c = m.c + i * m.c_row + j;
+      Start start = {m.accumulate || p > 0 ? c : nullptr, m.c_row};
+      if (p == 0 && m.bias) start = {m.bias + j, 0};
       multiply_blocks(packed_a, packed_b, smaller(blocks.rows, m.rows - i), smaller(blocks.columns, m.columns - j), depth,
-                      m.c + i * m.c_row + j, m.c_row, m.accumulate || p > 0);
+                      c, m.c_row, start);
     };
     if (blocks.a_stays) {
       for (int64_t i = 0; i < m.rows; i += blocks.rows) {

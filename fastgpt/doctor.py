@@ -134,7 +134,8 @@ def _matrix_products() -> list[str]:
     faster = "its own kernel was measured to be faster than the matrix library on processors like this one"
     choices = {
         "linear_cross_entropy": (reason is None, reason or faster),
-        "a few rows, in generation": linear_choice(),
+        "linear in float32, in training": linear_choice("matmul"),
+        "a few rows, in generation": linear_choice("linear"),
     }
     lines = [f"maker of the processor: {native.cpu_maker()}"]
     for what, (own, why) in choices.items():

@@ -21,7 +21,7 @@ from .ops.arguments import autocast_dtype
 from .ops.dropout import dropout
 from .ops.layer_norm import add_layer_norm_for_reader, layer_norm_for_reader
 from .ops.library import hooks_of, no_parameter
-from .ops.linear import linear as few_rows
+from .ops.linear import linear as fast_linear
 
 # Kept as PyTorch defines them, because some tools replace the forward of a class.
 _LINEAR, _EMBEDDING, _LAYER_NORM = nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward
@@ -84,10 +84,10 @@ def say_once(what: str, reason: str) -> None:
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """module(x). Without gradients, on a CPU, a few rows of a Linear take the kernel of `ops.linear`."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or why_called(module, _LINEAR, "weight", "bias"):
+    """module(x). A plain Linear on a CPU takes the kernels of `ops.linear` where they are faster."""
+    if torch.compiler.is_compiling() or why_called(module, _LINEAR, "weight", "bias"):
         return module(x)
-    return few_rows(x, module.weight, module.bias)
+    return fast_linear(x, module.weight, module.bias)
 
 
 def read_dtype(x: Tensor, module: Any, forward: Callable[..., Any], reader: str) -> torch.dtype | None:

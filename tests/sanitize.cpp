@@ -223,8 +223,24 @@ static void linear(int64_t rows, int64_t columns, int64_t depth, bool with_bias)
     }
 }
 
+// The first and the last of `columns` sums, computed in two parts, as for two threads.
+static void column_sums(int64_t rows, int64_t columns) {
+  Buffer<float> values(rows * columns, 1), out(columns, 3);
+  ColumnSums a{};
+  a.rows = values.data, a.out = out.data;
+  a.count = rows, a.columns = columns;
+  kernels().column_sums(a, 0, columns / 2);
+  kernels().column_sums(a, columns / 2, columns);
+  for (int64_t j : {int64_t{0}, columns - 1}) {
+    double expected = 0.0, size = 1.0;
+    for (int64_t i = 0; i < rows; ++i)
+      expected += values.data[i * columns + j], size += std::fabs(values.data[i * columns + j]);
+    expect(std::fabs(out.data[j] - expected) < 1e-6 * size, "column sums", kernels().name, columns);
+  }
+}
+
 static void matmul(int64_t rows, int64_t columns, int64_t depth, bool a_transposed, bool b_transposed, bool accumulate) {
-  Buffer<float> a(rows * depth, 1), b(depth * columns, 0), c(rows * columns, 3);
+  Buffer<float> a(rows * depth, 1), b(depth * columns, 0), bias(columns, 0), c(rows * columns, 3);
   std::vector<float> before(c.data, c.data + rows * columns);
   Matmul m{};
   m.a = a.data, m.b = b.data, m.c = c.data;
@@ -233,11 +249,12 @@ static void matmul(int64_t rows, int64_t columns, int64_t depth, bool a_transpos
   m.c_row = columns;
   m.rows = rows, m.columns = columns, m.depth = depth;
   m.accumulate = accumulate;
+  m.bias = accumulate || rows % 2 == 0 ? nullptr : bias.data;
   std::vector<float> workspace(static_cast<size_t>(kernels().matmul_workspace(m)));
   kernels().matmul(m, workspace.data());
   for (int64_t i : {int64_t{0}, rows - 1})
     for (int64_t j : {int64_t{0}, columns - 1}) {
-      double expected = accumulate ? before[static_cast<size_t>(i * columns + j)] : 0.0, size = 1.0;
+      double expected = accumulate ? before[static_cast<size_t>(i * columns + j)] : m.bias ? m.bias[j] : 0.0, size = 1.0;
       for (int64_t p = 0; p < depth; ++p) {
         const double term = double{a.data[i * m.a_row + p * m.a_depth]} * b.data[p * m.b_depth + j * m.b_column];
         expected += term, size += std::fabs(term);
@@ -262,6 +279,8 @@ int main() {
         for (int64_t depth : {1, 7, 8, 513})
           for (int branch = 0; branch < 8; ++branch)
             matmul(rows, columns, depth, branch & 1, branch & 2, branch & 4);
+    for (int64_t rows : {0, 1, 32, 33, 100})
+      for (int64_t columns : {1, 15, 16, 17, 130, 300}) column_sums(rows, columns);
     for (int64_t rows = 1; rows <= 9; ++rows)
       for (int64_t depth : {1, 3, 7, 15, 16, 17, 64, 100})
         for (int64_t columns : {1, 15, 17}) {

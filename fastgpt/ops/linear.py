@@ -1,8 +1,9 @@
-"""x W^T + b with a faster kernel for few rows, as in generation, where reading the weights takes most of the time.
+"""x W^T + b on a CPU by the extension's kernels, where these were measured to be faster than the matrix library.
 
-It is not one of the public ops. `linear` is `torch.nn.functional.linear`, except where the extension's kernel was
-measured to be faster (csrc/linear_rows.h, `native.FASTER_THAN_LIBRARY`): without gradients, for a few rows, on the
-processors that `linear_choice` names. FASTGPT_BACKEND=native uses the kernel on other processors, too.
+It is not one of the public ops. `linear` is `torch.nn.functional.linear`, except on the processors that
+`linear_choice` names (`native.FASTER_THAN_LIBRARY`). There, a few rows without gradients, as in generation, take a
+kernel that reads the weights once (csrc/linear_rows.h), and more rows in float32, as in training, take the extension's
+matrix product (csrc/matmul_tiles.h), forward and backward. FASTGPT_BACKEND=native takes both on other processors, too.
 """
 
 from __future__ import annotations
@@ -13,20 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import has_torch_function
 
 from . import native
 from .arguments import autocast_dtype
 from .backend import requested, unavailable
 from .flops import product_flops
-from .library import below_autograd, define_op, in_forward_mode, inside_transform
+from .library import define_op, in_dispatch_mode, in_forward_mode, inside_transform
 
-# Up to this many rows the kernel was faster at every shape measured. For bfloat16 the library uses instructions for
-# matrix products that the kernel does not use.
+# Up to this many rows the kernel for few rows was faster at every shape measured. For bfloat16 the library uses
+# instructions for matrix products that the kernel does not use.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 8}
+# With fewer multiply-adds, the calls around the product take longer than the product gains.
+FEWEST_MULTIPLY_ADDS = 2**20
 
 
 def _fake(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_backward(grad, x, weight, with_bias):
+    return (
+        grad.new_empty(0 if weight is None else (*grad.shape[:-1], weight.shape[1])),
+        grad.new_empty(0 if x is None else (grad.shape[-1], x.shape[-1])),
+        grad.new_empty(grad.shape[-1] if with_bias else 0),
+    )
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -38,13 +50,28 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
     with_x, with_weight, with_bias = ctx.needs_input_grad
-    rows = grad.reshape(-1, grad.shape[-1])
-    d_x = grad @ weight if with_x else None
-    d_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if with_weight else None
-    return d_x, d_weight, rows.sum(0) if with_bias else None
+    if torch.is_grad_enabled() or grad.dtype != torch.float32 or not grad.is_cpu:  # the formula can be differentiated
+        rows = grad.reshape(-1, grad.shape[-1])
+        d_x = grad @ weight if with_x else None
+        d_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if with_weight else None
+        return d_x, d_weight, rows.sum(0) if with_bias else None
+    d_x, d_weight, d_bias = _linear_native_backward(grad, x, weight, with_bias)
+    return d_x if with_x else None, d_weight if with_weight else None, d_bias if with_bias else None
 
 
-define_op(
+def _backward_flops(grad: Any, x: Any, weight: Any, with_bias: bool, **options: Any) -> Any:
+    dx = 0 if weight is None else product_flops(grad, (weight[1],))
+    return dx + (0 if x is None else product_flops(grad, (x[-1],)))
+
+
+_linear_native_backward = define_op(
+    "linear_native_backward(Tensor grad, Tensor? x, Tensor? weight, bool with_bias) -> (Tensor, Tensor, Tensor)",
+    forward=native.load_at_first_call("linear_native_backward"),
+    fake=_fake_backward,
+    is_gradient=True,
+    flops=_backward_flops,
+)
+_linear_native = define_op(
     "linear_native(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     forward=native.load_at_first_call("linear_native"),
     fake=_fake,
@@ -52,19 +79,18 @@ define_op(
     backward=_backward,
     flops=lambda x, weight, bias, **options: product_flops(x, weight),
 )
-_linear_native = torch.ops.fastgpt.linear_native.default  # called without gradients alone
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) -> (..., N); see `torch.nn.functional.linear`."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _native_serves(x, weight, bias):
+    if torch.compiler.is_compiling() or not _native_serves(x, weight, bias):
         return F.linear(x, weight, bias)
-    return below_autograd(_linear_native, x, weight, bias)
+    return _linear_native(x, weight, bias)
 
 
-def linear_choice() -> tuple[bool, str]:
-    """Whether few rows run on the extension's kernel on this machine, and in words why, or why not."""
-    reason = _reason_against()
+def linear_choice(kernel: str) -> tuple[bool, str]:
+    """Whether `kernel`, "linear" (few rows) or "matmul", runs on this machine, and in words why, or why not."""
+    reason = _reason_against(kernel)
     if reason is not None:
         return False, reason
     if requested() == "native":
@@ -72,12 +98,12 @@ def linear_choice() -> tuple[bool, str]:
     return True, "its own kernel was measured to be faster than the matrix library on processors like this one"
 
 
-def _reason_against() -> str | None:
+def _reason_against(kernel: str) -> str | None:
     if requested() not in ("auto", "native"):
         return f"the {requested()} backend was asked for"
     reason = unavailable("native", "cpu")
     if reason is None and requested() == "auto":
-        reason = native.reason_for_library("linear")
+        reason = native.reason_for_library(kernel)
     return reason
 
 
@@ -85,15 +111,28 @@ def _native_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         all(_is_plain(tensor, x.dtype) for tensor in (x, weight, bias) if tensor is not None)
         and x.ndim > 0
-        and 0 < x.numel() <= MOST_ROWS.get(x.dtype, 0) * x.shape[-1]
+        and x.numel() > 0
         and weight.ndim == 2
+        and weight.shape[1] == x.shape[-1]
         and (bias is None or (bias.ndim == 1 and bias.shape[0] == weight.shape[0]))
         and weight.stride(1) == 1
         and autocast_dtype(x) is None
         and inside_transform() is None
         and not in_forward_mode()
-        and _reason_against() is None
+        and not in_dispatch_mode()
+        and not has_torch_function((x,))
+        and (kernel := _kernel_for(x, weight)) is not None
+        and _reason_against(kernel) is None
     )
+
+
+def _kernel_for(x: Tensor, weight: Tensor) -> str | None:
+    """Which of the extension's kernels is the faster one for these shapes; None for neither."""
+    if x.numel() <= MOST_ROWS.get(x.dtype, 0) * x.shape[-1] and not torch.is_grad_enabled():
+        return "linear"
+    if x.dtype == torch.float32 and x.numel() * weight.shape[0] >= FEWEST_MULTIPLY_ADDS:
+        return "matmul"
+    return None
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -54,6 +54,11 @@ def test_linear() -> None:
     x, weight = torch.randn(1, 8), torch.randn(11, 8)
     with torch.no_grad():
         assert flops(lambda: linear(x, weight)) == flops(lambda: F.linear(x, weight)) == 2 * 8 * 11
+    grads = torch.ops.fastgpt.linear_native_backward
+    grad = torch.randn(1, 11)
+    assert (
+        flops(lambda: grads(grad, x, weight, True)) == 2 * flops(lambda: grads(grad, None, weight, False)) == 4 * 8 * 11
+    )
     assert flops(lambda: torch.ops.fastgpt.matmul_(weight, x.t(), torch.empty(11, 1), False)) == 2 * 8 * 11
 
 

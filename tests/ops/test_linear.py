@@ -1,4 +1,4 @@
-"""The product of a few rows, which generation takes on a CPU instead of the matrix library's."""
+"""The products that a linear layer takes on a CPU instead of the matrix library's: few rows, and many."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.ops import linear as module
 from fastgpt.ops import native
 from fastgpt.ops.backend import unavailable
-from fastgpt.ops.linear import MOST_ROWS, linear, linear_choice
+from fastgpt.ops.linear import FEWEST_MULTIPLY_ADDS, MOST_ROWS, linear, linear_choice
 
 REASON = unavailable("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -144,8 +144,10 @@ MACHINES = [
 ]
 
 
+@pytest.mark.parametrize("kernel", ["linear", "matmul"])
 @pytest.mark.parametrize(("maker", "instructions", "mkl", "reason"), MACHINES, ids=lambda value: str(value)[:7])
 def test_the_machine_decides_and_both_ways_are_right(
+    kernel: str,
     maker: str,
     instructions: str,
     mkl: bool,
@@ -158,32 +160,34 @@ def test_the_machine_decides_and_both_ways_are_right(
     monkeypatch.setattr(native, "cpu_maker", lambda: maker)
     monkeypatch.setattr(extension, "instruction_set", lambda: instructions)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    takes, why = linear_choice()
+    takes, why = linear_choice(kernel)
     assert takes == (reason is None) and (reason or "measured to be faster") in why
-    x, weight, bias = torch.randn(3, 40), torch.randn(70, 40), torch.randn(70)
+    rows = 3 if kernel == "linear" else FEWEST_MULTIPLY_ADDS // (40 * 70) + 1
+    x, weight, bias = torch.randn(rows, 40), torch.randn(70, 40), torch.randn(70)
     exact = F.linear(x.double(), weight.double(), bias.double())
     with torch.no_grad():
         found = linear(x, weight, bias)
         assert len(calls) == int(takes)
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
         with fastgpt.use_backend("torch"):
-            assert linear_choice() == (False, "the torch backend was asked for")
+            assert linear_choice(kernel) == (False, "the torch backend was asked for")
             linear(x, weight, bias)
         assert len(calls) == int(takes)
         with fastgpt.use_backend("native"):
-            assert linear_choice()[0]
+            assert linear_choice(kernel)[0]
             torch.testing.assert_close(linear(x, weight, bias).double(), exact, rtol=1e-5, atol=1e-5)
         assert len(calls) == int(takes) + 1
 
 
-def test_the_choice_of_this_machine_has_a_reason() -> None:
-    takes, why = linear_choice()
+@pytest.mark.parametrize("kernel", ["linear", "matmul"])
+def test_the_choice_of_this_machine_has_a_reason(kernel: str) -> None:
+    takes, why = linear_choice(kernel)
     assert isinstance(takes, bool) and why and "\n" not in why
 
 
 def test_without_the_extension_the_library_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "unavailable", lambda backend, device: "it is not built")
-    assert linear_choice() == (False, "it is not built")
+    assert linear_choice("linear") == linear_choice("matmul") == (False, "it is not built")
     with torch.no_grad():
         assert linear(torch.ones(1, 3), torch.ones(2, 3)).tolist() == [[3.0, 3.0]]
 
@@ -216,6 +220,207 @@ def test_which_calls_take_the_kernel(taken: None, calls: list[tuple[int, ...]]) 
             assert linear(x, weight).dtype == torch.bfloat16
     linear(x, weight)  # gradients may be wanted
     assert calls == [(8, 12)]
+
+
+def _large(*leading: int, K: int = 64, N: int = 80, grad: bool = True) -> list[torch.Tensor]:
+    """x, weight and bias, with at least as many multiply-adds as the kernel for many rows wants."""
+    leading = leading or (FEWEST_MULTIPLY_ADDS // (5 * K * N) * 5 + 5,)
+    return [torch.randn(shape, requires_grad=grad) for shape in ((*leading, K), (N, K), (N,))]
+
+
+def _calls_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    seen = []
+    run = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: seen.append(args) or run(*args))
+    return seen
+
+
+def test_which_calls_take_the_kernel_for_many_rows(taken: None, calls: list[tuple[int, ...]]) -> None:
+    x, weight, bias = _large()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            linear(x, weight, bias)
+            linear(x, weight)
+            linear(x.view(5, -1, 64), weight)
+            assert len(calls) == 3
+            linear(x[: FEWEST_MULTIPLY_ADDS // (64 * 80)], weight)  # too small to pay
+            linear(x.double(), weight.double())
+            linear(x.bfloat16(), weight.bfloat16())
+            with torch.autocast("cpu"):
+                assert linear(x, weight).dtype == torch.bfloat16
+            with fastgpt.use_backend("torch"):
+                linear(x, weight)
+            with FlopCounterMode(display=False) as counter:
+                linear(x, weight)
+            assert counter.get_total_flops() == 2 * x.numel() * 80
+            with _Watches() as mode:
+                linear(x, weight)
+            assert torch._C._nn.linear in mode.seen
+            torch.func.jvp(lambda a: linear(a, weight), (x.detach(),), (x.detach(),))
+            torch.func.grad(lambda a: linear(a, weight.detach()).sum())(x.detach())
+            assert isinstance(linear(x.as_subclass(Other), weight), Other)
+        assert len(calls) == 3
+        calls.clear()
+
+
+class _Watches(torch.overrides.TorchFunctionMode):
+    """A mode that may give PyTorch's functions another meaning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(9, 1, 1), (13, 33, 31), (300, 16, 129), (129, 300, 65), (1200, 7, 12)], ids=str)
+def test_many_rows_against_float64(instructions: str, shape: tuple[int, int, int]) -> None:
+    """Output and gradients; the error is at most twice that of PyTorch's, plus a unit. Strides of every kind."""
+    rows, K, N = shape
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(K, rows, generator=generator).t()
+    weight = torch.randn(N, K + 3, generator=generator)[:, 1 : K + 1]
+    bias = torch.randn(2 * N, generator=generator)[::2]
+    for grad in (torch.randn(rows, N, generator=generator), torch.randn(1, 1).expand(rows, N)):
+        exact, theirs, ours = [], [], []
+        for function, dtype, found in (
+            (F.linear, torch.float64, exact),
+            (F.linear, torch.float32, theirs),
+            (torch.ops.fastgpt.linear_native, torch.float32, ours),
+        ):
+            leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+            out = function(*leaves)
+            found += [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+        for right, library, own in zip(exact, theirs, ours, strict=True):
+            assert own.shape == right.shape and own.dtype == torch.float32 and own.is_contiguous()
+            error = float((library.double() - right).abs().max())
+            assert float((own.double() - right).abs().max()) <= 2 * error + 1e-6 * max(1.0, float(right.abs().max()))
+
+
+def test_the_gradient_of_a_bias_rounds_no_worse_than_the_librarys(instructions: str) -> None:
+    grad = torch.randn(40000, 9) + 1.0
+    exact = grad.double().sum(0)
+    found = torch.ops.fastgpt.linear_native_backward(grad, None, None, True)[2]
+    assert float((found.double() - exact).abs().max()) <= 2 * float((grad.sum(0).double() - exact).abs().max())
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_the_kernel_makes_only_gradients_that_are_asked_for(
+    wanted: tuple[bool, bool, bool], taken: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = _calls_of("_linear_native_backward", monkeypatch)
+    leaves = _large(3, 100)
+    for leaf, want in zip(leaves, wanted, strict=True):
+        leaf.requires_grad_(want)
+    linear(*leaves).sum().backward()
+    (_, x, weight, with_bias), *others = seen
+    assert not others and (weight is not None, x is not None, with_bias) == wanted
+    assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+
+
+def test_a_gradient_becomes_the_parameters_own_without_a_copy(taken: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    run = module._linear_native_backward
+    monkeypatch.setattr(
+        module, "_linear_native_backward", lambda *args: [made.append(t.data_ptr()) or t for t in run(*args)]
+    )
+    leaves = _large()
+    linear(*leaves).sum().backward()
+    assert [leaf.grad.data_ptr() for leaf in leaves] == made
+    first = leaves[1].grad.clone()
+    linear(*leaves).sum().backward()
+    torch.testing.assert_close(leaves[1].grad, 2 * first)
+
+
+def test_the_registered_gradients_are_right_for_fake_tensors_and_refuse_to_be_differentiated() -> None:
+    grad, x, weight = torch.randn(2, 7, 9), torch.randn(2, 7, 20), torch.randn(9, 20)
+    op = torch.ops.fastgpt.linear_native_backward.default
+    for arguments in ((grad, x, weight, True), (grad, x, None, False), (grad, None, weight, False)):
+        torch.library.opcheck(op, arguments)
+    with pytest.raises(RuntimeError, match="double backward"):
+        op(grad.requires_grad_(), x, weight, True)[0].sum().backward()
+
+
+def test_a_second_derivative_is_the_librarys(taken: None, calls: list[tuple[int, ...]]) -> None:
+    found = []
+    torch.manual_seed(0)
+    leaves = _large()
+    for function in (linear, F.linear):
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().mean() for g in first), leaves))
+    assert len(calls) == 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-2)
+
+
+def test_checkpointing_and_hooks_on_saved_tensors(taken: None, calls: list[tuple[int, ...]]) -> None:
+    leaves = _large()
+    expected = torch.autograd.grad(linear(*leaves).square().sum(), leaves)
+    again = torch.utils.checkpoint.checkpoint(linear, *leaves, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.square().sum(), leaves), expected, rtol=0, atol=0)
+    with torch.autograd.graph.save_on_cpu():
+        out = linear(*leaves)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaves), expected, rtol=0, atol=0)
+    assert len(calls) == 4
+
+
+def test_a_weight_that_is_changed_before_its_backward_is_noticed(taken: None) -> None:
+    x, weight, bias = _large()
+    out = linear(x, weight, bias)
+    with torch.no_grad():
+        weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_gradients_have_the_same_bits_for_any_number_of_threads(instructions: str) -> None:
+    threads, results = torch.get_num_threads(), []
+    leaves = _large(500, K=200, N=333)
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            out = torch.ops.fastgpt.linear_native(*leaves)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, out.detach())])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.ones(4, 3).double(), None, None, True),
+        (torch.ones(()), None, None, True),
+        (torch.ones(4, 3), None, torch.ones(4, 3), False),
+        (torch.ones(4, 3), torch.ones(5, 2), None, False),
+        (torch.ones(4, 3), torch.ones(4, 2).double(), None, False),
+        (torch.ones(2, 4, 3), torch.ones(8, 2), None, False),
+    ],
+)
+def test_wrong_gradients_are_refused(arguments: tuple) -> None:
+    with pytest.raises(RuntimeError, match="expected"):
+        torch.ops.fastgpt.linear_native_backward(*arguments)
+
+
+def test_a_model_trains_on_it_as_on_the_library(taken: None, calls: list[tuple[int, ...]]) -> None:
+    """The gradients of every parameter, with a frozen one, by both entrances and with gradients that are added up."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=40, block_size=64, n_layer=1, n_head=2, n_embd=64, dropout=0.0, bias=True))
+    model.blocks[0].mlp.up.weight.requires_grad_(False)
+    idx, targets = torch.randint(40, (2, 4, 64))
+    found = []
+    for backend in ("native", "torch"):
+        model.zero_grad()
+        with fastgpt.use_backend("auto" if backend == "native" else backend):
+            model.loss(idx, targets).backward()
+            model(idx, targets)[1].backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(calls) == 2 * 4, "qkv, proj, up, down; the head's product is too small"
+    assert found[0].keys() == found[1].keys() and "blocks.0.mlp.up.weight" not in found[0]
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 @torch.no_grad()
