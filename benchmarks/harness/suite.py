@@ -5,7 +5,7 @@ tolerance (`fastgpt.parity` has the rule), `ParityError` is raised, nothing is t
 that cannot run here, or that computes something else, is left out, and the reason is written down with the run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from . import ceilings, measure
 from .ceilings import Ceilings, Demand
 from .host import HostTimes, captured, host_times
 from .measure import Call, Clock
+from .step_profile import ms_by_kind
 
 MAX_ERROR_RATIO = 2.0
 REHEARSAL = "rehearsal, not a measurement"  # the device of its rows
@@ -73,6 +74,7 @@ class Work:
     demand: Demand = field(default_factory=Demand)  # the least that one call has to move and to multiply
     tokens: int | None = None  # that one call trains on or writes
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # more figures, by contender
+    profiled: Sequence[str] = ()  # contenders whose time is told by kind of work, too
     warmups: int = 1  # rounds that are not counted, after the first call of all
     min_rounds: int | None = None  # None: the setting's
     # A call returns its own seconds, as of a process that it starts: there are `min_rounds` rounds and no warm-up, and
@@ -108,6 +110,8 @@ class Suite:
             rounds |= {"seconds": setting.seconds, "min_time": setting.min_time, "warmups": work.warmups}
             times = measure.interleave(contenders, setting.clock, **rounds)
             peaks = {name: measure.peak_bytes(call, device) for name, call in contenders.items()}
+            for name in set(work.profiled) & contenders.keys():
+                work.extra.setdefault(name, {})["ms_by_kind"] = ms_by_kind(contenders[name])
         self.rows += self.make_rows(work, times, error_ratios, peaks, self._host_times(work, contenders))
         self.demands += [work.demand] * len(times)
         self._compare_with_ceilings(work.demand)

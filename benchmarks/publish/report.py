@@ -33,10 +33,10 @@ ABOUT = [
     "above 1 FastGPT is faster. Where the percentiles of the ratio lie on both sides of 1, the verdict is noise.",
     "The error ratio is FastGPT's error over PyTorch's own error plus half the stated tolerance; a result passes up to "
     "2. The fraction of the roofline is the least time that this machine needs for the work, over the time that it "
-    "took. The least time is that of moving the bytes that have to move, or of the matrix products, whichever is longer, "
-    "at the speeds that were measured in the same run at the sizes of the work. In older rows, which do not name their "
-    "limit, they are the speeds of one copy from memory and of one large product; work that fits into caches can "
-    "be above them.",
+    "took. The least time is that of moving the bytes that have to move, or of the products, whichever is longer, at "
+    "the speeds that were measured in the same run at the sizes of the work. In older rows, which do not name their "
+    "limit, they are the speeds of one copy from memory and of one large product; work that fits into caches can be "
+    "above them.",
 ]
 
 
@@ -157,7 +157,7 @@ def _constant_and_shown(headers: list[str], body: list[list[Any]]) -> tuple[list
 def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
     """The columns of FastGPT's own figures: their headers, and what makes a cell of a row."""
     rates = []
-    for key in dict.fromkeys(key for row in rows for key in row.extra):
+    for key in dict.fromkeys(key for row in rows for key, value in row.extra.items() if not isinstance(value, dict)):
         name, factor = RATES.get(key, key.replace("_", " ")), 1
         if key == "tflop_per_s" and all((row.extra.get(key) or 0) < 1 for row in rows):
             name, factor = "GFLOP/s", 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fastgpt.benchmarks.bench_generate import GenerationShape, generate_work
 from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShape
 from fastgpt.benchmarks.bench_linear_cross_entropy import LinearCrossEntropyShape
 from fastgpt.benchmarks.bench_train_step import TrainStepShape, train_step_work
-from fastgpt.benchmarks.harness import suite
+from fastgpt.benchmarks.harness import step_profile, suite
 from fastgpt.benchmarks.harness.op_work import op_work
 from fastgpt.benchmarks.publish import rows
 from fastgpt.data.corpus import Corpus
@@ -89,6 +90,30 @@ def test_training_step_benchmark(run, checkouts):
         "fastgpt", "nanoGPT", "lecture", "transformers sdpa", "transformers eager",
     }  # fmt: skip
     assert run.rows[0].extra["tokens_per_s"] > 0 and run.rows[0].parity_error_ratio <= 2.0
+    told = {row.implementation: row.extra.get("ms_by_kind", {}).keys() for row in run.rows}
+    assert told["fastgpt"] == told["nanoGPT"] == {*step_profile.COLUMNS, "profiled step"} and not told["lecture"]
+
+
+def test_compiled_peers_are_compared_with_an_eager_step_and_say_how_long_the_first_one_took(
+    run, checkouts, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    run.measure_contenders(
+        train_step_work(checkouts, TrainStepShape(B=2, T=8, L=1, H=2, C=16, V=33, peers_compiled=True))
+    )
+    told = {row.implementation: "first_step_s" in row.extra for row in run.rows}
+    assert told == {"fastgpt": False, "nanoGPT": True, "transformers sdpa": True}
+    assert all(row.shape.endswith(", peers compiled") and "ms_by_kind" not in row.extra for row in run.rows)
+
+
+def test_the_first_call_alone_is_told_and_compiles_into_an_empty_cache(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    extra, caches = {}, []
+    call = bench_train_step.first_told(lambda: caches.append(os.environ["TORCHINDUCTOR_CACHE_DIR"]), extra)
+    call()
+    seconds = extra["first_step_s"]
+    call()
+    assert extra["first_step_s"] is seconds and caches[0] != "elsewhere" and caches[1] == "elsewhere"
 
 
 def test_a_graphed_training_step_is_rehearsed(run, checkouts):
