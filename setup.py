@@ -55,6 +55,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     CXX_FLAGS.append("-mno-mmx")
 CPU_SOURCES = [
     "bindings",
+    "activation",
     "cross_entropy",
     "embedding",
     "linear",

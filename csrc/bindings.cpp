@@ -4,6 +4,7 @@
 // It uses libtorch's stable ABI only, so that one build works with every torch from 2.11 on.
 #include <Python.h>
 
+#include "activation.h"
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "linear.h"
@@ -24,6 +25,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("cross_entropy_native_backward", TORCH_BOX(&fastgpt::cross_entropy_backward));
   m.impl("large_buffer", TORCH_BOX(&fastgpt::large_buffer));
   m.impl("cross_entropy_chunk_", TORCH_BOX(&fastgpt::cross_entropy_chunk));
+  m.impl("activation_native", TORCH_BOX(&fastgpt::activation));
+  m.impl("activation_native_backward", TORCH_BOX(&fastgpt::activation_backward));
   m.impl("linear_native", TORCH_BOX(&fastgpt::linear));
   m.impl("linear_native_backward", TORCH_BOX(&fastgpt::linear_backward));
   m.impl("matmul_", TORCH_BOX(&fastgpt::matmul));

@@ -66,6 +66,19 @@ struct AccumulateRows {
   void* position_grad;  // (length, columns)
 };
 
+enum Activation { GELU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3 };
+
+// out[i] = f(x[i] + bias[i % columns]) for i < values, or where grad is not null, out[i] = grad[i] f'(x[i] + bias[...])
+struct ActivationRows {
+  Activation kind;
+  const void* x;
+  const float* bias;  // (columns), or null
+  const void* grad;   // or null
+  void* out;         // null where only the sums are wanted
+  float* bias_sums;  // (columns): sums of out over the rows are added; or null
+  int64_t values, columns;
+};
+
 // c = a b + bias, or c += a b, in float32: a (rows, depth) and b (depth, columns) of any strides, c with contiguous rows.
 struct Matmul {
   const float *a, *b;
@@ -100,8 +113,10 @@ struct Kernels {
   void (*gather[STORAGES])(const GatherRows&, int64_t begin, int64_t end);
   void (*sum_rows[STORAGES])(const SumRows&);
   void (*accumulate_rows[STORAGES])(const AccumulateRows&);
+  void (*activation[STORAGES])(const ActivationRows&, int64_t begin, int64_t end);
   void (*linear[STORAGES])(const LinearRows&, int64_t begin, int64_t end);
   void (*widen[STORAGES])(const void* from, float* to, int64_t count);
+  void (*narrow[STORAGES])(const float* from, void* to, int64_t count);
   void (*column_sums)(const ColumnSums&, int64_t begin, int64_t end);
   int64_t (*matmul_workspace)(const Matmul&);  // the number of values in `workspace`
   void (*matmul)(const Matmul&, float* workspace);

@@ -4,6 +4,7 @@
 // would run on processors that do not have it.
 #pragma once
 
+#include "activation_rows.h"
 #include "cross_entropy_rows.h"
 #include "embedding_rows.h"
 #include "indices.h"
@@ -21,8 +22,10 @@ constexpr Kernels table(const char* name) {
       {gather_rows<float>, gather_rows<BFloat16>, gather_rows<Float16>},
       {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Float16>},
       {accumulate_rows<float>, accumulate_rows<BFloat16>, accumulate_rows<Float16>},
+      {activation_rows<float>, activation_rows<BFloat16>, activation_rows<Float16>},
       {linear_rows<float>, linear_rows<BFloat16>, linear_rows<Float16>},
       {widen<float>, widen<BFloat16>, widen<Float16>},
+      {narrow<float>, narrow<BFloat16>, narrow<Float16>},
       column_sums,
       matmul_workspace,
       matmul,

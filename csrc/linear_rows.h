@@ -99,5 +99,14 @@ void widen(const void* from, float* to, int64_t count) {
   for (; i < count; ++i) to[i] = to_float(values[i]);
 }
 
+// Rounds values of float32 to T.
+template <class T>
+void narrow(const float* from, void* to, int64_t count) {
+  T* values = static_cast<T*>(to);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(values + i, load(from + i));
+  for (; i < count; ++i) from_float(from[i], values[i]);
+}
+
 }  // namespace
 }  // namespace fastgpt

@@ -58,6 +58,25 @@ Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool ze
   return buffer;
 }
 
+Tensor new_like(const Tensor& like, std::optional<ScalarType> dtype) {
+  std::vector<int64_t> sizes(static_cast<size_t>(like.dim()));
+  for (int64_t d = 0; d < like.dim(); ++d) sizes[static_cast<size_t>(d)] = like.size(d);
+  return new_buffer(like, sizes, /*zeros=*/false, dtype);
+}
+
+InFloat32::InFloat32(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return;
+  kept = packed(*tensor);
+  const Storage storage = storage_of(*kept, "a tensor");
+  if (storage == FLOAT32) {
+    values = kept->const_data_ptr<float>();
+    return;
+  }
+  widened.reset(new float[static_cast<size_t>(kept->numel())]);
+  kernels().widen[storage](kept->const_data_ptr(), widened.get(), kept->numel());
+  values = widened.get();
+}
+
 // Atomic, because a test may set it while another thread reads it.
 static std::atomic<int64_t> threshold{STREAM_THRESHOLD};
 

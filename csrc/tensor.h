@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -46,10 +47,25 @@ inline Tensor with_contiguous_rows(const Tensor& matrix) {
   return matrix.size(1) > 1 && matrix.stride(1) != 1 ? torch::stable::contiguous(matrix) : matrix;
 }
 
+// The values of a tensor in float32, side by side: its own, or a copy of them. There are none without a tensor.
+class InFloat32 {
+ public:
+  explicit InFloat32(const std::optional<Tensor>& tensor);
+  const float* data() const { return values; }
+
+ private:
+  std::optional<Tensor> kept;
+  std::unique_ptr<float[]> widened;
+  const float* values = nullptr;
+};
+
 // A tensor on the CPU, uninitialised or zeros, with the dtype of `like` or with `dtype`. Large ones are blocks of
 // large_blocks.h.
 Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros,
                   std::optional<ScalarType> dtype = std::nullopt);
+
+// The same with the shape of `like`, uninitialised.
+Tensor new_like(const Tensor& like, std::optional<ScalarType> dtype = std::nullopt);
 
 // A result of more bytes than this threshold is written past the caches, because together with its inputs it would not
 // stay in them. The default is half of the last cache of the processors that it was measured on, not of the cache that

@@ -99,7 +99,8 @@ def _tuned_table() -> str:
 
 def example_call(op: str, device: str) -> dict[str, Any]:
     """The arguments of a typical call of `op`, to ask `explain` about: those of its first parity case."""
-    return parity_cases(op)[0].arguments(Draw(torch.float32, device))
+    case = parity_cases(op)[0]
+    return case.arguments(Draw(torch.float32, device)) | case.options
 
 
 def _ops(device: str) -> list[str]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, pretrained
@@ -111,15 +110,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = linear(self.up, x)  # (B, T, 4C)
-        if self.activation == "gelu":
-            x = F.gelu(x)
-        elif self.activation == "gelu_tanh":
-            x = F.gelu(x, approximate="tanh")
-        elif self.activation == "relu":
-            x = F.relu(x)
-        else:  # "relu2" (So et al. 2021, Primer)
-            x = F.relu(x).square()
+        x = ops.activation(linear(self.up, x), kind=self.activation)  # (B, T, 4C)
         return linear(self.down, x)  # (B, T, C)
 
 

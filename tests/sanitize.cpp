@@ -118,6 +118,31 @@ static void short_rows(int64_t n, bool in_place) {
   expect(kernels().count_indices(targets.data(), ROWS, n, nullptr) == -1, "count all", kernels().name, n);
 }
 
+// Two rows with a bias, forward and backward; the sums of a bias's gradient are those of both rows.
+template <class T>
+static void activation(int64_t columns, int64_t offset, Activation kind) {
+  Buffer<T> x(2 * columns, offset), grad(2 * columns, offset), out(2 * columns, offset), grad_x(2 * columns, 0);
+  Buffer<float> bias(columns, 0);
+  std::vector<float> sums(static_cast<size_t>(columns));
+  ActivationRows rows{};
+  rows.kind = kind;
+  rows.x = x.data, rows.bias = bias.data, rows.out = out.data;
+  rows.values = 2 * columns, rows.columns = columns;
+  kernels().activation[storage<T>()](rows, 0, 2);
+  rows.grad = grad.data, rows.out = grad_x.data, rows.bias_sums = sums.data();
+  kernels().activation[storage<T>()](rows, 0, 2);
+  const double v = double{to_float(x.data[2 * columns - 1])} + bias.data[columns - 1];
+  const double root = std::sqrt(2.0), inner = root / std::sqrt(M_PI) * (v + 0.044715 * v * v * v);
+  const double positive = v > 0.0 ? v : 0.0;
+  const double expected[] = {v * 0.5 * std::erfc(-v / root), 0.5 * v * (1.0 + std::tanh(inner)), positive,
+                             positive * positive};
+  const double unit = std::is_same_v<T, float> ? 1e-6 : 8e-3;
+  expect(std::fabs(to_float(out.data[2 * columns - 1]) - expected[kind]) < unit * (1.0 + expected[RELU2]), "activation",
+         kernels().name, columns);
+  const double sum = double{to_float(grad_x.data[0])} + to_float(grad_x.data[columns]);
+  expect(std::fabs(sums[0] - sum) < 40.0 * unit, "sums of the bias", kernels().name, columns);
+}
+
 template <class T>
 static void embedding(int64_t columns, bool with_positions, bool stream) {
   constexpr int64_t V = 3, N = 5;
@@ -196,6 +221,8 @@ static void all() {
     for (int64_t offset : {0, 1, 3})
       for (int branch = 0; branch < 16; ++branch)
         cross_entropy<T>(n, offset, branch & 1, branch & 2, branch & 4, branch & 8);
+    for (int64_t offset : {0, 1, 3})
+      for (Activation kind : {GELU, GELU_TANH, RELU, RELU2}) activation<T>(n, offset, kind);
     for (int branch = 0; branch < 4; ++branch) embedding<T>(n, branch & 1, branch & 2);
     for (int branch = 1; branch < 4; ++branch) embedding_sums<T>(n, branch & 1, branch & 2);
   }

@@ -54,6 +54,7 @@ CALLS: dict[str, tuple[Call, Callable[[int, int], tuple[Tensor, ...]]]] = {
         lambda x, r: ops.add_layer_norm(x, r, WEIGHT, dropout_p=0.4, seed=3)[0],
         lambda B, T: (numbers(B, T, C), numbers(B, T, C)),
     ),
+    "activation": (lambda x: ops.activation(x, BIAS), lambda B, T: (numbers(B, T, C),)),
     "embedding": (lambda t: ops.embedding(t, TABLE), lambda B, T: (tokens(B, T),)),
     "embedding, positions": (lambda t: ops.embedding(t, TABLE, POSITIONS), lambda B, T: (tokens(B, T),)),
     "embedding, offset": (

@@ -90,7 +90,11 @@ def test_a_compiled_loss_is_the_fused_one() -> None:
 def fused_ops() -> set[str]:
     if unavailable("native", "cpu"):
         pytest.skip("the ops of PyTorch's backend leave no mark in a graph")
-    return {"fastgpt.embedding_native.default", "fastgpt.linear_cross_entropy_native.default"}
+    return {
+        "fastgpt.embedding_native.default",
+        "fastgpt.activation_native.default",
+        "fastgpt.linear_cross_entropy_native.default",
+    }
 
 
 def test_other_weights_by_functional_call() -> None:

@@ -223,5 +223,6 @@ def test_public_names():
 
     assert set(fastgpt.__all__) == {"GPT", "BackendError", "GPTConfig", "ops", "use_backend"}
     assert set(fastgpt.ops.__all__) == {
-        "add_layer_norm", "attention", "cross_entropy", "embedding", "explain", "layer_norm", "linear_cross_entropy",
+        "activation", "add_layer_norm", "attention", "cross_entropy", "embedding", "explain", "layer_norm",
+        "linear_cross_entropy",
     }  # fmt: skip

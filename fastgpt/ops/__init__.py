@@ -3,6 +3,7 @@
 from . import attention_cached as _attention_cached  # noqa: F401  -- its self-test is registered
 from . import linear as _linear  # noqa: F401  -- its op is registered, so that exported programs find it
 from . import native as _native  # noqa: F401  -- the test whether the extension runs here is registered
+from .activation import activation as activation
 from .attention import attention as attention
 from .backend import OPS
 from .backend import explain as explain

@@ -36,6 +36,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
     "layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
     "add_layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "activation": {"cuda": ("torch",), "cpu": ("native", "torch")},
     "embedding": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
     "cross_entropy": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
     "linear_cross_entropy": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},

@@ -64,6 +64,18 @@ def add_layer_norm(x, residual, weight, bias=None, eps=1e-5, *, dropout_p=0.0, s
     return layer_norm(h, weight, bias, eps), h
 
 
+def activation(x, bias=None, *, kind="gelu"):
+    """f(x + bias): gelu, its approximation by a tanh (Hendrycks and Gimpel 2016), relu, relu^2 (So et al. 2021)."""
+    if bias is not None:
+        x = x + bias
+    if kind == "gelu":
+        return 0.5 * x * torch.special.erfc(-x / math.sqrt(2.0))
+    if kind == "gelu_tanh":
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+    positive = torch.where(x > 0.0, x, 0.0)
+    return positive if kind == "relu" else positive * positive
+
+
 def embedding(tokens, token_table, position_table=None, *, position_offset=0):
     """token_table[tokens] + position_table[position_offset + t]: (B, T) -> (B, T, C)."""
     x = token_table[tokens.long()]

@@ -96,6 +96,13 @@ def _add_layer_norm(x, residual, weight, bias=None, eps=1e-5, *, dropout_p=0.0, 
     return F.layer_norm(h, (h.shape[-1],), weight, bias, eps), h
 
 
+def _activation(x, bias=None, *, kind="gelu"):
+    x = x if bias is None else x + bias
+    if kind.startswith("gelu"):
+        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return F.relu(x) if kind == "relu" else F.relu(x).square()
+
+
 def _two_embeddings(tokens, token_table, position_table=None, *, position_offset=0):
     x = F.embedding(tokens, token_table)
     if position_table is None:
@@ -119,6 +126,7 @@ YARDSTICKS: dict[str, Callable[..., Any]] = {
     "attention": _sdpa,
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
+    "activation": _activation,
     "embedding": _two_embeddings,
     "cross_entropy": _torch_cross_entropy,
     "linear_cross_entropy": _linear_then_cross_entropy,

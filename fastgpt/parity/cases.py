@@ -154,6 +154,41 @@ _NORM_CASES = (
 )
 
 
+# ---- activation ----
+
+
+def _activation(name, *shape, kind="gelu", bias=True, layout="contiguous", scale=1.0) -> ParityCase:
+    """x has `shape`; where it is contiguous, it is multiplied by `scale`."""
+
+    def arguments(draw: Draw) -> dict[str, Tensor | None]:
+        x = _laid_out(draw, layout, *shape)
+        x = x * scale if layout == "contiguous" else x
+        return {"x": x, "bias": draw.normal(shape[-1]) if bias else None}
+
+    return ParityCase("activation", name, arguments, {"kind": kind})
+
+
+_ACTIVATION_CASES = (
+    *(
+        case
+        for kind in ("gelu", "gelu_tanh", "relu", "relu2")
+        for case in (
+            _activation(f"{kind}", 3, 5, 48, kind=kind),
+            _activation(f"{kind}, no bias, odd width", 7, 37, kind=kind, bias=False),
+            _activation(f"{kind}, large values", 9, 65, kind=kind, scale=6.0),
+            replace(_activation(f"{kind}, expanded gradient", 6, 40, kind=kind), expanded_grad=True),
+        )
+    ),
+    _activation("width 1", 5, 1),
+    _activation("one row, no batch", 33),
+    _activation("many rows", 301, 8),
+    _activation("values past a piece", 3, 4099, bias=False),
+    _activation("transposed", 2, 9, 20, layout="transposed"),
+    _activation("sliced, no bias", 2, 9, 20, layout="every second", bias=False),
+    _activation("expanded", 4, 3, 20, layout="expanded"),
+)
+
+
 # ---- embedding ----
 
 
@@ -296,6 +331,7 @@ _LINEAR_CROSS_ENTROPY_CASES = (
 CASES: tuple[ParityCase, ...] = (
     *_ATTENTION_CASES,
     *_NORM_CASES,
+    *_ACTIVATION_CASES,
     *_EMBEDDING_CASES,
     *_CROSS_ENTROPY_CASES,
     *_LINEAR_CROSS_ENTROPY_CASES,

@@ -83,7 +83,7 @@ STAGES = (
         "many heads",
         "Attention moves information between tokens; two linear layers with a non-linearity between them give each "
         "token the means to make something of it.",
-        ((model.MLP.__init__, "up down"), (model.MLP.forward, "gelu"), (model.Block.forward, "mlp")),
+        ((model.MLP.__init__, "up down"), (model.MLP.forward, "activation"), (model.Block.forward, "mlp")),
         changes={"feed_forward": True},
     ),
     Stage(
