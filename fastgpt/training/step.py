@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..data.layouts import IGNORED
 from . import TrainingError
-from .muon import Muon, hidden_matrices
+from .muon import Muon, attention_inputs, hidden_matrices
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # x (B, T), y (B, T) -> the mean in nats per counted target, 0-dim
 Batch = tuple[Tensor, Tensor]
@@ -91,7 +91,8 @@ def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Opti
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
     if not by_muon:
         return adamw
-    return Muon(by_muon, adamw, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, lr_ratio=cfg.muon_lr / cfg.lr)
+    lr_ratio, thirds = cfg.muon_lr / cfg.lr, attention_inputs(model)
+    return Muon(by_muon, adamw, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, lr_ratio, thirds)
 
 
 def count_targets(y: Tensor) -> Tensor:

@@ -90,6 +90,20 @@ def test_the_update_is_that_of_the_formula():
     assert torch.equal(bias, expected_bias)
 
 
+def test_queries_keys_and_values_are_three_matrices():
+    torch.manual_seed(0)
+    model = build_model(GPTConfig(vocab_size=9, **MODEL), 0)
+    optimizer = make_optimizer(model, dataclasses.replace(MUON, muon_momentum=0.0, weight_decay=0.0))
+    weight = model.blocks[0].attn.qkv.weight
+    before = weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for old, new, gradient in zip(before.chunk(3), weight.detach().chunk(3), weight.grad.chunk(3), strict=True):
+        update = by_singular_values(gradient).float()
+        torch.testing.assert_close(new, old - MUON.muon_lr * update, atol=1e-4, rtol=0)
+
+
 def test_the_state_survives_pytorchs_own_saving():
     def made() -> tuple[list[torch.nn.Parameter], Muon]:
         torch.manual_seed(0)
