@@ -75,9 +75,11 @@ report:
 compare:
 	$(HERE) -m fastgpt.benchmarks.publish.compare $(BASE) $(OUT) --if-comparable --out $(OUT)/compare.md
 
-# Writes docs/results.md, its pictures, and the figures that documents quote, from the rows in benchmarks/results.
+# Writes docs/results.md, docs/performance.md, their pictures, and the figures that documents quote, from the rows and
+# levers in benchmarks/results.
 results: install
 	$(BIN)/fastgpt bench --report --results benchmarks/results --out docs > /dev/null
+	$(BIN)/python -m fastgpt.benchmarks.publish.performance --results benchmarks/results --out docs
 	$(BIN)/python -m fastgpt.benchmarks.publish.quotes README.md docs/*.md
 
 # Runs the CPU row kernels of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA

@@ -281,6 +281,12 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) < 200
 
 
+def test_no_measured_row_is_faster_than_its_ceiling():
+    """Rows that do not name their ceiling were measured before it followed the sizes of the work."""
+    faster = [row for row in read([RESULTS]).rows if row.ceiling and row.roofline_fraction > 1.0]
+    assert [(*row.case, row.implementation, row.ceiling) for row in faster] == []
+
+
 def test_the_results_page_is_what_the_rows_say():
     found = read([RESULTS])
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == report.markdown(found), "make results"

@@ -1,8 +1,11 @@
-"""The report's pictures: bars of ratios for an op, and the roofline of a device."""
+"""The pictures: bars of ratios for an op, the roofline of a device, and that of one case before and now."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fastgpt.files import atomic_path
 from fastgpt.report import pyplot
 
 from . import cells
@@ -111,3 +114,59 @@ def _points(results: Results) -> Iterator[tuple[str, bool, float, float]]:
         yield ours.op, True, intensity, ours.flops / ours.median_ms * 1e3
         if ours.best_peer in found:
             yield ours.op, False, intensity, ours.flops / found[ours.best_peer].median_ms * 1e3
+
+
+@dataclass(frozen=True)
+class CaseRoofline:
+    """One case under the two limits of a machine."""
+
+    title: str
+    flops: float  # operations of one call
+    intensity: float  # operations per byte
+    bytes_per_s: float
+    flops_per_s: float
+    limit: str  # in words
+    is_of_products: bool  # the limit of this case; the other limit is drawn thin
+    before_ms: float
+    now_ms: float
+    peers_ms: Mapping[str, float]
+
+
+def case_roofline_figure(case: CaseRoofline) -> Any:
+    """The limits as lines, FastGPT before and now and its peers as points one above the other."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    knee = case.flops_per_s / case.bytes_per_s
+    low, high = min(case.intensity, knee) / 6, max(case.intensity, knee) * 6
+    of_memory = {"label": f"memory, {case.bytes_per_s / 1e9:.3g} GB/s"}
+    of_products = {"label": f"matrix products, {cells.flop_rate(case.flops_per_s)}"}
+    limit, other = (of_products, of_memory) if case.is_of_products else (of_memory, of_products)
+    limit |= {"linewidth": 2.4, "label": f"its limit: {case.limit}"}
+    other |= {"linewidth": 1.0, "linestyle": "--"}
+    axes.plot([low, knee], [low * case.bytes_per_s, case.flops_per_s], color="black", **of_memory)
+    axes.plot([knee, high], [case.flops_per_s] * 2, color="black", **of_products)
+    ours = [("FastGPT before", case.before_ms, "none"), ("FastGPT now", case.now_ms, "tab:blue")]
+    for name, ms, fill in ours:
+        style = {"markersize": 9, "markerfacecolor": fill, "markeredgecolor": "tab:blue"}
+        axes.plot([case.intensity], [case.flops / ms * 1e3], "o", label=f"{name}, {cells.short(ms):g} ms", **style)
+    for i, (name, ms) in enumerate(case.peers_ms.items()):
+        color = plt.get_cmap("tab10")(1 + i % 9)
+        label = f"{name}, {cells.short(ms):g} ms"
+        axes.plot([case.intensity], [case.flops / ms * 1e3], "x", markersize=7, color=color, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xlabel("operations per byte (the least that must move)", fontsize=8)
+    axes.set_ylabel("operations per second", fontsize=8)
+    axes.set_title(case.title, fontsize=10, loc="left")
+    axes.grid(color="0.9")
+    figure.legend(loc="outside right center", fontsize=7.5, frameon=False)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """A picture as a file, whole or not at all; the figure is closed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, facecolor="white")
+    pyplot().close(figure)
