@@ -115,6 +115,7 @@ def _check(
 def cross_entropy_on_torch(
     logits: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
+    targets = targets.long()  # `ignore_index` may be outside the range of int32
     if reduction == "mean" and logits.dtype == torch.float16 and autocast_dtype(logits) is None:
         return _float16_mean_on_torch(logits, targets, weight, ignore_index, label_smoothing)
     # PyTorch's gradient of an ignored row that is NaN is NaN.
@@ -122,7 +123,7 @@ def cross_entropy_on_torch(
     try:
         return F.cross_entropy(
             logits.masked_fill(ignored, 0.0),
-            targets.long(),
+            targets,
             weight,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -143,7 +144,7 @@ def _float16_mean_on_torch(
     counted = targets != ignore_index
     weights = counted.float()
     if weight is not None:
-        weights = weights * weight.float()[targets.long() * counted]
+        weights = weights * weight.float()[targets * counted]
     total = weights.sum()
     return torch.where(total == 0.0, torch.nan, each.sum() / total).to(logits.dtype)
 

@@ -95,13 +95,14 @@ def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction=
     else:
         was_one_row = False
     C = logits.shape[1]
+    targets = targets.long()  # `ignore_index` may be outside the range of int32
     counted = targets != ignore_index
     x = logits.movedim(1, -1)  # (N, C, d1, ..., dk) -> (N, d1, ..., dk, C)
     x = x.masked_fill(~counted[..., None], 0.0)  # an ignored row counts for nothing, even where it is not finite
     shifted = x - x.detach().amax(-1, keepdim=True)
     log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
     w = torch.ones(C, dtype=x.dtype, device=x.device) if weight is None else weight
-    t = torch.where(counted, targets, 0).long()
+    t = torch.where(counted, targets, 0)
     row_weight = torch.where(counted, w[t], 0.0)
     loss = -row_weight * log_p.gather(-1, t[..., None])[..., 0] * (1.0 - label_smoothing)
     if label_smoothing > 0.0:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fastgpt import ops
 from fastgpt.ops import reference
 from fastgpt.parity import DTYPES, run_parity
+from helpers import on_each_backend
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -154,21 +155,33 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize("targets, message", OUT_OF_RANGE)
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
-def test_targets_out_of_range(targets: torch.Tensor, message: str, options: dict) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}, {"reduction": "sum"}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wants_gradient", [False, True], ids=["no gradient", "gradient"])
+@on_each_backend
+def test_targets_out_of_range(
+    backend: str, wants_gradient: bool, dtype: torch.dtype, options: dict, targets: torch.Tensor, message: str
+) -> None:
+    options = {**options, "backend": backend}
+    x, head, logits = (t.to(dtype).requires_grad_(wants_gradient) for t in (X.clone(), W.clone(), LOGITS.clone()))
     with pytest.raises(IndexError, match=f"^{message}"):
-        ops.linear_cross_entropy(X, W, targets, **options)
-    for weight in (None, torch.ones(6)):
+        ops.linear_cross_entropy(x, head, targets, **options)
+    for weight in (None, torch.ones(6, dtype=dtype)):
         with pytest.raises(IndexError, match=f"^{message}"):
-            ops.cross_entropy(LOGITS, targets, weight=weight, **options)
+            ops.cross_entropy(logits, targets, weight=weight, **options)
 
 
-def test_targets_out_of_range_in_more_dimensions() -> None:
-    with pytest.raises(IndexError, match=r"targets: value 3 at position \(1, 0\)"):
-        ops.cross_entropy(torch.randn(2, 3, 2), torch.tensor([[0, 1], [3, 0]]))
-    with pytest.raises(IndexError, match=r"targets: value 9 at position \(0, 1\)"):
-        ops.linear_cross_entropy(X.view(2, 2, 3), W, torch.tensor([[0, 9], [1, 2]]))
-    assert ops.cross_entropy(LOGITS, torch.tensor([0, 1, 999, 2]), ignore_index=999).isfinite()
+@on_each_backend
+def test_targets_out_of_range_in_more_dimensions(backend: str) -> None:
+    with pytest.raises(IndexError, match=r"^targets: value 3 at position \(1, 0\)"):
+        ops.cross_entropy(torch.randn(2, 3, 2), torch.tensor([[0, 1], [3, 0]]), backend=backend)
+    with pytest.raises(IndexError, match=r"^targets: value 9 at position \(0, 1\)"):
+        ops.linear_cross_entropy(X.view(2, 2, 3), W, torch.tensor([[0, 9], [1, 2]]), backend=backend)
+    with pytest.raises(IndexError, match=r"^targets: value 6 at position \(\) is outside \[0, 6\)"):
+        ops.cross_entropy(LOGITS[0], torch.tensor(6), backend=backend)
+    assert ops.cross_entropy(LOGITS, torch.tensor([0, 1, 999, 2]), ignore_index=999, backend=backend).isfinite()
 
 
 @pytest.mark.parametrize(
@@ -192,11 +205,12 @@ def test_targets_out_of_range_in_more_dimensions() -> None:
         ({"backend": "c++"}, ValueError, "backend: unknown backend"),
     ],
 )
-def test_bad_arguments_of_both(change: dict, error: type[Exception], message: str) -> None:
+@on_each_backend
+def test_bad_arguments_of_both(backend: str, change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        ops.cross_entropy(**{"logits": LOGITS, "targets": TARGETS, **change})
+        ops.cross_entropy(**{"logits": LOGITS, "targets": TARGETS, "backend": backend, **change})
     with pytest.raises(error, match=f"^{message}"):
-        ops.linear_cross_entropy(**{"x": X, "weight": W, "targets": TARGETS, **change})
+        ops.linear_cross_entropy(**{"x": X, "weight": W, "targets": TARGETS, "backend": backend, **change})
 
 
 @pytest.mark.parametrize(
@@ -211,9 +225,10 @@ def test_bad_arguments_of_both(change: dict, error: type[Exception], message: st
         ({"weight": torch.ones(6, requires_grad=True)}, ValueError, "weight: class weights get no gradient"),
     ],
 )
-def test_bad_arguments_of_cross_entropy(change: dict, error: type[Exception], message: str) -> None:
+@on_each_backend
+def test_bad_arguments_of_cross_entropy(backend: str, change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        ops.cross_entropy(**{"logits": LOGITS, "targets": TARGETS, **change})
+        ops.cross_entropy(**{"logits": LOGITS, "targets": TARGETS, "backend": backend, **change})
 
 
 def test_a_call_that_was_not_checked_again_would_have_passed() -> None:
@@ -282,24 +297,27 @@ def test_derivatives_in_a_compiled_function() -> None:
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
-def test_an_ignore_index_that_is_no_int32(op: str) -> None:
+@on_each_backend
+def test_an_ignore_index_that_is_no_int32(backend: str, op: str) -> None:
     head = torch.randn(10, 4).half()
     gradients = []
     for targets in (torch.tensor([3, 3, 3, 1]), torch.tensor([3, 3, 3, 1], dtype=torch.int32)):
         torch.manual_seed(0)
         h = torch.randn(4, 4).half().requires_grad_()
         if op == "cross_entropy":
-            ops.cross_entropy(F.linear(h, head), targets, ignore_index=2**32 + 3).backward()
+            ops.cross_entropy(F.linear(h, head), targets, ignore_index=2**32 + 3, backend=backend).backward()
         else:
-            ops.linear_cross_entropy(h, head, targets, ignore_index=2**32 + 3).backward()
+            ops.linear_cross_entropy(h, head, targets, ignore_index=2**32 + 3, backend=backend).backward()
         gradients.append(h.grad)
     assert torch.equal(*gradients)
     bad = torch.tensor([1, 12, 2], dtype=torch.int32)
     with pytest.raises(IndexError, match=r"targets: value 12 at position \(1,\)"):
         if op == "cross_entropy":
-            ops.cross_entropy(torch.randn(3, 10), bad, ignore_index=2**32 + 12)
+            ops.cross_entropy(torch.randn(3, 10), bad, ignore_index=2**32 + 12, backend=backend)
         else:
-            ops.linear_cross_entropy(torch.randn(3, 4), torch.randn(10, 4), bad, ignore_index=2**32 + 12)
+            ops.linear_cross_entropy(
+                torch.randn(3, 4), torch.randn(10, 4), bad, ignore_index=2**32 + 12, backend=backend
+            )
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -340,21 +358,24 @@ def test_an_ignored_row_counts_for_nothing(value: float, options: dict, backend:
         torch.testing.assert_close(loss, oracle.to(loss.dtype))
 
 
-def test_shapes_as_people_hold_them() -> None:
+@on_each_backend
+def test_shapes_as_people_hold_them(backend: str) -> None:
     """The error for logits (B, T, V) with targets (B, T), and for targets of another shape, says what to pass."""
     logits, targets = torch.randn(2, 3, 5), classes(5, 2, 3)
     with pytest.raises(ValueError, match=r"targets: .*pass logits\.flatten\(0, -2\) and targets\.flatten\(\)") as error:
-        ops.cross_entropy(logits, targets)
-    assert ops.cross_entropy(logits.flatten(0, -2), targets.flatten()).isfinite(), str(error.value)
+        ops.cross_entropy(logits, targets, backend=backend)
+    assert ops.cross_entropy(logits.flatten(0, -2), targets.flatten(), backend=backend).isfinite(), str(error.value)
     with pytest.raises(ValueError, match=r"pass targets\.flatten\(\)"):
-        ops.cross_entropy(logits.flatten(0, 1), targets)
+        ops.cross_entropy(logits.flatten(0, 1), targets, backend=backend)
     with pytest.raises(ValueError, match=r"pass targets\.flatten\(\)"):
-        ops.cross_entropy(logits.flatten(0, 1), targets.view(6, 1))
+        ops.cross_entropy(logits.flatten(0, 1), targets.view(6, 1), backend=backend)
     x, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
-    assert ops.linear_cross_entropy(x, weight, targets).isfinite(), "(B, T, C) with (B, T) is what it takes"
+    assert ops.linear_cross_entropy(x, weight, targets, backend=backend).isfinite(), (
+        "(B, T, C) with (B, T) is what it takes"
+    )
     with pytest.raises(ValueError, match=r"pass targets\.view\(2, 3\)"):
-        ops.linear_cross_entropy(x, weight, targets.flatten())
+        ops.linear_cross_entropy(x, weight, targets.flatten(), backend=backend)
     with pytest.raises(ValueError, match=r"pass targets\.flatten\(\)"):
-        ops.linear_cross_entropy(x.flatten(0, 1), weight, targets)
+        ops.linear_cross_entropy(x.flatten(0, 1), weight, targets, backend=backend)
     with pytest.raises(ValueError, match=r"got \(5,\)$"):
-        ops.linear_cross_entropy(x, weight, classes(5, 5))
+        ops.linear_cross_entropy(x, weight, classes(5, 5), backend=backend)

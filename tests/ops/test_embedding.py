@@ -13,6 +13,7 @@ from fastgpt import ops
 from fastgpt.ops import reference
 from fastgpt.ops.embedding import CUDA_CHUNK, cuda_chunk, set_cuda_chunks
 from fastgpt.parity import DTYPES, run_parity
+from helpers import on_each_backend
 
 
 def table(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -123,14 +124,32 @@ TOKENS, TABLE = torch.tensor([[0, 1], [2, 3]]), torch.randn(4, 6)
         ({"position_offset": True}, TypeError, "position_offset: "),
     ],
 )
-def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+@on_each_backend
+def test_bad_arguments(backend: str, change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        ops.embedding(**{"tokens": TOKENS, "token_table": TABLE, **change})
+        ops.embedding(**{"tokens": TOKENS, "token_table": TABLE, "backend": backend, **change})
 
 
-def test_no_tokens_need_no_rows() -> None:
-    assert ops.embedding(TOKENS[:, :0], TABLE[:0]).shape == (2, 0, 6)
-    assert ops.embedding(TOKENS[:0], TABLE, TABLE).shape == (0, 2, 6)
+@on_each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("value", [4, -1, 2**31 - 1])
+def test_tokens_out_of_range(value: int, index: torch.dtype, dtype: torch.dtype, backend: str) -> None:
+    """With the gradient that a model asks for, and without; the first of two is named."""
+    tokens = torch.tensor([[0, 1, 2], [3, value, -9]], dtype=index)
+    for wants_gradient in (False, True):
+        tables = [
+            t.detach().requires_grad_(wants_gradient) for t in (table(4, 5, dtype=dtype), table(3, 5, dtype=dtype))
+        ]
+        with pytest.raises(IndexError) as error:
+            ops.embedding(tokens, *tables, backend=backend)
+        assert str(error.value) == f"tokens: value {value} at position (1, 1) is outside [0, 4)"
+
+
+@on_each_backend
+def test_no_tokens_need_no_rows(backend: str) -> None:
+    assert ops.embedding(TOKENS[:, :0], TABLE[:0], backend=backend).shape == (2, 0, 6)
+    assert ops.embedding(TOKENS[:0], TABLE, TABLE, backend=backend).shape == (0, 2, 6)
 
 
 def test_chunks_of_cuda_devices() -> None:

@@ -18,6 +18,7 @@ from fastgpt import ops
 from fastgpt.ops import reference
 from fastgpt.ops.backend import unavailable
 from fastgpt.parity import DTYPES, run_parity
+from helpers import on_each_backend
 
 module = sys.modules["fastgpt.ops.linear_cross_entropy"]  # the attribute of that name is the op
 REDUCTIONS = ("mean", "sum", "none")
@@ -139,16 +140,24 @@ def test_backward_twice_gives_the_same() -> None:
         torch.testing.assert_close(2 * a, b)
 
 
+@on_each_backend
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_derivatives_that_are_not_there_raise(reduction: str) -> None:
+def test_double_backward_raises(reduction: str, backend: str) -> None:
+    x, weight, targets = normal(5, 4), normal(7, 4, seed=1), classes(7, 5)
+    loss = ops.linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend).sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])  # native that was asked for is refused inside a transform
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_derivatives_that_are_not_there_raise(reduction: str, backend: str) -> None:
     x, weight, targets = normal(5, 4), normal(7, 4, seed=1), classes(7, 5)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return ops.linear_cross_entropy(x, weight, targets, reduction=reduction).sum()
+        return ops.linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend).sum()
 
-    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad.sum().backward()
     with pytest.raises(NotImplementedError, match="linear_cross_entropy: forward-mode"):
         torch.func.jvp(loss, (x.detach(),), (torch.ones(5, 4),))
     with pytest.raises(NotImplementedError, match="linear_cross_entropy: no derivative inside"):
@@ -325,6 +334,9 @@ LOGITS, TARGETS, X, W = torch.randn(4, 6), torch.tensor([0, 1, 5, 2]), torch.ran
         ({"bias": torch.ones(6, 1)}, ValueError, "bias: expected 1 dimensions"),
     ],
 )
-def test_bad_arguments_of_linear_cross_entropy(change: dict, error: type[Exception], message: str) -> None:
+@on_each_backend
+def test_bad_arguments_of_linear_cross_entropy(
+    backend: str, change: dict, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        ops.linear_cross_entropy(**{"x": X, "weight": W, "targets": TARGETS, **change})
+        ops.linear_cross_entropy(**{"x": X, "weight": W, "targets": TARGETS, "backend": backend, **change})

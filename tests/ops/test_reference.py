@@ -61,6 +61,13 @@ def test_cross_entropy_gradient(reduction: str, label_smoothing: float) -> None:
     )
 
 
+def test_cross_entropy_ignores_no_target_of_32_bits_whose_last_bits_alone_are_those_of_ignore_index() -> None:
+    (logits,) = inputs((4, 10))
+    targets = torch.tensor([3, 3, 3, 1])
+    losses = [reference.cross_entropy(logits, t, ignore_index=2**32 + 3) for t in (targets, targets.int())]
+    assert torch.equal(*losses)
+
+
 def test_attention_dropout_is_the_mask() -> None:
     """With equal scores and v the identity, the output is the dropped weights themselves."""
     T, p = 8, 0.25

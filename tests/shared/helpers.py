@@ -28,6 +28,7 @@ TRITON = pytest.param(
     ),
 )
 on_native = pytest.mark.parametrize("name", ["torch", NATIVE])
+on_each_backend = pytest.mark.parametrize("backend", ["auto", "torch", NATIVE])
 on_triton = pytest.mark.parametrize("name", ["torch", TRITON])
 PANGRAM = "the quick brown fox jumps over the lazy dog\n" * 50
 TINY = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0)
