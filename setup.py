@@ -60,6 +60,7 @@ CPU_SOURCES = [
     "embedding",
     "linear",
     "matmul",
+    "orthogonal",
     "tensor",
     "large_blocks",
     "kernels",

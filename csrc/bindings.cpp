@@ -9,6 +9,7 @@
 #include "embedding.h"
 #include "linear.h"
 #include "matmul.h"
+#include "orthogonal.h"
 
 namespace fastgpt {
 
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("linear_native", TORCH_BOX(&fastgpt::linear));
   m.impl("linear_native_backward", TORCH_BOX(&fastgpt::linear_backward));
   m.impl("matmul_", TORCH_BOX(&fastgpt::matmul));
+  m.impl("orthogonal_native", TORCH_BOX(&fastgpt::orthogonal));
 }
 
 static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(fastgpt::kernels().name); }

@@ -87,6 +87,8 @@ struct Matmul {
   int64_t a_row, a_depth, b_depth, b_column, c_row;  // strides, in values
   int64_t rows, columns, depth;
   bool accumulate;
+  bool upper;        // leaves out tiles of c that are wholly below its diagonal, where i == j + diagonal
+  int64_t diagonal;
 };
 
 // out[r][n] = x[r] . weight[n] + bias[n], for a few rows r

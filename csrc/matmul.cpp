@@ -27,8 +27,10 @@ void multiply(const Matmul& whole) {
     const int64_t first = begin * LINES_PER_TASK, count = std::min(end * LINES_PER_TASK, lines) - first;
     if (by_rows) {
       part.a += first * part.a_row, part.c += first * part.c_row, part.rows = count;
+      part.diagonal -= first;
     } else {
       part.b += first * part.b_column, part.c += first, part.columns = count;
+      part.diagonal += first;
       if (part.bias) part.bias += first;
     }
     const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(kernels().matmul_workspace(part))]);

@@ -93,11 +93,12 @@ void pack(const float* from, int64_t line_stride, int64_t depth_stride, int64_t 
   }
 }
 
-// c = start + a b, tile by tile, for packed blocks of A (rows, depth) and B (depth, columns).
+// c = start + a b, tile by tile, for packed blocks of A (rows, depth) and B (depth, columns). Tiles below the diagonal
+// are left out: those of columns from j on end at row j + TILE_COLUMNS + diagonal.
 inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_t columns, int64_t depth, float* c,
-                            int64_t c_stride, Start start) {
+                            int64_t c_stride, Start start, int64_t diagonal) {
   for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
-    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+    for (int64_t i = 0; i < smaller(rows, j + TILE_COLUMNS + diagonal); i += TILE_ROWS) {
       float* to = c + i * c_stride + j;
       const Start from = {start.values ? start.values + i * start.stride + j : nullptr, start.stride};
       const auto multiply = [&](float* tile, int64_t stride, Start first) {
@@ -162,7 +163,7 @@ inline void matmul(const Matmul& m, float* workspace) {
       Start start = {m.accumulate || p > 0 ? c : nullptr, m.c_row};
       if (p == 0 && m.bias) start = {m.bias + j, 0};
       multiply_blocks(packed_a, packed_b, smaller(blocks.rows, m.rows - i), smaller(blocks.columns, m.columns - j), depth,
-                      c, m.c_row, start);
+                      c, m.c_row, start, m.upper ? m.diagonal + j - i : m.rows);
     };
     if (blocks.a_stays) {
       for (int64_t i = 0; i < m.rows; i += blocks.rows) {

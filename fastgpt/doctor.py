@@ -137,6 +137,7 @@ def _matrix_products() -> list[str]:
         "linear_cross_entropy": (reason is None, reason or faster),
         "linear in float32, in training": linear_choice("matmul"),
         "a few rows, in generation": linear_choice("linear"),
+        "Muon, in float32": linear_choice("orthogonal"),
     }
     lines = [f"maker of the processor: {native.cpu_maker()}"]
     for what, (own, why) in choices.items():

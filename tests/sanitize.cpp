@@ -266,7 +266,8 @@ static void column_sums(int64_t rows, int64_t columns) {
   }
 }
 
-static void matmul(int64_t rows, int64_t columns, int64_t depth, bool a_transposed, bool b_transposed, bool accumulate) {
+static void matmul(int64_t rows, int64_t columns, int64_t depth, bool a_transposed, bool b_transposed, bool accumulate,
+                   bool upper) {
   Buffer<float> a(rows * depth, 1), b(depth * columns, 0), bias(columns, 0), c(rows * columns, 3);
   std::vector<float> before(c.data, c.data + rows * columns);
   Matmul m{};
@@ -277,10 +278,12 @@ static void matmul(int64_t rows, int64_t columns, int64_t depth, bool a_transpos
   m.rows = rows, m.columns = columns, m.depth = depth;
   m.accumulate = accumulate;
   m.bias = accumulate || rows % 2 == 0 ? nullptr : bias.data;
+  m.upper = upper;
   std::vector<float> workspace(static_cast<size_t>(kernels().matmul_workspace(m)));
   kernels().matmul(m, workspace.data());
   for (int64_t i : {int64_t{0}, rows - 1})
     for (int64_t j : {int64_t{0}, columns - 1}) {
+      if (upper && i > j) continue;
       double expected = accumulate ? before[static_cast<size_t>(i * columns + j)] : m.bias ? m.bias[j] : 0.0, size = 1.0;
       for (int64_t p = 0; p < depth; ++p) {
         const double term = double{a.data[i * m.a_row + p * m.a_depth]} * b.data[p * m.b_depth + j * m.b_column];
@@ -304,8 +307,8 @@ int main() {
     for (int64_t rows : {1, 11, 12, 13, 300})
       for (int64_t columns : {1, 31, 32, 33, 299, 301})
         for (int64_t depth : {1, 7, 8, 513})
-          for (int branch = 0; branch < 8; ++branch)
-            matmul(rows, columns, depth, branch & 1, branch & 2, branch & 4);
+          for (int branch = 0; branch < 16; ++branch)
+            matmul(rows, columns, depth, branch & 1, branch & 2, branch & 4, branch & 8);
     for (int64_t rows : {0, 1, 32, 33, 100})
       for (int64_t columns : {1, 15, 16, 17, 130, 300}) column_sums(rows, columns);
     for (int64_t rows = 1; rows <= 9; ++rows)

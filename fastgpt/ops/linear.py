@@ -89,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_choice(kernel: str) -> tuple[bool, str]:
-    """Whether `kernel`, "linear" (few rows) or "matmul", runs on this machine, and in words why, or why not."""
+    """Whether `kernel`, "linear" (few rows), "matmul" or "orthogonal", runs on this machine, and why, or why not."""
     reason = _reason_against(kernel)
     if reason is not None:
         return False, reason

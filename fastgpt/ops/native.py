@@ -50,7 +50,7 @@ def load(device_type: str) -> ModuleType:
 # The kernels that replace PyTorch's matrix library, each with the makers on whose processors it was measured to be
 # faster than MKL. On other processors the library is used. A short measurement at the first call would serve more
 # machines, but it could decide differently in the next process, and a resumed run would no longer end in the same bits.
-FASTER_THAN_LIBRARY = {"matmul": ("amd",), "linear": ("amd",)}
+FASTER_THAN_LIBRARY = {"matmul": ("amd",), "linear": ("amd",), "orthogonal": ("amd",)}
 
 
 def reason_for_library(kernel: str) -> str | None:

@@ -4,8 +4,9 @@ The momentum of a weight matrix is dominated by a few directions. Its nearest or
 value decomposition U S V^T, moves the weights equally far in all directions. A few Newton-Schulz iterations, which are
 matrix products alone, come close enough to it: with Jordan's coefficients all singular values end between 0.7 and 1.2.
 
-torch.optim.Muon orthogonalises one matrix after the other in bfloat16. Here matrices of one shape are stacked, and on a
-CPU the products are float32's. Muon is for the matrices between the embeddings and the head; AdamW trains the rest.
+torch.optim.Muon computes them for one matrix after the other in bfloat16. Here matrices of one shape are stacked, and
+on a CPU the products are float32's: see ops/orthogonal.py. Muon is for the matrices between the embeddings and the
+head; AdamW trains the rest.
 
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982, on weight decay.
 """
@@ -18,11 +19,9 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-ITERATIONS = 5
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: they grow small singular values fastest
-EPSILON = 1e-7  # keeps a gradient of zeros from becoming NaN
+from ..ops.orthogonal import orthogonal
 
 
 class Muon(torch.optim.Optimizer):
@@ -114,46 +113,3 @@ def who_trains(optimizer: torch.optim.Optimizer) -> str:
         return "adamw for all parameters: none is a matrix between embeddings and head, which are what muon is for"
     n = sum(matrix.numel() for matrix in optimizer.matrices)
     return f"muon for {len(optimizer.matrices)} matrices ({n:,} parameters), adamw for the rest"
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """matrices (N, rows, columns) -> about U V^T of the singular value decomposition U S V^T of each."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices  # the products below are cheaper with few rows
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32))
-    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + EPSILON)  # no singular value is above 1 now
-    x = _iterate(x) if x.dtype == torch.bfloat16 else _iterate_gram(x)
-    return (x.mT if tall else x).to(matrices.dtype)
-
-
-def _iterate(x: Tensor) -> Tensor:
-    """x <- a x + b (x x^T) x + c (x x^T)^2 x, which maps each singular value s to a s + b s^3 + c s^5."""
-    a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-def _iterate_gram(x: Tensor) -> Tensor:
-    """The same, on the smaller matrix x x^T: an iteration multiplies x by p = a I + b (x x^T) + c (x x^T)^2.
-
-    All products are polynomials in x x^T, so their factors may change places. Rounding errors of x x^T grow faster than
-    those of x, so this needs float32.
-    """
-    gram = x @ x.mT
-    product = _polynomial(gram)
-    p = product
-    for _ in range(ITERATIONS - 1):
-        gram = p @ (p @ gram)  # (p x) (p x)^T
-        p = _polynomial(gram)
-        product = p @ product
-    return product @ x
-
-
-def _polynomial(gram: Tensor) -> Tensor:
-    """a I + b gram + c gram^2."""
-    a, b, c = COEFFICIENTS
-    p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    p.diagonal(dim1=1, dim2=2).add_(a)
-    return p

@@ -15,50 +15,13 @@ from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.cli import main
 from fastgpt.config import ConfigError, TrainConfig
 from fastgpt.training.loop import Interrupted
-from fastgpt.training.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonal
+from fastgpt.training.muon import Muon
 from fastgpt.training.step import Precision, make_optimizer, training_step
+from newton_schulz import by_singular_values
 from small_runs import MODEL, TRAIN, assert_same_checkpoint, signal_at, trainer
 from stand_in_graph import StandIn
 
 MUON = dataclasses.replace(TRAIN, optimizer="muon", muon_lr=0.03)
-
-
-def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
-    """The Newton-Schulz iterations in float64, each applied to the singular values alone."""
-    a, b, c = COEFFICIENTS
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    s = s / matrix.double().norm()
-    for _ in range(ITERATIONS):
-        s = a * s + b * s**3 + c * s**5
-    return u * s @ v
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (64, 16), (1, 7), (7, 1), (1, 1), (33, 20)], ids=str)
-def test_orthogonal_is_newton_schulz_on_the_singular_values(shape):
-    torch.manual_seed(sum(shape))
-    matrices = torch.randn(3, *shape) * torch.logspace(2, -2, 3)[:, None, None]
-    result = orthogonal(matrices)
-    for matrix, found in zip(matrices, result, strict=True):
-        torch.testing.assert_close(found.double(), by_singular_values(matrix), atol=1e-3, rtol=0)
-    values = torch.linalg.svdvals(orthogonal(torch.eye(shape[0], shape[1])[None])[0])
-    assert values.min() > 0.6 and values.max() < 1.25
-
-
-def test_orthogonal_of_other_dtypes_zeros_and_nothing():
-    matrix = torch.randn(1, 8, 24, dtype=torch.float64)
-    torch.testing.assert_close(orthogonal(matrix)[0], by_singular_values(matrix[0]), atol=1e-6, rtol=0)
-    half = orthogonal(matrix.bfloat16())
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half[0].double(), by_singular_values(matrix[0]), atol=0.02, rtol=0)
-    assert torch.equal(orthogonal(torch.zeros(2, 4, 4)), torch.zeros(2, 4, 4))
-    assert orthogonal(torch.zeros(0, 4, 8)).shape == (0, 4, 8)
-
-
-def test_a_large_matrix_of_low_rank_stays_near_the_singular_values():
-    """Rounding must not grow in the directions that the matrix does not have."""
-    torch.manual_seed(1)
-    matrix = torch.randn(128, 4) @ torch.randn(4, 128)
-    torch.testing.assert_close(orthogonal(matrix[None])[0].double(), by_singular_values(matrix), atol=2e-3, rtol=0)
 
 
 def test_the_update_is_that_of_the_formula():
