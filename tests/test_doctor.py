@@ -111,7 +111,7 @@ def test_whose_matrix_products_run(maker, monkeypatch):
     lines = doctor.report().splitlines()
     assert f"  maker of the processor: {maker}" in lines
     products = [line for line in lines if line.startswith("  matrix products of")]
-    assert len(products) == 3
+    assert len(products) == 4
     for line in products:
         assert ("the extension" in line) == (maker == "amd")
         assert (f"this one's maker: {maker}" in line) == (maker != "amd")
