@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 
 import pytest
 import torch
 
-from fastgpt.benchmarks import bench_import, bench_time_to_loss, bench_train_step
+from fastgpt.benchmarks import bench_import, bench_time_to_loss, bench_train_step, bench_training_loop
 from fastgpt.benchmarks.bench_attention import AttentionShape
 from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
 from fastgpt.benchmarks.bench_embedding import EmbeddingShape
@@ -19,6 +20,7 @@ from fastgpt.benchmarks.bench_train_step import TrainStepShape, train_step_work
 from fastgpt.benchmarks.harness import step_profile, suite
 from fastgpt.benchmarks.harness.op_work import op_work
 from fastgpt.benchmarks.publish import rows
+from fastgpt.config import TrainConfig
 from fastgpt.data.corpus import Corpus
 
 CPU = torch.device("cpu")
@@ -159,6 +161,28 @@ def test_time_to_loss_benchmark(run, checkouts, tmp_path, monkeypatch):
     run.measure_contenders(bench_time_to_loss.time_to_loss_work(checkouts, goal, corpus))
     assert {row.implementation for row in run.rows} == {"fastgpt", "nanoGPT"}
     assert all(row.extra["val_loss"] <= 9.0 and row.rounds == 3 for row in run.rows)
+
+
+def test_training_loop_benchmark(run, checkouts, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("To be, or not to be: that is the question. " * 100)
+    settings = ({"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}, {"batch_size": 2, "grad_accum": 2})
+    monkeypatch.setattr(bench_training_loop, "preset", lambda name: settings)
+    short, corpus = bench_training_loop.ShortRun("small", 6), Corpus.load(str(tmp_path / "text.txt"))
+    run.measure_contenders(bench_training_loop.training_loop_work(checkouts, short, corpus))
+    ours, alone = run.rows
+    names = (ours.shape, ours.implementation, alone.implementation)
+    assert names == ("small, 6 steps on shakespeare", "fastgpt", "steps alone")
+    names = {f"{part}_share" for part in ("evaluation", "checkpoint", "metrics", "waiting")}
+    assert set(ours.extra) == names and all(0.0 <= share < 1.0 for share in ours.extra.values()) and not alone.extra
+
+
+def test_shares_are_those_at_the_intervals_of_the_preset():
+    seconds = Counter(evaluation=8.0, checkpoint=2.0, metrics=6.0, waiting=3.0)
+    calls = Counter(evaluation=4, checkpoint=2, metrics=3, waiting=12)
+    cfg = TrainConfig(eval_interval=10, log_interval=5, grad_accum=2)
+    # 2 evaluations of 2 s in 10 steps, a checkpoint of 1 s in 10, 2 s of metrics in 5, and two waits of 0.25 s in each.
+    found = bench_training_loop.shares(seconds, calls, 3.5, cfg)
+    assert found == {"evaluation_share": 0.1, "checkpoint_share": 0.025, "metrics_share": 0.1, "waiting_share": 0.12}
 
 
 def test_import_benchmark(run, monkeypatch):
