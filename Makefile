@@ -47,7 +47,7 @@ wheel: install
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 # Measures FastGPT against PyTorch, torch.compile and transformers, and writes rows to benchmarks/results/. NANOGPT=DIR
-# and LECTURE=FILE add nanoGPT and the lecture's gpt.py. Takes under 10 minutes on two cores.
+# and LECTURE=FILE add nanoGPT and the lecture's gpt.py. Takes about a quarter of an hour on two cores.
 bench: install
 	$(BIN)/python -m pytest benchmarks $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(LECTURE),--lecture "$(LECTURE)")
 

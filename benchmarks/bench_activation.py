@@ -39,9 +39,9 @@ class ActivationShape(OpShape):
     def tiny(self) -> Self:
         return replace(self, rows=8)
 
-    def elements_moved(self, backward: bool) -> int:
-        passes = 5 if backward else 2  # x, y; and dy, x, dx
-        return passes * self.rows * self.width
+    def elements_moved(self, backward: bool) -> tuple[int, int]:
+        read, written = (3, 2) if backward else (1, 1)  # x; y; and dy, x; dx
+        return read * self.rows * self.width, written * self.rows * self.width
 
     def peers(self, device: torch.device) -> Makers:
         approximate = "tanh" if self.kind == "gelu_tanh" else "none"

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt.benchmarks.bench_attention import AttentionShape
-from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
 from fastgpt.benchmarks.bench_embedding import EmbeddingShape
-from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShape
-from fastgpt.benchmarks.bench_linear_cross_entropy import LinearCrossEntropyShape
 from fastgpt.benchmarks.bench_train_step import step_demand
+from fastgpt.benchmarks.command import benchmark_names
 from fastgpt.benchmarks.harness import ceilings
 from fastgpt.benchmarks.harness.ceilings import Ceilings, Demand, Product, Traffic
 from fastgpt.benchmarks.harness.models import ModelShape
+from fastgpt.benchmarks.harness.op_work import OpShape
 
 CPU = torch.device("cpu")
 MB = 10**6
@@ -123,20 +123,16 @@ def test_the_products_of_a_step_are_its_operations_without_those_of_attention():
     assert demand.traffic == Traffic(16_000, 12_000, 16_000)
 
 
+def shapes_of_ops() -> list[OpShape]:
+    """Those of every benchmark, each kind of device."""
+    modules = [importlib.import_module(f"fastgpt.benchmarks.bench_{name}") for name in benchmark_names()]
+    marks = [mark for module in modules for f in vars(module).values() for mark in getattr(f, "pytestmark", ())]
+    shapes = [shape for mark in marks if mark.name == "shapes" for shape in (*mark.kwargs["cpu"], *mark.kwargs["cuda"])]
+    return list(dict.fromkeys(shape for shape in shapes if isinstance(shape, OpShape)))
+
+
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        AttentionShape(2, 4, 16, 8, Hkv=2),
-        LayerNormShape(6, 8),
-        AddLayerNormShape(6, 8, dropout=0.1),
-        CrossEntropyShape(6, 9),
-        LinearCrossEntropyShape(6, 8, 9),
-        EmbeddingShape(2, 8, 30, 16),
-        EmbeddingShape(2, 8, 30, 16, zipf=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", shapes_of_ops(), ids=lambda shape: f"{shape.op} {shape}")
 def test_an_op_moves_at_least_its_arguments_and_results_and_no_more_of_its_products_than_it_says(shape, backward):
     demand = shape.demand(backward, itemsize=4)
     forward = shape.demand(False, itemsize=4).traffic
