@@ -51,7 +51,7 @@ def time_to_loss(results: Results) -> str:
     rows = _rows_of("time_to_loss", results)
     ours = next(row for row in rows if row.implementation == OURS)
     peers = [
-        f"{row.implementation} on the same batches takes {cells.ratio(row)} as long"
+        f"{row.implementation} takes {cells.ratio(row)} as long"
         for row in rows
         if row.implementation != OURS and row.ratio and row.case == ours.case
     ]

@@ -36,7 +36,7 @@ def test_what_documents_quote(tmp_path):
     text = "".join(f"<!-- results: {name} cpu -->\nold\n<!-- end of results -->\n" for name in names)
     lines = quotes.with_quotes(text, tmp_path).replace("\n", " ")
     for said in (
-        "`small to 2.4 nats`: 16.4 seconds of training, 450 steps; nanoGPT on the same batches takes 1.25x "
+        "`small to 2.4 nats`: 16.4 seconds of training, 450 steps; nanoGPT takes 1.25x "
         "(1.21 – 1.29) as long (A CPU, AVX2, 2 threads, float32, torch 2.13.0, triton 3.9.0, 2026-01-02, commit "
         "0123456789+).",
         "`fastgpt train --preset small --data tinyshakespeare` ends, after 2000 steps and 86 seconds of training, at a "
