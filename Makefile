@@ -21,7 +21,7 @@ install: $(VENV)/installed
 
 demo: install
 	rm -rf $(DEMO)
-	$(BIN)/fastgpt train --preset shakespeare-char-cpu --data shakespeare --out $(DEMO) --max-steps 2000
+	$(BIN)/fastgpt train --preset shakespeare-char-cpu --data shakespeare --out $(DEMO) --max-steps 3000
 	@echo "loss curve: $(DEMO)/loss.png"
 	$(BIN)/fastgpt sample --checkpoint $(DEMO) --prompt "KING HENRY. " --max-new-tokens 500 --temperature 0.8 --seed 1
 

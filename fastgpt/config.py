@@ -254,7 +254,18 @@ PRESETS: dict[str, Preset] = {
     "shakespeare-char": ({"dropout": 0.2, "bias": False}, {"max_steps": 5000}),
     "shakespeare-char-cpu": (
         {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "bias": False},
-        {"batch_size": 12, "max_steps": 2000, "eval_interval": 250, "log_interval": 10},
+        {
+            "batch_size": 12,
+            "max_steps": 400,
+            "eval_interval": 100,
+            "optimizer": "muon",
+            "muon_lr": 0.04,
+            "muon_momentum": 0.9,
+            "lr": 0.016,
+            "min_lr": 0.0,
+            "lr_decay": "linear",
+            "warmup_steps": 0,
+        },  # the fastest to nanoGPT's loss in `fastgpt study recipe`
     ),
     "gpt2": _gpt2(12, 12, 768),
     "gpt2-medium": _gpt2(24, 16, 1024),
