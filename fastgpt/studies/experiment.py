@@ -116,14 +116,19 @@ class _NotFinite(Exception):
 def training(
     model: Any, corpus: Corpus, seed: int, steps: int, *, batch_size: int, warmup_steps: int, lr: float = 1e-3
 ) -> Iterator[float]:
+    """`training_steps` with the settings of `fastgpt train`, and a learning rate that falls to a tenth."""
+    cfg = TrainConfig(
+        batch_size=batch_size, max_steps=steps, lr=lr, min_lr=lr / 10, warmup_steps=warmup_steps, seed=seed
+    )
+    return training_steps(model, corpus, cfg)
+
+
+def training_steps(model: Any, corpus: Corpus, cfg: TrainConfig) -> Iterator[float]:
     """Train `model` in memory, in float32: each loss that is taken from this iterator is one step.
 
     Optimizer, schedule, clipping and batches are the same as in `fastgpt train`. A step's loss is measured on its batch
     before its update. A loss that is not finite is the last one, and the weights are not updated with it.
     """
-    cfg = TrainConfig(
-        batch_size=batch_size, max_steps=steps, lr=lr, min_lr=lr / 10, warmup_steps=warmup_steps, seed=seed
-    )
 
     def finite_loss(x: Tensor, y: Tensor) -> Tensor:
         loss = model.loss(x, y)
@@ -133,8 +138,8 @@ def training(
 
     precision = Precision(next(model.parameters()).device, "float32")
     optimizer = make_optimizer(model, cfg)
-    for step in range(steps):
-        x, y = random_batch(corpus.train, model.cfg.block_size, batch_size, seed, step)
+    for step in range(cfg.max_steps):
+        x, y = random_batch(corpus.train, model.cfg.block_size, cfg.batch_size, cfg.seed, step)
         batch = (x.to(precision.device), y.to(precision.device))
         model.train()
         rate = learning_rate(step, cfg)
@@ -146,11 +151,11 @@ def training(
         yield float(loss)
 
 
-def validation_loss(model: Any, corpus: Corpus) -> float:
+def validation_loss(model: Any, corpus: Corpus, n_blocks: int = VALIDATION_BLOCKS) -> float:
     """Mean loss in nats per token, in eval mode, over evenly spaced blocks of the validation text."""
     device = next(model.parameters()).device
     model.eval()
-    x, y = evaluation_blocks(corpus.val, model.cfg.block_size, VALIDATION_BLOCKS)
+    x, y = evaluation_blocks(corpus.val, model.cfg.block_size, n_blocks)
     return mean_loss(model.loss, x, y, 16, Precision(device, "float32"))
 
 

@@ -190,6 +190,25 @@ class LearningRateSettings(StudySettings):
     QUICK: ClassVar[dict[str, Any]] = {"rates": "1e-4,1e-2", "widths": "16,32", "steps": 4, "repeats": 1}
 
 
+@dataclass
+class RecipeSettings(StudySettings):
+    """Which optimizer, rates, schedule and batch size bring a small GPT to a given loss in the least time?
+
+    Args:
+        loss: the validation loss to reach, in nats; nanoGPT's README names 1.88 for tinyshakespeare.
+        most_steps: no recipe trains for longer.
+        repeats: seeds with which each recipe is tried.
+        eval_blocks: blocks of the validation text on which the loss is measured.
+    """
+
+    loss: float = 1.88
+    most_steps: int = 2000
+    repeats: int = 3
+    eval_blocks: int = 240
+
+    QUICK: ClassVar[dict[str, Any]] = {"most_steps": 2, "repeats": 1, "eval_blocks": 8}
+
+
 STUDIES: dict[str, type[StudySettings]] = {
     "depth": DepthSettings,
     "normalisation": NormalisationSettings,
@@ -197,6 +216,7 @@ STUDIES: dict[str, type[StudySettings]] = {
     "attention": AttentionSettings,
     "embeddings": EmbeddingsSettings,
     "learning-rate": LearningRateSettings,
+    "recipe": RecipeSettings,
 }
 
 
