@@ -1,6 +1,7 @@
-"""nanoGPT's character recipe, as `fastgpt train` runs it: how long it trains, and to which loss.
+"""The recipe of a preset, as `fastgpt train` runs it: how long it trains, and to which loss.
 
-On a CPU it runs to its end; on a GPU, until the validation loss is the one that nanoGPT's README names.
+The preset for a CPU runs to its end. That for a GPU, which is nanoGPT's character recipe, runs until the validation
+loss is the one that nanoGPT's README names.
 
 The run takes place in this process. Its time is `elapsed_s` of its metrics.jsonl: the training steps and the drawing of
 their batches, without start-up, evaluation, checkpoints and the picture of the loss. One run is one round: it has no
