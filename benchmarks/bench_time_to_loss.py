@@ -50,7 +50,7 @@ NANOGPT = {
     "shakespeare-char": {"nanoGPT": TrainConfig(batch_size=64, max_steps=5000)},
     "shakespeare-char-cpu": {
         "nanoGPT": TrainConfig(batch_size=12, max_steps=2000),
-        "nanoGPT at its best rate": TrainConfig(batch_size=12, max_steps=1500, lr=4e-3, min_lr=4e-4),
+        "nanoGPT at its best rate": TrainConfig(batch_size=12, max_steps=1250, lr=4e-3, min_lr=4e-4),
     },
 }
 
