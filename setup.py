@@ -58,6 +58,7 @@ CPU_SOURCES = [
     "activation",
     "cross_entropy",
     "embedding",
+    "layer_norm",
     "linear",
     "matmul",
     "orthogonal",

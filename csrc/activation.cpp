@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> activation_backward(const Tensor& grad, const Tensor&
     rows.bias_sums = of_block;
     kernel(rows, begin, end);
   });
-  return {grad_x, with_bias ? sums.total(0, x.scalar_type()) : new_small({0}, x.scalar_type())};
+  return {grad_x, sums.total({with_bias ? call.rows.columns : 0}, x.scalar_type())};
 }
 
 }  // namespace fastgpt

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "vectors_of_row.h"
 
 namespace fastgpt {
 namespace {
@@ -105,19 +106,6 @@ struct SquaredRelu {
   }
   Vec gradient(Vec x, Vec grad) const { return x <= 0.0f ? Vec{} : grad * (x + x); }
 };
-
-// Calls visit(j, n) for the columns j, ..., j + n - 1 of a vector. All but the last one have n = LANES.
-template <class Visit>
-inline void over_columns(int64_t columns, const Visit& visit) {
-  int64_t j = 0;
-  for (; j + LANES <= columns; j += LANES) visit(j, LANES);
-  if (j < columns) visit(j, static_cast<int>(columns - j));
-}
-
-template <class T>
-inline Vec load_first(const T* p, int n) {
-  return n == LANES ? load(p) : load_some(p, n, 0.0f);
-}
 
 template <class T, class Function, bool WITH_BIAS>
 void activate(const ActivationRows& a, int64_t begin, int64_t end) {

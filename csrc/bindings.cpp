@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "cross_entropy.h"
 #include "embedding.h"
+#include "layer_norm.h"
 #include "linear.h"
 #include "matmul.h"
 #include "orthogonal.h"
@@ -26,6 +27,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("cross_entropy_native_backward", TORCH_BOX(&fastgpt::cross_entropy_backward));
   m.impl("large_buffer", TORCH_BOX(&fastgpt::large_buffer));
   m.impl("cross_entropy_chunk_", TORCH_BOX(&fastgpt::cross_entropy_chunk));
+  m.impl("layer_norm_native", TORCH_BOX(&fastgpt::layer_norm));
+  m.impl("layer_norm_native_backward", TORCH_BOX(&fastgpt::layer_norm_backward));
   m.impl("activation_native", TORCH_BOX(&fastgpt::activation));
   m.impl("activation_native_backward", TORCH_BOX(&fastgpt::activation_backward));
   m.impl("linear_native", TORCH_BOX(&fastgpt::linear));

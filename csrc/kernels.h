@@ -66,6 +66,34 @@ struct AccumulateRows {
   void* position_grad;  // (length, columns)
 };
 
+// Rows of one of the storage types, one after the other. They are written to, or only read.
+struct TypedRows {
+  void* values;  // or null
+  Storage type;
+};
+
+// h = residual + dropout(x), or without a residual h = x, and its layer norm y. x, residual, h and y are (rows, columns).
+struct LayerNormRows {
+  TypedRows x, residual, h, y;
+  const float *weight, *bias;  // (columns); bias may be null
+  float *mean, *rstd;          // (rows), written
+  float eps;
+  double dropout_p;
+  uint64_t seed;  // the key of the dropout mask, see philox.h
+  int64_t columns;
+};
+
+// The gradients of LayerNormRows. Those that are null are not wanted, and grad_h is null where h has none.
+struct LayerNormGradients {
+  TypedRows grad_y, grad_h, h, grad_residual, grad_x;
+  const float* weight;
+  const float *mean, *rstd;
+  float *weight_sums, *bias_sums;  // (columns): the gradients of the rows are added
+  double dropout_p;
+  uint64_t seed;
+  int64_t columns;
+};
+
 enum Activation { GELU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3 };
 
 // out[i] = f(x[i] + bias[i % columns]) for i < values, or where grad is not null, out[i] = grad[i] f'(x[i] + bias[...])
@@ -115,6 +143,8 @@ struct Kernels {
   void (*gather[STORAGES])(const GatherRows&, int64_t begin, int64_t end);
   void (*sum_rows[STORAGES])(const SumRows&);
   void (*accumulate_rows[STORAGES])(const AccumulateRows&);
+  void (*layer_norm)(const LayerNormRows&, int64_t begin, int64_t end, float* scratch);  // of 2 * columns values
+  void (*layer_norm_gradients)(const LayerNormGradients&, int64_t begin, int64_t end, float* scratch);  // 4 * columns
   void (*activation[STORAGES])(const ActivationRows&, int64_t begin, int64_t end);
   void (*linear[STORAGES])(const LinearRows&, int64_t begin, int64_t end);
   void (*widen[STORAGES])(const void* from, float* to, int64_t count);

@@ -8,6 +8,7 @@
 #include "cross_entropy_rows.h"
 #include "embedding_rows.h"
 #include "indices.h"
+#include "layer_norm_rows.h"
 #include "linear_rows.h"
 #include "matmul_tiles.h"
 
@@ -22,6 +23,8 @@ constexpr Kernels table(const char* name) {
       {gather_rows<float>, gather_rows<BFloat16>, gather_rows<Float16>},
       {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Float16>},
       {accumulate_rows<float>, accumulate_rows<BFloat16>, accumulate_rows<Float16>},
+      layer_norm_rows,
+      layer_norm_gradients,
       {activation_rows<float>, activation_rows<BFloat16>, activation_rows<Float16>},
       {linear_rows<float>, linear_rows<BFloat16>, linear_rows<Float16>},
       {widen<float>, widen<BFloat16>, widen<Float16>},

@@ -37,18 +37,18 @@ class SumsOfBlocks {
     });
   }
 
-  // The sums (columns) of one kind.
-  Tensor total(int64_t kind, ScalarType dtype) const {
-    Tensor out = new_small({columns}, dtype);
-    const auto sum = std::make_unique<float[]>(static_cast<size_t>(columns));
-    SumRows blocks_of{};
-    blocks_of.rows = partial.get() + kind * columns;
-    blocks_of.row_stride = kinds * columns;
-    blocks_of.count = blocks;
-    blocks_of.columns = columns;
-    blocks_of.out = sum.get();
-    kernels().sum_rows[FLOAT32](blocks_of);
-    kernels().narrow[storage_of(out, "sums")](sum.get(), out.mutable_data_ptr(), columns);
+  // All the sums, (kinds, columns), as a tensor of these sizes.
+  Tensor total(const std::vector<int64_t>& sizes, ScalarType dtype) const {
+    Tensor out = new_small(sizes, dtype);
+    const int64_t count = kinds * columns;
+    const std::unique_ptr<float[]> sum(new float[static_cast<size_t>(count)]);
+    SumRows of_blocks{};
+    of_blocks.rows = partial.get();
+    of_blocks.row_stride = of_blocks.columns = count;
+    of_blocks.count = blocks;
+    of_blocks.out = sum.get();
+    kernels().sum_rows[FLOAT32](of_blocks);
+    kernels().narrow[storage_of(out, "sums")](sum.get(), out.mutable_data_ptr(), count);
     return out;
   }
 

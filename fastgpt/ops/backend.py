@@ -34,8 +34,8 @@ from .variants import FACTS, Call, typical_calls, with_unknown_sizes
 # is not yet. On a device that is not listed, an op runs on "torch".
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    "layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    "add_layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "layer_norm": {"cuda": ("triton", "torch"), "cpu": ("native", "torch")},
+    "add_layer_norm": {"cuda": ("triton", "torch"), "cpu": ("native", "torch")},
     "activation": {"cuda": ("torch",), "cpu": ("native", "torch")},
     "embedding": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
     "cross_entropy": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .arguments import as_dropout, as_number, autocast_dtype, check_float, check_like
 from .backend import dispatch, register
 from .dropout import dropout, philox_keep_mask
@@ -26,7 +29,7 @@ def layer_norm(
         x: (..., C), float16, bfloat16, float32 or float64; any strides.
         weight, bias: (C,), the dtype of x; bias may be None.
         eps: added to the (biased) variance; at least 0.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "native".
 
     Returns: (..., C), the dtype of x; under autocast that of F.layer_norm, float32 on CUDA. Mean and 1/std are kept in
         float32 (float64 for float64).
@@ -57,7 +60,7 @@ def add_layer_norm(
         dropout_p: probability, in [0, 1), of dropping an element of x.
         seed: int, or 0-dim int64 tensor: the Philox key of the dropout mask (see `ops/dropout.py`, row: the index of
             the row of C elements, column: the feature). None draws from torch's generator.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "native".
 
     Returns: (layer_norm(h), h), both (..., C); the first in the dtype that `layer_norm` gives.
     Raises: TypeError, ValueError naming the argument; BackendError where a named backend cannot serve.
@@ -138,15 +141,9 @@ def add_layer_norm_on_torch(x, residual, weight, bias, eps, *, dropout_p, seed, 
     return layer_norm_on_torch(h, weight, bias, eps), h
 
 
-# --- the triton backend: triton_kernels/layer_norm.py -----------------------------------------------------------------
+# --- registered ops ---------------------------------------------------------------------------------------------------
 #
-# One registered op serves both: without `residual` it is layer_norm, and its second result is empty.
-
-
-def _forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
-    from ..triton_kernels import layer_norm
-
-    return layer_norm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype)
+# On each backend one op serves both: without `residual` it is layer_norm, and its second result is empty.
 
 
 def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
@@ -155,13 +152,6 @@ def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
     if residual is not None:
         h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     return x.new_empty(x.shape, dtype=out_dtype), h, x.new_empty((2, n_rows), dtype=torch.float32)
-
-
-def _gradients(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
-    from ..triton_kernels import layer_norm
-
-    dtypes = (residual_dtype, x_dtype)
-    return layer_norm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask)
 
 
 def _gradients_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
@@ -183,44 +173,72 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x if residual is None else h, weight, stats, seed)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *unused: Tensor | None) -> tuple:
-    x, weight, stats, seed = ctx.saved_tensors
-    if grad_y is None and grad_h is None:
-        return (None,) * 8
-    if grad_y is None:
-        grad_y = torch.zeros(x.shape, dtype=ctx.out_dtype, device=x.device)
-    asked = ctx.needs_input_grad[:4]
-    grad_residual, grad_x, grad_affine = _layer_norm_triton_backward(
-        grad_y, grad_h, x, weight, stats, ctx.dropout_p, seed, ctx.residual_dtype, ctx.x_dtype, asked
+def _backward_by(gradients: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The derivative of an op; `gradients` gives the results of `_gradients_fake`."""
+
+    def backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *unused: Tensor | None) -> tuple:
+        x, weight, stats, seed = ctx.saved_tensors
+        if grad_y is None and grad_h is None:
+            return (None,) * 8
+        if grad_y is None:
+            grad_y = torch.zeros(x.shape, dtype=ctx.out_dtype, device=x.device)
+        asked = ctx.needs_input_grad[:4]
+        options = ctx.dropout_p, seed, ctx.residual_dtype, ctx.x_dtype
+        grad_residual, grad_x, grad_affine = gradients(grad_y, grad_h, x, weight, stats, *options, asked)
+        needs_x, needs_residual, needs_weight, needs_bias = asked
+        if ctx.dropout_p == 0.0 and ctx.x_dtype == ctx.residual_dtype:
+            grad_x = grad_residual
+        return (
+            grad_x if needs_x else None,
+            grad_residual if needs_residual else None,
+            grad_affine[0] if needs_weight else None,
+            grad_affine[-1] if needs_bias else None,
+            *(None,) * 4,
+        )
+
+    return backward
+
+
+def _define(backend: str, forward: Callable[..., tuple], gradients: Callable[..., tuple]) -> Callable[..., tuple]:
+    by_op = define_op(
+        f"layer_norm_{backend}_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor stats, "
+        "float dropout_p, Tensor? seed, ScalarType residual_dtype, ScalarType x_dtype, bool[4] output_mask) "
+        "-> (Tensor, Tensor, Tensor)",
+        forward=gradients,
+        fake=_gradients_fake,
+        is_gradient=True,
     )
-    needs_x, needs_residual, needs_weight, needs_bias = asked
-    if ctx.dropout_p == 0.0 and ctx.x_dtype == ctx.residual_dtype:
-        grad_x = grad_residual
-    return (
-        grad_x if needs_x else None,
-        grad_residual if needs_residual else None,
-        grad_affine[0] if needs_weight else None,
-        grad_affine[-1] if needs_bias else None,
-        *(None,) * 4,
+    return define_op(
+        f"layer_norm_{backend}(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
+        "Tensor? seed, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+        forward=forward,
+        fake=_forward_fake,
+        save=_save,
+        backward=_backward_by(by_op),
     )
 
 
-_layer_norm_triton_backward = define_op(
-    "layer_norm_triton_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor stats, "
-    "float dropout_p, Tensor? seed, ScalarType residual_dtype, ScalarType x_dtype, bool[4] output_mask) "
-    "-> (Tensor, Tensor, Tensor)",
-    forward=_gradients,
-    fake=_gradients_fake,
-    is_gradient=True,
-)
-_layer_norm_triton = define_op(
-    "layer_norm_triton(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
-    "Tensor? seed, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
-    forward=_forward,
-    fake=_forward_fake,
-    save=_save,
-    backward=_backward,
-)
+def _forward_on_triton(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
+    from ..triton_kernels import layer_norm
+
+    return layer_norm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype)
+
+
+def _gradients_on_triton(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
+    from ..triton_kernels import layer_norm
+
+    dtypes = (residual_dtype, x_dtype)
+    return layer_norm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask)
+
+
+_OPS = {
+    "triton": _define("triton", _forward_on_triton, _gradients_on_triton),  # triton_kernels/layer_norm.py
+    "native": _define(  # csrc/layer_norm.cpp
+        "native",
+        native.load_at_first_call("layer_norm_native"),
+        native.load_at_first_call("layer_norm_native_backward"),
+    ),
+}
 
 
 def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -228,19 +246,21 @@ def _out_dtype(h_dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cuda" and torch.is_autocast_enabled("cuda") else h_dtype
 
 
-def layer_norm_on_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, read_as: torch.dtype | None = None
+def _layer_norm_on(
+    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, read_as: torch.dtype | None = None
 ) -> Tensor:
     out_dtype = read_as or _out_dtype(x.dtype, x.device.type)
     refuse_forward_mode("layer_norm", x, weight, bias)
-    return _layer_norm_triton(x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
+    return _OPS[backend](x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
 
 
-def add_layer_norm_on_triton(x, residual, weight, bias, eps, *, dropout_p, seed, read_as=None) -> tuple[Tensor, Tensor]:
+def _add_layer_norm_on(
+    backend: str, x, residual, weight, bias, eps, *, dropout_p, seed, read_as=None
+) -> tuple[Tensor, Tensor]:
     out_dtype = read_as or _out_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
     key = seed_tensor(dropout_p, seed, x.device)
     refuse_forward_mode("add_layer_norm", x, residual, weight, bias)
-    y, h, _ = _layer_norm_triton(x, residual, weight, bias, eps, dropout_p, key, out_dtype)
+    y, h, _ = _OPS[backend](x, residual, weight, bias, eps, dropout_p, key, out_dtype)
     return y, h
 
 
@@ -256,7 +276,23 @@ def _triton_serves_add(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -
     return _triton_serves(residual if residual.dtype == torch.float64 else x)
 
 
+def _native_serves(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if x.dtype == torch.float64:
+        return "its kernels take float32, float16 and bfloat16, and x is float64"
+    return inside_transform()
+
+
+def _native_serves_add(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if residual.dtype == torch.float64:
+        return "its kernels take float32, float16 and bfloat16, and residual is float64"
+    return _native_serves(x)
+
+
 register("layer_norm", "torch", layer_norm_on_torch)
-register("layer_norm", "triton", layer_norm_on_triton, _triton_serves)
 register("add_layer_norm", "torch", add_layer_norm_on_torch)
-register("add_layer_norm", "triton", add_layer_norm_on_triton, _triton_serves_add)
+for _backend, _serves, _serves_add in (
+    ("triton", _triton_serves, _triton_serves_add),
+    ("native", _native_serves, _native_serves_add),
+):
+    register("layer_norm", _backend, functools.partial(_layer_norm_on, _backend), _serves)
+    register("add_layer_norm", _backend, functools.partial(_add_layer_norm_on, _backend), _serves_add)
