@@ -143,6 +143,39 @@ static void activation(int64_t columns, int64_t offset, Activation kind) {
   expect(std::fabs(sums[0] - sum) < 40.0 * unit, "sums of the bias", kernels().name, columns);
 }
 
+// x and y of one storage type, residual and h in float32, with a residual, dropout and all the gradients.
+template <class T>
+static void layer_norm(int64_t columns, int64_t offset, bool drops) {
+  constexpr int64_t ROWS = 2;
+  const int64_t n = ROWS * columns;
+  Buffer<T> x(n, offset), y(n, offset), grad_x(n, 0);
+  Buffer<float> residual(n, offset), h(n, 1), grad_residual(n, 0), weight(columns, 0), bias(columns, 1);
+  Buffer<float> mean(ROWS, 0), rstd(ROWS, 0), scratch(2 * columns, 0), more_scratch(4 * columns, 0);
+  std::vector<float> sums(static_cast<size_t>(2 * columns));
+  LayerNormRows a{};
+  a.x = {x.data, storage<T>()}, a.y = {y.data, storage<T>()};
+  a.residual = {residual.data, FLOAT32}, a.h = {h.data, FLOAT32};
+  a.weight = weight.data, a.bias = bias.data, a.mean = mean.data, a.rstd = rstd.data;
+  a.eps = 1e-5f, a.dropout_p = drops ? 0.3 : 0.0, a.seed = 7, a.columns = columns;
+  kernels().layer_norm(a, 0, ROWS, scratch.data);
+  LayerNormGradients d{};
+  d.grad_y = a.y, d.grad_h = a.residual, d.h = a.h;
+  d.grad_residual = {grad_residual.data, FLOAT32}, d.grad_x = {grad_x.data, storage<T>()};
+  d.weight = weight.data, d.mean = mean.data, d.rstd = rstd.data;
+  d.weight_sums = sums.data(), d.bias_sums = sums.data() + columns;
+  d.dropout_p = a.dropout_p, d.seed = a.seed, d.columns = columns;
+  kernels().layer_norm_gradients(d, 0, ROWS, more_scratch.data);
+
+  double sum = 0.0, of_bias = 0.0;
+  for (int64_t j = 0; j < columns; ++j) sum += h.data[j];
+  for (int64_t row = 0; row < ROWS; ++row) of_bias += to_float(y.data[(row + 1) * columns - 1]);
+  expect(std::fabs(mean.data[0] - sum / static_cast<double>(columns)) < 1e-5, "mean", kernels().name, columns);
+  expect(std::fabs(sums.back() - of_bias) < 1e-4, "gradient of the bias", kernels().name, columns);
+  const double added = double{h.data[n - 1]} - residual.data[n - 1], given = to_float(x.data[n - 1]);
+  const bool kept = std::fabs(added - (drops ? given / 0.7 : given)) < 1e-4 * (1.0 + std::fabs(given));
+  expect(kept || (drops && added == 0.0), "sum", kernels().name, columns);
+}
+
 template <class T>
 static void embedding(int64_t columns, bool with_positions, bool stream) {
   constexpr int64_t V = 3, N = 5;
@@ -223,6 +256,8 @@ static void all() {
         cross_entropy<T>(n, offset, branch & 1, branch & 2, branch & 4, branch & 8);
     for (int64_t offset : {0, 1, 3})
       for (Activation kind : {GELU, GELU_TANH, RELU, RELU2}) activation<T>(n, offset, kind);
+    for (int64_t offset : {0, 1, 3})
+      for (bool drops : {false, true}) layer_norm<T>(n, offset, drops);
     for (int branch = 0; branch < 4; ++branch) embedding<T>(n, branch & 1, branch & 2);
     for (int branch = 1; branch < 4; ++branch) embedding_sums<T>(n, branch & 1, branch & 2);
   }

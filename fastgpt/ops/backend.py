@@ -34,7 +34,7 @@ from .variants import FACTS, Call, typical_calls, with_unknown_sizes
 # is not yet. On a device that is not listed, an op runs on "torch".
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    "layer_norm": {"cuda": ("triton", "torch"), "cpu": ("native", "torch")},
+    "layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
     "add_layer_norm": {"cuda": ("triton", "torch"), "cpu": ("native", "torch")},
     "activation": {"cuda": ("torch",), "cpu": ("native", "torch")},
     "embedding": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
@@ -302,5 +302,5 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explan
     for name in BACKENDS:
         if name != "torch" and name not in reasons and implements(name, op):
             reason = unavailable(name, device_type)
-            reasons[name] = reason or f"on {device_type} it serves tests, and runs only where it is asked for by name"
+            reasons[name] = reason or f"on {device_type} it runs only where it is asked for by name"
     return Explanation(op, "torch", reasons)

@@ -290,9 +290,7 @@ def _native_serves_add(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -
 
 register("layer_norm", "torch", layer_norm_on_torch)
 register("add_layer_norm", "torch", add_layer_norm_on_torch)
-for _backend, _serves, _serves_add in (
-    ("triton", _triton_serves, _triton_serves_add),
-    ("native", _native_serves, _native_serves_add),
-):
-    register("layer_norm", _backend, functools.partial(_layer_norm_on, _backend), _serves)
-    register("add_layer_norm", _backend, functools.partial(_add_layer_norm_on, _backend), _serves_add)
+register("layer_norm", "triton", functools.partial(_layer_norm_on, "triton"), _triton_serves)
+register("add_layer_norm", "triton", functools.partial(_add_layer_norm_on, "triton"), _triton_serves_add)
+register("layer_norm", "native", functools.partial(_layer_norm_on, "native"), _native_serves)
+register("add_layer_norm", "native", functools.partial(_add_layer_norm_on, "native"), _native_serves_add)

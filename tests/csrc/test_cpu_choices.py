@@ -16,7 +16,7 @@ from fastgpt import ops
 from fastgpt.ops import native
 from fastgpt.parity import run_parity
 
-OPS = ("activation", "embedding", "cross_entropy", "linear_cross_entropy")
+OPS = ("activation", "add_layer_norm", "embedding", "layer_norm", "cross_entropy", "linear_cross_entropy")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

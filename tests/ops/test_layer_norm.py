@@ -16,6 +16,7 @@ from fastgpt.ops.dropout import philox_keep_mask
 from fastgpt.parity import DTYPES, run_parity
 
 DROPOUT = {"dropout_p": 0.3, "seed": 9}
+BACKENDS = ("auto", "torch", "native", "triton")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -163,6 +164,7 @@ def test_transforms_and_double_backward() -> None:
 X, W = torch.randn(4, 8), torch.ones(8)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -183,14 +185,15 @@ X, W = torch.randn(4, 8), torch.ones(8)
         ({"backend": "cpu"}, ValueError, "backend: unknown backend 'cpu'"),
     ],
 )
-def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+def test_bad_arguments(change: dict, error: type[Exception], message: str, backend: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        ops.layer_norm(**{"x": X, "weight": W, **change})
+        ops.layer_norm(**{"x": X, "weight": W, "backend": backend, **change})
     residual = change.get("x", X)
     with pytest.raises(error, match=f"^{message}"):
-        ops.add_layer_norm(**{"x": X, "residual": residual, "weight": W, **change})
+        ops.add_layer_norm(**{"x": X, "residual": residual, "weight": W, "backend": backend, **change})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -203,6 +206,6 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str) -> No
         ({"seed": "1"}, TypeError, "seed: "),
     ],
 )
-def test_bad_arguments_of_add(change: dict, error: type[Exception], message: str) -> None:
+def test_bad_arguments_of_add(change: dict, error: type[Exception], message: str, backend: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        ops.add_layer_norm(**{"x": X, "residual": X, "weight": W, **change})
+        ops.add_layer_norm(**{"x": X, "residual": X, "weight": W, "backend": backend, **change})
