@@ -218,11 +218,27 @@ def _lever_table(levers: Sequence[Lever]) -> list[str]:
 
 
 def _cells_of(lever: Lever) -> list[Any]:
-    times = [f"{cells.short(float(value)):g} {lever.unit}" for value in (lever.before, lever.after)]
+    times = [f"{cells.short(float(value), 4):g} {lever.unit}" for value in (lever.before, lever.after)]
     predicted = lever.predicted if isinstance(lever.predicted, str) else f"{lever.predicted:g} {lever.unit}"
     verdict = "kept" if lever.kept else "dropped"
-    gain = cells.factor(lever.before / lever.after)
-    return [lever.name, lever.case, predicted, *times, gain, verdict, lever.why, lever.lines, f"`{lever.commit[:10]}`"]
+    return [
+        lever.name,
+        lever.case,
+        predicted,
+        *times,
+        _gain(lever),
+        verdict,
+        lever.why,
+        lever.lines,
+        f"`{lever.commit[:10]}`",
+    ]
+
+
+def _gain(lever: Lever) -> str | None:
+    """Of a time or a rate; other quantities, such as a loss, have no factor that says something."""
+    if lever.unit in ("s", "ms", "us", "µs"):
+        return cells.factor(lever.before / lever.after)
+    return cells.factor(lever.after / lever.before) if lever.unit.endswith("/s") else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,6 +54,14 @@ def test_the_page_says_what_the_rows_and_levers_say(results):
     assert "L1" not in text and "Another CPU" not in text, "what was not measured again, and a machine without steps"
 
 
+def test_a_gain_is_of_a_time_or_a_rate(results):
+    file = results / "levers" / "layer_norm.toml"
+    text = file.read_text()
+    for unit, gain in (("ms", "1.37x"), ("GFLOP/s", "0.73x"), ("nats", "–")):
+        file.write_text(text.replace('unit = "ms"', f'unit = "{unit}"'))
+        assert f"| 0.95 {unit} | {gain} | kept |" in re.sub(" +", " ", performance.markdown(results))
+
+
 def test_levers_of_several_devices_name_them(results):
     file = results / "levers" / "layer_norm.toml"
     file.write_text(file.read_text().replace("AMD", "Intel", 1))
