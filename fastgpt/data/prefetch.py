@@ -1,4 +1,4 @@
-"""Batches that a background thread cuts while the step before them runs."""
+"""Batches that are cut ahead: by a background thread while a GPU works, or several at once where a CPU trains."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from .layouts import Examples
 
 class Prefetcher:
     """Iterates without end over `examples.batch` from `start_step` on, cut by a thread, `depth` ahead.
+
+    Without the thread, `depth` batches are cut whenever none is left. That suits training on a CPU: there the thread
+    would take a core from the step, and the interpreter's lock, which costs more than it saves.
 
         with Prefetcher(corpus.examples("train", 256), 64, seed=1, device="cuda") as batches:
             for step, (x, y) in zip(range(1000), batches): ...
@@ -33,6 +36,7 @@ class Prefetcher:
         steps_per_call: int = 1,
         device: str | torch.device = "cpu",
         depth: int = 2,
+        threaded: bool = True,
     ) -> None:
         self._examples, self._seed = examples, as_int_argument("seed", seed)
         self._batch_size = as_int_argument("batch_size", batch_size, least=1)
@@ -44,14 +48,18 @@ class Prefetcher:
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._produce, name="fastgpt-prefetch", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._produce, name="fastgpt-prefetch", daemon=True)
+            self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         with self._changed:
+            if self._thread is None and not self._ready and not self._closed:
+                self._cut_several()
             self._changed.wait_for(lambda: self._ready or self._error or self._closed)
             if self._closed:
                 raise StopIteration
@@ -75,7 +83,8 @@ class Prefetcher:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _produce(self) -> None:
         try:
@@ -91,6 +100,14 @@ class Prefetcher:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+    def _cut_several(self) -> None:
+        """What was cut before an error is given out before it, as with the thread."""
+        try:
+            for _ in range(self._depth):
+                self._ready.append(self._make())
+        except Exception as error:
+            self._error = error
 
     def _make(self) -> tuple[Tensor, Tensor]:
         steps = range(self._next_step, self._next_step + self._steps_per_call)

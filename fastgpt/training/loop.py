@@ -34,6 +34,7 @@ from .step import Batch, Precision, count_targets, learning_rate, make_optimizer
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, by AdamW's own names
 MUON_MOMENTS = ("momentum_buffer",)  # Muon's, of a matrix
+STEPS_CUT_AT_ONCE = 16  # on a CPU: the code that cuts batches has left the caches after a step, and is slow then
 
 
 class Interrupted(TrainingError):
@@ -168,13 +169,16 @@ class Trainer:
         with self._signals():
             bar = tqdm(total=cfg.max_steps, initial=state["step"], unit="step", disable=None, dynamic_ncols=True)
             self._say = bar.write if not bar.disable else lambda text: print(text, flush=True)
+            on_cpu = self.device.type == "cpu"
             batches = Prefetcher(
                 self.corpus.examples("train", self.model.cfg.block_size),
                 cfg.batch_size,
                 cfg.seed,
                 state["step"] * cfg.grad_accum,
                 device=self.device,
-                depth=cfg.grad_accum + 1,  # the micro-batches of a step, and one more ahead
+                # The micro-batches of a step and one more ahead, or those of several steps.
+                depth=cfg.grad_accum * STEPS_CUT_AT_ONCE if on_cpu else cfg.grad_accum + 1,
+                threaded=not on_cpu,
             )
             with bar, batches:
                 done = self._evaluate_and_save() if state["step"] == 0 else False

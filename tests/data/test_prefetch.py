@@ -55,6 +55,21 @@ def test_it_runs_no_further_ahead_than_depth(monkeypatch) -> None:
         assert 1 <= len(steps) <= 4  # one taken, two ready, one in hand
 
 
+def test_without_the_thread_several_are_cut_when_none_is_left(monkeypatch) -> None:
+    steps: list[int] = []
+    batch = Blocks.batch
+    expected = [random_batch(TOKENS, 8, 4, 3, step)[0] for step in range(5, 12)]
+    monkeypatch.setattr(Blocks, "batch", lambda self, n, seed, step: steps.append(step) or batch(self, n, seed, step))
+    n_threads = threading.active_count()
+    with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, start_step=5, depth=3, threaded=False) as batches:
+        assert threading.active_count() == n_threads and not steps
+        for i, (want, (x, y)) in enumerate(zip(expected, batches, strict=False)):
+            assert torch.equal(x, want) and torch.equal(y, x + 1)
+            assert steps == list(range(5, 5 + 3 * (i // 3 + 1)))
+    assert list(batches) == []
+    batches.close()
+
+
 def test_close_ends_the_thread() -> None:
     batches = Prefetcher(Blocks(TOKENS, 8), 4, seed=3)
     next(batches)
@@ -79,20 +94,21 @@ def test_close_wakes_a_waiting_consumer(monkeypatch) -> None:
     assert got == [] and not consumer.is_alive() and not batches._thread.is_alive()
 
 
-def test_an_error_in_the_thread_reaches_the_consumer() -> None:
+@pytest.mark.parametrize("threaded", [True, False])
+def test_an_error_reaches_the_consumer_after_the_batches_before_it(threaded: bool) -> None:
     class Failing(Blocks):
         def batch(self, batch_size, seed, step):
             if step == 2:
                 raise OSError("the disk is gone")
             return super().batch(batch_size, seed, step)
 
-    with Prefetcher(Failing(TOKENS, 8), 4, seed=3) as batches:
+    with Prefetcher(Failing(TOKENS, 8), 4, seed=3, depth=4, threaded=threaded) as batches:
         next(batches)
         next(batches)
         for _ in range(2):
             with pytest.raises(OSError, match="the disk is gone"):
                 next(batches)
-    assert not batches._thread.is_alive()
+    assert not threaded or not batches._thread.is_alive()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
