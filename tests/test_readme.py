@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt import GPT, GPTConfig, ops
-from fastgpt.benchmarks.publish import quotes, report
+from fastgpt.benchmarks.publish import performance, quotes, report
 from fastgpt.benchmarks.publish.rows import read
 from fastgpt.ops import reference
 from fastgpt.ops.backend import OPS
@@ -279,6 +279,14 @@ def test_no_figure_is_written_by_hand(document):
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) < 200
+
+
+def test_the_performance_page_is_what_the_rows_and_the_levers_say():
+    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8") == performance.markdown(RESULTS), (
+        "make results"
+    )
+    expected = {ROOT / "docs" / "images" / f"{picture.name}.png" for picture in performance.pictures(RESULTS)}
+    assert expected == set((ROOT / "docs" / "images").glob("performance-*.png")), "all are there, and none is left over"
 
 
 def test_no_measured_row_is_faster_than_its_ceiling():
