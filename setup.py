@@ -54,6 +54,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     # With MMX, GCC may move data through registers that long double arithmetic shares, and breaks it process-wide.
     CXX_FLAGS.append("-mno-mmx")
 CPU_SOURCES = [
+    "adamw",
     "bindings",
     "activation",
     "cross_entropy",

@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include "activation.h"
+#include "adamw.h"
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "layer_norm.h"
@@ -34,6 +35,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("linear_native", TORCH_BOX(&fastgpt::linear));
   m.impl("linear_native_backward", TORCH_BOX(&fastgpt::linear_backward));
   m.impl("matmul_", TORCH_BOX(&fastgpt::matmul));
+  m.impl("adamw_", TORCH_BOX(&fastgpt::adamw));
+  m.impl("total_norm", TORCH_BOX(&fastgpt::total_norm));
   m.impl("orthogonal_native", TORCH_BOX(&fastgpt::orthogonal));
 }
 

@@ -135,6 +135,16 @@ struct ColumnSums {
   int64_t count, columns;
 };
 
+// One step of AdamW for consecutive weights.
+struct AdamWRows {
+  float *weight, *exp_avg, *exp_avg_sq;
+  const float* grad;
+  float grad_scale;  // multiplies the gradients, which stay as they are
+  float kept;        // of a weight: 1 - lr weight_decay
+  float beta1, beta2, eps;
+  float step_size, root_correction;  // lr / (1 - beta1^step) and 1 / sqrt(1 - beta2^step)
+};
+
 // The row kernels of one instruction set; those in arrays are one for each Storage.
 struct Kernels {
   const char* name;
@@ -150,6 +160,8 @@ struct Kernels {
   void (*widen[STORAGES])(const void* from, float* to, int64_t count);
   void (*narrow[STORAGES])(const float* from, void* to, int64_t count);
   void (*column_sums)(const ColumnSums&, int64_t begin, int64_t end);
+  void (*adamw)(const AdamWRows&, int64_t begin, int64_t end);
+  double (*sum_of_squares)(const float* values, int64_t count);
   int64_t (*matmul_workspace)(const Matmul&);  // the number of values in `workspace`
   void (*matmul)(const Matmul&, float* workspace);
 };

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "activation_rows.h"
+#include "adamw_rows.h"
 #include "cross_entropy_rows.h"
 #include "embedding_rows.h"
 #include "indices.h"
@@ -30,6 +31,8 @@ constexpr Kernels table(const char* name) {
       {widen<float>, widen<BFloat16>, widen<Float16>},
       {narrow<float>, narrow<BFloat16>, narrow<Float16>},
       column_sums,
+      adamw,
+      sum_of_squares,
       matmul_workspace,
       matmul,
   };

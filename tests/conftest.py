@@ -171,8 +171,11 @@ def use_recorder(monkeypatch):
 
     def install(stand_in):
         from fastgpt import cuda_graph
+        from fastgpt.training import adamw
 
         monkeypatch.setattr(cuda_graph, "recorder", lambda device: stand_in)
+        # On a GPU, for which the CPU stands here, AdamW is PyTorch's with a graph and without.
+        monkeypatch.setattr(adamw, "one_pass_choice", lambda: (False, "a test"))
         return stand_in
 
     return install

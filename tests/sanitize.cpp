@@ -328,12 +328,27 @@ static void matmul(int64_t rows, int64_t columns, int64_t depth, bool a_transpos
     }
 }
 
+// A step in two parts, as for two threads, with a gradient of 1 and moments of 0: the weight moves by the step size.
+static void adamw(int64_t count) {
+  Buffer<float> weight(count, 1), grad(count, 1), exp_avg(count, 1), exp_avg_sq(count, 1);
+  for (int64_t i = 0; i < count; ++i) weight.data[i] = 2.0f, grad.data[i] = 1.0f, exp_avg.data[i] = exp_avg_sq.data[i] = 0.0f;
+  AdamWRows a{};
+  a.weight = weight.data, a.grad = grad.data, a.exp_avg = exp_avg.data, a.exp_avg_sq = exp_avg_sq.data;
+  a.grad_scale = 0.5f, a.kept = 0.5f, a.beta1 = 0.5f, a.beta2 = 0.75f, a.eps = 0.0f;
+  a.step_size = 1.0f, a.root_correction = 1.0f;
+  kernels().adamw(a, 0, count / 2);
+  kernels().adamw(a, count / 2, count);
+  for (int64_t i = 0; i < count; ++i) expect(std::fabs(weight.data[i]) < 1e-6, "adamw", kernels().name, count);
+  expect(std::fabs(kernels().sum_of_squares(grad.data, count) - double(count)) < 1e-6, "norm", kernels().name, count);
+}
+
 int main() {
   for (const char* name : {"avx512", "avx2", "generic"}) {
     if (!use_kernels(name)) {
       std::printf("%s: not on this processor\n", name);
       continue;
     }
+    for (int64_t count : {1, 15, 16, 17, 64, 65, 130}) adamw(count);
     for (int64_t n = 6; n <= 150; ++n)
       for (bool in_place : {false, true}) short_rows(n, in_place);
     all<float>();

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..data.layouts import IGNORED
 from . import TrainingError
+from .adamw import AdamW
 from .muon import Muon, attention_inputs, hidden_matrices
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # x (B, T), y (B, T) -> the mean in nats per counted target, 0-dim
@@ -88,7 +89,7 @@ def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Opti
         {"params": [p for p in by_adamw if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+    adamw = AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
     if not by_muon:
         return adamw
     lr_ratio, thirds = cfg.muon_lr / cfg.lr, attention_inputs(model)
@@ -141,11 +142,17 @@ def training_step(
         total += value.detach()
     if grad_clip > 0.0:
         precision.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        clip_gradients(model, optimizer, grad_clip)
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def clip_gradients(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Scale the gradients down to `max_norm` where their norm is larger: in the optimizer's own pass, if it can."""
+    if not (isinstance(optimizer, AdamW) and optimizer.clip_at_step(model.parameters(), max_norm)):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
 @torch.no_grad()
