@@ -23,6 +23,8 @@ constexpr int64_t DEPTH = 512;             // of a panel; one of A then takes at
 constexpr int64_t RESIDENT = 288 * DEPTH;  // values of the smaller operand packed at a time: 576 KB, in the L2 cache
 constexpr int64_t STREAMED = 128 * DEPTH;  // values of the larger operand packed at a time: 256 KB
 
+constexpr int64_t SLACK = LANES;  // values after a packed block, which packing may overwrite
+
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The lines of each block, where `lines` are divided into blocks of whole panels and at most `most` lines. The blocks
@@ -39,11 +41,12 @@ struct Start {
   int64_t stride;
 };
 
-// c[TILE_ROWS][TILE_COLUMNS] = start + panel of A times panel of B
-inline void multiply_tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, Start start) {
-  Vec sum[TILE_ROWS][2];
+// c[ROWS][TILE_COLUMNS] = start + the first ROWS rows of a panel of A times a panel of B
+template <int ROWS>
+void multiply_tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, Start start) {
+  Vec sum[ROWS][2];
 #pragma GCC unroll 12
-  for (int i = 0; i < TILE_ROWS; ++i) {
+  for (int i = 0; i < ROWS; ++i) {
     sum[i][0] = sum[i][1] = Vec{};
     __builtin_prefetch(c + i * c_stride, 1);
     __builtin_prefetch(c + i * c_stride + LANES, 1);
@@ -53,7 +56,7 @@ inline void multiply_tile(const float* a, const float* b, int64_t depth, float* 
     __builtin_prefetch(b + 8 * TILE_COLUMNS);
     __builtin_prefetch(b + 8 * TILE_COLUMNS + LANES);
 #pragma GCC unroll 12
-    for (int i = 0; i < TILE_ROWS; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
       sum[i][0] += a[i] * b0;
       sum[i][1] += a[i] * b1;
     }
@@ -61,36 +64,66 @@ inline void multiply_tile(const float* a, const float* b, int64_t depth, float* 
     b += TILE_COLUMNS;
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < TILE_ROWS; ++i) {
+  for (int i = 0; i < ROWS; ++i) {
     float* row = c + i * c_stride;
     store(row, start.values ? load(start.values + i * start.stride) + sum[i][0] : sum[i][0]);
     store(row + LANES, start.values ? load(start.values + i * start.stride + LANES) + sum[i][1] : sum[i][1]);
   }
 }
 
+// The same for the first `rows` rows. Of the last panel often only a few count: of 256 rows, say, 4.
+inline void multiply_rows(int64_t rows, const float* a, const float* b, int64_t depth, float* c, int64_t c_stride,
+                               Start start) {
+  constexpr int THIRD = (TILE_ROWS + 2) / 3;
+  if (rows <= THIRD) return multiply_tile<THIRD>(a, b, depth, c, c_stride, start);
+  if (rows <= 2 * THIRD) return multiply_tile<2 * THIRD>(a, b, depth, c, c_stride, start);
+  multiply_tile<TILE_ROWS>(a, b, depth, c, c_stride, start);
+}
+
+// Copies up to WIDTH lines, whose values follow one another, to a panel: out[p * WIDTH + line] is value p of a line. What
+// is in lines past the last one does not matter, because their sums are dropped. WIDTH may be no multiple of LANES:
+// then what a store writes past a row of the panel is overwritten by the next store, and at the end it is in SLACK.
+template <int WIDTH>
+void pack_lines(const float* lines, int64_t line_stride, int width, int64_t depth, float* out) {
+  int64_t p = 0;
+  for (; p + LANES <= depth; p += LANES)
+    for (int first = 0; first < WIDTH; first += LANES) {
+      Vec block[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) {
+        const int line = first + i < width ? first + i : width - 1;
+        block[i] = load(lines + line * line_stride + p);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int q = 0; q < LANES; ++q) store(out + (p + q) * WIDTH + first, block[q]);
+    }
+  for (; p < depth; ++p)
+    for (int i = 0; i < WIDTH; ++i) out[p * WIDTH + i] = i < width ? lines[i * line_stride + p] : 0.0f;
+}
+
 // Copies `count` lines (rows of A or columns of B) of `depth` values each to panels of WIDTH lines. out[panel][p][line]
-// is value p of a line, and 0 past the last line.
+// is value p of a line.
 template <int WIDTH>
 void pack(const float* from, int64_t line_stride, int64_t depth_stride, int64_t count, int64_t depth, float* out) {
   for (int64_t first = 0; first < count; first += WIDTH, out += WIDTH * depth) {
     const float* lines = from + first * line_stride;
     const int width = static_cast<int>(smaller(WIDTH, count - first));
-    if (width == WIDTH && line_stride == 1) {
+    if (depth_stride == 1) {
+      pack_lines<WIDTH>(lines, line_stride, width, depth, out);
+    } else if (width == WIDTH && line_stride == 1) {
       for (int64_t p = 0; p < depth; ++p) std::memcpy(out + p * WIDTH, lines + p * depth_stride, 4 * WIDTH);
-    } else if (width == WIDTH && depth_stride == 1) {
-      constexpr int64_t BATCH = 8;  // values of each line at a time: half a cache line, to BATCH rows of the panel
-      int64_t p = 0;
-      for (; p + BATCH <= depth; p += BATCH)
-        for (int i = 0; i < WIDTH; ++i)
-          for (int64_t q = 0; q < BATCH; ++q) out[(p + q) * WIDTH + i] = lines[i * line_stride + p + q];
-      for (; p < depth; ++p)
-        for (int i = 0; i < WIDTH; ++i) out[p * WIDTH + i] = lines[i * line_stride + p];
     } else {
       for (int64_t p = 0; p < depth; ++p)
         for (int i = 0; i < WIDTH; ++i)
           out[p * WIDTH + i] = i < width ? lines[i * line_stride + p * depth_stride] : 0.0f;
     }
   }
+}
+
+inline void copy_rows(const float* from, int64_t from_stride, int64_t rows, int64_t width, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    std::memcpy(to + r * to_stride, from + r * from_stride, sizeof(float) * static_cast<size_t>(width));
 }
 
 // c = start + a b, tile by tile, for packed blocks of A (rows, depth) and B (depth, columns). Tiles below the diagonal
@@ -101,25 +134,23 @@ inline void multiply_blocks(const float* a, const float* b, int64_t rows, int64_
     for (int64_t i = 0; i < smaller(rows, j + TILE_COLUMNS + diagonal); i += TILE_ROWS) {
       float* to = c + i * c_stride + j;
       const Start from = {start.values ? start.values + i * start.stride + j : nullptr, start.stride};
-      const auto multiply = [&](float* tile, int64_t stride, Start first) {
-        for (int64_t p = 0; p < depth; p += CHAIN)
-          multiply_tile(a + i * depth + p * TILE_ROWS, b + j * depth + p * TILE_COLUMNS, smaller(CHAIN, depth - p), tile,
-                        stride, p == 0 ? first : Start{tile, stride});
-      };
-      if (i + TILE_ROWS <= rows && j + TILE_COLUMNS <= columns) {
-        multiply(to, c_stride, from);
-        continue;
-      }
-      // A tile at the edge is computed as a whole one, in a copy that begins with the same values. Its sums then have
-      // the bits of any other tile. They must not differ, because the number of threads decides which tiles are at an
-      // edge.
-      float edge[TILE_ROWS * TILE_COLUMNS] = {};
       const int64_t height = smaller(TILE_ROWS, rows - i), width = smaller(TILE_COLUMNS, columns - j);
-      const size_t row_bytes = sizeof(float) * static_cast<size_t>(width);
-      for (int64_t r = 0; from.values && r < height; ++r)
-        std::memcpy(edge + r * TILE_COLUMNS, from.values + r * from.stride, row_bytes);
-      multiply(edge, TILE_COLUMNS, {from.values ? edge : nullptr, TILE_COLUMNS});
-      for (int64_t r = 0; r < height; ++r) std::memcpy(to + r * c_stride, edge + r * TILE_COLUMNS, row_bytes);
+      const bool is_whole = height == TILE_ROWS && width == TILE_COLUMNS;
+      // A tile at the edge is computed in a copy that begins with the same values. Its sums have the bits of any other
+      // tile's. They must not differ, because the number of threads decides which tiles are at an edge.
+      float edge[TILE_ROWS * TILE_COLUMNS];
+      float* tile = is_whole ? to : edge;
+      const int64_t stride = is_whole ? c_stride : TILE_COLUMNS;
+      Start first = from;
+      if (!is_whole && from.values) {
+        std::memset(edge, 0, sizeof edge);
+        copy_rows(from.values, from.stride, height, width, edge, TILE_COLUMNS);
+        first = {edge, TILE_COLUMNS};
+      }
+      for (int64_t p = 0; p < depth; p += CHAIN)
+        multiply_rows(height, a + i * depth + p * TILE_ROWS, b + j * depth + p * TILE_COLUMNS, smaller(CHAIN, depth - p),
+                      tile, stride, p == 0 ? first : Start{tile, stride});
+      if (!is_whole) copy_rows(edge, TILE_COLUMNS, height, width, to, c_stride);
     }
 }
 
@@ -141,13 +172,13 @@ inline Blocks blocks_of(const Matmul& m) {
 
 inline int64_t matmul_workspace(const Matmul& m) {
   const Blocks blocks = blocks_of(m);
-  return (blocks.rows + blocks.columns) * smaller(DEPTH, m.depth);
+  return (blocks.rows + blocks.columns) * smaller(DEPTH, m.depth) + 2 * SLACK;
 }
 
 inline void matmul(const Matmul& m, float* workspace) {
   const Blocks blocks = blocks_of(m);
   float* packed_a = workspace;
-  float* packed_b = workspace + blocks.rows * smaller(DEPTH, m.depth);
+  float* packed_b = workspace + blocks.rows * smaller(DEPTH, m.depth) + SLACK;
   for (int64_t p = 0; p < m.depth; p += DEPTH) {
     const int64_t depth = smaller(DEPTH, m.depth - p);
     const auto pack_a = [&](int64_t i) {

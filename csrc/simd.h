@@ -87,6 +87,35 @@ inline Vec reduce_each(Vec* v) {
   return v[0];
 }
 
+// Where lane l of the result comes from, in exchange(): l, or LANES + l for a lane of the second vector.
+template <int BIT, bool UPPER>
+constexpr int exchanged(int l) {
+  const bool from_second = (l & BIT) != 0;
+  return (from_second ? LANES : 0) + (from_second == UPPER ? l : l ^ BIT);
+}
+
+template <int BIT, bool UPPER, int... L>
+inline Vec exchange(Vec a, Vec b, std::integer_sequence<int, L...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, exchanged<BIT, UPPER>(L)...);
+#else
+  return __builtin_shuffle(a, b, Mask{exchanged<BIT, UPPER>(L)...});
+#endif
+}
+
+// Lane l of v[i] and lane i of v[l] change places, in log2(LANES) steps: one for each bit in which i and l differ.
+template <int BIT = LANES / 2>
+inline void transpose(Vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if ((i & BIT) == 0) {
+      const Vec a = v[i], b = v[i | BIT];
+      v[i] = exchange<BIT, false>(a, b, std::make_integer_sequence<int, LANES>());
+      v[i | BIT] = exchange<BIT, true>(a, b, std::make_integer_sequence<int, LANES>());
+    }
+  if constexpr (BIT > 1) transpose<BIT / 2>(v);
+}
+
 // --- load and store: values are float32 in registers; in memory they are float32, bfloat16 or float16 ---
 
 inline Vec load(const float* p) {
