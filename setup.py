@@ -58,6 +58,7 @@ CPU_SOURCES = [
     "bindings",
     "activation",
     "cross_entropy",
+    "decode",
     "embedding",
     "layer_norm",
     "linear",

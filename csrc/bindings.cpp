@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "adamw.h"
 #include "cross_entropy.h"
+#include "decode.h"
 #include "embedding.h"
 #include "layer_norm.h"
 #include "linear.h"
@@ -34,6 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("activation_native_backward", TORCH_BOX(&fastgpt::activation_backward));
   m.impl("linear_native", TORCH_BOX(&fastgpt::linear));
   m.impl("linear_native_backward", TORCH_BOX(&fastgpt::linear_backward));
+  m.impl("decode_native_", TORCH_BOX(&fastgpt::decode));
   m.impl("matmul_", TORCH_BOX(&fastgpt::matmul));
   m.impl("adamw_", TORCH_BOX(&fastgpt::adamw));
   m.impl("total_norm", TORCH_BOX(&fastgpt::total_norm));

@@ -124,8 +124,29 @@ struct LinearRows {
   const float* x;      // (rows, depth)
   const void* weight;  // (columns, depth), rows weight_stride values apart
   const void* bias;    // (columns), or null
-  void* out;           // (rows, columns)
+  void* out;           // (rows, columns), of the dtype of weight; in float32 for linear_to_floats
   int64_t rows, depth, columns, weight_stride;
+  bool accumulate;  // out is added to
+};
+
+// out[r] = layer_norm(x[r]) in float32
+struct NormFloats {
+  const float* x;      // (rows, columns)
+  const void* weight;  // (columns)
+  const void* bias;    // (columns), or null
+  float* out;          // (rows, columns)
+  int64_t rows, columns;
+  float eps;
+};
+
+// Causal attention of the newest token of every sequence, whose key and value are first added to a cache. A pair of a
+// sequence and a head is a row.
+struct AttendNewest {
+  const float* qkv;      // (sequences, 3, heads, head_size)
+  void *keys, *values;   // (sequences, heads, capacity, head_size)
+  float* out;            // (sequences, heads, head_size)
+  int64_t heads, head_size, capacity;
+  int64_t length;  // of the cache before this token
 };
 
 // out[j] = the sum over i < count of rows[i][j]
@@ -157,6 +178,9 @@ struct Kernels {
   void (*layer_norm_gradients)(const LayerNormGradients&, int64_t begin, int64_t end, float* scratch);  // 4 * columns
   void (*activation[STORAGES])(const ActivationRows&, int64_t begin, int64_t end);
   void (*linear[STORAGES])(const LinearRows&, int64_t begin, int64_t end);
+  void (*linear_to_floats[STORAGES])(const LinearRows&, int64_t begin, int64_t end);
+  void (*norm_floats[STORAGES])(const NormFloats&);
+  void (*attend_newest[STORAGES])(const AttendNewest&, int64_t begin, int64_t end);
   void (*widen[STORAGES])(const void* from, float* to, int64_t count);
   void (*narrow[STORAGES])(const float* from, void* to, int64_t count);
   void (*column_sums)(const ColumnSums&, int64_t begin, int64_t end);

@@ -7,6 +7,7 @@
 #include "activation_rows.h"
 #include "adamw_rows.h"
 #include "cross_entropy_rows.h"
+#include "decode_rows.h"
 #include "embedding_rows.h"
 #include "indices.h"
 #include "layer_norm_rows.h"
@@ -27,7 +28,10 @@ constexpr Kernels table(const char* name) {
       layer_norm_rows,
       layer_norm_gradients,
       {activation_rows<float>, activation_rows<BFloat16>, activation_rows<Float16>},
-      {linear_rows<float>, linear_rows<BFloat16>, linear_rows<Float16>},
+      {linear_rows<float, float>, linear_rows<BFloat16, BFloat16>, linear_rows<Float16, Float16>},
+      {linear_rows<float, float>, linear_rows<BFloat16, float>, linear_rows<Float16, float>},
+      {norm_floats<float>, norm_floats<BFloat16>, norm_floats<Float16>},
+      {attend_newest<float>, attend_newest<BFloat16>, attend_newest<Float16>},
       {widen<float>, widen<BFloat16>, widen<Float16>},
       {narrow<float>, narrow<BFloat16>, narrow<Float16>},
       column_sums,

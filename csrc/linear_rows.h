@@ -11,12 +11,12 @@
 namespace fastgpt {
 namespace {
 
-constexpr int64_t AHEAD = 2048;          // bytes of W fetched ahead; the hardware's prefetcher stops where a page ends
+constexpr int64_t AHEAD = 4096;          // bytes of W fetched ahead; the hardware's prefetcher stops where a page ends
 constexpr int64_t ROWS_OF_WEIGHT = 16;   // they stay in the nearer caches until every row of x has used them
 
 // out[r][n] = x[r] . w[n] + b[n], for ROWS rows of x from `first` and n in [begin, end). CHAINS separate sums hide
 // the latency of an addition.
-template <class T, int ROWS, int CHAINS>
+template <class T, class Out, int ROWS, int CHAINS>
 void dot_products(const LinearRows& a, int64_t first, int64_t begin, int64_t end) {
   const int64_t K = a.depth, whole = K / LANES * LANES;
   const float* x = a.x + first * K;
@@ -40,21 +40,22 @@ void dot_products(const LinearRows& a, int64_t first, int64_t begin, int64_t end
     for (int r = 0; r < ROWS; ++r) {
       Vec total = sum[r][0];
       for (int c = 1; c < CHAINS; ++c) total += sum[r][c];
-      from_float(sum_lanes(total) + bias, static_cast<T*>(a.out)[(first + r) * a.columns + n]);
+      Out& out = static_cast<Out*>(a.out)[(first + r) * a.columns + n];
+      from_float(sum_lanes(total) + bias + (a.accumulate ? to_float(out) : 0.0f), out);
     }
   }
 }
 
 // Columns [begin, end) of the output, for all rows: four rows of x at a time.
-template <class T>
+template <class T, class Out>
 void linear_rows(const LinearRows& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += ROWS_OF_WEIGHT) {
     const int64_t last = n + ROWS_OF_WEIGHT < end ? n + ROWS_OF_WEIGHT : end;
     int64_t row = 0;
-    for (; row + 4 <= a.rows; row += 4) dot_products<T, 4, 2>(a, row, n, last);
-    if (a.rows - row == 3) dot_products<T, 3, 2>(a, row, n, last);
-    if (a.rows - row == 2) dot_products<T, 2, 2>(a, row, n, last);
-    if (a.rows - row == 1) dot_products<T, 1, 4>(a, row, n, last);
+    for (; row + 4 <= a.rows; row += 4) dot_products<T, Out, 4, 2>(a, row, n, last);
+    if (a.rows - row == 3) dot_products<T, Out, 3, 2>(a, row, n, last);
+    if (a.rows - row == 2) dot_products<T, Out, 2, 2>(a, row, n, last);
+    if (a.rows - row == 1) dot_products<T, Out, 1, 4>(a, row, n, last);
   }
 }
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import ops, pretrained
 from .checkpoint import load_parameters, model_tensors
 from .config import GPTConfig
+from .decode import Decoder, decode
 from .language_model import LanguageModel
 from .modules import add_norm, check_unchanged, embed, linear, norm, read_dtype
 from .ops.attention import self_attention, split_heads
@@ -39,6 +40,7 @@ class KVCache:
         self.shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
         self.tensor: Tensor | None = None
         self.length = 0
+        self.decoder: Decoder | None = None  # made at the first token that is computed by one op
         self.position: Tensor | None = None  # in a CUDA graph: the length, on the device
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +211,11 @@ class GPT(LanguageModel):
         dtype = read_dtype(x, self, LanguageModel.forward, "lm_head")
         return norm(self.ln_f, x, dtype) if branch is None else add_norm(self.ln_f, x, branch, p, dtype)[0]
 
+    def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """That of LanguageModel. On a CPU one new token of a few sequences takes one op, see decode.py."""
+        logits = None if cache is None else decode(self, idx, cache, _BUILT)
+        return super().next_logits(idx, cache) if logits is None else logits
+
     def _empty_cache(self, batch_size: int) -> KVCache:
         return KVCache(self.cfg, batch_size)
 
@@ -232,6 +239,9 @@ class GPT(LanguageModel):
         model = GPT(cfg)
         load_parameters(model, tensors, source)
         return model.eval()
+
+
+_BUILT = Block.forward, CausalSelfAttention.forward, MLP.forward, GPT.hidden  # kept: some tools replace them
 
 
 def _without_memory(cfg: GPTConfig) -> GPT:

@@ -24,7 +24,7 @@ from .ops.library import hooks_of, no_parameter
 from .ops.linear import linear as fast_linear
 
 # Kept as PyTorch defines them, because some tools replace the forward of a class.
-_LINEAR, _EMBEDDING, _LAYER_NORM = nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward
+LINEAR, _EMBEDDING, _LAYER_NORM = nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward
 
 _said: set[str] = set()
 
@@ -85,7 +85,7 @@ def say_once(what: str, reason: str) -> None:
 
 def linear(module: Any, x: Tensor) -> Tensor:
     """module(x). A plain Linear on a CPU takes the kernels of `ops.linear` where they are faster."""
-    if torch.compiler.is_compiling() or why_called(module, _LINEAR, "weight", "bias"):
+    if torch.compiler.is_compiling() or why_called(module, LINEAR, "weight", "bias"):
         return module(x)
     return fast_linear(x, module.weight, module.bias)
 
@@ -99,12 +99,12 @@ def read_dtype(x: Tensor, module: Any, forward: Callable[..., Any], reader: str)
     dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64 or why_called(module, forward):
         return None
-    return None if why_called(getattr(module, reader), _LINEAR, "weight", "bias") else dtype
+    return None if why_called(getattr(module, reader), LINEAR, "weight", "bias") else dtype
 
 
 def norm(module: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """module(x), by `ops.layer_norm`; `dtype` is that of its only reader, see `read_dtype`."""
-    if _why_norm_called(module):
+    if why_norm_called(module):
         return module(x)
     if dtype is not None:
         return layer_norm_for_reader(x, module.weight, module.bias, module.eps, dtype)
@@ -115,7 +115,7 @@ def add_norm(
     module: Any, x: Tensor, branch: Tensor, dropout_p: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """(module(h), h) with h = x + dropout(branch), by `ops.add_layer_norm`; `dtype` as for `norm`."""
-    reason = _why_norm_called(module)
+    reason = why_norm_called(module)
     if reason is None and dtype is not None:
         return add_layer_norm_for_reader(branch, x, module.weight, module.bias, module.eps, dropout_p, dtype)
     if reason is None:
@@ -125,7 +125,7 @@ def add_norm(
     return module(h), h
 
 
-def _why_norm_called(module: Any) -> str | None:
+def why_norm_called(module: Any) -> str | None:
     reason = why_called(module, _LAYER_NORM, "weight", "bias")
     if reason is None and (module.weight is None or len(module.normalized_shape) != 1):
         return f"it is {_describe(module)}"
@@ -137,9 +137,9 @@ def embed(idx: Tensor, token_embedding: Any, position_embedding: Any = None, sta
 
     idx (B, T) -> (B, T, C).
     """
-    reason = _why_embedding_called("token_embedding", token_embedding)
+    reason = why_embedding_called("token_embedding", token_embedding)
     if reason is None and position_embedding is not None:
-        reason = _why_embedding_called("position_embedding", position_embedding)
+        reason = why_embedding_called("position_embedding", position_embedding)
     if reason is None:
         positions = None if position_embedding is None else position_embedding.weight
         return ops.embedding(idx, token_embedding.weight, positions, position_offset=start)
@@ -150,7 +150,7 @@ def embed(idx: Tensor, token_embedding: Any, position_embedding: Any = None, sta
     return x + position_embedding(torch.arange(start, start + idx.shape[1], device=idx.device))
 
 
-def _why_embedding_called(name: str, module: Any) -> str | None:
+def why_embedding_called(name: str, module: Any) -> str | None:
     reason = why_called(module, _EMBEDDING, "weight")
     if reason is not None:
         return f"{name}: {reason}"
@@ -163,7 +163,7 @@ def _why_embedding_called(name: str, module: Any) -> str | None:
 
 def head_loss(lm_head: Any, x: Tensor, targets: Tensor) -> Tensor:
     """cross_entropy(lm_head(x), targets), by `ops.linear_cross_entropy`: x (..., C), targets (...)."""
-    reason = why_called(lm_head, _LINEAR, "weight", "bias")
+    reason = why_called(lm_head, LINEAR, "weight", "bias")
     if reason is None:
         return ops.linear_cross_entropy(x, lm_head.weight, targets, bias=lm_head.bias)
     say_once("lm_head is called as a module, and the logits of all tokens are held at once", reason)

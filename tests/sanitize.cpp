@@ -285,6 +285,49 @@ static void linear(int64_t rows, int64_t columns, int64_t depth, bool with_bias)
     }
 }
 
+template <class T>
+static void norm_of_floats(int64_t rows, int64_t columns, bool with_bias) {
+  Buffer<float> x(rows * columns, 1), out(rows * columns, 3);
+  Buffer<T> weight(columns, 0), bias(columns, 0);
+  NormFloats a{};
+  a.x = x.data, a.out = out.data, a.rows = rows, a.columns = columns, a.eps = 1e-5f;
+  a.weight = weight.data, a.bias = with_bias ? bias.data : nullptr;
+  kernels().norm_floats[storage<T>()](a);
+  const float* last = x.data + (rows - 1) * columns;
+  double mean = 0.0, variance = 0.0;
+  for (int64_t c = 0; c < columns; ++c) mean += last[c] / static_cast<double>(columns);
+  for (int64_t c = 0; c < columns; ++c) variance += (last[c] - mean) * (last[c] - mean) / static_cast<double>(columns);
+  const int64_t c = columns - 1;
+  const double expected = (last[c] - mean) / std::sqrt(variance + 1e-5) * to_float(weight.data[c]);
+  const double shift = with_bias ? double{to_float(bias.data[c])} : 0.0;
+  expect(std::fabs(out.data[rows * columns - 1] - expected - shift) < 1e-4, "layer norm", kernels().name, columns);
+}
+
+// The newest of length + 1 tokens, for the last pair of a sequence and a head, computed in two parts.
+template <class T>
+static void attend(int64_t heads, int64_t size, int64_t length) {
+  const int64_t capacity = length + 1, pairs = 2 * heads, C = heads * size;
+  Buffer<float> qkv(2 * 3 * C, 1), out(2 * C, 3);
+  Buffer<T> keys(pairs * capacity * size, 0), values(pairs * capacity * size, 1);
+  AttendNewest a{};
+  a.qkv = qkv.data, a.keys = keys.data, a.values = values.data, a.out = out.data;
+  a.heads = heads, a.head_size = size, a.capacity = capacity, a.length = length;
+  kernels().attend_newest[storage<T>()](a, 0, pairs / 2);
+  kernels().attend_newest[storage<T>()](a, pairs / 2, pairs);
+  const float* q = qkv.data + 3 * C + C - size;
+  const T* key = keys.data + (pairs - 1) * capacity * size;
+  const T* value = values.data + (pairs - 1) * capacity * size;
+  double total = 0.0, expected = 0.0;
+  for (int64_t t = 0; t <= length; ++t) {
+    double score = 0.0;
+    for (int64_t d = 0; d < size; ++d) score += q[d] * double{to_float(key[t * size + d])};
+    const double weight = std::exp(score / std::sqrt(static_cast<double>(size)));
+    total += weight, expected += weight * to_float(value[t * size + size - 1]);
+  }
+  const double found = out.data[2 * C - 1];
+  expect(std::fabs(found - expected / total) < 1e-4 * (1.0 + std::fabs(found)), "attention", kernels().name, length);
+}
+
 // The first and the last of `columns` sums, computed in two parts, as for two threads.
 static void column_sums(int64_t rows, int64_t columns) {
   Buffer<float> values(rows * columns, 1), out(columns, 3);
@@ -368,6 +411,15 @@ int main() {
           linear<BFloat16>(rows, columns, depth, rows & 1);
           linear<Float16>(rows, columns, depth, rows & 1);
         }
+    for (int64_t size : {1, 3, 16, 17, 64, 256})
+      for (int64_t length : {0, 1, 15, 16, 40}) {
+        attend<float>(1 + length % 3, size, length);
+        attend<BFloat16>(1 + length % 3, size, length);
+        attend<Float16>(1 + length % 3, size, length);
+        norm_of_floats<float>(1 + length % 3, size, length & 1);
+        norm_of_floats<BFloat16>(1 + length % 3, size, length & 1);
+        norm_of_floats<Float16>(1 + length % 3, size, length & 1);
+      }
     std::printf("%s: done\n", name);
   }
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

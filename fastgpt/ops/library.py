@@ -6,6 +6,8 @@ Schemas are defined in Python, so the ops exist without compiled code.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -144,6 +146,7 @@ PRIVATE_NAMES = {
     "module._forward_pre_hooks": ("2.11.0", "2.14.1"),
     "module._backward_hooks": ("2.11.0", "2.14.1"),
     "module._backward_pre_hooks": ("2.11.0", "2.14.1"),
+    "module._modules": ("2.11.0", "2.14.1"),
     "module._parameters": ("2.11.0", "2.14.1"),
     "_dynamo_marked_constant": ("2.11.0", "2.14.1"),  # what torch.compiler.assume_constant_result sets on a function
 }
@@ -237,6 +240,49 @@ def in_dispatch_mode() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+class Unchanged:
+    """Whether calls of `modules` still do what they did when this was made.
+
+    They do while the modules keep their classes and children, nothing but their own forward runs, their parameters are
+    the same tensors, and none is in training mode. Generation asks at each token, of sixty modules: the loops below are
+    those of Python's built-in functions, which take a quarter of the time that a loop in Python would.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._watched = modules
+        self._kinds = list(map(type, modules))
+        kinds: set[Any] = set(self._kinds)
+        self._methods = [(kind, kind.forward, kind.__call__) for kind in kinds]
+        self._states = [module.__dict__ for module in modules]
+        self._hooks = [
+            hooks
+            for module in modules
+            for hooks in (
+                *(module._forward_hooks, module._forward_pre_hooks),
+                *(module._backward_hooks, module._backward_pre_hooks),
+            )
+        ]
+        self._contents: list[dict[str, Any]] = []
+        for module in modules:
+            self._contents += [module._modules, module._parameters]
+        self._kept = self._current()
+
+    def _current(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(map(dict.values, self._contents)))
+
+    def __call__(self) -> bool:
+        return (
+            not any(self._hooks)
+            and not torch.nn.modules.module._has_any_global_hook()
+            and not any(map(_training, self._states))
+            and not any(map(dict.__contains__, self._states, itertools.repeat("forward")))
+            and list(map(type, self._watched)) == self._kinds
+            and all(kind.forward is forward and kind.__call__ is call for kind, forward, call in self._methods)
+            and all(map(operator.is_, self._current(), self._kept))
+        )
+
+
+_training = operator.itemgetter("training")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
