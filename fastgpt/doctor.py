@@ -20,6 +20,7 @@ from .ops.backend import (
     typical_variants,
     unavailable,
 )
+from .ops.decode import reason_against_decode
 from .ops.linear import linear_choice
 from .parity.cases import Draw, parity_cases
 from .training import graph
@@ -142,6 +143,8 @@ def _matrix_products() -> list[str]:
     lines = [f"maker of the processor: {native.cpu_maker()}"]
     for what, (own, why) in choices.items():
         lines.append(f"matrix products of {what}: by {'the extension' if own else 'the library'} ({why})")
+    reason = reason_against_decode()
+    lines.append(f"a token of a GPT, in generation: by {'one op' if reason is None else f'op after op ({reason})'}")
     return lines
 
 
