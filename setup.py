@@ -57,6 +57,7 @@ CPU_SOURCES = [
     "adamw",
     "bindings",
     "activation",
+    "attention",
     "cross_entropy",
     "decode",
     "embedding",

@@ -6,6 +6,7 @@
 
 #include "activation.h"
 #include "adamw.h"
+#include "attention.h"
 #include "cross_entropy.h"
 #include "decode.h"
 #include "embedding.h"
@@ -23,6 +24,10 @@ static Tensor large_buffer(const Tensor& like, int64_t rows, int64_t columns) {
 }  // namespace fastgpt
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("attention_native", TORCH_BOX(&fastgpt::attention));
+  m.impl("attention_native_backward", TORCH_BOX(&fastgpt::attention_backward));
+  m.impl("attention_packed_native", TORCH_BOX(&fastgpt::attention_packed));
+  m.impl("attention_packed_native_backward", TORCH_BOX(&fastgpt::attention_packed_backward));
   m.impl("embedding_native", TORCH_BOX(&fastgpt::embedding));
   m.impl("embedding_native_backward", TORCH_BOX(&fastgpt::embedding_backward));
   m.impl("cross_entropy_native", TORCH_BOX(&fastgpt::cross_entropy));

@@ -166,6 +166,24 @@ struct AdamWRows {
   float step_size, root_correction;  // lr / (1 - beta1^step) and 1 / sqrt(1 - beta2^step)
 };
 
+// A tensor (B, H, T, D) of which the D values of a row lie side by side; the strides are in values.
+struct HeadRows {
+  void* data;
+  int64_t batch, head, row;
+};
+
+// Attention of q (batch, heads, queries, width) over k and v (batch, key_heads, keys, width), as ops/attention.py defines
+// it, and its gradients, of which those without data are not asked for.
+struct Attention {
+  HeadRows q, k, v, out, grad_out, grad_q, grad_k, grad_v;
+  float* lse;  // (batch, heads, queries): the logsumexp of a row of scores, -inf for a row without keys
+  int64_t batch, heads, key_heads, queries, keys, width;
+  bool is_causal;
+  float scale;
+  double dropout_p;
+  uint64_t seed;
+};
+
 // The row kernels of one instruction set; those in arrays are one for each Storage.
 struct Kernels {
   const char* name;
@@ -188,6 +206,11 @@ struct Kernels {
   double (*sum_of_squares)(const float* values, int64_t count);
   int64_t (*matmul_workspace)(const Matmul&);  // the number of values in `workspace`
   void (*matmul)(const Matmul&, float* workspace);
+  int64_t (*attention_tasks)(const Attention&);
+  int64_t (*attention_workspace)(const Attention&);  // the number of values; it begins with a line of the cache
+  void (*attention[STORAGES])(const Attention&, int64_t begin, int64_t end, float* workspace);
+  int64_t (*attention_backward_workspace)(const Attention&);
+  void (*attention_backward[STORAGES])(const Attention&, int64_t begin, int64_t end, float* workspace);
 };
 
 // The first two are empty, with a null name, where the compiler cannot make such code.

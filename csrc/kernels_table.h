@@ -6,6 +6,7 @@
 
 #include "activation_rows.h"
 #include "adamw_rows.h"
+#include "attention_rows.h"
 #include "cross_entropy_rows.h"
 #include "decode_rows.h"
 #include "embedding_rows.h"
@@ -39,6 +40,11 @@ constexpr Kernels table(const char* name) {
       sum_of_squares,
       matmul_workspace,
       matmul,
+      attention_tasks,
+      attention_workspace,
+      {attention<float>, attention<BFloat16>, attention<Float16>},
+      attention_backward_workspace,
+      {attention_backward<float>, attention_backward<BFloat16>, attention_backward<Float16>},
   };
 }
 

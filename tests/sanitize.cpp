@@ -3,6 +3,7 @@
 // Each buffer ends where its rows end, so that AddressSanitizer sees every access past the end. Rows begin at several
 // offsets from the start of the allocation, so that they are aligned to a vector and not; at offset 0 an access before
 // the start is seen, too. Results are compared with sums in double; the tests in Python compare them with the oracle.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -385,6 +386,53 @@ static void adamw(int64_t count) {
   expect(std::fabs(kernels().sum_of_squares(grad.data, count) - double(count)) < 1e-6, "norm", kernels().name, count);
 }
 
+// `group` query heads on one key head, with gaps between their rows or without. Compared with the formula: the first
+// value of the first and the last query.
+template <class T>
+static void attention(int64_t group, int64_t queries, int64_t keys, int64_t width, bool is_causal, double dropout_p) {
+  const int64_t row = width + (queries % 2 == 0 ? 3 : 0), q_values = group * queries * row, k_values = keys * row;
+  Buffer<T> q(q_values, 0), k(k_values, 1), v(k_values, 0), out(q_values, 1), grad_out(q_values, 0);
+  Buffer<T> grad_q(q_values, 0), grad_k(k_values, 0), grad_v(k_values, 1);
+  Buffer<float> lse(group * queries, 0);
+  const auto rows = [&](T* data, int64_t count) { return HeadRows{data, 0, count * row, row}; };
+  Attention a{};
+  a.q = rows(q.data, queries), a.k = rows(k.data, keys), a.v = rows(v.data, keys), a.out = rows(out.data, queries);
+  a.grad_out = rows(grad_out.data, queries), a.grad_q = rows(grad_q.data, queries);
+  a.grad_k = rows(grad_k.data, keys), a.grad_v = rows(grad_v.data, keys);
+  a.lse = lse.data;
+  a.batch = a.key_heads = 1, a.heads = group, a.queries = queries, a.keys = keys, a.width = width;
+  a.is_causal = is_causal, a.scale = -0.1f, a.dropout_p = dropout_p, a.seed = 7;
+  const auto with_workspace = [](int64_t values, auto call) {
+    float* workspace = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((values + 15) / 16 * 64)));
+    call(workspace);
+    std::free(workspace);
+  };
+  with_workspace(kernels().attention_workspace(a), [&](float* workspace) {
+    kernels().attention[storage<T>()](a, 0, kernels().attention_tasks(a), workspace);
+  });
+  with_workspace(kernels().attention_backward_workspace(a), [&](float* workspace) {
+    kernels().attention_backward[storage<T>()](a, 0, 1, workspace);
+  });
+  double worst = 0.0, sum_of_grad_q = 0.0;
+  for (int64_t h = 0; h < group; ++h)
+    for (int64_t i : {int64_t{0}, queries - 1}) {
+      const T* x = q.data + (h * queries + i) * row;
+      const int64_t seen = is_causal ? std::max<int64_t>(0, std::min(keys, i + keys - queries + 1)) : keys;
+      double sum = 0.0, expected = 0.0;
+      for (int64_t j = 0; j < seen; ++j) {
+        double score = 0.0;
+        for (int64_t d = 0; d < width; ++d) score += double{to_float(x[d])} * to_float(k.data[j * row + d]);
+        sum += std::exp(-0.1 * score);
+        expected += std::exp(-0.1 * score) * to_float(v.data[j * row]);
+      }
+      expected = seen > 0 ? expected / sum : 0.0;
+      worst = std::fmax(worst, std::fabs(expected - to_float(out.data[(h * queries + i) * row])));
+    }
+  for (int64_t i = 0; i < group * queries; ++i) sum_of_grad_q += to_float(grad_q.data[i * row]);
+  if (dropout_p == 0.0) expect(worst < (sizeof(T) == 4 ? 1e-4 : 0.05), "attention", kernels().name, keys);
+  expect(std::isfinite(sum_of_grad_q), "attention's gradient", kernels().name, keys);
+}
+
 int main() {
   for (const char* name : {"avx512", "avx2", "generic"}) {
     if (!use_kernels(name)) {
@@ -420,6 +468,15 @@ int main() {
         norm_of_floats<BFloat16>(1 + length % 3, size, length & 1);
         norm_of_floats<Float16>(1 + length % 3, size, length & 1);
       }
+    for (int64_t queries : {1, 5, 33, 300})
+      for (int64_t keys : {1, 4, 31, 70, 257})
+        for (int64_t width : {1, 15, 16, 33})
+          for (int branch = 0; branch < 4; ++branch) {
+            attention<float>(1 + queries % 3, queries, keys, width, branch & 1, branch & 2 ? 0.25 : 0.0);
+            if (queries == 33) attention<BFloat16>(2, queries, keys, width, branch & 1, branch & 2 ? 0.25 : 0.0);
+            if (queries == 33) attention<Float16>(1, queries, keys, width, branch & 1, branch & 2 ? 0.25 : 0.0);
+          }
+    attention<float>(2, 70, 600, 200, true, 0.5);
     std::printf("%s: done\n", name);
   }
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

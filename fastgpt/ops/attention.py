@@ -1,13 +1,15 @@
 """Scaled dot product attention: softmax(q k^T * scale + causal mask), dropped out, times v.
 
 The way of a call: `attention` checks the arguments; `backend.dispatch` chooses; `attention_on_torch` computes, or
-`attention_on_triton` calls the registered op, whose `_forward` launches the kernel of triton_kernels/attention.py.
-The other op files are built alike.
+`attention_on_triton` calls the registered op, whose `_forward` launches the kernel of triton_kernels/attention.py, or
+`attention_on_native` calls the kernel of csrc/attention_rows.h. The other op files are built alike.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import MAX_HEAD_SIZE
+from . import native
 from .arguments import as_dropout, as_number, autocast_dtype, check_bool, check_float, check_like
 from .backend import choose, dispatch, register
 from .dropout import dropout, philox_keep_mask
@@ -22,7 +25,9 @@ from .library import define_op, inside_transform, refuse_forward_mode
 from .reference import causal_mask
 from .triton_backend import seed_tensor
 
+_FEW_QUERIES = 4
 _SMALLEST_SCALE = 2.0**-126  # of the normal numbers of float32
+_LARGEST_SCALE = 2.0**32  # times a key, it is far from the largest number of float32
 
 
 def attention(
@@ -47,7 +52,7 @@ def attention(
         dropout_p: probability, in [0, 1), of dropping an attention weight.
         seed: int, or 0-dim int64 tensor: the Philox key of the dropout mask (see `ops/dropout.py`, row
             (b * H + h) * Tq + i, column j). None draws from torch's generator.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "native".
 
     Returns: (B, H, Tq, D), the dtype of q (under autocast: the autocast dtype).
     Raises: TypeError, ValueError naming the argument; BackendError where a named backend cannot serve.
@@ -89,19 +94,21 @@ def self_attention(
 ) -> Tensor:
     """`attention` of the heads in qkv: (B, T, 3 C) -> (B, T, C), the heads side by side again.
 
-    Where a gradient is needed and Triton's kernels run, they write the gradient of qkv itself, which is a variant with
-    a self-test of its own. Otherwise autograd copies those of q, k and v into one tensor.
+    Our kernels write the gradient of qkv itself; for Triton's this is a variant with a self-test of its own. Otherwise
+    autograd copies those of q, k and v into one tensor.
     """
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        dtype = autocast_dtype(qkv)
-        if dtype is not None and qkv.dtype != torch.float64:
-            qkv = qkv.to(dtype)
-        q, k, v = split_heads(qkv, n_head)
+    dtype = autocast_dtype(qkv)
+    if dtype is not None and qkv.dtype != torch.float64:
+        qkv = qkv.to(dtype)
+    q, k, v = split_heads(qkv, n_head)
+    needs_gradient = torch.is_grad_enabled() and qkv.requires_grad
+    if qkv.is_cpu or needs_gradient:
         options = {"is_causal": is_causal, "dropout_p": dropout_p, "route": "self_attention"}
-        if choose("attention", backend, qkv.device.type, (q, k, v), options)[0] == "triton":
+        taken = choose("attention", backend, qkv.device.type, (q, k, v), options)[0]
+        if taken == "native":
+            return self_attention_on_native(qkv, n_head, is_causal, None, dropout_p, None)
+        if taken == "triton" and needs_gradient:
             return self_attention_on_triton(qkv, n_head, is_causal, None, dropout_p, None)
-    else:
-        q, k, v = split_heads(qkv, n_head)
     return attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p, backend=backend).transpose(1, 2).flatten(2)
 
 
@@ -197,12 +204,12 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(q, k, v, out, lse, seed)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) -> tuple:
+def _backward(gradients: Callable[..., tuple], ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) -> tuple:
     if grad_out is None:
         return (None,) * 7
     q, k, v, out, lse, seed = ctx.saved_tensors
     asked = ctx.needs_input_grad[:3]
-    grads = _attention_triton_backward(grad_out, q, k, v, out, lse, seed, *ctx.options, asked)
+    grads = gradients(grad_out, q, k, v, out, lse, seed, *ctx.options, asked)
     return *(grad if needed else None for grad, needed in zip(grads, asked, strict=True)), None, None, None, None
 
 
@@ -231,7 +238,7 @@ _attention_triton = define_op(
     forward=_forward,
     fake=_forward_fake,
     save=_save,
-    backward=_backward,
+    backward=partial(_backward, _attention_triton_backward),
     flops=_flops,
 )
 
@@ -283,11 +290,13 @@ def _packed_save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(qkv, out, lse, seed)
 
 
-def _packed_backward(ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) -> tuple:
+def _packed_backward(
+    gradient: Callable[..., Tensor], ctx: Any, grad_out: Tensor | None, *unused: Tensor | None
+) -> tuple:
     if grad_out is None or not ctx.needs_input_grad[0]:
         return (None,) * 6
     qkv, out, lse, seed = ctx.saved_tensors
-    grad = _attention_packed_backward(grad_out, qkv, out, lse, ctx.n_head, seed, *ctx.options)
+    grad = gradient(grad_out, qkv, out, lse, ctx.n_head, seed, *ctx.options)
     return grad, None, None, None, None, None
 
 
@@ -314,7 +323,7 @@ _attention_packed = define_op(
     forward=_packed_forward,
     fake=_packed_forward_fake,
     save=_packed_save,
-    backward=_packed_backward,
+    backward=partial(_packed_backward, _attention_packed_backward),
     flops=_packed_flops,
 )
 
@@ -347,6 +356,91 @@ def _triton_unproved(q: Tensor, *rest: Any, **options: Any) -> str | None:
     return None
 
 
+# --- the native backend: csrc/attention_rows.h ------------------------------------------------------------------------
+
+
+def _native_gradients_fake(*args):
+    return _gradients_fake(*args[:10], args[10:])
+
+
+def _native_backward_flops(*args, **options):
+    return _backward_flops(*args[:10], args[10:])
+
+
+_attention_native_backward = define_op(
+    "attention_native_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, "
+    "bool is_causal, float scale, float dropout_p, bool needs_q, bool needs_k, bool needs_v) "
+    "-> (Tensor, Tensor, Tensor)",
+    forward=native.load_at_first_call("attention_native_backward"),
+    fake=_native_gradients_fake,
+    is_gradient=True,
+    flops=_native_backward_flops,
+)
+_attention_native = define_op(
+    "attention_native(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p) "
+    "-> (Tensor, Tensor)",
+    forward=native.load_at_first_call("attention_native"),
+    fake=_forward_fake,
+    save=_save,
+    backward=partial(_backward, lambda *args: _attention_native_backward(*args[:-1], *args[-1])),
+    flops=_flops,
+)
+_attention_packed_native_backward = define_op(
+    "attention_packed_native_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, Tensor? seed, "
+    "bool is_causal, float scale, float dropout_p) -> Tensor",
+    forward=native.load_at_first_call("attention_packed_native_backward"),
+    fake=_packed_gradient_fake,
+    is_gradient=True,
+    flops=_packed_backward_flops,
+)
+_attention_packed_native = define_op(
+    "attention_packed_native(Tensor qkv, int n_head, Tensor? seed, bool is_causal, float scale, float dropout_p) "
+    "-> (Tensor, Tensor)",
+    forward=native.load_at_first_call("attention_packed_native"),
+    fake=_packed_forward_fake,
+    save=_packed_save,
+    backward=partial(_packed_backward, _attention_packed_native_backward),
+    flops=_packed_flops,
+)
+
+
+def attention_on_native(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
+) -> Tensor:
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    key = seed_tensor(dropout_p, seed, q.device)
+    refuse_forward_mode("attention", q, k, v)
+    return _attention_native(q, k, v, key, is_causal, scale, dropout_p)[0]
+
+
+def self_attention_on_native(
+    qkv: Tensor, n_head: int, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
+) -> Tensor:
+    scale = 1.0 / math.sqrt(qkv.shape[2] // 3 // n_head) if scale is None else float(scale)
+    key = seed_tensor(dropout_p, seed, qkv.device)
+    refuse_forward_mode("attention", qkv)
+    return _attention_packed_native(qkv, n_head, key, is_causal, scale, dropout_p)[0]
+
+
+def _native_serves(q: Tensor, *rest: Any, scale: float | None = None, **options: Any) -> str | None:
+    if not q.is_cpu:
+        return "its kernels run on CPUs"
+    if q.dtype == torch.float64:
+        return "float64 is not supported: the kernels keep their statistics in float32"
+    if scale is not None and abs(scale) > _LARGEST_SCALE:
+        return f"scale must be at most {_LARGEST_SCALE:.1e}: the kernels multiply the keys by it in float32, where they may overflow"
+    return inside_transform()
+
+
+def _native_unproved(q: Tensor, *rest: Any, **options: Any) -> str | None:
+    if native.instruction_set() == "generic":
+        return "it was measured to be faster with AVX2 and AVX-512; this processor has neither"
+    if not torch.compiler.is_compiling() and q.shape[-2] < _FEW_QUERIES:
+        return f"for fewer than {_FEW_QUERIES} queries PyTorch's kernel is faster"
+    return None
+
+
 register("attention", "torch", attention_on_torch)
+register("attention", "native", attention_on_native, _native_serves, _native_unproved)
 register("attention", "triton", attention_on_triton, _triton_serves, _triton_unproved)
 register("self_attention", "triton", self_attention_on_triton)  # "attention" is what is chosen; this is its self-test's

@@ -33,7 +33,7 @@ from .variants import FACTS, Call, typical_calls, with_unknown_sizes
 # The backends of each op on each device, in order of preference: fastest first where it was measured, which on GPUs it
 # is not yet. On a device that is not listed, an op runs on "torch".
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "attention": {"cuda": ("triton", "torch"), "cpu": ("native", "torch")},
     "layer_norm": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
     "add_layer_norm": {"cuda": ("triton", "torch"), "cpu": ("native", "torch")},
     "activation": {"cuda": ("torch",), "cpu": ("native", "torch")},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .backend import register_smoke_test
+from .library import assume_constant_result
 from .source_hash import source_hash
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -76,6 +77,12 @@ def _reason_for_library(kernel: str, maker: str, instructions: str, has_mkl: boo
 def cpu_maker() -> str:
     """The processor's maker: "amd", "intel" or "other"."""
     return load("cpu").cpu_maker()
+
+
+@assume_constant_result  # a compiled graph asks for it once
+def instruction_set() -> str:
+    """Which vector instructions the kernels for CPUs use: "avx512", "avx2" or "generic"."""
+    return load("cpu").instruction_set()
 
 
 def load_at_first_call(op: str) -> Callable[..., Any]:

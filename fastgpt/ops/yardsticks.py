@@ -134,7 +134,10 @@ YARDSTICKS: dict[str, Callable[..., Any]] = {
 
 
 def yardstick_for(op: str, backend: str, device_type: str, dropout: bool) -> Callable[..., Any]:
-    """The yardstick of a call: for Triton's attention, where PyTorch's flash kernel cannot run, that kernel's steps."""
-    if op == "attention" and backend == "triton" and (device_type == "cpu" or dropout):
+    """The yardstick of a call: for our attention, where PyTorch's flash kernel cannot run, that kernel's steps.
+
+    It takes no dropout mask, and on a CPU it is another kernel than the one that Triton's replaces.
+    """
+    if op == "attention" and ((dropout and backend != "torch") or (backend == "triton" and device_type == "cpu")):
         return _flash
     return YARDSTICKS[op]

@@ -16,7 +16,7 @@ from fastgpt import ops
 from fastgpt.ops import native
 from fastgpt.parity import run_parity
 
-OPS = ("activation", "add_layer_norm", "embedding", "layer_norm", "cross_entropy", "linear_cross_entropy")
+OPS = ("activation", "add_layer_norm", "attention", "embedding", "layer_norm", "cross_entropy", "linear_cross_entropy")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,6 +65,9 @@ def test_the_same_bits_whatever_the_threads_and_the_cache(size, set_machine, mon
 
     def step() -> list[torch.Tensor]:
         x = ops.embedding(tokens, tables[0], tables[1], backend="native")
+        heads = x.view(B, T, 1, C).transpose(1, 2)
+        y = ops.attention(heads, heads, heads, dropout_p=0.2, seed=1, backend="native")
+        x = x + y.transpose(1, 2).flatten(2)
         fused = ops.linear_cross_entropy(x, tables[2], targets, backend="native")
         loss = fused + ops.cross_entropy(x.flatten(0, 1), targets.flatten() % C, label_smoothing=0.1, backend="native")
         return [loss.detach(), *torch.autograd.grad(loss, tables)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastgpt
 from fastgpt import ops
 from fastgpt.ops import backend, reference
+from fastgpt.ops.attention import self_attention, split_heads
 from fastgpt.ops.dropout import philox_keep_mask
 from fastgpt.parity import DTYPES, run_parity
 
@@ -27,9 +30,20 @@ def qkv(B=2, H=2, Hkv=2, Tq=5, Tk=5, D=8, dtype=torch.float32) -> list[torch.Ten
     return [heads(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
 
 
+@pytest.fixture(params=["torch", "native"])
+def named(request):
+    """Each backend that computes attention on CPUs, for every call in the test."""
+    if reason := backend.unavailable(request.param, "cpu"):
+        pytest.skip(reason)
+    with fastgpt.use_backend(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parity(dtype: torch.dtype) -> None:
-    report = run_parity(names=["attention"], backends=["torch"], dtypes=[dtype])
+def test_parity(dtype: torch.dtype, named: str) -> None:
+    if named == "native" and dtype == torch.float64:
+        pytest.skip("float64 stays on torch")
+    report = run_parity(names=["attention"], backends=[named], dtypes=[dtype])
     assert report.rows and not report.failures and not report.skips, str(report)
 
 
@@ -52,19 +66,23 @@ def calls(draw) -> tuple[list[torch.Tensor], dict]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(calls())
-def test_any_shape_and_stride(call) -> None:
+@given(calls(), st.sampled_from(["torch", "native"]))
+def test_any_shape_and_stride(call, name: str) -> None:
     tensors, options = call
+    if backend.unavailable(name, "cpu"):
+        return
+    dtype, rtol, atol = (torch.float64, 1e-10, 1e-12) if name == "torch" else (torch.float32, 1e-4, 1e-4)
     results = []
-    for op in (ops.attention, reference.attention):
-        leaves = [t.detach().requires_grad_() for t in tensors]
+    for op in (lambda *args, **options: ops.attention(*args, backend=name, **options), reference.attention):
+        leaves = [t.detach().to(dtype if not results else torch.float64).requires_grad_() for t in tensors]
         out = op(*leaves, **options)
         grads = torch.autograd.grad(out.square().sum(), leaves)
         results.append([out, *grads])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=atol)
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("options", [{}, {"is_causal": False}, DROPOUT, {"dropout_p": 0.3}], ids=str)
 @pytest.mark.parametrize("shape", [{"B": 0}, {"H": 0, "Hkv": 0}, {"Tq": 0}, {"Tk": 0}, {"Tq": 0, "Tk": 0}], ids=str)
 def test_empty(shape: dict, options: dict) -> None:
@@ -75,6 +93,7 @@ def test_empty(shape: dict, options: dict) -> None:
         assert torch.equal(grad, torch.zeros_like(x))
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("options", [{}, DROPOUT, {"dropout_p": 0.3}], ids=str)
 def test_queries_that_see_no_key_give_zeros_and_no_gradient(options: dict) -> None:
     q, k, v = qkv(Tq=7, Tk=3)
@@ -86,6 +105,7 @@ def test_queries_that_see_no_key_give_zeros_and_no_gradient(options: dict) -> No
     assert out[:, :, 4:].isfinite().all() and grad_k.isfinite().all()
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=str)
 def test_the_future_is_not_seen(options: dict) -> None:
     q, k, v = qkv(Tq=4, Tk=6)
@@ -96,6 +116,7 @@ def test_the_future_is_not_seen(options: dict) -> None:
     assert not torch.equal(before[:, :, 3], after[:, :, 3])
 
 
+@pytest.mark.usefixtures("named")
 def test_dropout_is_the_mask_bit_for_bit() -> None:
     """Equal scores of a power of two of keys, v the identity: the output is mask / T / (1 - p), all exact."""
     B, H, T, p, seed = 2, 3, 8, 0.5, 2**40 + 17
@@ -105,6 +126,7 @@ def test_dropout_is_the_mask_bit_for_bit() -> None:
     assert torch.equal(out, keep.float() / 4)
 
 
+@pytest.mark.usefixtures("named")
 def test_seed() -> None:
     q, k, v = qkv()
     out = ops.attention(q, k, v, dropout_p=0.5, seed=-3)
@@ -117,6 +139,7 @@ def test_seed() -> None:
     assert torch.equal(unseeded, ops.attention(q, k, v, dropout_p=0.5))
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("options", [{}, {"is_causal": False}, DROPOUT], ids=str)
 def test_deterministic_and_leaves_its_inputs_alone(options: dict) -> None:
     q, k, v = qkv(H=4, Tq=33, Tk=33, D=16)
@@ -129,6 +152,7 @@ def test_deterministic_and_leaves_its_inputs_alone(options: dict) -> None:
     assert all(torch.equal(x, copy) for x, copy in zip((q, k, v), copies, strict=True))
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("scale", [0.0, -0.0, -0.7])
 @pytest.mark.parametrize("sizes", [(4, 4), (5, 3), (3, 5)], ids=str)
 def test_any_finite_scale(scale: float, sizes: tuple[int, int]) -> None:
@@ -143,6 +167,7 @@ def test_any_finite_scale(scale: float, sizes: tuple[int, int]) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=str)
 def test_large_scores_do_not_overflow_half_precision(options: dict) -> None:
     x = heads(1, 1, 4, 64, dtype=torch.float16) * 100  # q k^T is past 65504, q k^T * scale is not
@@ -151,6 +176,7 @@ def test_large_scores_do_not_overflow_half_precision(options: dict) -> None:
     torch.testing.assert_close(out.double(), exact, rtol=2**-10, atol=1e-3)
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype, options: dict) -> None:
@@ -158,13 +184,14 @@ def test_autocast(dtype: torch.dtype, options: dict) -> None:
     with torch.autocast("cpu", dtype):
         out = ops.attention(q, k, v, **options)
         assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == dtype
-        assert ops.attention(q.double(), k.double(), v.double(), **options).dtype == torch.float64
+        assert ops.attention(q.double(), k.double(), v.double(), backend="torch", **options).dtype == torch.float64
     out.sum().backward()
     assert q.grad.dtype == torch.float32
     low = [x.to(dtype) for x in (q, k, v)]
     assert torch.equal(out, ops.attention(*low, **options))  # float32 inside, under autocast too
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("options", [{}, DROPOUT, {"is_causal": False}], ids=str)
 def test_compile(options: dict) -> None:
     torch._dynamo.reset()
@@ -247,9 +274,84 @@ X = torch.randn(1, 2, 3, 8)
         ({"backend": None}, ValueError, "backend: unknown backend None"),
     ],
 )
-def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("name", ["auto", "torch", "triton", "native"])
+def test_bad_arguments(name: str, change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
-        ops.attention(**{"q": X, "k": X, "v": X, **change})
+        ops.attention(**{"q": X, "k": X, "v": X, "backend": name, **change})
+
+
+NEEDS_NATIVE = pytest.mark.skipif(backend.unavailable("native", "cpu") is not None, reason="the extension is not here")
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("instructions")
+def test_self_attention_is_attention_of_its_heads(dtype: torch.dtype) -> None:
+    """The gradient of qkv is those of q, k and v side by side, bit for bit; also for two and more blocks of keys."""
+    for (B, T, H, D), options in itertools.product([(2, 9, 3, 5), (1, 300, 1, 24)], [{}, {"is_causal": False}]):
+        x, grad = heads(B, T, 3 * H * D, dtype=dtype), heads(B, T, H * D, dtype=dtype, seed=1)
+        packed, separate = x.clone().requires_grad_(), x.clone().requires_grad_()
+        out = self_attention(packed, H, backend="native", **options)
+        expected = ops.attention(*split_heads(separate, H), backend="native", **options).transpose(1, 2).flatten(2)
+        out.backward(grad)
+        expected.backward(grad)
+        assert torch.equal(out, expected) and torch.equal(packed.grad, separate.grad)
+        with torch.no_grad():
+            assert torch.equal(self_attention(x, H, backend="native", **options), expected)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", [None, 3], ids=["no dropout", "dropout"])
+def test_opcheck(dtype: torch.dtype, seed: int | None) -> None:
+    q, k, v = qkv(H=4, Tq=5, Tk=7, dtype=dtype)
+    key = None if seed is None else torch.tensor(seed)
+    options = (key, True, 0.3, 0.0 if seed is None else 0.2)
+    torch.library.opcheck(torch.ops.fastgpt.attention_native.default, (q, k, v, *options))
+    packed = heads(2, 5, 3 * 16, dtype=dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.fastgpt.attention_packed_native.default, (packed, 2, *options))
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_only_gradients_that_are_asked_for(wanted: tuple[bool, bool, bool]) -> None:
+    all_of_them, some = qkv(H=4, Tq=40, Tk=70), qkv(H=4, Tq=40, Tk=70)
+    for x, want in zip(some, wanted, strict=True):
+        x.requires_grad_(want)
+    for leaves in (all_of_them, some):
+        ops.attention(*leaves, backend="native", **DROPOUT).square().sum().backward()
+    for x, expected, want in zip(some, all_of_them, wanted, strict=True):
+        assert torch.equal(x.grad, expected.grad) if want else x.grad is None
+
+
+@NEEDS_NATIVE
+def test_derivatives_that_are_not_there_are_refused() -> None:
+    q, k, v = qkv()
+    (grad,) = torch.autograd.grad(ops.attention(q, k, v, backend="native").square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="forward-mode derivatives are not"),
+    ):
+        ops.attention(torch.autograd.forward_ad.make_dual(q.detach(), q.detach()), k, v, backend="native")
+
+
+@NEEDS_NATIVE
+def test_what_the_native_kernels_leave_to_pytorch() -> None:
+    x = heads(1, 1, 8, 8)
+    chosen = lambda x, **options: backend.choose("attention", "auto", "cpu", (x, x, x), options)  # noqa: E731
+    assert "float64" in chosen(x.double())[1]["native"]
+    assert "scale must be at most" in chosen(x, scale=1e39)[1]["native"]
+
+
+@NEEDS_NATIVE
+def test_instructions_with_which_it_was_not_measured_to_be_faster(instructions: str) -> None:
+    x = heads(1, 1, 8, 8)
+    taken, reasons = backend.choose("attention", "auto", "cpu", (x, x, x), {})
+    assert taken == ("torch" if instructions == "generic" else "native")
+    assert instructions != "generic" or "AVX2" in reasons["native"]
+    assert ops.explain("attention", x, x, x, backend="native").backend == "native"
 
 
 def test_on_cuda_auto_leaves_float32_to_pytorch(monkeypatch) -> None:
