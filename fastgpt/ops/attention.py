@@ -428,7 +428,7 @@ def _native_serves(q: Tensor, *rest: Any, scale: float | None = None, **options:
     if q.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
     if scale is not None and abs(scale) > _LARGEST_SCALE:
-        return f"scale must be at most {_LARGEST_SCALE:.1e}: the kernels multiply the keys by it in float32, where they may overflow"
+        return f"scale must be at most {_LARGEST_SCALE:.1e}: the kernels multiply the keys by it, in float32"
     return inside_transform()
 
 
