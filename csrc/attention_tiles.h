@@ -87,18 +87,6 @@ inline void write_row(const float* from, int64_t width, float factor, T* out) {
   for (int64_t d = 0; d < width; d += LANES) store_some(out + d, least(LANES, width - d), load(from + d) * factor);
 }
 
-// Transposes v, a square of vectors: in each step, halves of the places of a size are exchanged.
-template <int HALF = LANES / 2>
-inline void transpose(Vec* v) {
-  for (int i = 0; i < LANES; ++i) {
-    if (i & HALF) continue;
-    const Vec a = v[i], b = v[i + HALF];
-    v[i] = exchange_lanes<HALF, false>(a, b, std::make_integer_sequence<int, LANES>());
-    v[i + HALF] = exchange_lanes<HALF, true>(a, b, std::make_integer_sequence<int, LANES>());
-  }
-  if constexpr (HALF > 1) transpose<HALF / 2>(v);
-}
-
 // out[d][i] = scale * from[i][d], with zeros for the columns i behind `rows` up to a whole vector.
 template <class T>
 inline void copy_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t width, float scale, float* out,

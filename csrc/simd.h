@@ -77,17 +77,6 @@ inline Vec fold_lanes(Vec a, Vec b, std::integer_sequence<int, I...>) {
   return OP(kept, moved);
 }
 
-// Exchanges the lanes with the bit HALF of `a` and those without it of `b`: the new b where SECOND, else the new a.
-template <int HALF, bool SECOND, int... I>
-inline Vec exchange_lanes(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  constexpr int OTHER = SECOND ? 0 : HALF;
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, ((I & HALF) ? LANES + (I ^ OTHER) : (I ^ (HALF - OTHER)))...);
-#else
-  return __builtin_shuffle(a, b, Mask{((I & HALF) ? LANES + (I ^ OTHER) : (I ^ (HALF - OTHER)))...});
-#endif
-}
-
 // Reduces each of LANES vectors to one value, which is lane i of the result for v[i], and overwrites v. This takes
 // LANES - 1 calls of OP. To reduce each vector by itself would take log2(LANES) calls for every one of them.
 template <Vec OP(Vec, Vec), int HALF = LANES / 2>
