@@ -104,4 +104,4 @@ def _native_serves(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
 
 
 register("activation", "torch", activation_on_torch)
-register("activation", "native", activation_on_native, _native_serves)
+register("activation", "native", activation_on_native, _native_serves, native.slower_without_avx)

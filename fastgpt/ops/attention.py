@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import MAX_HEAD_SIZE
 from . import native
 from .arguments import as_dropout, as_number, autocast_dtype, check_bool, check_float, check_like
-from .backend import choose, dispatch, register
+from .backend import Slower, choose, dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .library import define_op, inside_transform, refuse_forward_mode
 from .reference import causal_mask
@@ -433,11 +433,9 @@ def _native_serves(q: Tensor, *rest: Any, scale: float | None = None, **options:
 
 
 def _native_unproved(q: Tensor, *rest: Any, **options: Any) -> str | None:
-    if native.instruction_set() == "generic":
-        return "it was measured to be faster with AVX2 and AVX-512; this processor has neither"
     if not torch.compiler.is_compiling() and q.shape[-2] < _FEW_QUERIES:
-        return f"for fewer than {_FEW_QUERIES} queries PyTorch's kernel is faster"
-    return None
+        return Slower(f"for fewer than {_FEW_QUERIES} queries PyTorch's kernel is faster")
+    return native.slower_without_avx()
 
 
 register("attention", "torch", attention_on_torch)

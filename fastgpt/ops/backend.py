@@ -48,6 +48,10 @@ class BackendError(ValueError):
     """A backend that was asked for by name cannot serve this call."""
 
 
+class Slower(str):
+    """A reason of `unproved` that is a measurement: another backend is faster for this call. Nobody is warned of it."""
+
+
 @dataclass(frozen=True)
 class _Implementation:
     run: Callable[..., Any]
@@ -259,7 +263,7 @@ def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _say_once(op: str, backend: str, reason: str) -> None:
-    if torch.compiler.is_compiling() or (op, backend, reason) in _warned:
+    if torch.compiler.is_compiling() or isinstance(reason, Slower) or (op, backend, reason) in _warned:
         return
     _warned.add((op, backend, reason))
     warnings.warn(f"fastgpt: {op} does not take the {backend} backend: {reason}", stacklevel=4)

@@ -293,4 +293,10 @@ register("add_layer_norm", "torch", add_layer_norm_on_torch)
 register("layer_norm", "triton", functools.partial(_layer_norm_on, "triton"), _triton_serves)
 register("add_layer_norm", "triton", functools.partial(_add_layer_norm_on, "triton"), _triton_serves_add)
 register("layer_norm", "native", functools.partial(_layer_norm_on, "native"), _native_serves)
-register("add_layer_norm", "native", functools.partial(_add_layer_norm_on, "native"), _native_serves_add)
+register(
+    "add_layer_norm",
+    "native",
+    functools.partial(_add_layer_norm_on, "native"),
+    _native_serves_add,
+    native.slower_without_avx,
+)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .backend import register_smoke_test
+from .backend import Slower, register_smoke_test
 from .library import assume_constant_result
 from .source_hash import source_hash
 
@@ -83,6 +83,13 @@ def cpu_maker() -> str:
 def instruction_set() -> str:
     """Which vector instructions the kernels for CPUs use: "avx512", "avx2" or "generic"."""
     return load("cpu").instruction_set()
+
+
+def slower_without_avx(*args: Any, **kwargs: Any) -> str | None:
+    """Why "auto" leaves a call to PyTorch, whose kernels have vectors of their own, where ours have narrow ones."""
+    if instruction_set() == "generic":
+        return Slower("it was measured to be faster with AVX2 and AVX-512; this processor has neither")
+    return None
 
 
 def load_at_first_call(op: str) -> Callable[..., Any]:

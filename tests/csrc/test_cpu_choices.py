@@ -8,6 +8,7 @@ instructions.
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -109,3 +110,15 @@ def test_no_file_of_the_system_is_read(monkeypatch) -> None:
     for module, name in ((builtins, "open"), (os, "sysconf"), (os, "cpu_count")):
         monkeypatch.setattr(module, name, refuse)
     ops.linear_cross_entropy(x, weight, torch.randint(50, (300,))).backward()
+
+
+def test_nobody_is_warned_that_another_backend_is_faster(monkeypatch) -> None:
+    q, weight = torch.randn(1, 2, 1, 8), torch.ones(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.attention(q, q, q)
+        assert "PyTorch's kernel is faster" in ops.explain("attention", q, q, q).reasons["native"]
+        monkeypatch.setattr(native, "instruction_set", lambda: "generic")
+        for op, *arguments in (("activation", q), ("add_layer_norm", q, q, weight), ("attention", *[q[:, 0:1].mT] * 3)):
+            getattr(ops, op)(*arguments)
+            assert "AVX2" in ops.explain(op, *arguments).reasons["native"]
