@@ -86,6 +86,7 @@ def record(arch: int, name: str) -> list[dict]:
     for op in ("attention", "layer_norm", "add_layer_norm"):
         backend.PREFERENCE[op]["cpu"] = ("triton",)
     backend._availability["triton", "cpu"] = None
+    backend._availability["native", "cpu"] = "on CUDA a token of generation does not take the CPU's op"
     compiled = target.compile_launches(arch, MULTIPROCESSORS)
     with _WithoutProducts():
         _launch(RUNS[name])
