@@ -13,9 +13,11 @@ from fastgpt.ops import backend
 from fastgpt.ops.backend import OPS
 from fastgpt.parity import DTYPES, measure_case, parity_cases, run_parity
 
+MEASURED = {*OPS, "linear"}  # an internal op
+
 
 def test_cases_cover_every_op_and_have_names_of_their_own() -> None:
-    assert {case.op for case in parity_cases()} == set(OPS) == set(parity.YARDSTICKS)
+    assert {case.op for case in parity_cases()} == MEASURED == set(parity.YARDSTICKS)
     names = [(case.op, case.name) for case in parity_cases()]
     assert len(set(names)) == len(names)
     assert {case.op for case in parity_cases("embedding", "attention")} == {"embedding", "attention"}
@@ -27,7 +29,7 @@ def test_report_passes(tmp_path, capsys) -> None:
     report = json.loads(out.read_text())
     assert report["passed"] and report["device"] == "cpu" and report["versions"]["torch"] == torch.__version__
     ran = {(row["op"], row["dtype"]) for row in report["rows"] if row["backend"] == "torch"}
-    assert ran == {(op, str(dtype).removeprefix("torch.")) for op in OPS for dtype in DTYPES}
+    assert ran == {(op, str(dtype).removeprefix("torch.")) for op in MEASURED for dtype in DTYPES}
     for row in report["rows"]:
         assert row["ours"] <= 2 * row["torch"] + row["atol"] and row["reason"] == ""
     values = {row["value"] for row in report["rows"] if row["op"] == "attention"}
@@ -95,8 +97,9 @@ def test_a_wrong_gradient_alone_fails(wrong) -> None:
         ("cross_entropy", lambda right: lambda *a, **o: right(*a, **o) * math.nan, "out"),
         ("add_layer_norm", lambda right: lambda *a, **o: right(*a, **{**o, "seed": 1}), "h"),  # another mask
         ("linear_cross_entropy", lambda right: lambda *a, **o: right(*a, **o)[None], "out"),  # another shape
+        ("linear", lambda right: lambda x, weight, bias=None: right(1.01 * x, weight, bias), "d weight"),
     ],
-    ids=["detached", "mask", "mutation", "dtype", "nan", "dropout mask", "shape"],
+    ids=["detached", "mask", "mutation", "dtype", "nan", "dropout mask", "shape", "internal op"],
 )
 def test_other_wrongs_fail(wrong, monkeypatch, op: str, change, value: str) -> None:
     wrong(op, change)

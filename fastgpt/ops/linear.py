@@ -18,7 +18,7 @@ from torch.overrides import has_torch_function
 
 from . import native
 from .arguments import autocast_dtype
-from .backend import requested, unavailable
+from .backend import register, requested, unavailable
 from .flops import product_flops
 from .library import define_op, in_dispatch_mode, in_forward_mode, inside_transform
 
@@ -135,6 +135,14 @@ def _kernel_for(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def _kernels_serve(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if not x.is_cpu:
+        return "its kernels run on CPUs only"
+    if x.dtype == torch.float64:
+        return "its kernels take float32, float16 and bfloat16, and x is float64"
+    return None
+
+
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether `tensor` is dense, on the CPU, and of no subclass, which may define its own product."""
     return (
@@ -143,3 +151,8 @@ def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
         and tensor.dtype == dtype
         and tensor.layout is torch.strided
     )
+
+
+# For `fastgpt parity`, which measures the kernels of every shape and on every machine. `linear` chooses for itself.
+register("linear", "torch", lambda x, weight, bias=None: F.linear(x, weight, bias))
+register("linear", "native", lambda x, weight, bias=None: _linear_native(x, weight, bias), _kernels_serve)

@@ -115,11 +115,15 @@ def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction=
     return torch.where(weights == 0.0, torch.nan, loss.sum() / weights)
 
 
+def linear(x, weight, bias=None):
+    """x weight^T + bias: x (..., K), weight (N, K), bias (N)."""
+    y = x @ weight.t()
+    return y if bias is None else y + bias
+
+
 def linear_cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """cross_entropy(x weight^T + bias, targets): x (..., C), weight (V, C), targets (...)."""
-    logits = x.reshape(-1, x.shape[-1]) @ weight.t()
-    if bias is not None:
-        logits = logits + bias
+    logits = linear(x.reshape(-1, x.shape[-1]), weight, bias)
     options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     loss = cross_entropy(logits, targets.reshape(-1), **options)
     return loss.reshape(targets.shape) if reduction == "none" else loss

@@ -115,6 +115,10 @@ def _torch_cross_entropy(logits, targets, **options):
     return F.cross_entropy(logits, targets.long(), **options)
 
 
+def _linear(x, weight, bias=None):
+    return F.linear(x, weight, bias)
+
+
 def _linear_then_cross_entropy(x, weight, targets, *, bias=None, **options):
     loss = F.cross_entropy(
         F.linear(x, weight, bias).reshape(-1, weight.shape[0]), targets.reshape(-1).long(), **options
@@ -130,6 +134,7 @@ YARDSTICKS: dict[str, Callable[..., Any]] = {
     "embedding": _two_embeddings,
     "cross_entropy": _torch_cross_entropy,
     "linear_cross_entropy": _linear_then_cross_entropy,
+    "linear": _linear,
 }
 
 

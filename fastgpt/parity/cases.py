@@ -328,6 +328,41 @@ _LINEAR_CROSS_ENTROPY_CASES = (
 )
 
 
+# ---- linear, an internal op ----
+
+
+def _linear(name, *shape, N, bias=True, layout="contiguous") -> ParityCase:
+    """x has `shape`, (..., K)."""
+    of_x, of_weight = {"sliced": ("every second", "padded")}.get(layout, (layout, "contiguous"))
+
+    def arguments(draw: Draw) -> dict[str, Tensor | None]:
+        return {
+            "x": _laid_out(draw, of_x, *shape),
+            "weight": _laid_out(draw, of_weight, N, shape[-1]),
+            "bias": draw.normal(N) if bias else None,
+        }
+
+    return ParityCase("linear", name, arguments)
+
+
+_LINEAR_CASES = (
+    _linear("(B, T, K), as in a small model", 2, 64, 128, N=384, bias=False),
+    _linear("(B, T, K), bias, as in a small model", 2, 64, 128, N=512),
+    _linear("back to the width of the model", 128, 512, N=128),
+    _linear("one row, no batch", 48, N=33),
+    _linear("8 rows", 8, 65, N=130),
+    _linear("9 rows", 9, 65, N=130),
+    _linear("no bias, odd sizes", 37, 101, N=67, bias=False),
+    _linear("odd sizes past a tile", 61, 300, N=193),
+    _linear("K=1", 13, 1, N=7),
+    _linear("N=1", 13, 29, N=1),
+    _linear("transposed", 2, 9, 40, N=21, layout="transposed"),
+    _linear("sliced", 3, 11, 40, N=21, layout="sliced"),
+    _linear("expanded", 4, 9, 40, N=21, layout="expanded"),
+    replace(_linear("expanded gradient", 25, 40, N=21), expanded_grad=True),
+)
+
+
 CASES: tuple[ParityCase, ...] = (
     *_ATTENTION_CASES,
     *_NORM_CASES,
@@ -335,6 +370,7 @@ CASES: tuple[ParityCase, ...] = (
     *_EMBEDDING_CASES,
     *_CROSS_ENTROPY_CASES,
     *_LINEAR_CROSS_ENTROPY_CASES,
+    *_LINEAR_CASES,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import accuracy, reference
 from ..ops.accuracy import ATOL, max_error, tolerance
+from ..ops.backend import OPS, dispatch
 from ..ops.yardsticks import yardstick_for
 from .cases import Draw, ParityCase
 
@@ -76,12 +78,19 @@ def exact_copy(tensor: Tensor) -> Tensor:
     return accuracy.exact(tensor).cpu()
 
 
+def _on_backend(op: str, backend: str) -> Callable[..., Any]:
+    """The public op, or, where `op` is an internal one, what is registered under its name."""
+    if op in OPS:
+        return functools.partial(getattr(ops, op), backend=backend)
+    return lambda x, **others: dispatch(op, backend, x, **others)
+
+
 def measure_case(case: ParityCase, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[ParityRow]:
     """The errors of `case` on `backend`. Raises BackendError, with the reason, where the backend does not serve it."""
     drawn = case.arguments(Draw(dtype, device))
     arguments = {name: tensor for name, tensor in drawn.items() if tensor is not None}
     exact = {name: exact_copy(tensor) for name, tensor in arguments.items()}
-    ours = outputs_and_gradients(getattr(ops, case.op), case, arguments, {**case.options, "backend": backend})
+    ours = outputs_and_gradients(_on_backend(case.op, backend), case, arguments, case.options)
     changed = [name for name, before in exact.items() if not torch.equal(exact_copy(arguments[name]), before)]
     yardstick = yardstick_for(case.op, backend, device, "dropout_p" in case.options)
     theirs = outputs_and_gradients(yardstick, case, arguments, case.options)

@@ -17,7 +17,7 @@ import torch
 
 from .. import machine
 from ..config import ConfigError
-from ..ops.backend import BACKENDS, OPS, BackendError, implements
+from ..ops.backend import BACKENDS, BackendError, implements
 from .cases import parity_cases
 from .measure import DTYPES, ParityRow, SkippedCase, dtype_name, measure_case
 
@@ -96,10 +96,13 @@ def run_parity(
     device: str = "cpu",
     *,
     backends: Sequence[str] = BACKENDS,
-    names: Sequence[str] = OPS,
+    names: Sequence[str] = (),
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> ParityReport:
-    """Measure the ops called `names` on `backends` in `dtypes`; what a backend does not serve is listed as skipped."""
+    """Measure the ops called `names` on `backends` in `dtypes`; what a backend does not serve is listed as skipped.
+
+    Without `names`, all ops that have cases.
+    """
     report, start = ParityReport(device), time.perf_counter()
     for backend, dtype, case in itertools.product(backends, dtypes, parity_cases(*names)):
         if not implements(backend, case.op):
