@@ -122,7 +122,7 @@ def sample(settings: SampleSettings) -> None:
     except ValueError as error:  # a character that the tokenizer does not know
         raise ValueError(f"--prompt: {error}") from None
     options: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    options["generator"] = generator
+    options |= {"generator": generator, "stride": settings.stride}
     decoder = StreamDecoder(tokenizer)
     with _on_backend(settings.backend):
         try:

@@ -2,8 +2,9 @@
 
 While the sequence fits `block_size`, a step computes one new token against the cache. Beyond that the context is the
 last `block_size` tokens, as in the lecture: each step moves every token one position down, which changes its learned
-position embedding and all that was computed from it, so each step computes the whole window again. A recurrent model's
-cache is its state, which has the same size for a text of any length.
+position embedding and all that was computed from it, so each step computes the whole window again. With a `stride` the
+window moves by that many tokens at once instead, and the cache serves the steps between. A recurrent model's cache is
+its state, which has the same size for a text of any length.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Model(Protocol):
         """An empty cache for `batch_size` sequences, whose `length` counts the tokens in it; None where there is none.
 
         With the methods of `generate_graph.GraphedCache`, a CUDA graph can use it. Asked once, before the first token,
-        and only while the sequence is shorter than `context_size`.
+        and only while the sequence is shorter than `context_size`, or with a stride, which sets `length` to 0 where the
+        cache shall be filled anew.
         """
 
     def next_logits(self, idx: Tensor, cache: Any = None) -> Tensor:
@@ -131,6 +133,18 @@ def _checked(
     return n, {"temperature": degree, "top_k": k, "top_p": p}
 
 
+def _checked_stride(model: Model, stride: Any) -> int | None:
+    if stride is None:
+        return None
+    limit = model.context_size
+    if limit is None:
+        raise ValueError("stride: this model reads a text of any length and never drops a token; leave it out")
+    n = as_int_argument("stride", stride, 1)
+    if n > limit:
+        raise ValueError(f"stride: expected at most {limit}, the tokens of the model's context, got {n}")
+    return n
+
+
 def stream(
     model: Model,
     idx: Tensor,
@@ -141,6 +155,7 @@ def stream(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     cuda_graph: bool = False,
+    stride: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield each next token (B, 1) that continues idx (B, T), int64 or int32, in the dtype of idx.
 
@@ -148,8 +163,15 @@ def stream(
     likeliest tokens. top_p: sample among the fewest whose probabilities sum to p (Holtzman et al. 2020). Of equally
     likely tokens all three take those with the lowest ids. generator: a random generator on the device of idx, which
     makes the sample repeatable. use_cache=False computes the whole context at each step, to compare with. cuda_graph:
-    while the sequence fits `block_size`, launch the kernels of a token at once (see generate_graph.py); the model's
-    tensors must then stay where they are until the last token. It has not run on a GPU yet.
+    while the cache serves a token, launch its kernels at once (see generate_graph.py); the model's tensors must then
+    stay where they are until the last token. It has not run on a GPU yet.
+
+    stride: how many of the oldest tokens leave a full context at once, 1 to `block_size`. The keys and values of those
+    that stay are computed anew, once, and the cache serves the next tokens until it is full again. By default one token
+    leaves at each step, and nothing is cached. A stride changes the text after `block_size` tokens: a new token sees
+    the last `block_size - stride + 1` to `block_size` tokens, by default always `block_size`. Positions count from the
+    first token that it sees, in both cases, so a stride of 1 gives the text of the default.
+
     The model is in evaluation mode while a token is computed, and in its own mode again when it is yielded.
 
     Raises ValueError naming the argument at the call, and, while sampling, for logits of which one is nan or inf or
@@ -157,28 +179,31 @@ def stream(
     """
     n, settings = _checked(model, idx, max_new_tokens, temperature, top_k, top_p)
     draw = partial(_draw, generator=generator, **settings)
+    stride = _checked_stride(model, stride)
     if not cuda_graph:
-        return _stream(model, idx, n, draw, use_cache)
+        return _stream(model, idx, n, draw, use_cache, stride)
     from .cuda_graph import recorder
     from .generate_graph import GraphedTokens
 
-    return _stream(model, idx, n, draw, use_cache, GraphedTokens(model, draw, generator, recorder(idx.device)))
+    return _stream(model, idx, n, draw, use_cache, stride, GraphedTokens(model, draw, generator, recorder(idx.device)))
 
 
 def stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, **options: Any) -> Iterator[Tensor]:
     """`stream` for a model of names. idx (1, T) begins with the token `boundary`, which starts and ends every name.
 
     After each end the context is that token alone, so that no name is context of the next, as in training.
-    options: temperature, top_k, top_p and generator of `stream`.
+    options: temperature, top_k, top_p, generator and stride of `stream`.
     """
-    generator = options.pop("generator", None)
+    generator, stride = options.pop("generator", None), _checked_stride(model, options.pop("stride", None))
     n, settings = _checked(model, idx, max_new_tokens, **options)
-    return _stream_names(model, idx, n, boundary, partial(_draw, generator=generator, **settings))
+    return _stream_names(model, idx, n, boundary, partial(_draw, generator=generator, **settings), stride)
 
 
-def _stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, draw: Draw) -> Iterator[Tensor]:
+def _stream_names(
+    model: Model, idx: Tensor, max_new_tokens: int, boundary: int, draw: Draw, stride: int | None
+) -> Iterator[Tensor]:
     while max_new_tokens > 0:
-        for token in _stream(model, idx, max_new_tokens, draw, use_cache=True):
+        for token in _stream(model, idx, max_new_tokens, draw, True, stride):
             max_new_tokens -= 1
             yield token
             if int(token) == boundary:
@@ -187,13 +212,21 @@ def _stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int,
 
 
 def _stream(
-    model: Model, idx: Tensor, max_new_tokens: int, draw: Draw, use_cache: bool, by_graph: CachedStep | None = None
+    model: Model,
+    idx: Tensor,
+    max_new_tokens: int,
+    draw: Draw,
+    use_cache: bool,
+    stride: int | None,
+    by_graph: CachedStep | None = None,
 ) -> Iterator[Tensor]:
     was_training = model.training
     limit = model.context_size
+    cached_up_to = math.inf if limit is None or stride is not None else limit
     step = by_graph or (lambda new, cache: draw(model.next_logits(new, cache)))
     new = idx if limit is None else idx[:, -limit:]  # the tokens that are not in the cache
     context = [new]  # in pieces, which are joined where all of it is computed at once
+    n_context = new.shape[1]
     cache = None
     late = 0 if idx.is_cpu else 1  # on a GPU a token is checked once the next one's kernels have been launched
     unread: list[tuple[Tensor, str]] = []
@@ -202,10 +235,15 @@ def _stream(
             if model.training:  # asked at each token: the caller may train the model between two of them
                 model.eval()
             with torch.no_grad():
-                if use_cache and cache is None and (limit is None or position < limit):
+                if limit is not None and stride is not None and n_context > limit:
+                    new = _joined(context, limit + 1 - stride)
+                    context, n_context = [new], new.shape[1]
+                    if cache is not None:
+                        cache.length = 0
+                if use_cache and cache is None and position < cached_up_to:
                     cache = model.new_cache(idx.shape[0])
                     new = new if cache is None else _joined(context, limit)
-                if cache is not None and (limit is None or cache.length < limit):
+                if cache is not None and cache.length < cached_up_to:
                     token, largest = step(new, cache)
                 else:
                     context = [_joined(context, limit)]
@@ -217,6 +255,7 @@ def _stream(
             if cache is not None and limit is None:
                 context = []  # it is never computed again
             context.append(new)
+            n_context += 1
             if was_training:
                 model.train()
             yield new

@@ -138,10 +138,12 @@ class LanguageModel(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         cuda_graph: bool = False,
+        stride: int | None = None,
     ) -> Tensor:
         """Continue idx (B, T) by `max_new_tokens` tokens: (B, T + max_new_tokens), in the dtype of idx.
 
         See `fastgpt.generate.stream` for what the settings do.
         """
         draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        return torch.cat([idx, *stream(self, idx, max_new_tokens, **draw, cuda_graph=cuda_graph)], dim=1)
+        tokens = stream(self, idx, max_new_tokens, **draw, cuda_graph=cuda_graph, stride=stride)
+        return torch.cat([idx, *tokens], dim=1)

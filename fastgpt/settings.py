@@ -87,6 +87,8 @@ class SampleSettings:
     temperature: float = 0.8  # divides the logits; 0 takes the likeliest token.
     top_k: int | None = None  # sample among the k likeliest tokens.
     top_p: float | None = None  # sample among the fewest tokens whose probability reaches p.
+    # once the context is full, drop this many of its tokens at once instead of one at each step: faster, another text.
+    stride: int | None = None
     seed: int | None = None  # repeats a sample.
     device: str = "auto"  # auto, cpu, cuda, ...
     backend: str = "auto"  # auto, torch, triton or native.
