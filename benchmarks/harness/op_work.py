@@ -29,12 +29,20 @@ DIRECTIONS = ("forward", "forward+backward")
 class OpShape:
     """One case of an op. A subclass is a frozen dataclass of sizes; its `str` names the case in the rows."""
 
-    op: ClassVar[str]  # a name in fastgpt.ops
+    op: ClassVar[str]  # a name in fastgpt.ops; of an internal op, the name that its cases have in fastgpt.parity
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the op."""
         return {}
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(ops, self.op)
+
+    def explain(self, *arguments: Tensor) -> Explanation:
+        """Which backend takes the call, and why no faster one does."""
+        return ops.explain(self.op, *arguments, **self.options)
 
     def arguments(self, draw: parity.Draw) -> dict[str, Tensor]:
         """Random arguments, in the op's own order."""
@@ -105,8 +113,8 @@ def op_work(setting: Setting, shape: OpShape, direction: str) -> Work:
     copies = 3 if setting.device.type == "cuda" else 1  # taken in turn, so that none is found in the GPU's L2 cache
     inputs = [list(shape.arguments(DeviceDraw(setting, seed)).values()) for seed in range(copies)]
     # With the gradients that are asked for, because a kernel may serve a call without them and not the one with them.
-    taken = ops.explain(shape.op, *(map(_leaf, inputs[0]) if backward else inputs[0]), **options)
-    ours = {OURS: lambda: Peer(functools.partial(getattr(ops, shape.op), **options))}
+    taken = shape.explain(*(map(_leaf, inputs[0]) if backward else inputs[0]))
+    ours = {OURS: lambda: Peer(functools.partial(shape.function, **options))}
     present, absent = make_present(ours | shape.peers(setting.device))
     contenders = {}
     for name, peer in present.items():
@@ -130,7 +138,7 @@ def op_work(setting: Setting, shape: OpShape, direction: str) -> Work:
 
 def _fallback(device_type: str, taken: Explanation) -> str | None:
     """What a reader of the times has to know where FastGPT has kernels for the device and PyTorch was measured."""
-    ours = PREFERENCE[taken.op][device_type][0]
+    ours = PREFERENCE.get(taken.op, {}).get(device_type, (*taken.reasons, taken.backend))[0]
     if taken.backend == ours:
         return None
     reason = taken.reasons.get(ours, f"backend {taken.backend} was asked for")

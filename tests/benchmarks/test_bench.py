@@ -9,12 +9,13 @@ from collections import Counter
 import pytest
 import torch
 
-from fastgpt.benchmarks import bench_import, bench_time_to_loss, bench_train_step, bench_training_loop
+from fastgpt.benchmarks import bench_import, bench_linear, bench_time_to_loss, bench_train_step, bench_training_loop
 from fastgpt.benchmarks.bench_attention import AttentionShape
 from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
 from fastgpt.benchmarks.bench_embedding import EmbeddingShape
 from fastgpt.benchmarks.bench_generate import GenerationShape, generate_work
 from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShape
+from fastgpt.benchmarks.bench_linear import LinearShape
 from fastgpt.benchmarks.bench_linear_cross_entropy import LinearCrossEntropyShape
 from fastgpt.benchmarks.bench_train_step import TrainStepShape, train_step_work
 from fastgpt.benchmarks.harness import step_profile, suite
@@ -71,6 +72,7 @@ def test_op_benchmarks(run, setting, direction):
         AddLayerNormShape(8, 16, 0.1),
         CrossEntropyShape(8, 33),
         LinearCrossEntropyShape(8, 16, 33),
+        LinearShape(8, 16, 33, bias=True),
     ):
         run.measure_contenders(op_work(setting, shape, direction))
     assert peer_names(run) == {"sdpa flash", "sdpa math", "torch"}
@@ -78,6 +80,14 @@ def test_op_benchmarks(run, setting, direction):
     assert "flex attention, B1 H2 T16 D8 causal, " + direction in run.absent["attention"]
     assert {row.direction for row in run.rows} == {direction}
     assert [row.parity_error_ratio is None for row in run.rows if ", dropout" in row.shape].count(False) == 2
+
+
+@pytest.mark.parametrize("reason", [None, "not measured to be faster"])
+def test_the_benchmark_of_an_internal_op_tells_what_was_measured(setting, monkeypatch, reason):
+    monkeypatch.setattr(bench_linear, "linear_choice", lambda kernel: (reason is None, reason or "it is faster"))
+    work = op_work(setting, LinearShape(8, 16, 33), "forward")
+    remark = reason and f"linear was measured on torch, not on native: {reason}"
+    assert (work.backend, work.remark) == ("torch" if reason else "native", remark)
 
 
 def test_decoding_benchmark(run, setting):
