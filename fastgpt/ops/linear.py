@@ -25,7 +25,8 @@ from .library import define_op, in_dispatch_mode, in_forward_mode, inside_transf
 # Up to this many rows the kernel for few rows was faster at every shape measured. For bfloat16 the library uses
 # instructions for matrix products that the kernel does not use.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 8}
-# With fewer multiply-adds, the calls around the product take longer than the product gains.
+# The smallest product at which the kernels were measured to be faster, forward, and forward with backward; at half of
+# it they are slower, because their call takes about 5 us longer than the library's. docs/kernels-native.md has the times.
 FEWEST_MULTIPLY_ADDS = 2**20
 
 
