@@ -26,7 +26,7 @@ from .library import define_op, in_dispatch_mode, in_forward_mode, inside_transf
 # instructions for matrix products that the kernel does not use.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 8}
 # The smallest product at which the kernels were measured to be faster, forward, and forward with backward; at half of
-# it they are slower, because their call takes about 5 us longer than the library's. docs/kernels-native.md has the times.
+# it they are slower, because their call takes about 5 us longer than the library's (docs/kernels-native.md).
 FEWEST_MULTIPLY_ADDS = 2**20
 
 
