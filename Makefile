@@ -1,4 +1,4 @@
-# make demo installs, trains on Shakespeare for about two minutes, and samples. make test runs what CI runs.
+# make demo installs, trains on Shakespeare for a minute or two, and samples. make test runs what CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

