@@ -1,7 +1,10 @@
-"""Sampling a text, one sequence at a time. The time cannot be less than that of reading the weights once per token.
+"""Sampling texts. The time cannot be less than that of reading the weights once per token.
 
 FastGPT and transformers keep the keys and values of earlier tokens; nanoGPT computes them again at every step. A shape
 that is graphed launches all kernels of a token at once, by a CUDA graph, and is compared with FastGPT without one.
+
+A prompt that fills the context measures texts longer than it: each token computes the whole window. With a stride the
+window moves by many tokens at once, which is compared with FastGPT's exact window.
 """
 
 import contextlib
@@ -22,19 +25,44 @@ from fastgpt.benchmarks.harness.suite import OURS, Setting, Work
 
 PROMPT = 16
 EAGER = "fastgpt eager"
+EXACT = "fastgpt exact window"
 
 
 @dataclass(frozen=True)
 class GenerationShape(ModelShape):
     new: int = 64
     graphed: bool = False
+    prompt: int = PROMPT
+    stride: int | None = None
 
     def tiny(self) -> Self:
-        return replace(super().tiny(), new=3)
+        tiny = replace(super().tiny(), B=min(self.B, 2), new=3)
+        return replace(tiny, prompt=min(self.prompt, tiny.T), stride=self.stride and tiny.T // 2)
 
     def __str__(self) -> str:
+        sequences = f"B{self.B} " if self.B > 1 else ""
         how = ", CUDA graph" if self.graphed else ""
-        return f"L{self.L} H{self.H} C{self.C} V{self.V}, prompt {PROMPT}, {self.new} new tokens{how}"
+        how += ", exact window" if self.whole_windows else ""
+        how += f", stride {self.stride}" if self.stride else ""
+        model = f"{sequences}L{self.L} H{self.H} C{self.C} V{self.V}"
+        return f"{model}, prompt {self.prompt}, {self.new} new tokens{how}"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the text is no longer than the context."""
+        return self.prompt + self.new <= self.T
+
+    @property
+    def whole_windows(self) -> bool:
+        return not self.fits and self.stride is None
+
+    @property
+    def flops(self) -> float:
+        """At least. Of a whole window, the last block's keys and values, and all of the blocks before it."""
+        weights, tokens = self.head_and_blocks, self.B * self.new
+        if self.whole_windows:
+            tokens, weights = tokens * self.T, (12 * (self.L - 1) + 2) * self.C**2
+        return 2.0 * tokens * weights
 
 
 _CHARACTERS = GenerationShape(B=1, T=256, L=6, H=6, C=384, V=65)
@@ -42,7 +70,13 @@ _GPT2 = GenerationShape(B=1, T=1024, L=12, H=12, C=768, V=50257)
 
 
 @pytest.mark.shapes(
-    cpu=[replace(_CHARACTERS, new=64), replace(_GPT2, new=16)],
+    cpu=[
+        replace(_CHARACTERS, new=64),
+        replace(_GPT2, new=16),
+        replace(_CHARACTERS, B=8, new=64),
+        replace(_CHARACTERS, prompt=256, new=8),
+        replace(_CHARACTERS, prompt=256, new=64, stride=128),
+    ],
     cuda=[replace(shape, new=128, graphed=graphed) for graphed in (False, True) for shape in (_GPT2, _CHARACTERS)],
 )
 def bench_generate(run_work, setting, shape):
@@ -50,16 +84,20 @@ def bench_generate(run_work, setting, shape):
 
 
 @torch.no_grad()
-def cached_error_ratio(model: fastgpt.GPT) -> float:
-    """Logits of a prompt and then of one token after the other, from the cache, against the whole text at once."""
+def logits_error_ratio(model: fastgpt.GPT, shape: GenerationShape) -> float:
+    """Logits of a prompt and then of one token after the other, from the cache, against the whole text at once.
+
+    Where each token computes its whole window: the logits of one window.
+    """
     weight = model.token_embedding.weight
     draw = torch.Generator().manual_seed(2)
-    tokens = torch.randint(model.cfg.vocab_size, (1, 2 * PROMPT), generator=draw).to(weight.device)
+    first, n = (shape.T, shape.T) if shape.whole_windows else (PROMPT, 2 * PROMPT)
+    tokens = torch.randint(model.cfg.vocab_size, (shape.B, n), generator=draw).to(weight.device)
     with fastgpt.use_backend("torch"):
-        exact = copy.deepcopy(model).double()(tokens)[0][:, PROMPT - 1 :]
-        torchs = model(tokens)[0][:, PROMPT - 1 :]
-    cache = model.new_cache(1)
-    pieces = tokens[:, :PROMPT], *tokens[:, PROMPT:].split(1, dim=1)
+        exact = copy.deepcopy(model).double()(tokens)[0][:, first - 1 :]
+        torchs = model(tokens)[0][:, first - 1 :]
+    cache = None if shape.whole_windows else model.new_cache(shape.B)
+    pieces = tokens[:, :first], *(tokens[:, i : i + 1] for i in range(first, n))
     ours = torch.stack([model.next_logits(piece, cache) for piece in pieces], dim=1)
     errors = (float((logits - exact).abs().max()) for logits in (ours, torchs))
     return error_ratio(*errors, parity.tolerance(weight.dtype, exact))
@@ -71,8 +109,16 @@ def generate_work(setting: Setting, shape: GenerationShape) -> Work:
     models = {name: model.eval().to(setting.dtype) for name, (model, _) in present.items() if name != "lecture"}
     if shape.graphed:
         models = {OURS: models[OURS], EAGER: models[OURS]}
-    n_weights, weights = shape.head_and_blocks, shape.head_and_blocks * setting.dtype.itemsize
-    prompt = torch.randint(shape.V, (1, PROMPT), generator=torch.Generator().manual_seed(1)).to(setting.device)
+    for name in [name for name in models if not shape.fits and name.startswith("transformers")]:
+        absent[f"{name}, {shape}"] = "it has no positions after n_positions"
+        del models[name]
+    if shape.stride is not None:
+        if models.pop("nanoGPT", None) is not None:
+            absent[f"nanoGPT, {shape}"] = "it has no stride; its exact window is measured without one"
+        models[EXACT] = models[OURS]
+    weights = shape.head_and_blocks * setting.dtype.itemsize
+    size = (shape.B, shape.prompt)
+    prompt = torch.randint(shape.V, size, generator=torch.Generator().manual_seed(1)).to(setting.device)
     # For transformers: sample from all tokens, and write exactly as many as the others.
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "use_cache": True, "pad_token_id": 0}
     sampling |= {"attention_mask": torch.ones_like(prompt), "min_new_tokens": shape.new, "max_new_tokens": shape.new}
@@ -81,20 +127,23 @@ def generate_work(setting: Setting, shape: GenerationShape) -> Work:
         arguments, options = ((), sampling) if name.startswith("transformers") else ((shape.new,), {})
         if shape.graphed and name == OURS and not setting.rehearsal:
             options = {"cuda_graph": True}
+        if name == OURS and shape.stride is not None:
+            options = {**options, "stride": shape.stride}
 
         def sample():
             with torch.no_grad(), contextlib.redirect_stderr(None), warnings.catch_warnings():
                 # What goes on without a graph is not measured as one.
                 warnings.filterwarnings("error", message="fastgpt: generation goes on without a CUDA graph")
                 out = model.generate(prompt, *arguments, **options)
-            assert out.shape == (1, PROMPT + shape.new), f"{tuple(out.shape)} tokens instead of {PROMPT + shape.new}"
+            n = shape.prompt + shape.new
+            assert out.shape == (shape.B, n), f"{tuple(out.shape)} tokens instead of {n} in each of {shape.B} rows"
 
         return sample
 
     return Work(
         op="generate", shape=str(shape), direction="generate", dtype=setting.dtype_name, absent=absent,
         contenders={name: sampler(name, model) for name, model in models.items()},
-        error_ratio=lambda name: cached_error_ratio(models[OURS]) if name == OURS else None,
-        demand=Demand(Traffic(read=shape.new * weights, written=0, footprint=weights), flops=2 * shape.new * n_weights),
-        tokens=shape.new, warmups=0 if setting.device.type == "cpu" else 1,
+        error_ratio=lambda name: logits_error_ratio(models[OURS], shape) if name == OURS else None,
+        demand=Demand(Traffic(read=shape.new * weights, written=0, footprint=weights), flops=shape.flops),
+        tokens=shape.B * shape.new, warmups=0 if setting.device.type == "cpu" else 1,
     )  # fmt: skip

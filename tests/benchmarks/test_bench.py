@@ -39,7 +39,7 @@ NANOGPT = MODEL.replace("GPTLanguageModel", "GPT").replace("__init__(self):", "_
     "vocab_size", "c.vocab_size"
 ) + """
     def generate(self, x, n):
-        return torch.cat([x, x.new_zeros(1, n)], dim=1)
+        return torch.cat([x, x.new_zeros(len(x), n)], dim=1)
 class GPTConfig:
     def __init__(self, **settings):
         self.__dict__.update(settings)
@@ -161,6 +161,19 @@ def test_graphed_generation_is_compared_with_eager_generation(run, checkouts):
     run.measure_contenders(generate_work(rehearsal, shape))
     assert [row.implementation for row in run.rows] == ["fastgpt", "fastgpt eager"]
     assert run.rows[0].shape.endswith(", CUDA graph")
+
+
+def test_generation_benchmark_past_the_context(run, checkouts):
+    shape = GenerationShape(B=2, T=40, L=1, H=2, C=16, V=33, new=5, prompt=40)
+    run.measure_contenders(generate_work(checkouts, shape))
+    assert [row.implementation for row in run.rows] == ["fastgpt", "nanoGPT"]
+    assert run.rows[0].shape == "B2 L1 H2 C16 V33, prompt 40, 5 new tokens, exact window"
+    assert run.rows[0].flops == 2 * (2 * 5 * 40) * 2 * 16**2, "the keys and values of whole windows"
+    assert run.absent["generate"][f"transformers sdpa, {shape}"] == "it has no positions after n_positions"
+    run.rows.clear(), run.demands.clear()
+    run.measure_contenders(generate_work(checkouts, dataclasses.replace(shape, stride=20)))
+    assert [row.implementation for row in run.rows] == ["fastgpt", "fastgpt exact window"]
+    assert run.rows[0].shape.endswith(", stride 20") and run.rows[0].parity_error_ratio <= 2.0
 
 
 def test_time_to_loss_benchmark(run, checkouts, tmp_path, monkeypatch):
