@@ -7,7 +7,7 @@ it is asked at each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def decode(model: Any, idx: Tensor, cache: Any, forwards: Forwards) -> Tensor | 
     """The logits (B, V) after the new tokens idx (B, 1), which join `cache`; None where the modules compute them."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or idx.shape[1] != 1 or cache.tensor is None:
         return None
-    if cache.decoder is None:
+    if cache.decoder is None or cache.decoder.model is not model:
         cache.decoder = Decoder(model, cache.tensor, forwards)
     return cache.decoder(idx, cache)
 
@@ -34,6 +34,7 @@ class Decoder:
     """A GPT's tensors, as `ops.decode` takes them, and whether its modules are still those that were found at first."""
 
     def __init__(self, model: Any, cache: Tensor, forwards: Forwards) -> None:
+        self.model = model
         self.reason = _reason_against(model, cache, forwards)
         if self.reason is not None:
             return
@@ -44,6 +45,8 @@ class Decoder:
         for layer in _layers(model)[2:]:
             self._weights += [layer.weight, none if layer.bias is None else layer.bias]
         self._activation, self._eps = model.blocks[0].mlp.activation, model.ln_f.eps
+        self._settings = list(_settings(model))
+        self._kept = [attributes[name] for attributes, name in self._settings]
 
     def __call__(self, idx: Tensor, cache: Any) -> Tensor | None:
         if (
@@ -52,14 +55,20 @@ class Decoder:
             or cache.length >= cache.tensor.shape[4]
             or idx.shape[0] != cache.tensor.shape[2]
             or type(idx) is not Tensor
+            or idx.dtype not in (torch.int64, torch.int32)
             or autocast_dtype(cache.tensor) is not None
             or inside_transform() is not None
             or in_forward_mode()
             or reason_against_decode() is not None
             or not self._unchanged()
+            or [attributes[name] for attributes, name in self._settings] != self._kept
         ):
             return None
-        logits = decode_(idx.long(), self._weights, cache.tensor, cache.length, self._activation, self._eps)
+        try:
+            logits = decode_(idx.long(), self._weights, cache.tensor, cache.length, self._activation, self._eps)
+        except RuntimeError as refused:  # before anything was computed: the .data of a parameter no longer fits the op
+            self.reason = str(refused)
+            return None  # the modules may take it, or say what is wrong in it
         cache.advance(1)
         return logits
 
@@ -68,6 +77,17 @@ def _layers(model: Any) -> list[Any]:
     """The modules that have parameters, in the order in which a token passes through them."""
     blocks = [(b.ln_1, b.attn.qkv, b.attn.proj, b.ln_2, b.mlp.up, b.mlp.down) for b in model.blocks]
     return [model.token_embedding, model.position_embedding, *sum(blocks, ()), model.ln_f, model.lm_head]
+
+
+def _settings(model: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """The attributes, other than modules and tensors, that decide what is computed: where each is, and its name."""
+    for block in model.blocks:
+        yield from ((block.__dict__, name) for name in ("norm", "residual", "feed_forward"))
+        yield block.mlp.__dict__, "activation"
+        yield from ((block.attn.__dict__, name) for name in ("n_head", "layer", "is_causal"))
+    for layer in _layers(model):
+        if isinstance(layer, (nn.LayerNorm, nn.Embedding)):
+            yield layer.__dict__, "eps" if isinstance(layer, nn.LayerNorm) else "max_norm"
 
 
 def _reason_against(model: Any, cache: Tensor, forwards: Forwards) -> str | None:

@@ -43,6 +43,10 @@ class KVCache:
         self.decoder: Decoder | None = None  # made at the first token that is computed by one op
         self.position: Tensor | None = None  # in a CUDA graph: the length, on the device
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle keep: not the decoder, which has the model's weights."""
+        return {**self.__dict__, "decoder": None}
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H, T, D) of the newest tokens; return those of all `length + T` tokens."""
         if k.requires_grad or v.requires_grad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -93,8 +94,21 @@ def replace_class(model: GPT) -> None:
     model.blocks[0].attn.qkv.__class__ = LoRASubclass
 
 
+def change_eps(model: GPT) -> None:
+    model.blocks[1].ln_2.eps = 0.5
+
+
+def change_activation(model: GPT) -> None:
+    model.blocks[0].mlp.activation = "relu"
+
+
+def bound_the_embedding(model: GPT) -> None:
+    model.token_embedding.max_norm = 0.01
+
+
 BETWEEN = [
-    add_hook, add_pre_hook_to_block, replace_module, replace_parameter, replace_block, replace_forward, replace_class
+    add_hook, add_pre_hook_to_block, replace_module, replace_parameter, replace_block, replace_forward, replace_class,
+    change_eps, change_activation, bound_the_embedding,
 ]  # fmt: skip
 
 
@@ -175,3 +189,44 @@ def test_which_calls_do_not_take_it(taken: list[int]) -> None:
         one(built().float().eval(), idx=IDX[:2, 1:2])
     one(built().float().eval())
     assert taken == [1]
+
+
+@torch.no_grad()
+def test_data_that_the_op_does_not_take_between_two_tokens_goes_to_the_modules(taken: list[int]) -> None:
+    found = []
+    for backend in ("auto", "torch"):
+        model = built().float().eval()
+        cache = model.new_cache(3)
+        with fastgpt.use_backend(backend):
+            for t in range(4):
+                if t == 2:
+                    weight = model.blocks[0].mlp.up.weight
+                    weight.data = (2.0 * weight).t().contiguous().t()
+                logits = model.next_logits(IDX[:, t : t + 1], cache)
+        found.append(logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert taken == [1, 2]  # of which the second was refused, and not tried again
+    model = built().float().eval()
+    cache = model.new_cache(3)
+    model.next_logits(IDX[:, :1], cache)
+    model.next_logits(IDX[:, 1:2], cache)
+    model.half()
+    with pytest.raises(TypeError, match=r"^k: has dtype torch.float32, but q has torch.float16"):
+        model.next_logits(IDX[:, 2:3], cache)
+    with pytest.raises(TypeError, match=r"^tokens: expected int64"):
+        built().float().eval().next_logits(torch.ones(3, 1), cache)
+
+
+@torch.no_grad()
+def test_a_cache_that_another_model_uses_does_not_bring_the_first_ones_weights() -> None:
+    first, second = built().float().eval(), built().float().eval()
+    for p in second.parameters():
+        p.mul_(1.5)
+    cache = first.new_cache(3)
+    first.next_logits(IDX[:, :1], cache)
+    first.next_logits(IDX[:, 1:2], cache)
+    twin = copy.deepcopy(cache)
+    assert twin.decoder is None and cache.decoder is not None
+    found = second.next_logits(IDX[:, 2:3], cache)
+    with fastgpt.use_backend("torch"):
+        torch.testing.assert_close(found, second.next_logits(IDX[:, 2:3], twin), rtol=1e-4, atol=1e-5)

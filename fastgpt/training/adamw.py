@@ -72,7 +72,8 @@ class AdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             zeros = torch.zeros_like(parameter)
-            state.update(step=torch.zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
+            step = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+            state.update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
         return state
 
     def _takes_one_pass(self) -> bool:

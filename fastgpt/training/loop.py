@@ -75,7 +75,7 @@ class Trainer:
         for name, parameter in self._trained().items():
             moments = self.optimizer.state.get(parameter)
             for moment in self._moments_of(parameter):
-                zeros = torch.zeros(()) if moment == "step" else torch.zeros_like(parameter)
+                zeros = torch.zeros((), dtype=torch.float32) if moment == "step" else torch.zeros_like(parameter)
                 tensors[f"{moment}.{name}"] = moments[moment] if moments else zeros
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type != "cpu":
@@ -130,9 +130,9 @@ class Trainer:
         expected: dict[str, dict[str, Tensor]] = {moment: {} for moment in kinds}
         for name, parameter in trained.items():
             for moment in self._moments_of(parameter):
-                expected[moment][name] = torch.zeros(()) if moment == "step" else parameter
+                expected[moment][name] = torch.zeros((), dtype=torch.float32) if moment == "step" else parameter
         if not moments["step"]:  # an older checkpoint, whose parameters all took every step
-            moments["step"] = dict.fromkeys(expected["step"], torch.tensor(float(saved.state["step"])))
+            moments["step"] = dict.fromkeys(expected["step"], torch.tensor(saved.state["step"], dtype=torch.float32))
         for moment in kinds:
             check_same(saved.path, moment, moments[moment], expected[moment])
         return moments

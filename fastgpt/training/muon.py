@@ -54,6 +54,10 @@ class Muon(torch.optim.Optimizer):
         self.adamw = adamw
         self.thirds = set(thirds)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle keep: torch.optim.Optimizer's own keeps nothing that a subclass adds."""
+        return {**super().__getstate__(), "adamw": self.adamw, "thirds": self.thirds}
+
     @property
     def matrices(self) -> list[nn.Parameter]:
         return self.param_groups[0]["params"]

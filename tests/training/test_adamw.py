@@ -167,3 +167,17 @@ def test_a_closure_is_called(calls):
 
     losses = [float(optimizer.step(closure).detach()) for _ in range(3)]
     assert losses[0] > losses[1] > losses[2] and not calls
+
+
+def test_the_state_does_not_follow_torchs_defaults(calls):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = AdamW([weight], lr=0.1, fused=True)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    state = optimizer.state[weight]
+    assert calls == [1.0] and {t.dtype for t in state.values()} == {torch.float32} and float(state["step"]) == 1.0

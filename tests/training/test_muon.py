@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -225,3 +226,22 @@ def test_a_model_without_such_matrices_says_so(text_file, tmp_path, capsys):
 def test_bad_settings_are_refused_by_name(change, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**change)
+
+
+def test_a_copy_steps_as_the_original_does():
+    torch.manual_seed(0)
+    model = build_model(GPTConfig(vocab_size=9, **MODEL), 0)
+    pairs = [(model, make_optimizer(model, MUON))]
+    idx = torch.randint(9, (2, 8))
+
+    def step(model, optimizer):
+        training_step(model, model.loss, optimizer, [(idx, idx)], Precision(torch.device("cpu")), 1.0)
+
+    step(*pairs[0])
+    pairs += [copy.deepcopy(pairs[0]), pickle.loads(pickle.dumps(pairs[0]))]
+    for pair in pairs:
+        torch.manual_seed(1)  # of dropout
+        step(*pair)
+    expected = pairs[0][0].state_dict()
+    for other, _ in pairs[1:]:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in other.state_dict().items())
