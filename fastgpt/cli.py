@@ -63,6 +63,8 @@ def train(settings: TrainSettings) -> None:
     Precision(device, train_config.dtype)  # refused before anything is written
     if train_config.cuda_graph:
         recorder(device)
+    if advice := settings.rate_of_another_optimizer():
+        print(advice)
     saved = runs.load_latest(out) if settings.resume else None
     tokenizer: Any = settings.tokenizer
     if saved is not None:

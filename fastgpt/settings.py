@@ -66,6 +66,16 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
     def model_config(self, vocab_size: int) -> GPTConfig:
         return from_dict(GPTConfig, {**self._part(GPTConfig), "vocab_size": vocab_size})
 
+    def rate_of_another_optimizer(self) -> str | None:
+        """In words, where `lr` is the preset's, which was chosen for another optimizer than this one."""
+        usual = TrainConfig(**preset(self.preset)[1]) if self.preset else None
+        if usual is None or usual.optimizer == self.optimizer or usual.lr != self.lr:
+            return None
+        return (
+            f"lr: {self.lr:g} is the preset's, chosen for {usual.optimizer}; --optimizer {self.optimizer} learns "
+            f"better with an --lr of its own ({TrainConfig.lr:g} where there is no preset)"
+        )
+
     def recorded(self) -> dict[str, Any]:
         """What config.toml keeps. Paths are absolute: the run may be resumed from another working directory."""
         values = dataclasses.asdict(self)

@@ -177,3 +177,14 @@ def test_the_presets_are_those_that_help_names(capsys):
 
 def test_the_backends_are_those_of_the_ops():
     assert config.BACKENDS == BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [(["--optimizer", "adamw"], True), (["--optimizer", "adamw", "--lr", "0.004"], False), ([], False)],
+)
+def test_a_rate_that_the_preset_chose_for_another_optimizer_is_said(options, is_said, text_file, tmp_path, capsys):
+    words = ["train", "--preset", "shakespeare-char-cpu", "--data", str(text_file), "--out", str(tmp_path / "out")]
+    assert main([*words, *SMALL, "--max-steps", "1", *options]) == 0
+    said = "lr: 0.016 is the preset's, chosen for muon; --optimizer adamw learns better with an --lr of its own"
+    assert (said in capsys.readouterr().out) == is_said
