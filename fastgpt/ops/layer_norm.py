@@ -12,11 +12,12 @@ from torch import Tensor
 
 from . import native
 from .arguments import as_dropout, as_number, autocast_dtype, check_float, check_like
-from .backend import dispatch, register
+from .backend import Slower, dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .library import define_op, inside_transform, refuse_forward_mode
 from .triton_backend import seed_tensor
 
+_LARGE = 2**23  # bytes: results as large as this are new memory at every call
 MAX_TRITON_WIDTH = 16384  # a row has to fit into the registers of one program
 
 
@@ -288,6 +289,14 @@ def _native_serves_add(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -
     return _native_serves(x)
 
 
+def _native_unproved_add(
+    x: Tensor, residual: Tensor, *affine: Any, dropout_p: float = 0.0, **kwargs: Any
+) -> str | None:
+    if dropout_p == 0.0 and not torch.compiler.is_compiling() and x.nbytes >= _LARGE and not torch.is_grad_enabled():
+        return Slower("of large tensors, without dropout and gradients, PyTorch's sum and norm are faster")
+    return native.slower_without_avx()
+
+
 register("layer_norm", "torch", layer_norm_on_torch)
 register("add_layer_norm", "torch", add_layer_norm_on_torch)
 register("layer_norm", "triton", functools.partial(_layer_norm_on, "triton"), _triton_serves)
@@ -298,5 +307,5 @@ register(
     "native",
     functools.partial(_add_layer_norm_on, "native"),
     _native_serves_add,
-    native.slower_without_avx,
+    _native_unproved_add,
 )

@@ -118,6 +118,11 @@ def test_nobody_is_warned_that_another_backend_is_faster(monkeypatch) -> None:
         warnings.simplefilter("error")
         ops.attention(q, q, q)
         assert "PyTorch's kernel is faster" in ops.explain("attention", q, q, q).reasons["native"]
+        x = torch.zeros(2**11, 2**10)
+        with torch.no_grad():
+            ops.add_layer_norm(x, x, x[0])
+            assert "large tensors" in ops.explain("add_layer_norm", x, x, x[0]).reasons["native"]
+        assert ops.explain("add_layer_norm", x, x, x[0]).backend == "native"
         monkeypatch.setattr(native, "instruction_set", lambda: "generic")
         for op, *arguments in (("activation", q), ("add_layer_norm", q, q, weight), ("attention", *[q[:, 0:1].mT] * 3)):
             getattr(ops, op)(*arguments)
