@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import ACTIVATIONS
 from . import native
 from .arguments import autocast_dtype, check_float, check_like
-from .backend import dispatch, register
+from .backend import Slower, dispatch, register
 from .library import define_op, inside_transform, refuse_forward_mode
 
 
@@ -103,5 +103,11 @@ def _native_serves(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return inside_transform()
 
 
+def _native_unproved(x: Tensor, bias: Tensor | None = None, kind: str = "gelu", **options: Any) -> str | None:
+    if kind == "gelu" and bias is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return Slower("without a gradient and a bias PyTorch's gelu is as fast or faster")
+    return native.slower_without_avx()
+
+
 register("activation", "torch", activation_on_torch)
-register("activation", "native", activation_on_native, _native_serves, native.slower_without_avx)
+register("activation", "native", activation_on_native, _native_serves, _native_unproved)

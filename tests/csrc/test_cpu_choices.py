@@ -122,6 +122,12 @@ def test_nobody_is_warned_that_another_backend_is_faster(monkeypatch) -> None:
         with torch.no_grad():
             ops.add_layer_norm(x, x, x[0])
             assert "large tensors" in ops.explain("add_layer_norm", x, x, x[0]).reasons["native"]
+            assert "PyTorch's gelu" in ops.explain("activation", x).reasons["native"]
+            assert (
+                ops.explain("activation", x, x[0]).backend
+                == ops.explain("activation", x, kind="relu2").backend
+                == "native"
+            )
         assert ops.explain("add_layer_norm", x, x, x[0]).backend == "native"
         monkeypatch.setattr(native, "instruction_set", lambda: "generic")
         for op, *arguments in (("activation", q), ("add_layer_norm", q, q, weight), ("attention", *[q[:, 0:1].mT] * 3)):
