@@ -265,7 +265,7 @@ PRESETS: dict[str, Preset] = {
             "min_lr": 0.0,
             "lr_decay": "linear",
             "warmup_steps": 0,
-        },  # the fastest to nanoGPT's loss in `fastgpt study recipe`
+        },  # among the fastest to the loss of nanoGPT's recipe in `fastgpt study recipe`
     ),
     "gpt2": _gpt2(12, 12, 768),
     "gpt2-medium": _gpt2(24, 16, 1024),
