@@ -30,22 +30,16 @@ OF_NANOGPT: list[Changes] = [
     {"lr": 2e-3, "min_lr": 2e-4, "max_steps": 1500},
     {"lr": 4e-3, "min_lr": 4e-4, "max_steps": 1250},
     {"lr": 8e-3, "min_lr": 8e-4, "max_steps": 1250},
-    {"lr": 4e-3, "min_lr": 0.0, "lr_decay": "linear", "max_steps": 1250},
 ]
 OF_PRESET: list[Changes] = [
     {"muon_lr": 0.02},
     {"muon_lr": 0.08},
-    {"muon_momentum": 0.95},
     {"lr": 0.004},
-    {"lr": 0.008},
     {"lr": 0.032},
     {"lr_decay": "cosine"},
     {"warmup_steps": 100},
-    {"max_steps": 350},
-    {"max_steps": 500},
     {"batch_size": 8, "max_steps": 550},
     {"batch_size": 16, "max_steps": 300},
-    {"batch_size": 24, "max_steps": 225},
 ]
 
 
