@@ -249,7 +249,7 @@ def test_what_is_quoted_is_what_was_measured(document):
     for block in found:
         if quotes.NOT_MEASURED in block:
             continue
-        assert re.search(FIGURE, block) and re.search(r"torch \d", block) and re.search(r"commit\s[0-9a-f]{10}", block)
+        assert re.search(FIGURE, block) and re.search(r"torch\s\d", block) and re.search(r"commit\s[0-9a-f]{10}", block)
 
 
 DECIMALS = {  # the only ones in the words of a document, and what each is
