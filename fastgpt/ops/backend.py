@@ -184,7 +184,7 @@ def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -
             reason = unavailable(name, device_type) or implementation.supports(*args, **kwargs)
             if reason is None and not asked_for:
                 reason = implementation.unproved(*args, **kwargs)
-            if reason is None and device_type in self_test.SELF_TESTED and not asked_for:
+            if reason is None and device_type in self_test.SELF_TESTED and op in FACTS and not asked_for:
                 reason = _distrusted(op, name, args, kwargs)
         if reason is None:
             return name, reasons
@@ -239,7 +239,7 @@ def typical_variants(device: torch.device) -> list[tuple[str, str, Call]]:
     """(op, backend, call) for common calls of each kernel that `auto` prefers on `device` and that runs there."""
     return [
         (op, backend, call)
-        for op in OPS
+        for op in FACTS
         for backend in PREFERENCE[op].get(device.type, ())
         if backend != "torch" and unavailable(backend, device.type) is None
         for call in typical_calls(op)

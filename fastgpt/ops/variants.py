@@ -400,7 +400,7 @@ class LinearCrossEntropy(NamedTuple):
 # ---- of a call ----
 
 Call: TypeAlias = Attention | Norm | Embedding | CrossEntropy | LinearCrossEntropy
-FACTS: dict[str, Callable[..., tuple]] = {
+FACTS: dict[str, Callable[..., tuple]] = {  # of each op that has kernels for GPUs
     "attention": attention_facts,
     "layer_norm": layer_norm_facts,
     "add_layer_norm": add_layer_norm_facts,
