@@ -24,7 +24,7 @@ def source(tmp_path: Path) -> Path:
     """A copy of what a source distribution holds, so that nothing is built in this tree."""
     copy = tmp_path / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_error.txt")
-    for folder in ("fastgpt", "triton_kernels", "csrc", "benchmarks"):
+    for folder in ("fastgpt", "triton_kernels", "csrc", "benchmarks", "examples"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / file).exists():
@@ -95,4 +95,6 @@ def test_a_build_that_is_required_fails(source: Path) -> None:
 def test_source_distribution_holds_the_sources(source: Path) -> None:
     with tarfile.open(make(source, "sdist", FASTGPT_NATIVE="0")) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()} <= names
+    for folder in ("csrc", "examples"):
+        there = {f"{folder}/{file.name}" for file in (ROOT / folder).iterdir() if file.is_file()}
+        assert there and there <= names
