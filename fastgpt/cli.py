@@ -65,6 +65,8 @@ def train(settings: TrainSettings) -> None:
         recorder(device)
     if advice := settings.rate_of_another_optimizer():
         print(advice)
+    if settings.layout != "completions" and data.endswith(".jsonl"):
+        print(f"data: {data} is read as plain text; --layout completions learns the completions in JSON lines")
     saved = runs.load_latest(out) if settings.resume else None
     tokenizer: Any = settings.tokenizer
     if saved is not None:
@@ -102,8 +104,9 @@ def sample(settings: SampleSettings) -> None:
         raise UsageError("--prompt: is empty; give at least one character")
     import torch
 
+    from .data.completions import end_token
     from .data.layouts import NAME_BOUNDARY, boundary_token
-    from .generate import stream, stream_names
+    from .generate import stream, stream_names, until
     from .machine import resolve_device
     from .tokenizer import StreamDecoder
     from .training.runs import load_model
@@ -114,7 +117,10 @@ def sample(settings: SampleSettings) -> None:
     generator = torch.Generator(device)
     generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
     prompt = settings.prompt.replace("\r\n", "\n")  # as in the training data
-    of_names = saved.train_config.get("layout") == "names"
+    layout = saved.train_config.get("layout")
+    of_names = layout == "names"
+    if layout == "completions" and settings.prompt == SampleSettings.prompt:
+        raise UsageError("--prompt is missing: this model completes prompts; give one like those of its data")
     if of_names and settings.cuda_graph:
         raise UsageError("--cuda-graph: a graph belongs to one text, and each name is a text of its own; leave it out")
     if of_names:  # the last line of the prompt is the name to go on with
@@ -132,6 +138,8 @@ def sample(settings: SampleSettings) -> None:
                 tokens = stream_names(model, idx, settings.max_new_tokens, boundary_token(tokenizer), **options)
             else:
                 tokens = stream(model, idx, settings.max_new_tokens, **options, cuda_graph=settings.cuda_graph)
+            if layout == "completions":
+                tokens = until(tokens, end_token(tokenizer))
         except ValueError as error:  # a setting it cannot have
             raise UsageError(str(error)) from None
         print(settings.prompt, end="", flush=True)

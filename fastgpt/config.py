@@ -14,7 +14,7 @@ from typing import Any
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
 NORMS = ("pre", "post", "none")
 LR_DECAYS = ("cosine", "linear")
-LAYOUTS = ("blocks", "windows", "names")  # data.layouts has a class for each
+LAYOUTS = ("blocks", "windows", "names", "completions")  # data.layouts has a class for each
 SOURCES = ("shakespeare", "tinyshakespeare", "names")  # texts with a name; data.sources reads each
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
 OPTIMIZERS = ("adamw", "muon")
@@ -186,7 +186,8 @@ class TrainConfig:
         device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, ...
         dtype: auto (on CUDA bfloat16, or float16 where that is emulated; else float32), float32, bfloat16 or float16.
         compile: run the loss through torch.compile.
-        layout: blocks (every prefix is an example), windows (whole contexts only), or names (each line by itself).
+        layout: blocks (every prefix is an example), windows (whole contexts only), names (each line by itself), or
+            completions (of prompts, in JSON lines).
         cuda_graph: take steps by a CUDA graph, after a check against eager ones; has not run on a GPU yet.
     """
 

@@ -113,8 +113,9 @@ class DataShowSettings:
 
     # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names; without it, a few lines of its own.
     data: str | None = None
-    layout: str | None = None  # blocks, windows or names; without it, all of them.
-    block_size: int | None = None  # tokens of a block; without it 8, and for names as many as the longest one needs.
+    layout: str | None = None  # blocks, windows, names or completions; without it, all of them.
+    # tokens of a block; without it 8, and for names and completions as many as the longest one needs.
+    block_size: int | None = None
     tokenizer: str = "char"  # char, or a folder with GPT-2's vocab.json and merges.txt.
     seed: int = 1337  # which example.
     config: str | None = None  # a TOML file with any of these settings.

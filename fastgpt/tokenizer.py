@@ -29,8 +29,9 @@ from .config import as_int
 from .files import expand_path
 
 _END_OF_TEXT = "<|endoftext|>"
+_END_CHARACTER = "\x03"  # ASCII's "end of text"
 # How blanks are drawn where a text is shown.
-VISIBLE = {ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥"}  # for str.translate
+VISIBLE = {ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥", ord(_END_CHARACTER): "␃"}  # for str.translate
 _PIECE_CHARS = 1 << 16
 _PIECES_PER_CALL = 64
 # In training each merge runs through every pre-token it occurs in, so the time is quadratic in the length of a
@@ -50,6 +51,8 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def end_of_text(self) -> int | None: ...  # the id of the token that ends a text, where there is one
     def encode_array(self, text: str) -> np.ndarray: ...
     def decode(self, ids: Any) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -82,13 +85,18 @@ class CharTokenizer(Tokenizer):
         self._id_of[self._codepoints] = np.arange(len(chars), dtype=np.int32)
 
     @classmethod
-    def train(cls, text: str) -> CharTokenizer:
-        """The vocabulary is the set of characters in `text`."""
-        return cls("".join(map(chr, np.unique(_codepoints(text)))))
+    def train(cls, text: str, with_end: bool = False) -> CharTokenizer:
+        """The vocabulary is the set of characters in `text`, and "\\x03" where it shall have an `end_of_text`."""
+        return cls("".join(map(chr, np.unique(_codepoints(text + _END_CHARACTER * with_end)))))
 
     @property
     def vocab_size(self) -> int:
         return len(self.chars)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of "\\x03", which ASCII calls "end of text", where it is among the characters."""
+        return self.chars.index(_END_CHARACTER) if _END_CHARACTER in self.chars else None
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 (len(text),)."""
@@ -207,9 +215,21 @@ class BPETokenizer(Tokenizer):
         added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
         return cls(_tokens_by_id({**model["vocab"], **added}, str(file)), _merge_pairs(model["merges"]), added)
 
+    def with_end(self) -> BPETokenizer:
+        """This tokenizer with one token more where it has no `end_of_text`."""
+        if self.end_of_text is not None:
+            return self
+        special = {**self.special_tokens, _END_OF_TEXT: len(self.vocab)}
+        return BPETokenizer([*self.vocab, _END_OF_TEXT], self.merges, special)
+
     @property
     def vocab_size(self) -> int:
         return len(self.vocab)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of the special token "<|endoftext|>", where there is one."""
+        return self.special_tokens.get(_END_OF_TEXT)
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of `text`, int32; long texts go through the library piece by piece, on all cores."""

@@ -7,7 +7,8 @@ x, y = corpus.examples("train", 256).batch(64, seed=1, step=0)       # (64, 256)
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from ..config import as_int_argument
 from ..tokenizer import CharTokenizer, Tokenizer
 from . import layouts
 from .cache import cached_bpe, cached_tokens
-from .layouts import Examples, Names
+from .completions import Pair, encoded, load_pairs
+from .layouts import Completions, Examples, Names
 from .sources import DataError, load_text
 
 
@@ -23,13 +25,16 @@ from .sources import DataError, load_text
 class Corpus:
     """A tokenized text: its first 90 % of tokens to train on, the rest to validate.
 
-    With the layout "names" it is 90 % of the names, and both splits are lines between newline tokens.
+    With the layout "names" it is 90 % of the names, and both splits are lines between newline tokens. With
+    "completions" it is 90 % of the prompts with their completions, and `lengths` has those of each (see
+    `layouts.Completions`), by split.
     """
 
     tokenizer: Tokenizer
     train: np.ndarray
     val: np.ndarray
     layout: str = "blocks"
+    lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -44,10 +49,13 @@ class Corpus:
         """`tokenizer` is "char", "bpe" (then `vocab_size` is needed) or a tokenizer; the first two are trained here.
 
         `block_size` is the block that will be cut: a split that is too short for one is refused now, not at step 250.
-        So is a name that does not fit one, where the layout is "names".
+        So is a name that does not fit one, where the layout is "names", and a prompt with its completion in
+        "completions".
         """
         block_size = as_int_argument("block_size", block_size, least=1)
         layouts.layout_class(layout)
+        if layout == "completions":
+            return cls._load_completions(load_pairs(source), tokenizer, vocab_size, block_size)
         text = load_text(source)
         shown = repr(os.fspath(source))
         layouts.check_varied(text, shown)
@@ -76,21 +84,37 @@ class Corpus:
         middle = boundaries[len(names) * 9 // 10]  # the end of the last name to train on, the start of the first other
         return cls(made, tokens[: middle + 1], tokens[middle:], "names")
 
+    @classmethod
+    def _load_completions(
+        cls, pairs: list[Pair], tokenizer: str | Tokenizer, vocab_size: int | None, block_size: int
+    ) -> Corpus:
+        text = "\n".join(pair.prompt + pair.completion for pair in pairs)
+        made = _make_tokenizer(tokenizer, text, vocab_size, with_end=True)
+        tokens, lengths = encoded(pairs, made, block_size)
+        n_train = len(pairs) * 9 // 10
+        middle = int(lengths[:n_train].sum())
+        by_split = {"train": lengths[:n_train], "val": lengths[n_train:]}
+        return cls(made, tokens[:middle], tokens[middle:], "completions", by_split)
+
     def examples(self, split: str, block_size: int) -> Examples:
         """The examples of "train" or "val", in this corpus's layout."""
         tokens = {"train": self.train, "val": self.val}[split]
         if self.layout == "names":
             return Names(tokens, block_size, layouts.boundary_token(self.tokenizer))
+        if self.layout == "completions":
+            return Completions(tokens, block_size, self.lengths[split])
         return layouts.layout_class(self.layout)(tokens, block_size)
 
 
-def _make_tokenizer(tokenizer: str | Tokenizer, text: str, vocab_size: int | None) -> Tokenizer:
+def _make_tokenizer(tokenizer: str | Tokenizer, text: str, vocab_size: int | None, with_end: bool = False) -> Tokenizer:
+    """The tokenizer, trained on `text` where it is a name; then `with_end` gives it an end of text."""
     if tokenizer == "char":
-        return CharTokenizer.train(text)
+        return CharTokenizer.train(text, with_end)
     if tokenizer == "bpe":
         if vocab_size is None:
             raise ValueError("vocab_size: tokenizer 'bpe' needs it, 512 for example")
-        return cached_bpe(text, vocab_size)
+        trained = cached_bpe(text, vocab_size)
+        return trained.with_end() if with_end else trained
     if isinstance(tokenizer, str):
         raise ValueError(f"tokenizer: expected 'char', 'bpe' or a tokenizer, got {tokenizer!r}")
     return tokenizer

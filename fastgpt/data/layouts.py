@@ -1,8 +1,8 @@
 """Layouts: how examples are cut out of tokens, and a batch out of examples.
 
-There are three, each a class below. In `Blocks` of a text the model predicts every token from those before it. In
+There are four, each a class below. In `Blocks` of a text the model predicts every token from those before it. In
 `Windows` over a text it predicts the last one alone. In `Names` each line of the data is a row of its own, between a
-start and an end token.
+start and an end token. In `Completions` each row is a prompt, which is only context, and the completion to predict.
 
 A batch is a pure function of (seed, step): Philox is keyed by the two, so a resumed run draws the batches that an
 uninterrupted one would have drawn, and a checkpoint holds no state of a random generator.
@@ -93,8 +93,10 @@ def _check_name(name: str, n_tokens: int, block_size: int) -> None:
 class Examples:
     """Numbered examples of T = block_size tokens: x (T,), and y (T,) the token after each, or -100 to leave it out.
 
-    A subclass says how many there are and cuts them.
+    A subclass says how many there are and cuts them. A row is shorter than the block where no example needs all of it.
     """
+
+    equal_targets = True  # whether all examples have the same number of targets that count
 
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
         self.tokens, self.block_size = tokens, as_int_argument("block_size", block_size, least=1)
@@ -154,6 +156,8 @@ class Names(Examples):
     are names between boundary tokens, one of them at either end.
     """
 
+    equal_targets = False
+
     def __init__(self, tokens: np.ndarray, block_size: int, boundary: int) -> None:
         super().__init__(tokens, block_size)
         (ends,) = np.nonzero(tokens == boundary)
@@ -176,8 +180,38 @@ class Names(Examples):
         return _tensors(np.where(inside, rows[:, :-1], self.boundary), np.where(inside, rows[:, 1:], IGNORED))
 
 
+class Completions(Examples):
+    """One prompt and its completion a row; the targets are the completion and its end token.
+
+    Rows are padded to the longest example, not packed: with other examples before it in its row, a prompt would have
+    them as context, and other positions, which it never has when the model is sampled. `tokens` are the examples one
+    after the other, each a prompt, a completion and the end token; `lengths` (N, 2) are the tokens of each prompt, and
+    of each completion with its end.
+    """
+
+    equal_targets = False
+
+    def __init__(self, tokens: np.ndarray, block_size: int, lengths: np.ndarray) -> None:
+        super().__init__(tokens, block_size)
+        self.prompts, totals = lengths[:, 0], lengths.sum(axis=1)
+        self.starts, self.inputs = totals.cumsum() - totals, totals - 1  # the end token is a target, never context
+        self.row_size = int(self.inputs.max())  # T
+        if self.row_size > self.block_size:
+            raise DataError(f"tokens: example {int(self.inputs.argmax())} is longer than block_size {self.block_size}")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        at = np.arange(self.row_size + 1)
+        places = self.starts[which, None] + np.minimum(at, self.inputs[which, None])  # the padding is the end token
+        rows = self.tokens[places].astype(np.int64)  # (B, T + 1)
+        counted = (at[1:] >= self.prompts[which, None]) & (at[1:] <= self.inputs[which, None])  # (B, T)
+        return _tensors(rows[:, :-1], np.where(counted, rows[:, 1:], IGNORED))
+
+
 IGNORED = -100  # the cross-entropy's ignore_index
-_CLASS_OF: dict[str, type[Examples]] = dict(zip(LAYOUTS, (Blocks, Windows, Names), strict=True))
+_CLASS_OF: dict[str, type[Examples]] = dict(zip(LAYOUTS, (Blocks, Windows, Names, Completions), strict=True))
 
 
 def layout_class(layout: str) -> Any:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..config import LAYOUTS, ConfigError
+from ..config import LAYOUTS, ConfigError, as_int_argument
 from ..tokenizer import VISIBLE, BPETokenizer, CharTokenizer, Tokenizer
 from . import layouts
-from .layouts import Blocks, Examples, Names, Windows
+from .completions import Pair, encoded, load_pairs
+from .layouts import Blocks, Completions, Examples, Names, Windows
 from .sources import DataError, load_text
 
 TEXT = """To be, or not to be, that is the question:
@@ -24,25 +25,30 @@ The slings and arrows of outrageous fortune,
 Or to take arms against a sea of troubles
 And by opposing end them.
 """
+PAIRS = [Pair(f"{a}+{b}=", str(a + b), "the example text", a - 1) for a, b in ((2, 8), (3, 9), (4, 7))]
 NAMES = "hamlet\nophelia\nhoratio\nlaertes\nclaudius\ngertrude\npolonius\nyorick\nosric\nbernardo\n"
 
+_MARKS = "␣ is a space, ⏎ a newline; in names it is the start token and the end token; ␃ ends a completion"
+_NO_LIMIT = 2**31 - 1  # the largest block_size
 _WIDTH = 64  # characters of a context that are shown; of a longer one the end
 _ABOUT = {
     "blocks": "{T} tokens from anywhere in the text, and after each the next one; every prefix is an example",
     "windows": "a window of {T} tokens, slid over the text a token at a time, and the one that follows it",
     "names": "one name a row, of up to {T} tokens; the context starts at the name and never leaves it",
+    "completions": "one prompt with its completion a row, of up to {T} tokens; only the completion and its end count",
 }
 _COUNT = {
     "blocks": "{n:,} blocks ({tokens:,} tokens - {T}), {T} examples in each",
     "windows": "{n:,} examples ({tokens:,} tokens - {T})",
     "names": "{n:,} names, {targets:,} examples: a name has one for each of its tokens, and one for its end",
+    "completions": "{n:,} prompts, {targets:,} examples: a completion has one for each token, and one for its end",
 }
 
 
 def show_layouts(source: str | None, layout: str | None, block_size: int | None, tokenizer: str, seed: int) -> str:
     """What `fastgpt data show` prints. A layout that was asked for and cannot be had raises DataError.
 
-    Where none was asked for, names are left out of a text that is not names, and the reason takes their place.
+    Where none was asked for, the layouts that do not fit the data are left out, and the reason takes their place.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -51,13 +57,39 @@ def show_layouts(source: str | None, layout: str | None, block_size: int | None,
         try:
             parts.append(_show(source, name, block_size, tokenizer, seed))
         except DataError as error:
-            if layout or name != "names":
+            if layout or name not in ("names", "completions"):
                 raise
-            parts.append(f"names: not from this text ({error})")
-    return "\n\n".join([*parts, "␣ is a space, ⏎ a newline; in names it is the start token and the end token"])
+            parts.append(f"{name}: not from this text ({error})")
+    return "\n\n".join([*parts, _MARKS])
 
 
 def _show(source: str | None, layout: str, block_size: int | None, tokenizer: str, seed: int) -> str:
+    find = _completions if layout == "completions" else _of_a_text
+    examples, made, targets = find(source, layout, block_size, tokenizer)
+    x, y = examples.batch(1, seed, step=0)
+    T = x.shape[1]
+    count = _COUNT[layout].format(n=len(examples), T=T, tokens=len(examples.tokens), targets=targets)
+    return "\n".join([f"{layout}: {_ABOUT[layout].format(T=T)}", *_lines(x[0], y[0], made), f"    {count}"])
+
+
+def _completions(
+    source: str | None, layout: str, block_size: int | None, tokenizer: str
+) -> tuple[Examples, Tokenizer, int]:
+    """As `_of_a_text`, of prompts and their completions."""
+    pairs = list(PAIRS) if source is None else load_pairs(source)
+    if tokenizer == "char":
+        made: Tokenizer = CharTokenizer.train("".join(pair.prompt + pair.completion for pair in pairs), with_end=True)
+    else:
+        made = BPETokenizer.from_gpt2_files(tokenizer)
+    block_size = _NO_LIMIT if block_size is None else as_int_argument("block_size", block_size, least=1)
+    tokens, lengths = encoded(pairs, made, block_size)
+    return Completions(tokens, block_size, lengths), made, int(lengths[:, 1].sum())
+
+
+def _of_a_text(
+    source: str | None, layout: str, block_size: int | None, tokenizer: str
+) -> tuple[Examples, Tokenizer, int]:
+    """The examples of a text, their tokenizer, and how many targets there are."""
     if source is None:
         text, shown = NAMES if layout == "names" else TEXT, "the example text"
     else:
@@ -71,15 +103,11 @@ def _show(source: str | None, layout: str, block_size: int | None, tokenizer: st
         boundary = layouts.boundary_token(made)
         block_size = int(layouts.name_lengths(tokens, boundary).max()) if block_size is None else block_size
         layouts.check_names_fit(names, tokens, boundary, block_size, shown)
-        examples: Examples = Names(tokens, block_size, boundary)
-    else:
-        block_size = 8 if block_size is None else block_size
-        layouts.check_block(shown, tokens, block_size)
-        examples = (Blocks if layout == "blocks" else Windows)(tokens, block_size)
-    x, y = examples.batch(1, seed, step=0)
-    T = examples.block_size
-    count = _COUNT[layout].format(n=len(examples), T=T, tokens=len(tokens), targets=len(tokens) - 1)
-    return "\n".join([f"{layout}: {_ABOUT[layout].format(T=T)}", *_lines(x[0], y[0], made), f"    {count}"])
+        return Names(tokens, block_size, boundary), made, len(tokens) - 1
+    block_size = 8 if block_size is None else block_size
+    layouts.check_block(shown, tokens, block_size)
+    examples = (Blocks if layout == "blocks" else Windows)(tokens, block_size)
+    return examples, made, len(tokens) - 1
 
 
 def _lines(x: Tensor, y: Tensor, tokenizer: Tokenizer) -> list[str]:

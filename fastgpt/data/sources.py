@@ -9,8 +9,9 @@ import importlib.util
 import os
 import re
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from ..config import SOURCES
 from ..files import expand_path
@@ -20,6 +21,7 @@ TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/mast
 TINY_SHAKESPEARE_BYTES = 1_115_394
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _TIMEOUT_S = 30
+Item = TypeVar("Item")
 
 
 class DataError(ValueError):
@@ -35,35 +37,39 @@ def load_text(source: str | os.PathLike[str]) -> str:
     named = dict(zip(SOURCES, (_shakespeare, _tiny_shakespeare, _names), strict=True))
     if isinstance(source, str) and source in named:
         return named[source]()
+    texts = read_files(source, "*.txt").values()
+    return "\n".join(texts)
+
+
+def read_files(source: str | os.PathLike[str], pattern: str) -> dict[str, str]:
+    """The text of the UTF-8 file `source`, or of each file of that folder whose name fits `pattern`, by its path.
+
+    One of them has a text that is not empty.
+    """
+    shown, known = repr(os.fspath(source)), f"a file, a folder, or one of {', '.join(SOURCES)}"
     if not os.fspath(source):
-        raise DataError("data source is empty: give a file, a folder, or one of " + ", ".join(named))
+        raise DataError(f"data source is empty: give {known}")
     path = expand_path(source)
-    shown = repr(os.fspath(source))
     try:
         if path.is_dir():
-            text = _folder_text(path, shown)
+            files = sorted(file for file in path.rglob(pattern) if file.is_file())
+            if not files:
+                raise DataError(f"{shown} holds no files named {pattern}: put some there, or give one file's path")
         elif path.is_file():
-            text = _read_utf8(path)
+            files = [path]
         elif path.exists():
             raise DataError(
                 f"{shown} is a pipe or a device, neither a file nor a folder, and a run that is resumed reads its text "
                 f"again: write it to a file and give that"
             )
         else:
-            raise DataError(f"{shown} does not exist: give a file, a folder, or one of {', '.join(named)}")
+            raise DataError(f"{shown} does not exist: give {known}")
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror}; check the path and its permissions") from None
-    if not text:
+    texts = {str(file): _read_utf8(file) for file in files}
+    if not any(texts.values()):
         raise DataError(f"{shown} is empty: give a file with text in it")
-    return text
-
-
-def _folder_text(folder: Path, shown: str) -> str:
-    files = sorted(file for file in folder.rglob("*.txt") if file.is_file())
-    if not files:
-        raise DataError(f"{shown} holds no text files: put files named *.txt into it, or give one file's path")
-    texts = [_read_utf8(file) for file in files]
-    return "\n".join(texts) if any(texts) else ""
+    return texts
 
 
 def _read_utf8(path: Path) -> str:
@@ -182,5 +188,6 @@ def _download_tiny_shakespeare() -> bytes:
     return raw
 
 
-def by_hash(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+def by_hash(items: Iterable[Item], key: Callable[[Item], str] = str) -> list[Item]:
+    """`items` in the order of the hashes of their keys: mixed, and the same each time."""
+    return sorted(items, key=lambda item: hashlib.sha256(key(item).encode()).digest())

@@ -22,6 +22,7 @@ from .. import cuda_graph
 from ..checkpoint import Checkpoint, CheckpointError, check_same, load_parameters, model_tensors
 from ..config import TrainConfig
 from ..data.corpus import Corpus
+from ..data.layouts import layout_class
 from ..data.prefetch import Prefetcher
 from ..files import link_or_copy
 from ..language_model import LanguageModel
@@ -201,18 +202,18 @@ class Trainer:
             first + cfg.eval_interval - first % cfg.eval_interval,
             cfg.max_steps,
         )
-        losses, counts = [], []
+        losses, counts, tokens = [], [], 0
         while state["step"] < end and self._signal is None:
             micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
             losses.append(self._step(micro_batches))
-            if cfg.layout == "names":  # in the other layouts every step has as many targets
+            tokens += sum(x.numel() for x, _ in micro_batches)
+            if not layout_class(cfg.layout).equal_targets:
                 counts.append(torch.stack([count_targets(y) for _, y in micro_batches]).sum())
             state["step"] += 1
             bar.update(1)
         values = torch.stack(losses).tolist() if losses else []
         elapsed = time.perf_counter() - began
         self._check_losses(values, first)
-        tokens = len(values) * cfg.batch_size * cfg.grad_accum * self.model.cfg.block_size
         state["tokens"] += tokens
         state["elapsed_s"] += elapsed
         if values:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.cli import main
-from fastgpt.config import LAYOUTS, ConfigError, TrainConfig
+from fastgpt.config import ConfigError, TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.layouts import Blocks, Examples, Names, Windows, boundary_token
 from fastgpt.data.prefetch import Prefetcher
@@ -157,20 +157,21 @@ def test_bad_arguments() -> None:
         Names(np.array([1, 2, 0]), 4, 0)
     with pytest.raises(DataError, match="name 1 is longer than the block"):
         of_names(["a", "abcabc"], 4)
-    with pytest.raises(ValueError, match="layout: expected one of blocks, windows, names, got 'rows'"):
+    with pytest.raises(ValueError, match="layout: expected one of blocks, windows, names, completions, got 'rows'"):
         Corpus.load("names", layout="rows")
     with pytest.raises(ConfigError, match="layout: expected one of"):
         TrainConfig(layout="rows")
     assert boundary_token(CharTokenizer("\nab")) == 0
 
 
+OF_A_TEXT = ("blocks", "windows", "names")  # test_completions.py has the layout of JSON lines
 SMALL = "--block-size 12 --n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --max-steps 6 --eval-interval 3 --dropout 0"
 
 
 SMALL += " --eval-batches 1 --log-interval 3 --device cpu"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OF_A_TEXT)
 def test_every_layout_trains_resumes_to_the_same_bits_and_samples(layout, tmp_path, capsys) -> None:
     from fastgpt.checkpoint import Checkpoint
 
@@ -183,7 +184,7 @@ def test_every_layout_trains_resumes_to_the_same_bits_and_samples(layout, tmp_pa
     whole, parts = (Checkpoint.load(tmp_path / run / "checkpoint/latest.safetensors") for run in ("whole", "parts"))
     assert whole.state["best_val"] == parts.state["best_val"] and whole.train_config["layout"] == layout
     assert all(torch.equal(tensor, parts.tensors[name]) for name, tensor in whole.tensors.items())
-    other = LAYOUTS[LAYOUTS.index(layout) - 1]
+    other = OF_A_TEXT[OF_A_TEXT.index(layout) - 1]
     assert main(["train", "--out", str(tmp_path / "parts"), "--resume", "--layout", other, "--max-steps", "9"]) == 1
     capsys.readouterr()
     assert main(["sample", "--checkpoint", str(tmp_path / "whole"), "--max-new-tokens", "30", "--seed", "1"]) == 0

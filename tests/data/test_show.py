@@ -11,13 +11,14 @@ from fastgpt.config import LAYOUTS
 def test_data_show_prints_one_example_of_each(capsys) -> None:
     assert main(["data", "show", "--block-size", "9"]) == 0
     parts = capsys.readouterr().out.split("\n\n")
-    assert [part.partition(":")[0] for part in parts[:3]] == list(LAYOUTS)
-    lines = [[line.split(" -> ") for line in part.splitlines() if " -> " in line] for part in parts[:3]]
-    blocks, windows, names = lines
+    assert [part.partition(":")[0] for part in parts[:4]] == list(LAYOUTS)
+    lines = [[line.split(" -> ") for line in part.splitlines() if " -> " in line] for part in parts[:4]]
+    blocks, windows, names, completions = lines
     assert [len(context.strip()) for context, _ in blocks] == list(range(1, 10))
     assert len(windows) == 1 and len(windows[0][0].strip()) == 9
     assert names[0][0].strip() == "⏎" and names[-1][1] == "⏎" and "⏎" not in names[-1][0].strip()[1:]
-    for (context, target), (longer, _) in chain(pairwise(blocks), pairwise(names)):
+    assert completions[0][0].strip().endswith("=") and completions[-1][1] == "␃"
+    for (context, target), (longer, _) in chain(pairwise(blocks), pairwise(names), pairwise(completions)):
         assert longer.strip() == context.strip() + target
 
 
@@ -42,6 +43,7 @@ def test_data_show_says_why_not(tmp_path, capsys) -> None:
     show = ["data", "show", "--data", str(tmp_path / "data.txt")]
     assert main(show) == 0
     assert "names: not from this text" in (out := capsys.readouterr().out) and "blocks: 8 tokens" in out
+    assert "completions: not from this text" in out and "data.txt', line 1: is not JSON" in out
     assert main([*show, "--layout", "names"]) == 1
     assert "line 2 is a name of length 0" in capsys.readouterr().err
     assert main([*show, "--layout", "windows", "--block-size", "99"]) == 1

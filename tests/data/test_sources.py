@@ -55,7 +55,7 @@ def test_bad_sources(tmp_path) -> None:
     refuses(tmp_path / "latin1.txt", "latin1.txt", "not UTF-8", "0xe9", "offset 3", "iconv")
     refuses(tmp_path, "latin1.txt", "offset 3")
     (tmp_path / "folder").mkdir()
-    refuses(tmp_path / "folder", "no text files", "*.txt")
+    refuses(tmp_path / "folder", "no files named *.txt")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
