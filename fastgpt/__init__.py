@@ -9,11 +9,12 @@ import sys as _sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "BackendError", "GPTConfig", "ops", "use_backend"]
+__all__ = ["GPT", "BackendError", "GPTConfig", "load", "ops", "use_backend"]
 
 if TYPE_CHECKING:  # type checkers and editors read these lines, and would take any name from a __getattr__
     from . import ops as ops
     from .config import GPTConfig as GPTConfig
+    from .loading import load as load
     from .model import GPT as GPT
     from .ops.backend import BackendError as BackendError
     from .ops.backend import use_backend as use_backend
@@ -21,6 +22,7 @@ else:
     _MODULE_OF = {
         "GPT": "fastgpt.model",
         "GPTConfig": "fastgpt.config",
+        "load": "fastgpt.loading",
         "BackendError": "fastgpt.ops.backend",
         "use_backend": "fastgpt.ops.backend",
     }

@@ -132,7 +132,8 @@ def find_checkpoint(path: str | Path) -> Path:
     path = expand_path(path)
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such file or folder; expected the folder of a run, as fastgpt train writes it"
+            f"{path}: no such file or folder; expected the folder of a run, as fastgpt train writes it, or of a "
+            f"saved model"
         )
     if not path.is_dir():
         return path
@@ -140,6 +141,8 @@ def find_checkpoint(path: str | Path) -> Path:
         for name in ("best", "latest"):
             if (found := folder / f"{name}.safetensors").exists():
                 return found
-    if (path / "config.json").exists():
-        raise CheckpointError(f"{path}: holds a model without a tokenizer, not a run; GPT.from_pretrained reads it")
-    raise CheckpointError(f"{path}: holds no checkpoint; expected the folder of a run, as fastgpt train writes it")
+    if (path / "config.toml").exists():
+        raise CheckpointError(f"{path}: this run has no checkpoint yet; it writes one at its first evaluation")
+    raise CheckpointError(
+        f"{path}: holds no checkpoint; expected the folder of a run, as fastgpt train writes it, or of a saved model"
+    )

@@ -53,7 +53,8 @@ def train(settings: TrainSettings) -> None:
     from .cuda_graph import recorder
     from .data.corpus import Corpus
     from .machine import resolve_device
-    from .tokenizer import BPETokenizer, tokenizer_from_json
+    from .tokenizer import tokenizer_from_json
+    from .tokenizer_files import read_tokenizer
     from .training import runs
     from .training.muon import who_trains
     from .training.step import Precision
@@ -72,7 +73,7 @@ def train(settings: TrainSettings) -> None:
     if saved is not None:
         tokenizer = tokenizer_from_json(saved.tokenizer)
     elif tokenizer not in ("char", "bpe"):
-        tokenizer = BPETokenizer.from_gpt2_files(tokenizer)
+        tokenizer = read_tokenizer(tokenizer)
     corpus = Corpus.load(
         data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size, layout=settings.layout
     )
@@ -107,19 +108,18 @@ def sample(settings: SampleSettings) -> None:
     from .data.completions import end_token
     from .data.layouts import NAME_BOUNDARY, boundary_token
     from .generate import stream, stream_names, until
+    from .loading import load
     from .machine import resolve_device
     from .tokenizer import StreamDecoder
-    from .training.runs import load_model
 
-    model, tokenizer, saved = load_model(checkpoint)
+    model, tokenizer = load(checkpoint, dropout=0.0)
     device = resolve_device(settings.device)
     model.to(device)
     generator = torch.Generator(device)
     generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
     prompt = settings.prompt.replace("\r\n", "\n")  # as in the training data
-    layout = saved.train_config.get("layout")
-    of_names = layout == "names"
-    if layout == "completions" and settings.prompt == SampleSettings.prompt:
+    of_names = model.layout == "names"
+    if model.layout == "completions" and settings.prompt == SampleSettings.prompt:
         raise UsageError("--prompt is missing: this model completes prompts; give one like those of its data")
     if of_names and settings.cuda_graph:
         raise UsageError("--cuda-graph: a graph belongs to one text, and each name is a text of its own; leave it out")
@@ -138,7 +138,7 @@ def sample(settings: SampleSettings) -> None:
                 tokens = stream_names(model, idx, settings.max_new_tokens, boundary_token(tokenizer), **options)
             else:
                 tokens = stream(model, idx, settings.max_new_tokens, **options, cuda_graph=settings.cuda_graph)
-            if layout == "completions":
+            if model.layout == "completions":
                 tokens = until(tokens, end_token(tokenizer))
         except ValueError as error:  # a setting it cannot have
             raise UsageError(str(error)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from . import ops
 from .config import GPTConfig
 from .generate import stream
 from .modules import head_loss, linear, say_once, why_called
+
+if TYPE_CHECKING:  # a model without a tokenizer does without that module
+    from .tokenizer import Tokenizer
 
 
 class LanguageModel(nn.Module):
@@ -25,6 +28,8 @@ class LanguageModel(nn.Module):
 
     kind: ClassVar[str]  # its name in `baselines.MODELS`, on the command line and in a checkpoint
     cfg: GPTConfig
+    tokenizer: Tokenizer | None = None  # of the text that it was trained on; `fastgpt.load` sets it
+    layout: str = "blocks"  # how that text was cut, see data/layouts.py
     lm_head: Any  # a linear; in a bigram torch.nn.Identity
 
     def __init__(self, cfg: GPTConfig) -> None:

@@ -224,24 +224,28 @@ class GPT(LanguageModel):
         return KVCache(self.cfg, batch_size)
 
     def save_pretrained(self, directory: str | Path, format: str = "fastgpt") -> None:
-        """Write config.json and model.safetensors. format="huggingface" writes what GPT2LMHeadModel reads.
+        """Write config.json, model.safetensors and, where the model has a tokenizer, the tokenizer's files.
+
+        format="huggingface" writes what GPT2LMHeadModel reads; AutoTokenizer reads the tokenizer of either format.
 
         Raises ValueError for a model whose modules were wrapped, parametrised or replaced, which the files cannot hold,
         for settings that GPT-2 does not have, and CheckpointError where the folder cannot be written.
         """
         check_unchanged(self, _without_memory(self.cfg))
-        pretrained.write(self.cfg, dict(self.named_parameters()), directory, format)
+        pretrained.write(self.cfg, dict(self.named_parameters()), directory, format, self.tokenizer, self.layout)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> GPT:
         """Read what `save_pretrained` wrote, in either format, a Hugging Face GPT-2 folder, or a run's folder.
 
-        `changes` override settings: dropout=0.1. The model is in evaluation mode, as Hugging Face's from_pretrained
-        leaves it: no dropout before model.train(). Raises CheckpointError naming the file and the field or tensor.
+        It reads the model alone; `fastgpt.load` reads its tokenizer, too, and models of every kind. `changes` override
+        settings: dropout=0.1. The model is in evaluation mode, as Hugging Face's from_pretrained leaves it: no dropout
+        before model.train(). Raises CheckpointError naming the file and the field or tensor.
         """
-        cfg, tensors, source = pretrained.read(directory, changes, lambda cfg: model_tensors(_without_memory(cfg)))
-        model = GPT(cfg)
-        load_parameters(model, tensors, source)
+        found = pretrained.read(directory, changes, lambda cfg: model_tensors(_without_memory(cfg)))
+        model = GPT(found.cfg)
+        model.layout = found.layout
+        load_parameters(model, found.tensors, found.source)
         return model.eval()
 
 

@@ -1,7 +1,8 @@
 """A model's folder, config.json and model.safetensors, in FastGPT's format or in Hugging Face's of GPT-2.
 
 The model lies above this file: `write` takes its settings and tensors, and `read` gives those to make one from. Besides
-the two formats `read` takes Hugging Face's folders with weights in several files, and the folder of a run.
+the two formats `read` takes Hugging Face's folders with weights in several files, and the folder of a run. Both formats
+have the tokenizer, where the model has one, in the same files (tokenizer_files.py).
 """
 
 from __future__ import annotations
@@ -14,20 +15,38 @@ import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from . import huggingface
 from .checkpoint import Checkpoint, CheckpointError, check_same, find_checkpoint, read_tensors, write_tensors
-from .config import ConfigError, GPTConfig, from_dict
+from .config import LAYOUTS, ConfigError, GPTConfig, from_dict
 from .files import atomic_path, expand_path
 
+if TYPE_CHECKING:  # a model without a tokenizer does without that module
+    from .tokenizer import Tokenizer
+
 Expected = Callable[[GPTConfig], Mapping[str, Tensor]]  # the tensors, without numbers, of a GPT with these settings
-Found = tuple[GPTConfig, dict[str, Tensor], Path]
 
 
-def write(cfg: GPTConfig, parameters: Mapping[str, Tensor], directory: str | Path, format: str) -> None:
+class Found(NamedTuple):
+    """What a model is made from."""
+
+    cfg: GPTConfig
+    tensors: dict[str, Tensor]
+    source: Path  # the file of the tensors
+    layout: str = "blocks"
+
+
+def write(
+    cfg: GPTConfig,
+    parameters: Mapping[str, Tensor],
+    directory: str | Path,
+    format: str,
+    tokenizer: Tokenizer | None = None,
+    layout: str = "blocks",
+) -> None:
     """Write the GPT with the settings `cfg` and these parameters. format: "fastgpt" or "huggingface".
 
     Raises ValueError for another format, or for settings that the format cannot express, before anything is written.
@@ -38,14 +57,22 @@ def write(cfg: GPTConfig, parameters: Mapping[str, Tensor], directory: str | Pat
         config, tensors = huggingface.gpt2_config(cfg), huggingface.gpt2_tensors(cfg, parameters)
     else:
         raise ValueError(f"format: expected 'fastgpt' or 'huggingface', got {format!r}")
+    if layout != "blocks":  # transformers keeps a field that it does not know, and GPT-2 has no other layout
+        config["layout"] = layout
+    if format == "huggingface" and tokenizer is not None:
+        config["bos_token_id"] = config["eos_token_id"] = tokenizer.end_of_text
     folder = expand_path(directory)
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     with atomic_path(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        from .tokenizer_files import write_tokenizer
+
+        write_tokenizer(folder, tokenizer, cfg.block_size)
 
 
 def read(directory: str | Path, changes: dict[str, Any], expected: Expected) -> Found:
-    """The settings of the model in `directory`, with `changes` made to them, its tensors by name, and their file.
+    """The settings of the model in `directory`, with `changes` made to them, its tensors by name, and its layout.
 
     `expected(cfg)` are the tensors of a GPT with these settings, on the meta device: a config.json that does not fit
     the tensors is found before memory is taken. Raises CheckpointError naming the file and the field or tensor.
@@ -61,13 +88,16 @@ def read(directory: str | Path, changes: dict[str, Any], expected: Expected) -> 
             f"{folder}: holds neither a model's config.json nor a run's checkpoint/; name the folder of one model"
         )
     config = _read_json(config_path)
-    if _kind_of(config, config_path) == "gpt2":
-        return _read_gpt2(config, config_path, changes, expected)
+    kind, layout = _kind_of(config, config_path), config.pop("layout", "blocks")
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"{config_path}: field 'layout' is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if kind == "gpt2":
+        return _read_gpt2(config, config_path, changes, expected)._replace(layout=layout)
     with _naming(config_path):
         cfg: GPTConfig = from_dict(GPTConfig, {**config, **changes})
     tensors, source = _read_weights(folder)
     check_same(source, "model", tensors, expected(cfg))
-    return cfg, tensors, source
+    return Found(cfg, tensors, source, layout)
 
 
 def _read_gpt2(config: dict[str, Any], path: Path, changes: dict[str, Any], expected: Expected) -> Found:
@@ -93,14 +123,15 @@ def _read_gpt2(config: dict[str, Any], path: Path, changes: dict[str, Any], expe
     with _naming(source):
         tensors = huggingface.fastgpt_tensors(tensors, wanted, cfg.tie_weights)
     check_same(source, "model", tensors, wanted)
-    return cfg, tensors, source
+    return Found(cfg, tensors, source)
 
 
 def _read_run(path: Path, changes: dict[str, Any]) -> Found:
     saved = Checkpoint.load(path)
     if saved.model != "gpt":
-        raise CheckpointError(f"{path}: field 'model' is {saved.model!r}, not 'gpt'; fastgpt sample takes every model")
-    return from_dict(GPTConfig, {**saved.model_config, **changes}), saved.part("model"), path
+        raise CheckpointError(f"{path}: field 'model' is {saved.model!r}, not 'gpt'; fastgpt.load takes every model")
+    cfg: GPTConfig = from_dict(GPTConfig, {**saved.model_config, **changes})
+    return Found(cfg, saved.part("model"), path, saved.train_config.get("layout", "blocks"))
 
 
 @contextlib.contextmanager

@@ -187,8 +187,8 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def _from_vocab_and_merges(cls, vocab_file: Path, merges_file: Path) -> BPETokenizer:
         added_file = vocab_file.with_name("added_tokens.json")  # of models that were tuned with more special tokens
-        added = _read_json(added_file) if added_file.is_file() else {}
-        vocab = _tokens_by_id({**_read_json(vocab_file), **added}, str(vocab_file))
+        added = read_json(added_file) if added_file.is_file() else {}
+        vocab = _tokens_by_id({**read_json(vocab_file), **added}, str(vocab_file))
         lines = _read_text(merges_file).split("\n")
         # Only the first line is a comment: "# #" further down is a merge like any other.
         lines = lines[1:] if lines[0].startswith("#version") else lines
@@ -199,7 +199,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def _from_single_file(cls, file: Path) -> BPETokenizer:
-        data = _read_json(file)
+        data = read_json(file)
         model, splitter = data.get("model") or {}, data.get("pre_tokenizer") or {}
         is_gpt2 = (
             model.get("type", "BPE") == "BPE"
@@ -383,7 +383,7 @@ def _read_text(file: Path) -> str:
         raise ValueError(f"{str(file)!r}: not UTF-8 at byte {error.start}; download it again") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(_read_text(file))
     except json.JSONDecodeError as error:

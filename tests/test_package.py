@@ -155,7 +155,19 @@ def test_its_names_add_only_their_own_modules_and_the_standard_librarys_to_torch
     added = {name for name in imported(use, before="import torch") if name.split(".")[0] not in sys.stdlib_module_names}
     assert {name.split(".")[0] for name in added} <= {"fastgpt", "torch"}, "which of torch's differs by version"
     assert not [name for name in added if name.startswith(("torch._dynamo", "torch._inductor"))], "they take seconds"
-    commands = ("cli", "data", "doctor", "learn", "parity", "report", "studies", "tokenizer", "train", "triton_kernels")
+    commands = (
+        "cli",
+        "data",
+        "doctor",
+        "learn",
+        "loading",
+        "parity",
+        "report",
+        "studies",
+        "tokenizer",
+        "train",
+        "triton_kernels",
+    )
     assert "fastgpt.ops" in added and not [name for name in added if name.split(".")[1:2] in [[c] for c in commands]]
 
 
@@ -191,13 +203,15 @@ def test_names_are_found_in_every_way():
         import pickle, sys
         from types import ModuleType
         import fastgpt
-        assert {"GPT", "GPTConfig", "BackendError", "use_backend", "ops"} <= set(dir(fastgpt))
+        assert {"GPT", "GPTConfig", "BackendError", "load", "use_backend", "ops"} <= set(dir(fastgpt))
         assert not hasattr(fastgpt, "nothing") and "torch" not in sys.modules
         config = pickle.loads(pickle.dumps(fastgpt.GPTConfig(n_layer=2)))
         assert config == fastgpt.GPTConfig(n_layer=2) and "torch" not in sys.modules
         assert isinstance(fastgpt.ops, ModuleType) and fastgpt.ops is sys.modules["fastgpt.ops"]
         import fastgpt.ops as ops
         from fastgpt import *
+        import fastgpt.loading
+        assert load is fastgpt.load is fastgpt.loading.load
         assert GPT is fastgpt.GPT and ops is fastgpt.ops and pickle.loads(pickle.dumps(GPT)) is GPT
         assert issubclass(BackendError, ValueError) and use_backend is fastgpt.ops.backend.use_backend
         try:
@@ -221,7 +235,7 @@ def test_type_checkers_know_the_names(tmp_path):
 def test_public_names():
     import fastgpt
 
-    assert set(fastgpt.__all__) == {"GPT", "BackendError", "GPTConfig", "ops", "use_backend"}
+    assert set(fastgpt.__all__) == {"GPT", "BackendError", "GPTConfig", "load", "ops", "use_backend"}
     assert set(fastgpt.ops.__all__) == {
         "activation", "add_layer_norm", "attention", "cross_entropy", "embedding", "explain", "layer_norm",
         "linear_cross_entropy",

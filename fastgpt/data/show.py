@@ -13,7 +13,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import LAYOUTS, ConfigError, as_int_argument
-from ..tokenizer import VISIBLE, BPETokenizer, CharTokenizer, Tokenizer
+from ..tokenizer import VISIBLE, CharTokenizer, Tokenizer
+from ..tokenizer_files import read_tokenizer
 from . import layouts
 from .completions import Pair, encoded, load_pairs
 from .layouts import Blocks, Completions, Examples, Names, Windows
@@ -80,7 +81,7 @@ def _completions(
     if tokenizer == "char":
         made: Tokenizer = CharTokenizer.train("".join(pair.prompt + pair.completion for pair in pairs), with_end=True)
     else:
-        made = BPETokenizer.from_gpt2_files(tokenizer)
+        made = read_tokenizer(tokenizer)
     block_size = _NO_LIMIT if block_size is None else as_int_argument("block_size", block_size, least=1)
     tokens, lengths = encoded(pairs, made, block_size)
     return Completions(tokens, block_size, lengths), made, int(lengths[:, 1].sum())
@@ -97,7 +98,7 @@ def _of_a_text(
     layouts.check_varied(text, shown)
     names = layouts.names_of(text, shown) if layout == "names" else []
     text = layouts.join_names(names) if names else text
-    made = CharTokenizer.train(text) if tokenizer == "char" else BPETokenizer.from_gpt2_files(tokenizer)
+    made = CharTokenizer.train(text) if tokenizer == "char" else read_tokenizer(tokenizer)
     tokens = made.encode_array(text)
     if names:
         boundary = layouts.boundary_token(made)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from .. import ops
 from ..config import GPTConfig
+from ..loading import load
 from ..machine import resolve_device
 from ..model import GPT, CausalSelfAttention
 from ..ops.reference import causal_mask
 from ..report import pyplot
 from ..tokenizer import Tokenizer
-from .experiment import StudyError, at_least, label, load_run, trained_model
+from .experiment import StudyError, at_least, label, trained_model
 from .settings import AttentionSettings
 
 SMALL = GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)  # shakespeare-char-cpu
@@ -58,7 +59,7 @@ def measure(settings: AttentionSettings) -> dict[str, Any]:
 
 
 def _load(checkpoint: str) -> tuple[GPT, Tokenizer]:
-    model, tokenizer = load_run(checkpoint)
+    model, tokenizer = load(checkpoint, dropout=0.0)
     if not isinstance(model, GPT):
         raise StudyError(f"--checkpoint {checkpoint}: holds a model of kind {model.kind!r}, which has no attention")
     return model, tokenizer

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..language_model import LanguageModel
+from ..loading import load
 from .attention import SMALL
-from .experiment import StudyError, at_least, label, load_run, trained_model
+from .experiment import StudyError, at_least, label, trained_model
 from .page import panels
 from .settings import EmbeddingsSettings
 
@@ -74,7 +75,7 @@ def _vectors(settings: EmbeddingsSettings) -> tuple[list[str], Tensor, dict[str,
     loss = None
     model: LanguageModel
     if settings.checkpoint is not None:
-        model, tokenizer = load_run(settings.checkpoint)
+        model, tokenizer = load(settings.checkpoint, dropout=0.0)
         source = Path(settings.checkpoint).name
     else:
         model, tokenizer, loss = trained_model(settings, SMALL, settings.steps)

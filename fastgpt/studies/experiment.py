@@ -15,11 +15,9 @@ from torch import Tensor
 from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
 from ..data.layouts import evaluation_blocks, random_batch
-from ..language_model import LanguageModel
 from ..machine import facts, resolve_device, short_commit
 from ..model import GPT
-from ..tokenizer import VISIBLE, BPETokenizer, Tokenizer
-from ..training.runs import load_model
+from ..tokenizer import VISIBLE, Tokenizer
 from ..training.step import Precision, learning_rate, make_optimizer, mean_loss, training_step
 
 VALIDATION_BLOCKS = 64
@@ -75,15 +73,6 @@ def new_gpt(cfg: GPTConfig, seed: int) -> GPT:
     """A freshly initialised GPT whose weights follow from `seed`."""
     torch.manual_seed(seed)
     return GPT(cfg)
-
-
-def load_run(path: str) -> tuple[LanguageModel, Tokenizer]:
-    """The model and tokenizer of a run's folder, a checkpoint, or a Hugging Face GPT-2 folder with its vocabulary."""
-    folder = Path(path)
-    if (folder / "config.json").exists() and (folder / "vocab.json").exists():
-        return GPT.from_pretrained(folder, dropout=0.0).eval(), BPETokenizer.from_gpt2_files(folder)
-    model, tokenizer, _ = load_model(folder, dropout=0.0)
-    return model, tokenizer
 
 
 def label(tokenizer: Tokenizer, token: int) -> str:

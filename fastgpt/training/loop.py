@@ -52,6 +52,7 @@ class Trainer:
             raise TrainingError(f"layout: the corpus was loaded as {corpus.layout!r}, the settings say {cfg.layout!r}")
         self.device = resolve_device(cfg.device)
         self.model = model.to(self.device)
+        self.model.tokenizer, self.model.layout = corpus.tokenizer, corpus.layout
         self.corpus, self.cfg, self.folder, self.resume_command = corpus, cfg, folder, resume_command
         self.optimizer = make_optimizer(self.model, cfg)
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "best_val": None}

@@ -1,8 +1,8 @@
-"""Starting a run, resuming it, and taking its model: what `fastgpt train`, `learn`, `sample` and the studies share.
+"""Starting a run and resuming it: what `fastgpt train` and `learn` share.
 
 trainer = start("runs/first", config=GPTConfig(vocab_size=65), train_config=TrainConfig(), corpus=corpus)
 trainer.run()
-model, tokenizer, checkpoint = load_model("runs/first")
+model, tokenizer = fastgpt.load("runs/first")
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..baselines import build_model, model_class
-from ..checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_parameters
+from ..baselines import build_model
+from ..checkpoint import Checkpoint, CheckpointError
 from ..config import GPTConfig, TrainConfig, from_dict
 from ..data.corpus import Corpus
-from ..language_model import LanguageModel
-from ..tokenizer import Tokenizer, tokenizer_from_json
 from .loop import Trainer
 from .run_folder import RunFolder
 
@@ -78,19 +76,6 @@ def load_latest(out: str | Path) -> Checkpoint:
     if not latest.exists():
         raise CheckpointError(f"{latest}: no such checkpoint to resume from; leave --resume out to start")
     return Checkpoint.load(latest)
-
-
-def load_model(path: str | Path, **changes: Any) -> tuple[LanguageModel, Tokenizer, Checkpoint]:
-    """The model, in eval mode on the CPU, the tokenizer and the checkpoint of a run's folder or of one checkpoint.
-
-    Of a run the best checkpoint is taken. `changes` are made to the model's configuration, such as dropout=0.0.
-    """
-    file = find_checkpoint(path)
-    saved = Checkpoint.load(file)
-    tokenizer = tokenizer_from_json(saved.tokenizer)
-    model = model_class(saved.model)(from_dict(GPTConfig, {**saved.model_config, **changes}))
-    load_parameters(model, saved.part("model"), file)
-    return model.eval(), tokenizer, saved
 
 
 def _recorded(kind: str, config: GPTConfig, train_config: TrainConfig) -> dict[str, Any]:

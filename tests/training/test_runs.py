@@ -1,4 +1,4 @@
-"""Runs from Python: started, resumed to the same bits, and their models taken."""
+"""Runs from Python: started, and resumed to the same bits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from fastgpt import GPTConfig
-from fastgpt.baselines import LSTM
 from fastgpt.checkpoint import Checkpoint, CheckpointError
-from fastgpt.config import ConfigError, TrainConfig
+from fastgpt.config import TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.training import TrainingError
 from fastgpt.training.run_folder import RunFolder, read_metrics
-from fastgpt.training.runs import load_latest, load_model, resume, start
+from fastgpt.training.runs import load_latest, resume, start
 
 CONFIG = TrainConfig(batch_size=4, max_steps=4, eval_interval=2, eval_batches=1, log_interval=2, device="cpu")
 
@@ -94,16 +93,3 @@ def test_a_resumed_run_keeps_its_model_and_its_layout(run, parts, changes, messa
 def test_there_must_be_something_to_resume(tmp_path):
     with pytest.raises(CheckpointError, match=r"latest\.safetensors: no such checkpoint to resume from"):
         load_latest(tmp_path)
-
-
-def test_the_model_of_a_run_or_of_a_checkpoint(parts, tmp_path):
-    trainer = start(tmp_path, kind="lstm", **parts)
-    trainer.run()
-    for path in (tmp_path, tmp_path / "checkpoint" / "latest.safetensors"):
-        model, tokenizer, saved = load_model(path, dropout=0.0)
-        assert isinstance(model, LSTM) and not model.training and model.cfg.dropout == 0.0
-        assert tokenizer.to_json() == parts["corpus"].tokenizer.to_json() and saved.model == "lstm"
-        weights = saved.part("model")
-        assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    with pytest.raises(ConfigError, match="drop_out: expected a setting of GPTConfig"):
-        load_model(tmp_path, drop_out=0.0)

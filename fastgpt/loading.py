@@ -1,0 +1,65 @@
+"""One way to a trained model and its tokenizer, which `fastgpt.load` and every command take.
+
+model, tokenizer = fastgpt.load("runs/shakespeare")
+print(model.generate_text("ROMEO. ", max_new_tokens=100))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .baselines import model_class
+from .checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_parameters
+from .config import GPTConfig, from_dict
+from .files import expand_path
+from .language_model import LanguageModel
+from .model import GPT
+from .tokenizer import Tokenizer, tokenizer_from_json
+from .tokenizer_files import read_tokenizer
+
+
+def load(path: str | Path, **changes: Any) -> tuple[LanguageModel, Tokenizer]:
+    """The model, in evaluation mode on the CPU, and its tokenizer, which `model.tokenizer` holds as well.
+
+    path: the folder of a run, of which the best checkpoint is taken; one checkpoint; a folder that
+    `model.save_pretrained` wrote; or the folder of a Hugging Face GPT-2, with config.json, safetensors, and either
+    tokenizer.json or vocab.json and merges.txt. `changes` override settings of the model: dropout=0.1.
+
+    Raises CheckpointError, or ValueError for a tokenizer, naming the file and what is wrong with it.
+    """
+    place = find_model(path)
+    model = _saved_model(place, changes) if (place / "config.json").is_file() else _checkpoint(place, changes)
+    assert model.tokenizer is not None
+    if model.tokenizer.vocab_size > model.cfg.vocab_size:
+        raise CheckpointError(
+            f"{place}: the tokenizer has {model.tokenizer.vocab_size} tokens and the model only "
+            f"{model.cfg.vocab_size}: they belong to different models"
+        )
+    return model, model.tokenizer
+
+
+def find_model(path: str | Path) -> Path:
+    """The file or folder that a model is read from: a saved model's weights stand for their folder."""
+    place = expand_path(path)
+    return place.parent if place.name == "model.safetensors" else place
+
+
+def _saved_model(folder: Path, changes: dict[str, Any]) -> LanguageModel:
+    model = GPT.from_pretrained(folder, **changes)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt")):
+        raise CheckpointError(
+            f"{folder}: holds a model without a tokenizer: add its tokenizer.json, or vocab.json and merges.txt; "
+            f"in Python, GPT.from_pretrained reads the model alone"
+        )
+    model.tokenizer = read_tokenizer(folder)
+    return model
+
+
+def _checkpoint(path: Path, changes: dict[str, Any]) -> LanguageModel:
+    saved = Checkpoint.load(find_checkpoint(path))
+    model = model_class(saved.model)(from_dict(GPTConfig, {**saved.model_config, **changes}))
+    load_parameters(model, saved.part("model"), saved.path)
+    model.tokenizer = tokenizer_from_json(saved.tokenizer)
+    model.layout = saved.train_config.get("layout", model.layout)
+    return model.eval()
