@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -53,3 +54,50 @@ def test_own_model_notices_an_op_that_is_wrong(run_example, text_file, monkeypat
     monkeypatch.setattr(torch, "compile", None)  # it is not reached
     with pytest.raises(AssertionError, match="where PyTorch's is"):
         run_example("own_model.py", "--data", text_file, *QUICKLY)
+
+
+# ---- the notebook ----
+
+NOTEBOOK = EXAMPLES / "shakespeare.ipynb"
+BOOK = json.loads(NOTEBOOK.read_text(encoding="utf-8")) if NOTEBOOK.exists() else {"cells": []}
+SMALLER = {'TEXT = "tinyshakespeare"': "TEXT = {text!r}", "STEPS = 1000": "STEPS = 12"}
+
+
+def cells(kind: str) -> list[str]:
+    return ["".join(cell["source"]) for cell in BOOK["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("ROMEO:\nBut, soft! what light\nis the east?\n\n" * 100, encoding="utf-8")
+    plots = pytest.importorskip("matplotlib.pyplot")
+    plots.switch_backend("Agg")
+    code = "\n".join(cells("code"))
+    code = re.sub(r"^ +[!%].*$", "    raise AssertionError", code, flags=re.MULTILINE)  # no URL: nothing is installed
+    for written, small in SMALLER.items():
+        assert code.count(written) == 1
+        code = code.replace(written, small.format(text=str(text)))
+    names: dict = {}
+    exec(compile(code, NOTEBOOK.name, "exec"), names)
+    said = capsys.readouterr().out
+    assert names["validation"][-1][1] < names["validation"][0][1]
+    assert "ROMEO:\n" in said and "attention: runs on " in said and "linear_cross_entropy: runs on " in said
+    (curves,), panels = (plots.figure(number).axes for number in plots.get_fignums())
+    assert {len(line.get_xdata()) for line in curves.lines} == {12, 2}
+    assert len(panels) == names["config"].n_head and all(panel.images for panel in panels)
+    plots.close("all")
+
+
+def test_the_notebook_is_clean_and_its_links_lead_somewhere():
+    assert (BOOK["nbformat"], BOOK["nbformat_minor"]) == (4, 5)
+    for cell in BOOK["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+    assert len({cell["id"] for cell in BOOK["cells"]}) == len(BOOK["cells"])
+    links = [link for text in cells("markdown") for link in re.findall(r"\]\(([^):#]+)[^):]*\)", text)]
+    assert links and all((EXAMPLES / link).exists() for link in links)
+
+
+def test_the_notebook_is_valid_by_the_formats_own_schema():
+    nbformat = pytest.importorskip("nbformat")
+    nbformat.validate(nbformat.read(NOTEBOOK, as_version=4))
