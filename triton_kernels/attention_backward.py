@@ -48,8 +48,8 @@ def _add_to_grad_kv(
     """(grad_k, grad_v, dS^T): adds one tile of queries to the sums of one tile of keys.
 
     Scores are computed transposed, (BLOCK_N, BLOCK_M), because the products with dO and q read them in that layout. dV
-    is finished before dP is begun, so that fewer tiles occupy registers at a time. dS^T is None where neither GRAD_K
-    nor GRAD_SCORES asks for it.
+    is finished before dP is begun, so that fewer tiles occupy registers at a time. Where neither GRAD_K nor GRAD_SCORES
+    asks for dS^T, the weights take its place: triton 3.6 cannot return a None among other results.
     """
     weights = tl.exp2(dot(k, tl.trans(q), PRECISION) * score_scale - lse[None, :])
     if MASKED:
@@ -61,7 +61,7 @@ def _add_to_grad_kv(
         dropped = weights
     if GRAD_V:
         grad_v = dot_add(round_to(dropped, q.dtype), grad_out, grad_v, PRECISION)
-    grad_scores = None
+    grad_scores = weights
     if GRAD_K or GRAD_SCORES:
         grad_weights = dot(v, tl.trans(grad_out), PRECISION)
         if DROPOUT:

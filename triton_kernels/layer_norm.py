@@ -42,16 +42,19 @@ from torch import Tensor
 
 from .dropout import keep_tile, last_dropped
 from .rounding import round_to
-from .target import COMPILE_OPTIONS, architecture, cdiv, device_of, multiprocessors, next_power_of_2
+from .target import architecture, cdiv, device_of, multiprocessors, next_power_of_2
 from .tuned import tunable
 
 MAX_FUSED_WIDTH = 4096
 # Of the backward kernels whose programs go over many rows. With up to 128 registers a thread, so many run at one time;
 # programs that had to wait for others to end would double the time. Adding up their partial sums takes little of it.
 _WARPS_PER_MULTIPROCESSOR = 16
+# No a * b + c as one instruction: weight * grad_y would be rounded in its mean, but not where the mean is subtracted from
+# it. In a row of equal values that error is all that is left of the gradient, times 1 / sqrt(eps).
+_OPTIONS = {"enable_fp_fusion": False}
 # For the two backward kernels of wide rows. 128 columns are whole lines of 128 bytes in every dtype.
-WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **COMPILE_OPTIONS}
-AFFINE_GRAD_CONFIG = {"ROWS": 16, "BLOCK": 128, "STAGES": 2, "num_warps": 4, **COMPILE_OPTIONS}
+WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **_OPTIONS}
+AFFINE_GRAD_CONFIG = {"ROWS": 16, "BLOCK": 128, "STAGES": 2, "num_warps": 4, **_OPTIONS}
 
 
 @triton.jit
@@ -233,14 +236,14 @@ def forward_config(width: int, arch: int) -> dict[str, int]:
     """
     block = _block(width)
     rows = max(1, min(4, 4096 // block), min(32, 2048 // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 1024), **COMPILE_OPTIONS}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 1024), **_OPTIONS}
 
 
 @lru_cache
 def single_row_config(width: int) -> dict[str, int]:
     """For `forward_kernel` where rows are few, as when text is generated: a row is spread over up to 16 warps."""
     block = _block(width)
-    return {"ROWS": 1, "BLOCK": block, "num_warps": min(16, max(1, block // 256)), **COMPILE_OPTIONS}
+    return {"ROWS": 1, "BLOCK": block, "num_warps": min(16, max(1, block // 256)), **_OPTIONS}
 
 
 def forward_config_of_call(n_rows: int, width: int, arch: int, n_multiprocessors: int) -> dict[str, int]:
@@ -254,7 +257,7 @@ def backward_config(width: int, arch: int) -> dict[str, int]:
     """For `backward_kernel`: 8 elements in a lane, because weight, gradients and two sums take registers, too."""
     block = _block(width)
     rows = min(32, max(1, 1024 // block))
-    return {"ROWS": rows, "BLOCK": block, "STAGES": 2, "num_warps": max(1, rows * block // 256), **COMPILE_OPTIONS}
+    return {"ROWS": rows, "BLOCK": block, "STAGES": 2, "num_warps": max(1, rows * block // 256), **_OPTIONS}
 
 
 @tunable("layer_norm.backward", "programs")

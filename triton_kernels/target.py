@@ -28,7 +28,7 @@ __all__ = ["ASTSource", "GPUTarget", "TensorDescriptor"]  # for the other files
 # Under TRITON_INTERPRET=1, triton.jit returns functions that run on CPU tensors. It reads the variable at decoration.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
-# Compute a * b + c as one instruction. Every result was tested with this, and Triton's default is about to change.
+# Compute a * b + c as one instruction: stated, because Triton's default is about to change. layer_norm.py does not.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 # The interpreter counts as two multiprocessors, so few that small test shapes run persistent loops more than once.

@@ -165,7 +165,11 @@ class Spy:
 @pytest.mark.parametrize("width", [24, 4100])
 @pytest.mark.parametrize("needs", list(product((True, False), repeat=4))[:-1], ids=str)
 def test_only_the_gradients_asked_for_are_computed(needs, width, dropout_p, monkeypatch):
-    """The gradients of x, residual, weight and bias are, bit by bit, those that all four together give."""
+    """The gradients of x, residual, weight and bias are those that all four together give: bit by bit on the interpreter.
+
+    A compiler spreads a row over the threads differently where it is read for fewer gradients, and so adds in another
+    order.
+    """
     torch.manual_seed(0)
     inputs, grads = [normal(9, width), normal(9, width), normal(width), normal(width)], [normal(9, width)] * 2
     options = {"dropout_p": dropout_p, "seed": 3, "backend": "triton"}
@@ -180,7 +184,12 @@ def test_only_the_gradients_asked_for_are_computed(needs, width, dropout_p, monk
         x.requires_grad_(need)
     torch.autograd.backward(ops.add_layer_norm(*inputs, **options), grads)
     for x, need, grad in zip(inputs, needs, wanted, strict=True):
-        assert torch.equal(x.grad, grad) if need else x.grad is None
+        if not need:
+            assert x.grad is None
+        elif DEVICE == "cpu":
+            assert torch.equal(x.grad, grad)
+        else:
+            torch.testing.assert_close(x.grad, grad)
 
     needs_x, needs_residual, needs_weight, needs_bias = needs
     shared = dropout_p == 0.0  # x and residual have one gradient then
