@@ -49,8 +49,8 @@ MAX_FUSED_WIDTH = 4096
 # Of the backward kernels whose programs go over many rows. With up to 128 registers a thread, so many run at one time;
 # programs that had to wait for others to end would double the time. Adding up their partial sums takes little of it.
 _WARPS_PER_MULTIPROCESSOR = 16
-# No a * b + c as one instruction: weight * grad_y would be rounded in its mean, but not where the mean is subtracted from
-# it. In a row of equal values that error is all that is left of the gradient, times 1 / sqrt(eps).
+# No a * b + c as one instruction: weight * grad_y would be rounded in its mean, but not where that is subtracted.
+# In a row of equal values that error is all that is left of the gradient, times 1 / sqrt(eps).
 _OPTIONS = {"enable_fp_fusion": False}
 # For the two backward kernels of wide rows. 128 columns are whole lines of 128 bytes in every dtype.
 WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **_OPTIONS}

@@ -165,7 +165,7 @@ class Spy:
 @pytest.mark.parametrize("width", [24, 4100])
 @pytest.mark.parametrize("needs", list(product((True, False), repeat=4))[:-1], ids=str)
 def test_only_the_gradients_asked_for_are_computed(needs, width, dropout_p, monkeypatch):
-    """The gradients of x, residual, weight and bias are those that all four together give: bit by bit on the interpreter.
+    """The gradients of x, residual, weight and bias are those that all four give: bit by bit on the interpreter.
 
     A compiler spreads a row over the threads differently where it is read for fewer gradients, and so adds in another
     order.
