@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple, Union
 
@@ -101,51 +101,56 @@ def train(settings: TrainSettings) -> None:
 
 def sample(settings: SampleSettings) -> None:
     (checkpoint,) = required(settings, "sample", "checkpoint")
-    if not settings.prompt:
-        raise UsageError("--prompt: is empty; give at least one character")
+    for name in ("prompt", "stop"):
+        if getattr(settings, name) == "":
+            raise UsageError(f"--{name}: is empty; give at least one character")
     import torch
 
-    from .data.completions import end_token
-    from .data.layouts import NAME_BOUNDARY, boundary_token
-    from .generate import stream, stream_names, until
+    from .generate_text import stream_text
     from .loading import load
     from .machine import resolve_device
-    from .tokenizer import StreamDecoder
 
     model, tokenizer = load(checkpoint, dropout=0.0)
+    if model.layout == "completions" and settings.prompt == SampleSettings.prompt:
+        raise UsageError("--prompt is missing: this model completes prompts; give one like those of its data")
     device = resolve_device(settings.device)
     model.to(device)
     generator = torch.Generator(device)
     generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
-    prompt = settings.prompt.replace("\r\n", "\n")  # as in the training data
-    of_names = model.layout == "names"
-    if model.layout == "completions" and settings.prompt == SampleSettings.prompt:
-        raise UsageError("--prompt is missing: this model completes prompts; give one like those of its data")
-    if of_names and settings.cuda_graph:
+    options: dict[str, Any] = {"layout": model.layout, "device": device, "generator": generator}
+    for name in ("num_samples", "stop", "temperature", "top_k", "top_p", "stride"):
+        options[name] = getattr(settings, name)
+    if settings.cuda_graph and model.layout == "names":
         raise UsageError("--cuda-graph: a graph belongs to one text, and each name is a text of its own; leave it out")
-    if of_names:  # the last line of the prompt is the name to go on with
-        prompt = NAME_BOUNDARY + prompt.rpartition(NAME_BOUNDARY)[2]
-    try:
-        idx = torch.tensor([tokenizer.encode(prompt)], device=device)
-    except ValueError as error:  # a character that the tokenizer does not know
-        raise ValueError(f"--prompt: {error}") from None
-    options: dict[str, Any] = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    options |= {"generator": generator, "stride": settings.stride}
-    decoder = StreamDecoder(tokenizer)
+    if settings.cuda_graph:
+        options["cuda_graph"] = True
     with _on_backend(settings.backend):
         try:
-            if of_names:
-                tokens = stream_names(model, idx, settings.max_new_tokens, boundary_token(tokenizer), **options)
+            pieces = stream_text(model, tokenizer, settings.prompt, settings.max_new_tokens, **options)
+        except ValueError as error:  # a setting that it cannot have
+            raise UsageError(_naming_option(error, settings)) from None
+        _print_samples(pieces, settings.prompt, settings.num_samples)
+
+
+def _naming_option(error: ValueError, settings: Any) -> str:
+    """The text of an error that begins with an argument's name, with the name of the option in its place."""
+    name, colon, rest = str(error).partition(": ")
+    return f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(settings) else str(error)
+
+
+def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, n: int) -> None:
+    """Print the first sample while it is drawn; the others are drawn beside it, and wait until it is complete."""
+    waiting = [prompt] * n
+    for number in range(n):
+        if n > 1:
+            print(f"--- sample {number + 1} of {n} ---")
+        print(waiting[number], end="", flush=True)
+        for of, text in pieces:  # all of them come while the first sample is printed
+            if of == number:
+                print(text, end="", flush=True)
             else:
-                tokens = stream(model, idx, settings.max_new_tokens, **options, cuda_graph=settings.cuda_graph)
-            if model.layout == "completions":
-                tokens = until(tokens, end_token(tokenizer))
-        except ValueError as error:  # a setting it cannot have
-            raise UsageError(str(error)) from None
-        print(settings.prompt, end="", flush=True)
-        for token in tokens:
-            print(decoder.push(int(token)), end="", flush=True)
-    print(decoder.flush())
+                waiting[of] += text
+        print()
 
 
 def data_show(settings: DataShowSettings) -> None:
@@ -268,7 +273,9 @@ def parse(args: Sequence[str]) -> tuple[Command, Any]:
         tyro.cli(_subcommands(COMMANDS), prog="fastgpt", description=_DESCRIPTION, args=args or ["--help"])
         raise AssertionError("tyro read options without a command")
     command, n_words = found
-    options = args[n_words:]
+    options = list(args[n_words:])
+    if options and not options[0].startswith("-") and hasattr(command.settings, "checkpoint"):
+        options.insert(0, "--checkpoint")  # fastgpt sample runs/demo
     if sum(option.partition("=")[0] == "--config" for option in options) > 1:
         raise UsageError("--config: is given more than once; put the settings into one file")
     read = partial(tyro.cli, command.settings, prog=" ".join(["fastgpt", *args[:n_words]]), description=command.about)

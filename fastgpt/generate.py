@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -198,11 +197,6 @@ def stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, 
     generator, stride = options.pop("generator", None), _checked_stride(model, options.pop("stride", None))
     n, settings = _checked(model, idx, max_new_tokens, **options)
     return _stream_names(model, idx, n, boundary, partial(_draw, generator=generator, **settings), stride)
-
-
-def until(tokens: Iterator[Tensor], end: int) -> Iterator[Tensor]:
-    """Those of `tokens`, each (1, 1), that come before the first `end`."""
-    return takewhile(lambda token: int(token) != end, tokens)
 
 
 def _stream_names(

@@ -152,3 +152,23 @@ class LanguageModel(nn.Module):
         draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         tokens = stream(self, idx, max_new_tokens, **draw, cuda_graph=cuda_graph, stride=stride)
         return torch.cat([idx, *tokens], dim=1)
+
+    def generate_text(self, prompt: str, max_new_tokens: int = 500, *, stop: str | None = None, **options: Any) -> str:
+        """`prompt` and its continuation: of `max_new_tokens` tokens, or up to the text `stop`, which is left out.
+
+        The other options are those of `generate`: temperature, top_k, top_p, generator, cuda_graph, stride. The model
+        needs its `tokenizer`, which `fastgpt.load` gives it. Raises ValueError naming the argument, as for a prompt
+        that is empty or has a character that the tokenizer does not know.
+
+        >>> model, tokenizer = fastgpt.load("runs/shakespeare")
+        >>> print(model.generate_text("ROMEO. ", max_new_tokens=200, temperature=0.8))
+        """
+        from .generate_text import stream_text
+
+        if self.tokenizer is None:
+            raise ValueError(
+                "model.tokenizer: is None, and text needs one; fastgpt.load reads a model with its tokenizer"
+            )
+        options["device"], options["layout"] = next(self.parameters()).device, self.layout
+        pieces = stream_text(self, self.tokenizer, prompt, max_new_tokens, num_samples=1, stop=stop, **options)
+        return prompt + "".join(text for _, text in pieces)

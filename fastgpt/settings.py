@@ -91,9 +91,13 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
 class SampleSettings:
     """Continue a prompt with a trained model, token by token."""
 
-    checkpoint: str | None = None  # a run's folder (its best checkpoint), or one .safetensors checkpoint.
+    # a run's folder (its best checkpoint), one .safetensors checkpoint, or the folder of a saved model or of a Hugging
+    # Face GPT-2; the option's name may be left out in first place: fastgpt sample runs/demo.
+    checkpoint: str | None = None
     prompt: str = "\n"  # the text to continue; a text that begins with "-" is given as --prompt=TEXT.
     max_new_tokens: int = 500  # tokens to add.
+    num_samples: int = 1  # how many samples to print, drawn as one batch.
+    stop: str | None = None  # end a sample before this text; a line's end is --stop $'\n' in bash.
     temperature: float = 0.8  # divides the logits; 0 takes the likeliest token.
     top_k: int | None = None  # sample among the k likeliest tokens.
     top_p: float | None = None  # sample among the fewest tokens whose probability reaches p.

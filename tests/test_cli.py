@@ -59,6 +59,15 @@ def test_sample_takes_a_file_and_every_sampling_option(run, capsys):
     assert len(capsys.readouterr().out) == 1 + 5 + 1
 
 
+def test_samples_end_at_a_text_and_are_printed_one_after_the_other(run, capsys):
+    arguments = "--prompt All --max-new-tokens 200 --seed 1 --device cpu".split()
+    assert main(["sample", str(run), *arguments, "--num-samples", "3", "--stop", "e"]) == 0
+    said = capsys.readouterr().out
+    parts = re.split(r"--- sample (\d) of 3 ---\n", said)
+    assert parts[0] == "" and parts[1::2] == ["1", "2", "3"]
+    assert all(text.startswith("All") and text.endswith("\n") and "e" not in text for text in parts[2::2])
+
+
 def test_resume_goes_on_and_keeps_the_new_settings(text_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["train", "--data", str(text_file), "--out", str(out), *SMALL]) == 0
@@ -188,7 +197,12 @@ BAD_USAGE = [
     (["data", "show", "--config", "EMPTY", "--config=EMPTY"], "--config: is given more than once"),
     (["data", "show", "--config", "FOLDER"], "cannot be read: Is a directory"),
     (["parity", "--out", "OUT/report.json"], "expected a file in a folder that exists"),
-    (["sample", "--checkpoint", "RUN", "--top-k", "0"], "top_k: expected"),
+    (["sample", "--checkpoint", "RUN", "--prompt", "☃"], "--prompt: character '☃' at position 0"),
+    (["sample", "--checkpoint", "RUN", "--prompt=-x"], "--prompt: character '-' at position 0"),
+    (["sample", "RUN", "--stop", ""], "--stop: is empty"),
+    (["sample", "RUN", "--stop", "☃"], "--stop: character '☃' at position 0"),
+    (["sample", "RUN", "--num-samples", "0"], "--num-samples: expected"),
+    (["sample", "--checkpoint", "RUN", "--top-k", "0"], "--top-k: expected"),
     (["sample", "--checkpoint", "RUN", "--temperature", "-1"], "temperature: expected"),
     (["sample", "--checkpoint", "RUN", "--backend", "cudnn"], "--backend: unknown backend 'cudnn'"),
     (["train", "--data", "DATA", "--out", "OUT", "--backend", "cudnn"], "--backend: unknown backend 'cudnn'"),
@@ -209,8 +223,6 @@ FAILED = [
     (["train", "--data", "BINARY", "--out", "OUT"], "UTF-8"),
     (["sample", "--checkpoint", "missing"], "missing: no such file"),
     (["sample", "--checkpoint", "DATA"], "not a complete safetensors file"),
-    (["sample", "--checkpoint", "RUN", "--prompt", "☃"], "--prompt: character '☃' at position 0"),
-    (["sample", "--checkpoint", "RUN", "--prompt=-x"], "--prompt: character '-' at position 0"),
     (["train", "--data=-x", "--out", "OUT"], "'-x' does not exist"),
     (["parity", "--out", "/proc/report.json"], "'/proc/report.json'"),
     (["bench", "--only", "embedding", "--out", "DATA/rows.jsonl"], "DATA/rows.jsonl: cannot be written"),

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import fastgpt
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.benchmarks.publish import performance, quotes, report
 from fastgpt.benchmarks.publish.rows import read
 from fastgpt.ops import reference
 from fastgpt.ops.backend import OPS
+from fastgpt.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {
@@ -160,13 +162,15 @@ def test_the_example_of_backends_runs(tmp_path):
     assert run([sys.executable, "example.py"], tmp_path).startswith("attention: runs on")
 
 
-def test_the_example_of_gpt2_weights_reads_and_writes_folders(tmp_path, monkeypatch):
+def test_the_examples_of_loading_generate_text_and_save(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tiny = GPTConfig.preset("gpt2", n_layer=1, n_head=1, n_embd=8, vocab_size=16, block_size=8)
-    GPT(tiny).save_pretrained("gpt2", format="huggingface")
-    (example,) = blocks("python", DOCUMENTS["getting-started.md"])
-    exec(example, {"GPT": GPT})
-    assert (tmp_path / "out" / "config.json").exists()
+    model = GPT(GPTConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, block_size=8))
+    model.tokenizer = CharTokenizer("\n .EMORs")
+    model.save_pretrained("runs/shakespeare")
+    for example in blocks("python", DOCUMENTS["getting-started.md"]):
+        exec(example, {"fastgpt": fastgpt})
+    assert capsys.readouterr().out.startswith("ROMEO. ")
+    assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / "tokenizer.json").exists()
 
 
 # --- the map of files -------------------------------------------------------------------------------------------------
