@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 import fastgpt
+from fastgpt.benchmarks.publish import performance, pictures, report
+from fastgpt.benchmarks.publish.rows import read
+from figures import faults
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROWS = ROOT / "benchmarks" / "results"
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 FILE = re.compile(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|h|cpp|cu|cuh|toml|md|json|yml))`")
 DOTTED = re.compile(r"`(fastgpt(?:\.\w+)+)`")
@@ -59,6 +63,21 @@ def broken_links(document: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_to_files_and_to_what_they_name(document):
     assert broken_links(document, document.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_picture_has_a_text_that_stands_for_it(document):
+    for text, picture in re.findall(r"!\[(.*?)\]\((.*?)\)", document.read_text(encoding="utf-8")):
+        assert len(text.split()) > 1, picture
+
+
+def test_the_pictures_of_the_rows_can_be_read():
+    figures = {picture.name: pictures.case_roofline_figure(picture.roofline) for picture in performance.pictures(ROWS)}
+    for table in report.all_tables(read([ROWS])):
+        if table.picture and table.draw and table.picture.endswith(("attention", "train-step", "roofline")):
+            figures[table.picture] = table.draw()
+    found = {name: faults(figure) for name, figure in figures.items()}
+    assert found and not any(found.values()), found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -19,7 +19,7 @@ from fastgpt.report import cell, markdown_table
 from . import cells
 from .levers import Lever, read_levers
 from .pictures import CaseRoofline, case_roofline_figure, save
-from .rows import OURS, Results, ResultsError, Row, Run, by_case, read
+from .rows import OURS, Results, ResultsError, Row, by_case, read
 
 PICTURES = "images"  # beside the page
 PREFIX = "performance-"  # of a picture's file
@@ -175,8 +175,8 @@ def _pictures_of(name: str, now: Results, before: Results) -> list[Picture]:
 
 def _roofline_of(old: Row, new: Row, now: Results) -> CaseRoofline | None:
     """None where the row does not say by what it is limited."""
-    run = _run_of(new, now)
-    if run is None or not (new.bytes and new.flops and new.roofline_fraction and new.ceiling):
+    ceilings = now.ceilings_of(new)
+    if not (ceilings and new.bytes and new.flops and new.roofline_fraction and new.ceiling):
         return None
     least_s = new.roofline_fraction * new.median_ms / 1e3
     is_of_products = new.ceiling.startswith("products")
@@ -186,20 +186,14 @@ def _roofline_of(old: Row, new: Row, now: Results) -> CaseRoofline | None:
         title=f"{new.op} {new.shape}",
         intensity=new.flops / new.bytes,
         flops=new.flops,
-        bytes_per_s=run.ceilings["bytes_per_s"] if is_of_products else new.bytes / least_s,
-        flops_per_s=new.flops / least_s if is_of_products else run.ceilings["flops_per_s"],
+        bytes_per_s=ceilings["bytes_per_s"] if is_of_products else new.bytes / least_s,
+        flops_per_s=new.flops / least_s if is_of_products else ceilings["flops_per_s"],
         limit=new.ceiling,
         is_of_products=is_of_products,
         before_ms=old.median_ms,
         now_ms=new.median_ms,
         peers_ms=peers,
     )
-
-
-def _run_of(row: Row, results: Results) -> Run | None:
-    """The newest run that measured the row's op, and its ceilings."""
-    found = [run for run in results.runs if row.op in run.ops and run.machine == row.machine]
-    return next((run for run in reversed(found) if run.ceilings.get("bytes_per_s")), None)
 
 
 # --- levers ----------------------------------------------------------------------------------------------------------

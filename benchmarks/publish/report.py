@@ -195,7 +195,7 @@ def _ceilings(machine: str, results: Results) -> Table:
         if copy and product:
             speeds = [f"{copy / 1e9:.1f} GB/s", cells.flop_rate(product)]
             rows.append([", ".join(run.ops), run.ceilings.get("dtype"), *speeds, _by_size(run), run.date])
-    drawn = bool(rows) and any(row.bytes and row.flops for row in results.rows)
+    drawn = bool(rows) and any(row.bytes and row.flops and results.ceilings_of(row) for row in results.rows)
     return Table(
         "The machine's ceilings",
         [
@@ -206,8 +206,9 @@ def _ceilings(machine: str, results: Results) -> Table:
         ["ops of the run", "dtype", "copy", "matrix product", "GB/s by size: read / written / copied / added", "date"],
         rows,
         f"{cells.file_stem(machine)}-roofline" if drawn else None,
-        "Achieved operations per second over operations per byte moved; filled FastGPT, hollow its best peer",
-        partial(roofline_figure, machine, results),
+        "Achieved operations per second over operations per byte moved, of FastGPT and its best peer, op by op, under "
+        "the ceiling of the op's newest run",
+        partial(roofline_figure, results),
     )
 
 

@@ -222,6 +222,12 @@ class Results:
     def of_op(self, op: str) -> list[Row]:
         return [row for row in self.rows if row.op == op]
 
+    def ceilings_of(self, row: Row) -> dict[str, Any]:
+        """What the newest run that measured the row's op found of its machine's speed; empty where none did."""
+        found = [run.ceilings for run in self.runs if row.op in run.ops and run.machine == row.machine]
+        measured = (c for c in reversed(found) if c.get("bytes_per_s") and c.get("flops_per_s"))
+        return next(measured, {})
+
 
 # --- files -----------------------------------------------------------------------------------------------------------
 

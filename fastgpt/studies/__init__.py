@@ -27,11 +27,11 @@ def load(name: str) -> ModuleType:
 
 def run(name: str, settings: Any) -> Path:
     """Measure, write results.json, report.html and the pictures, and print the tables; returns the report's path."""
-    from ..report import pyplot
+    from ..plots import need_matplotlib
     from .experiment import recorded, study_facts
     from .page import Page
 
-    pyplot()  # fails here if matplotlib is missing, and not after minutes of measuring
+    need_matplotlib()  # fails here if it is missing, and not after minutes of measuring
     out = Path(settings.out or f"runs/study-{name}")
     _check_folder(out)
     results = {"study": name, **study_facts(settings.device), "settings": recorded(settings)}

@@ -6,9 +6,9 @@ model. As a check, the probabilities times v are compared with the output of the
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
-import warnings
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from ..loading import load
 from ..machine import resolve_device
 from ..model import GPT, CausalSelfAttention
 from ..ops.reference import causal_mask
-from ..report import pyplot
+from ..plots import FONT_SIZE, panels
 from ..tokenizer import Tokenizer
 from .experiment import StudyError, at_least, label, trained_model
 from .settings import AttentionSettings
 
+LEGIBLE = 32  # names of tokens on an axis
 SMALL = GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)  # shakespeare-char-cpu
 
 
@@ -168,8 +169,17 @@ def show(results: dict[str, Any], page: Any) -> None:
         [*numeric, "strongest"],
         [[*(row[name] for name in numeric), _pair(row, tokens)] for row in results["rows"]],
     )
-    page.picture("maps", "Attention maps by layer (down) and head (across)", lambda: _draw(results))
+    page.picture("maps", "Attention maps by layer (down) and head (across)", lambda: _draw_maps(results))
+    for name, row in zip(("near", "far"), _telling(results["rows"]), strict=False):
+        caption = f"The map of layer {row['layer']} head {row['head']}, which looks {row['distance']:.1f} tokens away"
+        page.picture(name, caption, functools.partial(_draw_head, row, tokens))
     page.paragraph(_findings(results))
+
+
+def _telling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The heads that are drawn large: those that look nearest and farthest, on average, if there are two."""
+    near, far = (choose(rows, key=lambda row: row["distance"]) for choose in (min, max))
+    return [near] if near is far else [near, far]
 
 
 def _pair(row: dict[str, Any], tokens: list[str]) -> str:
@@ -206,25 +216,47 @@ def _findings(results: dict[str, Any]) -> str:
     return f"{text}The maps times v differ from the output of the attention op by at most {results['error']:.1g}."
 
 
-def _draw(results: dict[str, Any]) -> Any:
-    rows, tokens = results["rows"], results["tokens"]
-    layers = sorted({row["layer"] for row in rows})
-    heads = sorted({row["head"] for row in rows})
-    side = 2.6 if len(rows) > 1 else 6.0
-    rotation = 0 if all(len(token) == 1 for token in tokens) else 90
-    figure, axes = pyplot().subplots(
-        len(layers), len(heads), figsize=(side * len(heads), side * len(layers)), squeeze=False, constrained_layout=True
-    )
+def _draw_maps(results: dict[str, Any]) -> Any:
+    """All maps in small: a glance tells which heads look near, far, or everywhere."""
+    rows = results["rows"]
+    layers, heads = (sorted({row[name] for row in rows}) for name in ("layer", "head"))
+    side = 5.0 / len(heads)
+    figure, axes = panels(1.0 + side * len(layers), len(layers), len(heads), sharex=True, sharey=True)
     for row in rows:
         panel = axes[layers.index(row["layer"])][heads.index(row["head"])]
-        image = [values + [0.0] * (len(tokens) - len(values)) for values in row["map"]]
-        panel.imshow(image, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
-        panel.set_title(f"layer {row['layer']} head {row['head']}", fontsize=7)
-        panel.tick_params(length=0)
-        at = range(len(tokens)) if len(tokens) <= 48 else []  # more cannot be read
-        size = min(7.0, 120.0 * side / 2.6 / max(len(tokens), 1))
-        panel.set_xticks(at, [tokens[i] for i in at], fontsize=size, parse_math=False, rotation=rotation)
-        panel.set_yticks(at, [tokens[i] for i in at], fontsize=size, parse_math=False)
-    # Where the font lacks a letter, it draws a box; that is no reason for a warning, as the maps are right.
-    warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        shown = _show_map(panel, row, len(results["tokens"]), _strongest(results))
+        panel.set(xticks=[], yticks=[])
+    for panel, layer in zip(axes[:, 0], layers, strict=True):
+        panel.set_ylabel(f"layer {layer}" if len(layers) < 7 else layer)
+    for panel, head in zip(axes[0], heads, strict=True):
+        panel.set_title(f"head {head}" if len(heads) < 7 else head, loc="center", fontsize=FONT_SIZE)
+    figure.colorbar(shown, ax=axes, orientation="horizontal", aspect=40, fraction=0.04, label="share of the attention")
     return figure
+
+
+def _draw_head(row: dict[str, Any], tokens: list[str]) -> Any:
+    """The map of one head, with its tokens; of a long prompt, as many of them are named as can be read."""
+    figure, [[axes]] = panels(5.8)
+    shown = _show_map(axes, row, len(tokens), max(map(max, row["map"])))
+    every = -(-len(tokens) // LEGIBLE)
+    at = range(0, len(tokens), every)
+    names = [token if len(token) <= 10 else f"{token[:9]}…" for token in tokens[::every]]
+    rotation = 0 if all(len(name) == 1 for name in names) else 90
+    axes.set_xticks(at, names, parse_math=False, family="monospace", rotation=rotation)
+    axes.set_yticks(at, names, parse_math=False, family="monospace")
+    which = {1: ""}.get(every, f" (one in {every} is named)")
+    axes.set(xlabel=f"token that is attended to{which}", ylabel="token that attends")
+    figure.colorbar(shown, shrink=0.7, label="share of the attention")
+    return figure
+
+
+def _show_map(axes: Any, row: dict[str, Any], n: int, largest: float) -> Any:
+    image = [values + [0.0] * (n - len(values)) for values in row["map"]]
+    axes.grid(False)
+    axes.tick_params(length=0)
+    return axes.imshow(image, cmap="Blues", vmin=0.0, vmax=largest, interpolation="nearest")
+
+
+def _strongest(results: dict[str, Any]) -> float:
+    """The largest share in any of the maps."""
+    return max(max(map(max, row["map"])) for row in results["rows"])

@@ -23,8 +23,9 @@ from ..data.corpus import Corpus
 from ..data.layouts import random_batch
 from ..machine import resolve_device
 from ..model import GPT
+from ..plots import FAINT, line_style, panels
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
-from .page import LEARNED, counted, find_row, frequencies_text, learned_bound, listed, loss_text, or_nan, panels
+from .page import LEARNED, counted, find_row, frequencies_text, learned_bound, listed, loss_text, or_nan
 from .settings import DepthSettings
 
 Kind = tuple[str, str, bool]  # initialisation, norm, residual
@@ -272,45 +273,51 @@ def _norm_and_residual(norm: str, residual: bool) -> str:
 
 # ---- pictures ----
 
-COLOURS = {"none": "tab:red", "pre": "tab:blue", "post": "tab:green"}
+
+def _style(norm: str, residual: bool) -> dict[str, Any]:
+    """A colour and a marker for each norm; without residual connections, dashes."""
+    return {**line_style(NORMS.index(norm)), "linestyle": "-" if residual else "--"}
 
 
 def _draw_losses(results: dict[str, Any]) -> Any:
-    figure, axes = panels(9, 3.2, columns=len(INITIALISATIONS), sharey=True)
+    figure, axes = panels(5.6, rows=2, columns=2, sharex=True, sharey=True)
     depths = sorted({row["depth"] for row in results["rows"]})
-    for panel, init in zip(axes[0], INITIALISATIONS, strict=True):
-        panel.axhline(results["data"]["frequency_loss"], color="grey", lw=0.8, ls=":", label="frequencies only")
+    for panel, init in zip(axes.flat, INITIALISATIONS, strict=True):
+        panel.axhline(results["data"]["frequency_loss"], color=FAINT, linestyle=":", label="frequencies only")
         for norm, residual in itertools.product(NORMS, (True, False)):
             losses = [_network(results["rows"], depth, (init, norm, residual))["loss"] for depth in depths]
-            style = {"color": COLOURS[norm], "ls": "-" if residual else "--", "marker": "o", "ms": 3}
-            panel.plot(range(len(depths)), or_nan(losses), label=_norm_and_residual(norm, residual), **style)
-        panel.set(title=init, xlabel="blocks")
+            label = _norm_and_residual(norm, residual)
+            panel.plot(range(len(depths)), or_nan(losses), label=label, **_style(norm, residual))
+        panel.set_title(init)
         panel.set_xticks(range(len(depths)), [str(depth) for depth in depths])
-    axes[0][0].set_ylabel("validation loss")
     # The huge losses of some networks are cut off: otherwise all other curves would look like one line.
     highest = results["data"]["frequency_loss"] + 0.2
     losses = [row["loss"] for row in results["rows"] if row["loss"] is not None]
-    axes[0][0].set_ylim(min([*losses, highest]) - 0.1, highest)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    panel.set_ylim(min([*losses, highest]) - 0.1, highest)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("validation loss")
+    for panel in axes[-1]:
+        panel.set_xlabel("blocks")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def _draw_layers(rows: list[dict[str, Any]], depth: int) -> Any:
-    figure, axes = panels(9, 5.2, rows=2, columns=len(INITIALISATIONS), sharex=True, sharey="row")
-    for column, init in enumerate(INITIALISATIONS):
+    blocks = range(1, depth + 1)
+    figure, axes = panels(9.0, rows=len(INITIALISATIONS), columns=2, sharex=True, sharey=True)
+    for (stream, gradient), init in zip(axes, INITIALISATIONS, strict=True):
         for norm, residual in itertools.product(NORMS, (True, False)):
-            row = _network(rows, depth, (init, norm, residual))
-            style = {"color": COLOURS[norm], "ls": "-" if residual else "--"}
-            for panel, key in zip(axes[:, column], ("activation", "gradient"), strict=True):
-                blocks = range(1, depth + 1)
-                panel.plot(blocks, _positive(row["before"][key]), label=_norm_and_residual(norm, residual), **style)
-                panel.plot(blocks, _positive(row["after"][key]), ".", color=style["color"], ms=3, alpha=0.6)
-                panel.set(yscale="log", ylim=(1e-12, 1e6))
-        axes[0, column].set_title(init)
-        axes[1, column].set_xlabel("block")
-    axes[0, 0].set_ylabel("root mean square of the stream")
-    axes[1, 0].set_ylabel("norm of the gradient")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+            row, style = _network(rows, depth, (init, norm, residual)), _style(norm, residual)
+            line, dots = {**style, "marker": None}, {**style, "linestyle": "none", "markersize": 3}
+            for panel, key in ((stream, "activation"), (gradient, "gradient")):
+                panel.plot(blocks, _positive(row["before"][key]), label=_norm_and_residual(norm, residual), **line)
+                panel.plot(blocks, _positive(row["after"][key]), **dots)
+        stream.set_title(f"{init}: size of the stream")
+        gradient.set_title("norm of the gradient")
+    stream.set(yscale="log", ylim=(1e-12, 1e6))
+    stream.set_xlabel("block")
+    gradient.set_xlabel("block")
+    figure.legend(*stream.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

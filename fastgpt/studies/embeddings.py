@@ -21,9 +21,9 @@ from torch import Tensor
 from ..config import ConfigError
 from ..language_model import LanguageModel
 from ..loading import load
+from ..plots import BLUE, INK, VERMILION, label_points, panels
 from .attention import SMALL
 from .experiment import StudyError, at_least, label, trained_model
-from .page import panels
 from .settings import EmbeddingsSettings
 
 SHOWN = 200  # points in the picture: the first ones, which are the most frequent words in a file of word vectors
@@ -268,13 +268,16 @@ def _findings(results: dict[str, Any]) -> str:
 
 
 def _draw_map(results: dict[str, Any]) -> Any:
-    figure, [[axes]] = panels(7, 5.5)
+    figure, [[axes]] = panels(5.6)
     asked = {row["word"] for row in results["rows"]}
-    x, y = ([point[i] for point in results["points"]] for i in (1, 2))
-    axes.plot(x, y, ".", color="tab:blue", ms=2, alpha=0.4)
-    for word, a, b in results["points"]:
-        colour = "tab:red" if word in asked else "black"
-        axes.annotate(word, (a, b), fontsize=9, color=colour, parse_math=False, ha="center", va="center")
+    points = sorted(results["points"], key=lambda point: point[0] not in asked)
+    for words, style in ((True, {"color": VERMILION, "marker": "D"}), (False, {"color": BLUE, "marker": "o"})):
+        at = [(x, y) for word, x, y in points if (word in asked) == words]
+        name = "in the tables" if words else "others"
+        axes.plot(*zip(*at, strict=True), linestyle="none", markersize=3.5, label=name, **style)
     first, second = results["explained"]
     axes.set(xlabel=f"first component ({first:.0%} of the variance)", ylabel=f"second ({second:.0%})")
+    axes.margins(0.08)
+    figure.legend(loc="outside upper right", ncols=2, handlelength=1)
+    label_points(axes, [((x, y), word, VERMILION if word in asked else INK) for word, x, y in points])
     return figure

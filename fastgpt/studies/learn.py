@@ -17,7 +17,8 @@ import torch
 
 from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
-from ..report import markdown_table, pyplot
+from ..plots import need_matplotlib
+from ..report import markdown_table
 from ..training import TrainingError
 from ..training.loop import Trainer
 from ..training.run_folder import read_metrics
@@ -36,7 +37,7 @@ SAMPLE_TOKENS = 240
 def run(settings: LearnSettings) -> Path:
     """Train all stages, write results.json, report.html and the pictures; returns the report's path."""
     # These two fail where the report could not be written; better now than after minutes of training.
-    pyplot()
+    need_matplotlib()
     code = {stage.name: code_of(stage) for stage in STAGES}
     out = Path(settings.out)
     if (out / "results.json").exists() or (out / "stages").exists():

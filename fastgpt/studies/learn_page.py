@@ -14,13 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..data.show import show_layouts
 from ..files import atomic_path
-from ..report import Report, markdown_table, pyplot
-from .page import panels, provenance
-from .stages import LADDER, find_stage
+from ..plots import BLUE, FAINT, label_ends, line_style, panels, png, styled
+from ..report import Report, markdown_table
+from .page import provenance
+from .stages import LADDER, STAGES, find_stage
 
 HEADERS = ["stage", "builds on", "parameters", "validation loss", "change"]
 
@@ -124,30 +123,45 @@ def _provenance(results: dict[str, Any]) -> str:
 # ---- pictures ----
 
 
-def _colours(results: dict[str, Any]) -> list[Any]:
-    return list(pyplot().get_cmap("viridis")(np.linspace(0.0, 0.9, len(results["stages"]))))
-
-
+@styled
 def final_losses(results: dict[str, Any]) -> Any:
-    """A bar a stage. Bars start at 0 nats: their lengths can be compared."""
-    names, losses = [r["name"] for r in results["stages"]], [r["loss"] for r in results["stages"]]
-    figure, axes = pyplot().subplots(figsize=(7, 3.6), constrained_layout=True)
-    bars = axes.barh(names, losses, color=_colours(results))
-    axes.bar_label(bars, [f"{loss:.3f}" for loss in losses], padding=3)
+    """The loss of each stage as a point, with lines to the stages that build on it; dashed ones to a side branch.
+
+    Points, because bars would have to begin at 0, where the differences between the stages could hardly be seen.
+    """
+    rows = results["stages"]
+    figure, [[axes]] = panels(0.8 + 0.31 * len(rows))
+    at = {row["name"]: (row["loss"], number) for number, row in enumerate(rows)}
+    for name, point in at.items():
+        aside, after = is_side_branch(name), find_stage(name).after
+        if after is not None:
+            bend = 0.0 if point[1] == at[after][1] + 1 else 0.5  # around the stages that it passes
+            line = {"arrowstyle": "-", "color": FAINT, "linewidth": 1.7, "linestyle": ":" if aside else "-"}
+            axes.annotate("", point, at[after], arrowprops={**line, "connectionstyle": f"arc3,rad={bend}"}, zorder=1)
+        axes.plot(*point, "D" if aside else "o", color=BLUE, markerfacecolor="white" if aside else BLUE)
+        axes.text(1.12, point[1], f"{point[0]:.3f}", ha="right", va="center", transform=axes.get_yaxis_transform())
+    axes.plot([], [], "o-", color=BLUE, label="on the way to the GPT")
+    axes.plot([], [], "D:", color=BLUE, markerfacecolor="white", label="side branch")
+    axes.legend(loc="upper left")
+    axes.set_yticks(range(len(rows)), list(at))
     axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.set(xlabel="validation loss (nats per character)")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("validation loss (nats per character)")
     return figure
 
 
+def is_side_branch(name: str) -> bool:
+    """Whether no stage builds on this one, though it is not the last."""
+    return name != STAGES[-1].name and all(stage.after != name for stage in STAGES)
+
+
+@styled
 def curves(results: dict[str, Any]) -> Any:
-    figure, [[axes]] = panels(7, 4.4)
-    for row, colour in zip(results["stages"], _colours(results), strict=True):
+    figure, [[axes]] = panels(4.2)
+    for number, row in enumerate(results["stages"]):
         points = [(step, loss) for step, loss in row["curve"] if step > 0]  # all start at ln(vocabulary)
-        axes.plot(*zip(*points, strict=True), label=row["name"], color=colour, marker="o", ms=3, lw=1.4)
+        axes.plot(*zip(*points, strict=True), label=row["name"], **line_style(number))
     axes.set(xlabel="step", ylabel="validation loss (nats per character)")
-    axes.legend(fontsize="small", ncols=2)
+    label_ends(axes)
     return figure
 
 
@@ -175,7 +189,7 @@ def learn_report(results: dict[str, Any], code: dict[str, list[tuple[str, int, s
             f"Validation loss {row['loss']:.3f} with {row['parameters']:,} parameters after {row['seconds']:.0f} "
             f"seconds of training. A sample, at temperature 0.8:"
         )
-        page.code(row["sample"])
+        page.sample(row["sample"])
     page.paragraph(_provenance(results))
     return page
 
@@ -202,11 +216,17 @@ def _between(text: str, name: str, new: str) -> str:
 def _results_in_markdown(results: dict[str, Any]) -> str:
     found = {row["name"]: row for row in results["stages"]}
     samples = [
-        f"`{name}` writes:\n\n```text\n{found[name]['sample'].strip()[:160]}\n```" for name in ("bigram", "scaled up")
+        f"`{name}` writes:\n\n```text\n{_wrapped(found[name]['sample'].strip()[:160])}\n```"
+        for name in ("bigram", "scaled up")
     ]
     words = [budget(results), " ".join(findings(results)), _provenance(results)]
     above, below, source = (textwrap.fill(part, 120, break_on_hyphens=False) for part in words)
     return "\n\n".join([above, markdown_table(HEADERS, table_rows(results)), below, *samples, source])
+
+
+def _wrapped(sample: str) -> str:
+    """The sample with no line of more than 80 letters, as a page does not wrap what stands in a block of code."""
+    return "\n".join(textwrap.fill(line, 80, drop_whitespace=False) for line in sample.split("\n"))
 
 
 def main(docs: Path) -> None:
@@ -215,7 +235,7 @@ def main(docs: Path) -> None:
     text = refreshed(page.read_text(encoding="utf-8"), results)
     for name, draw in (("losses", final_losses), ("curves", curves)):
         with atomic_path(docs / "images" / f"learn-{name}.png") as temporary:
-            draw(results).savefig(temporary, format="png", dpi=100, facecolor="white")
+            temporary.write_bytes(png(draw(results)))
     with atomic_path(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -13,9 +13,9 @@ from typing import Any
 from ..config import GPTConfig
 from ..data.corpus import Corpus
 from ..machine import resolve_device
-from ..report import pyplot
+from ..plots import FAINT, label_ends, line_style, ordered_colours, panels
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
-from .page import LEARNED, Row, counted, frequencies_text, learned_bound, listed, or_nan, panels
+from .page import LEARNED, Row, counted, frequencies_text, learned_bound, listed, or_nan
 from .settings import LearningRateSettings
 
 BLOCK_SIZE = 64
@@ -144,30 +144,29 @@ def _rates(rates: list[float]) -> str:
 
 
 def _draw_final(results: dict[str, Any]) -> Any:
-    figure, [[axes]] = panels(6.5, 3.8)
-    for size, rows in _sizes(results).items():
-        (line,) = axes.plot([row["lr"] for row in rows], or_nan(map(_mean, rows)), "o-", ms=4, label=size)
+    figure, [[axes]] = panels(3.8)
+    for number, (size, rows) in enumerate(_sizes(results).items()):
+        style = line_style(number)
+        axes.plot([row["lr"] for row in rows], or_nan(map(_mean, rows)), label=size, **style)
         seeds = [(row["lr"], loss) for row in rows for loss in row["losses"] if loss is not None]
-        axes.plot(*zip(*seeds, strict=True), ".", color=line.get_color(), alpha=0.4)
+        axes.plot([rate for rate, _ in seeds], [loss for _, loss in seeds], ".", color=style["color"], alpha=0.5)
     bound = results["data"]["frequency_loss"]
-    axes.axhline(bound, color="grey", ls=":", lw=0.8, label="frequencies only")
+    axes.axhline(bound, color=FAINT, linestyle=":", label="frequencies only")
     axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", ylim=(None, bound + 0.6))
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
 def _draw_curves(results: dict[str, Any]) -> Any:
     sizes = _sizes(results)
-    figure, axes = panels(3.2 * len(sizes), 3.6, columns=len(sizes), sharey=True)
-    colours = pyplot().get_cmap("viridis")
-    for panel, (size, rows) in zip(axes[0], sizes.items(), strict=True):
-        for i, row in enumerate(rows):
-            points = [(x, y) for x, y in row["curve"] if y is not None]
-            if points:
-                colour = colours(i / max(1, len(rows) - 1) * 0.95)
-                panel.plot(*zip(*points, strict=True), color=colour, label=f"{row['lr']:g}")
-        panel.set(xlabel="step", title=size)
-    axes[0][0].set_ylabel("training loss")
-    axes[0][0].set_ylim(top=results["data"]["frequency_loss"] + 1.5)  # for all panels, after the last is drawn
-    axes[0][-1].legend(title="learning rate", fontsize="x-small", title_fontsize="small")
+    figure, axes = panels(2.4 * len(sizes), rows=len(sizes), sharex=True, sharey=True)
+    lowest = min((loss for row in results["rows"] for _, loss in row["curve"] if loss is not None), default=0.0)
+    axes[0][0].set_ylim(lowest - 0.1, results["data"]["frequency_loss"] + 1.5)
+    for panel, (size, rows) in zip(axes[:, 0], sizes.items(), strict=True):
+        for colour, row in zip(ordered_colours(len(rows)), rows, strict=True):
+            steps, losses = zip(*row["curve"], strict=True)
+            panel.plot(steps, or_nan(losses), color=colour, label=f"{row['lr']:g}")
+        panel.set(title=f"{size}, by learning rate", ylabel="training loss")
+        label_ends(panel)
+    axes[-1][0].set_xlabel("step")
     return figure

@@ -26,9 +26,10 @@ from ..data.corpus import Corpus
 from ..data.layouts import evaluation_blocks
 from ..machine import resolve_device
 from ..model import GPT
+from ..plots import BLUE, FAINT, VERMILION, line_style, panels
 from ..training.step import Precision, make_optimizer, mean_loss, training_step
 from .experiment import VALIDATION_BLOCKS, at_least, described, finite, load_corpus, new_gpt, numbers, training
-from .page import find_row, listed, loss_text, or_nan, panels
+from .page import find_row, listed, loss_text, or_nan
 from .settings import NormalisationSettings
 
 KINDS = ("layer norm", "batch norm")
@@ -334,29 +335,30 @@ def _coin_flips_in_words(results: dict[str, Any]) -> str:
 
 
 def _draw_lag(results: dict[str, Any]) -> Any:
-    figure, [[axes]] = panels(7, 3.8)
-    for kind, colour in zip(KINDS, ("tab:blue", "tab:red"), strict=True):
+    figure, [[axes]] = panels(4.6)
+    momenta = results["settings"]["momenta"].split(",")
+    for kind, colour in zip(KINDS, (BLUE, VERMILION), strict=True):
         rows = [row for row in results["rows"] if row["norm"] == kind]
         steps = [row["step"] for row in rows]
         axes.plot(steps, or_nan([row["train"] for row in rows]), color=colour, label=f"{kind}, train mode")
         if kind == "layer norm":
             losses = or_nan([row["eval"][0] for row in rows])
-            axes.plot(steps, losses, "o", color=colour, ms=4, label=f"{kind}, eval")
+            axes.plot(steps, losses, "o", color=colour, label=f"{kind}, eval mode")
             continue
-        for which, momentum in enumerate(results["settings"]["momenta"].split(",")):
-            style = {"color": "tab:orange", "ls": ("--", "-.", ":")[which % 3], "marker": "^sD"[which % 3], "ms": 3}
+        for which, momentum in enumerate(momenta):
             losses = or_nan([row["eval"][which] for row in rows])
-            axes.plot(steps, losses, label=f"{kind}, eval, average of {momentum}", **style)
+            style = line_style(which + 3)  # unlike those of train mode
+            axes.plot(steps, losses, label=f"{kind}, eval mode, average of {momentum}", **style)
     axes.set(xlabel="training step", ylabel="validation loss", xscale="log")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center")
     return figure
 
 
 def _draw_coins(results: dict[str, Any]) -> Any:
-    figure, [[axes]] = panels(6, 3.2)
-    for row, colour in zip(results["coins"], ("tab:blue", "tab:red"), strict=True):
-        axes.plot(range(1, COIN_TOKENS + 1), row["by_position"], "o-", color=colour, label=row["norm"])
-    axes.axhline(math.log(2), color="grey", ls=":", label="ln 2, the best of a causal model")
+    figure, [[axes]] = panels(3.4)
+    for number, row in enumerate(results["coins"]):
+        axes.plot(range(1, COIN_TOKENS + 1), row["by_position"], label=row["norm"], **line_style(number))
+    axes.axhline(math.log(2), color=FAINT, linestyle=":", label="ln 2, the best of a causal model")
     axes.set(xlabel="position in the row", ylabel="loss", ylim=(0, None))
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper left", ncols=2)
     return figure

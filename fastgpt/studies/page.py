@@ -9,7 +9,6 @@ writes docs/studies.md and its pictures from docs/studies/*.json, the results th
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
@@ -18,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import Report, markdown_table, pyplot
+from ..plots import styled
+from ..report import Report, markdown_table
 from . import load
 from .settings import STUDIES, question
 
@@ -71,16 +71,6 @@ def provenance(results: dict[str, Any]) -> str:
 # ---- pictures ----
 
 
-def panels(width: float, height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Any, Any]:
-    """A figure, its size in inches, and an array (rows, columns) of panels, each with a light grid."""
-    figure, axes = pyplot().subplots(
-        rows, columns, figsize=(width, height), constrained_layout=True, squeeze=False, **shared
-    )
-    for panel in axes.flat:
-        panel.grid(alpha=0.3)
-    return figure, axes
-
-
 def or_nan(values: Iterable[float | None]) -> list[float]:
     """The values of a curve: NaN, which leaves a gap, where a loss was not finite and results.json holds None."""
     return [math.nan if value is None else value for value in values]
@@ -111,7 +101,7 @@ class Page(Report):
     def picture(self, name: str, caption: str, draw: Callable[[], Any]) -> None:
         """The figure that `draw` gives, where pictures are wanted."""
         if self.draws:
-            self.figure(draw(), name, caption)
+            self.figure(styled(draw)(), name, caption)
         self.markdown.append(f"![{caption}](images/study-{self.name}-{name}.png)")
 
     def text(self) -> str:
@@ -165,21 +155,16 @@ def studies_page(docs: Path, pictures: bool = True) -> tuple[str, dict[str, byte
     return "\n\n".join(parts) + "\n", images
 
 
-def _with_few_colours(png: bytes) -> Any:
-    """A picture at a third of its size, for a repository: lines and letters need few colours."""
-    from PIL import Image  # matplotlib needs it, so it is there
-
-    return Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
-
-
 def main() -> None:
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "studies").is_dir():
         sys.exit("usage: python -m fastgpt.studies.page DOCS     (a folder with studies/NAME.json in it)")
     docs = Path(sys.argv[1])
     text, images = studies_page(docs)
     (docs / "images").mkdir(exist_ok=True)
+    for old in (docs / "images").glob("study-*.png"):
+        old.unlink()
     for name, data in images.items():
-        _with_few_colours(data).save(docs / "images" / name, optimize=True)
+        (docs / "images" / name).write_bytes(data)
     (docs / "studies.md").write_text(text, encoding="utf-8")
 
 

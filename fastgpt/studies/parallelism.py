@@ -27,8 +27,9 @@ from ..config import GPTConfig
 from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..model import GPT
+from ..plots import line_style, panels
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
-from .page import LEARNED, Row, counted, find_row, frequencies_text, learned_bound, listed, panels
+from .page import LEARNED, Row, counted, find_row, frequencies_text, learned_bound, listed
 from .settings import ParallelismSettings
 
 KINDS = ("gpt", "rnn", "gru", "lstm")  # in tables and sentences they are written in capitals
@@ -320,34 +321,29 @@ def _loss_at(curve: list[Row], seconds: float) -> float:
     return curve[-1]["loss"] if seconds > curve[-1]["seconds"] else curve[0]["loss"]
 
 
-COLOURS = {"gpt": "tab:blue", "rnn": "tab:orange", "gru": "tab:green", "lstm": "tab:red"}
-
-
 def _draw_speed(rows: list[Row], contexts: list[int], batches: list[int]) -> Any:
-    figure, axes = panels(4.2 * len(batches), 3.8, columns=len(batches), sharey=True)
-    for panel, batch in zip(axes[0], batches, strict=True):
+    figure, axes = panels(3.0 * len(batches) + 0.9, rows=len(batches), sharex=True, sharey=True)
+    for panel, batch in zip(axes[:, 0], batches, strict=True):
         for kind, direction in itertools.product(KINDS, DIRECTIONS):
             speeds = _by_context(rows, "tokens_per_s", kind, contexts, batch, direction)
-            forward = direction == "forward"
-            style = {"color": COLOURS[kind], "ls": "--" if forward else "-", "marker": "o", "ms": 3}
+            style = {**line_style(KINDS.index(kind)), "linestyle": "--" if direction == "forward" else "-"}
             panel.plot(contexts, speeds, label=f"{kind.upper()}, {direction}", **style)
-        panel.set(xscale="log", yscale="log", xlabel="context", title=counted(batch, "row"))
-        panel.set_xticks(contexts, [str(context) for context in contexts], fontsize=7)
-        panel.minorticks_off()
-    axes[0][0].set_ylabel("tokens per second")
-    lines = axes[0][0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=4, fontsize="x-small", handlelength=4)  # room for dashes
+        panel.set(xscale="log", yscale="log", ylabel="tokens per second", title=counted(batch, "row"))
+        panel.set_xticks(contexts, [str(context) for context in contexts])
+        panel.tick_params(which="minor", length=0)
+    panel.set_xlabel("context")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def _draw_training(results: dict[str, Any]) -> Any:
-    figure, [axes] = panels(8, 3.5, columns=2, sharey=True)
+    figure, [axes] = panels(3.6, columns=2, sharey=True)
     for panel, key in zip(axes, ("tokens", "seconds"), strict=True):
-        for kind in KINDS:
+        for number, kind in enumerate(KINDS):
             curve = _best_curve(results, kind)
             at = [row[key] / (1000 if key == "tokens" else 1) for row in curve]
-            panel.plot(at, [row["loss"] for row in curve], "o-", ms=3, color=COLOURS[kind], label=kind.upper())
+            panel.plot(at, [row["loss"] for row in curve], label=kind.upper(), **line_style(number))
         panel.set_xlabel("thousands of training tokens" if key == "tokens" else "seconds of training")
     axes[0].set_ylabel("validation loss")
-    axes[1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(KINDS))
     return figure

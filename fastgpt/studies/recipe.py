@@ -17,8 +17,9 @@ from typing import Any
 from ..config import GPTConfig, TrainConfig, preset
 from ..data.corpus import Corpus
 from ..machine import resolve_device
+from ..plots import FAINT, line_style, panels
 from .experiment import at_least, described, finite, load_corpus, new_gpt, training_steps, validation_loss
-from .page import Row, counted, find_row, loss_text, or_nan, panels
+from .page import Row, counted, find_row, loss_text, or_nan
 from .settings import RecipeSettings
 
 PRESET = "shakespeare-char-cpu"
@@ -166,14 +167,14 @@ def _findings(rows: list[Row]) -> str:
 
 
 def _draw(results: dict[str, Any]) -> Any:
-    figure, [[axes]] = panels(6.5, 3.8)
+    figure, [[axes]] = panels(4.4)
     shown = {name: find_row(results["rows"], name=name) for name in (NANOGPT, OURS)}
     if (adamw := _fastest(_of_adamw(results["rows"]))) is not None:
         shown[adamw["name"]] = adamw
-    for row in shown.values():
+    for number, row in enumerate(shown.values()):
         _, seconds, losses = zip(*row["runs"][0]["curve"], strict=True)
-        axes.plot(seconds, or_nan(losses), label=row["name"])
-    axes.axhline(results["settings"]["loss"], color="grey", ls=":", lw=0.8, label="the loss to reach")
+        axes.plot(seconds, or_nan(losses), label=row["name"], **line_style(number), markevery=0.1)
+    axes.axhline(results["settings"]["loss"], color=FAINT, linestyle=":", label="the loss to reach")
     axes.set(xlabel="seconds of training", ylabel="validation loss")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper left")
     return figure

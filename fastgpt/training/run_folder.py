@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from ..files import FileError, atomic_path, readable
+from ..plots import BLUE, INK, VERMILION, PlotError, panels, png, styled
 from . import TrainingError
 
 
@@ -80,30 +82,54 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# ---- the loss curve ----
+
+
 def plot_loss(metrics_path: Path, out: Path) -> str | None:
     """Draw the loss curve. Returns why not, where matplotlib is not installed or the picture cannot be written."""
     try:
-        import matplotlib
-    except ImportError:
-        return "no loss.png: matplotlib is not installed (pip install 'fastgpt-kernels[plot]')"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = read_metrics(metrics_path)
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    for split, style in (("train", {"lw": 0.8, "alpha": 0.6}), ("val", {"lw": 1.8, "marker": "o", "ms": 3})):
-        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=split, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(readable(out.parent.name), parse_math=False)  # a dollar sign in a folder's name is no formula
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
+        picture = png(loss_figure(readable(out.parent.name), read_metrics(metrics_path)))
         with atomic_path(out) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    except FileError as error:
+            temporary.write_bytes(picture)
+    except (PlotError, FileError) as error:
         return f"no loss.png: {error}"
-    finally:
-        plt.close(figure)
     return None
+
+
+@styled
+def loss_figure(name: str, rows: list[dict[str, Any]]) -> Any:
+    """The losses of the run called `name`, and below them its learning rate.
+
+    It begins at the first evaluation after step 0: the losses before it are several times as high, and would leave
+    little of the picture to the rest.
+    """
+    figure, [[losses], [rates]] = panels(4.2, rows=2, sharex=True, height_ratios=(4, 1))
+    first = min((row["step"] for row in rows if row["split"] == "val" and row["step"] > 0), default=0)
+    shown = [row for row in rows if row["step"] >= first]
+    train, val = (_curve(shown, "loss", split) for split in ("train", "val"))
+    losses.plot(*train, color=VERMILION, linewidth=0.7, alpha=0.4)
+    losses.plot(train[0], _smoothed(train[1]), color=VERMILION, label="training, smoothed")
+    losses.plot(*val, color=BLUE, marker="o", markersize=4, label="validation")
+    rates.plot(*_curve(shown, "lr", "train"), color=INK)
+    at_the_end = f": validation loss {val[1][-1]:.3f} after {val[0][-1]:,} steps" if val[0] else ""
+    losses.set_title(f"{name}{at_the_end}", parse_math=False)  # a dollar sign in a folder's name is no formula
+    losses.set_ylabel("loss (nats per token)")
+    losses.legend(loc="upper right")
+    rates.set(xlabel=f"step, from the first evaluation ({first:,}) on", ylabel="learning\nrate", ylim=(0, None))
+    figure.align_ylabels()
+    return figure
+
+
+def _curve(rows: list[dict[str, Any]], key: str, split: str) -> tuple[list[int], list[float]]:
+    """Steps and values."""
+    found = [row for row in rows if row["split"] == split and key in row]
+    return [row["step"] for row in found], [row[key] for row in found]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """The mean around each value: of a fifteenth of them all, as many on its left as on its right."""
+    means = []
+    for i in range(len(values)):
+        n = min(i, len(values) - 1 - i, len(values) // 30)
+        means.append(statistics.fmean(values[i - n : i + n + 1]))
+    return means

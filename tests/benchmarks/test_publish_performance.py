@@ -9,6 +9,7 @@ import pytest
 
 from benchmark_rows import cells_of, row, run_line, write
 from fastgpt.benchmarks.publish import levers, performance, pictures
+from figures import faults
 
 STEP = {"op": "train_step", "shape": "B2 T4", "direction": "step", "bytes": 1e6, "flops": 1e9, "date": "2026-01-02"}
 TOKEN = {"op": "generate", "shape": "L1", "direction": "generate", "bytes": 1e9, "flops": 5e8, "date": "2026-01-02"}
@@ -73,14 +74,17 @@ def test_a_picture_has_the_limits_and_a_point_for_each(results):
     (picture,) = performance.pictures(results)
     assert picture.name == "performance-cpu-train-step-b2-t4"
     assert picture.caption == "train_step B2 T4: 20 ms before, 10 ms now"
-    (axes,) = pictures.case_roofline_figure(picture.roofline).axes
+    figure = pictures.case_roofline_figure(picture.roofline)
+    assert faults(figure) == []
+    (axes,) = figure.axes
     memory, products, before, now, peer = axes.lines
     assert memory.get_ydata()[0] / memory.get_xdata()[0] == pytest.approx(15e9) and memory.get_linestyle() == "--"
     assert list(products.get_ydata()) == pytest.approx([2e11, 2e11]), "half of the time that the step took"
     assert products.get_label() == "its limit: products at 200 GFLOP/s"
     points = [float(line.get_ydata()[0]) for line in (before, now, peer)]
     assert points == pytest.approx([5e10, 1e11, 4e10])
-    assert before.get_markerfacecolor() == "none" != now.get_markerfacecolor()
+    assert before.get_markerfacecolor() == "white" != now.get_markerfacecolor()
+    assert [text.get_text() for text in axes.texts] == ["FastGPT before, 20 ms", "FastGPT now, 10 ms", "nanoGPT, 25 ms"]
 
 
 def test_work_that_is_limited_by_memory_lies_under_its_bandwidth(results):

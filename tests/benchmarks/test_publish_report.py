@@ -1,15 +1,17 @@
-"""The report of the rows: its tables, its bars and its roofline."""
+"""The report of the rows: its tables, its ratios and its roofline."""
 
 from __future__ import annotations
 
 import base64
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from benchmark_rows import cells_of, row, run_line, write
-from fastgpt.benchmarks.publish import report, rows
+from fastgpt.benchmarks.publish import pictures, report, rows
+from figures import faults
 
 NEEDED = ("op", "shape", "dtype", "implementation", "direction", "device", "median_ms")
 
@@ -63,17 +65,30 @@ def test_the_page_and_its_pictures(tmp_path):
     assert "B1|T1" in html and "faster than torch.compile" in html
 
 
-def test_the_bars_are_the_ratios(tmp_path):
-    (axes,) = report.ratio_figure("embedding", some_results(tmp_path).of_op("embedding")).axes
-    assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx([2.0, 1.6, 1.01])
-    spans = [list(line.get_xdata()) for line in axes.lines]
-    assert spans[:3] == [pytest.approx([r * 0.97, r * 1.03]) for r in (2.0, 1.6, 1.01)], "noise bounds"
-    assert spans[3] == [1.0, 1.0]
-    assert axes.patches[2].get_alpha() < axes.patches[0].get_alpha(), "noise is pale"
+def test_the_points_are_the_ratios(tmp_path):
+    figure = report.ratio_figure("embedding", some_results(tmp_path).of_op("embedding"))
+    assert faults(figure) == []
+    (axes,) = figure.axes
+    equal, *lines = axes.lines
+    assert list(equal.get_xdata()) == [1.0, 1.0]
+    assert [line.get_xdata()[0] for line in lines[1::2]] == pytest.approx([2.0, 1.6, 1.01])
+    spans = [list(line.get_xdata()) for line in lines[::2]]
+    assert spans == [pytest.approx([r * 0.97, r * 1.03]) for r in (2.0, 1.6, 1.01)], "noise bounds"
+    assert [line.get_markerfacecolor() == "white" for line in lines[1::2]] == [False, False, True], "noise is hollow"
+    assert [text.get_text() for text in axes.texts if "noise" in text.get_text()] == ["1.01 (noise)"]
+
+
+def test_ticks_are_apart_and_1_is_among_them():
+    for low, high in ((0.8, 1.25), (0.01, 1000.0), (0.9, 30.0)):
+        ticks = pictures._ticks(low, high)
+        assert 1.0 in ticks and low <= ticks[0] and ticks[-1] <= high
+        assert all(b / a >= (high / low) ** (1 / 9) - 1e-9 for a, b in pairwise(ticks))
 
 
 def test_the_roofline_has_its_runs_ceilings_and_a_point_for_ours_and_the_best_peer(tmp_path):
-    (axes,) = report.roofline_figure("A CPU", some_results(tmp_path)).axes
+    figure = report.roofline_figure(some_results(tmp_path))
+    assert faults(figure) == []
+    (axes,) = figure.axes
     roof, peer, ours = axes.lines
     assert max(roof.get_ydata()) == 160e9 and roof.get_ydata()[0] / roof.get_xdata()[0] == pytest.approx(15e9)
     assert list(ours.get_xdata()) == list(peer.get_xdata()) == [0.25]

@@ -15,8 +15,9 @@ import pytest
 from fastgpt.cli import main
 from fastgpt.model import Block
 from fastgpt.studies import learn
-from fastgpt.studies.learn_page import findings, refreshed, table_rows
+from fastgpt.studies.learn_page import curves, final_losses, findings, is_side_branch, refreshed, table_rows
 from fastgpt.studies.stages import LADDER, STAGES, code_of, config_of, find_stage
+from figures import faults
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "from-bigram-to-gpt.md"
@@ -139,6 +140,35 @@ def test_the_numbers_of_the_page_are_those_of_the_results():
         refreshed(text.replace("<!-- results -->", ""), RESULTS)
     for name, *_, loss, _ in table_rows(RESULTS):
         assert re.search(rf"^\| {re.escape(name)} \|.* {loss} \|", text, flags=re.MULTILINE)
+
+
+def test_the_picture_of_the_losses_has_a_point_for_each_stage_and_post_norm_aside():
+    figure = final_losses(RESULTS)
+    assert faults(figure) == []
+    (axes,) = figure.axes
+    assert not axes.patches, "no bars: theirs would have to begin at 0"
+    points = {(line.get_xdata()[0], line.get_marker()) for line in axes.lines if len(line.get_xdata()) == 1}
+    assert points == {(row["loss"], "D" if row["name"] == "+ layer norm, post" else "o") for row in RESULTS["stages"]}
+    assert [stage.name for stage in STAGES if is_side_branch(stage.name)] == ["+ layer norm, post"]
+    ways = [text.arrow_patch.get_linestyle() for text in axes.texts if getattr(text, "arrow_patch", None)]
+    assert len(ways) == len(STAGES) - 1 and len(set(ways)) == 2, "each stage is joined to what it builds on"
+
+
+def test_the_curves_are_labelled_at_their_ends_and_told_apart():
+    figure = curves(RESULTS)
+    assert faults(figure) == []
+    (axes,) = figure.axes
+    assert {text.get_text() for text in axes.texts} == {stage.name for stage in STAGES}
+    styles = {(line.get_marker(), line.get_linestyle()) for line in axes.lines}
+    assert len(styles) == len(axes.lines) == len(STAGES), "without their colours, too"
+    assert min(min(line.get_xdata()) for line in axes.lines) > 0
+
+
+def test_a_sample_is_wrapped_where_the_page_does_not_wrap_it():
+    results = copy.deepcopy(RESULTS)
+    results["stages"][0]["sample"] = "ab cd " * 40
+    text = refreshed(PAGE.read_text(encoding="utf-8"), results)
+    assert max(map(len, text.split("`bigram` writes:")[1].split("```")[1].splitlines())) <= 80
 
 
 def test_the_pictures_are_small():

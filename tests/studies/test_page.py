@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fastgpt.cli import main
-from fastgpt.studies.page import Page, counted, find_row, listed, loss_text, or_nan, panels, studies_page
+from fastgpt.studies.page import Page, counted, find_row, listed, loss_text, or_nan, studies_page
 from fastgpt.studies.settings import STUDIES
+from figures import faults
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -54,6 +55,15 @@ def test_the_committed_page_is_that_of_the_committed_results():
     assert pictures == {file.name for file in (DOCS / "images").glob("study-*.png")}
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_pictures_of_the_committed_results_can_be_read(name, monkeypatch):
+    pytest.importorskip("matplotlib")
+    found = {}
+    monkeypatch.setattr(Page, "figure", lambda self, figure, name, caption: found.update({name: faults(figure)}))
+    Page(json.loads((DOCS / "studies" / f"{name}.json").read_text(encoding="utf-8")))
+    assert found and not any(found.values()), found
+
+
 def test_numbers_in_words():
     assert [counted(n, "row") for n in (0, 1, 8)] == ["0 rows", "1 row", "8 rows"]
     assert listed(["a", "b"]) == "a, b" and listed([]) == "none" and listed([], "no row") == "no row"
@@ -65,13 +75,6 @@ def test_a_row_is_found_by_all_of_its_values():
     assert find_row(rows, depth=2, norm="post") is rows[1] and find_row(rows, depth=2) is rows[0]
     with pytest.raises(StopIteration):
         find_row(rows, depth=3)
-
-
-def test_panels_are_an_array_whatever_their_number():
-    pytest.importorskip("matplotlib")
-    for rows, columns in ((1, 1), (2, 3)):
-        figure, axes = panels(4.0, 3.0, rows, columns)
-        assert axes.shape == (rows, columns) and tuple(figure.get_size_inches()) == (4.0, 3.0)
 
 
 def test_a_loss_that_is_missing_leaves_a_gap():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from itertools import pairwise
 
 import pytest
 
 from fastgpt.training import TrainingError
-from fastgpt.training.run_folder import plot_loss, read_metrics
+from fastgpt.training.run_folder import loss_figure, plot_loss, read_metrics
+from figures import faults
 from small_runs import TRAIN, trainer
 
 
@@ -68,6 +70,45 @@ def test_a_folder_whose_name_looks_like_a_formula(corpus, tmp_path):
     run = trainer(corpus, tmp_path / r"lr$\nonsense{$", dataclasses.replace(TRAIN, max_steps=1))
     run.run()
     assert (run.folder.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _row(step, split, loss):
+    return {"step": step, "split": split, "loss": loss, "lr": 0.01 - step / 10_000}
+
+
+def test_the_loss_curve_begins_at_the_first_evaluation():
+    train = [_row(step, "train", 2.0 + 2.0 / step + step % 20 / 100) for step in range(10, 1000, 10)]
+    val = [_row(step, "val", 4.4 - min(step, 1) * 2 - step / 1000) for step in range(0, 1000, 100)]
+    figure = loss_figure("a $run$", sorted(train + val, key=lambda row: row["step"]))
+    assert faults(figure) == []
+    losses, rates = figure.axes
+    raw, smooth, validation = losses.lines
+    for line in (raw, smooth, validation, *rates.lines):
+        assert min(line.get_xdata()) == 100
+    assert losses.get_ylim()[1] < 3.0, "the initial loss, 4.4, does not squeeze the others"
+    assert list(validation.get_ydata()) == [row["loss"] for row in val[1:]]
+    assert len(smooth.get_xdata()) == len(raw.get_xdata()) and sum(smooth.get_ydata()) == pytest.approx(
+        sum(raw.get_ydata()), rel=0.01
+    )
+    jumps = [abs(b - a) for a, b in pairwise(raw.get_ydata())]
+    assert max(abs(b - a) for a, b in pairwise(smooth.get_ydata()[5:-5])) < max(jumps) / 3
+    assert losses.get_title(loc="left") == "a $run$: validation loss 1.500 after 900 steps"
+    assert losses.get_ylabel() and rates.get_ylabel() and rates.get_xlabel()
+    assert list(rates.lines[0].get_ydata()) == [row["lr"] for row in train[9:]] and rates.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [_row(0, "val", 4.0)],
+        [_row(1, "train", 4.0), _row(2, "train", 3.0)],
+        [_row(0, "val", 4.0), _row(1, "train", 3.0), _row(1, "val", 3.5)],
+        [{"step": 5, "split": "train", "loss": 2.0}],
+    ],
+)
+def test_a_loss_curve_of_few_rows(rows):
+    assert faults(loss_figure("run", rows)) == []
 
 
 def test_settings_are_stored_as_toml(corpus, tmp_path):
