@@ -226,7 +226,7 @@ def _results_in_markdown(results: dict[str, Any]) -> str:
 
 def _wrapped(sample: str) -> str:
     """The sample with no line of more than 80 letters, as a page does not wrap what stands in a block of code."""
-    return "\n".join(textwrap.fill(line, 80, drop_whitespace=False) for line in sample.split("\n"))
+    return "\n".join(textwrap.fill(line, 80) for line in sample.split("\n"))
 
 
 def main(docs: Path) -> None:
