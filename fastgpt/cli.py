@@ -1,7 +1,6 @@
 """The command line: a function for each command, and the table of them. Exit codes: 0 done, 2 bad usage, 1 failed.
 
-tyro reads the options of a command from its dataclass in settings.py. It reads them twice: first to learn which file,
-run or preset gives the defaults, then over those defaults.
+settings.py has the options of each command, options.py reads and shows them.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Annotated, Any, NamedTuple, Union
+from typing import Any, NamedTuple, NoReturn
 
 from .config import ConfigError
+from .options import commands_help, completion, help_text, options_of, read
 from .settings import (
     BenchSettings,
     DataShowSettings,
@@ -29,7 +28,6 @@ from .settings import (
     UsageError,
     check_common,
     check_tokenizer,
-    expanded,
     required,
     with_sources,
 )
@@ -44,7 +42,7 @@ def _on_backend(name: str) -> contextlib.AbstractContextManager:
 
 
 def train(settings: TrainSettings) -> None:
-    data, out = required(settings, "train", "data", "out")
+    data, out = required(settings, "train")
     train_config = settings.train_config()
     settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
     check_tokenizer(settings)
@@ -100,7 +98,7 @@ def train(settings: TrainSettings) -> None:
 
 
 def sample(settings: SampleSettings) -> None:
-    (checkpoint,) = required(settings, "sample", "checkpoint")
+    (checkpoint,) = required(settings, "sample")
     for name in ("prompt", "stop"):
         if getattr(settings, name) == "":
             raise UsageError(f"--{name}: is empty; give at least one character")
@@ -219,7 +217,7 @@ class Command(NamedTuple):
 
 
 class Group(NamedTuple):
-    commands: dict[str, Command]
+    commands: Mapping[str, Command | Group]
     about: str
 
 
@@ -241,73 +239,83 @@ COMMANDS: dict[str, Command | Group] = {
 }
 
 
-def _find_command(args: Sequence[str]) -> tuple[Command, int] | None:
+def _find(args: Sequence[str]) -> tuple[Command | Group, int]:
     """The command that `args` begin with, and of how many words its name is.
 
-    None where they ask for the help of all commands, or of a group. A word that is no command is refused, with the one
-    that it may have been meant for.
+    It is a group where they name no command of it. A word that is no command is refused, with the one that it may have
+    been meant for.
     """
-    commands: Mapping[str, Command | Group] = COMMANDS
-    for n_words, word in enumerate(args, 1):
-        if word.startswith("-"):
-            return None
-        if word not in commands:
-            near = difflib.get_close_matches(word, commands, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands)}"
-            raise UsageError(f"unknown command {word!r}; {hint}")
-        found = commands[word]
-        if isinstance(found, Command):
+    found: Command | Group = Group(COMMANDS, _ABOUT)
+    for n_words, word in enumerate(args):
+        if isinstance(found, Command) or word.startswith("-"):
             return found, n_words
-        commands = found.commands
-    if args:
-        raise UsageError(f"{args[-1]!r} needs a command after it; there are {', '.join(commands)}")
-    return None
+        if word not in found.commands:
+            near = difflib.get_close_matches(word, found.commands, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(found.commands)}"
+            raise UsageError(f"unknown command {word!r}; {hint}")
+        found = found.commands[word]
+    return found, len(args)
 
 
 def parse(args: Sequence[str]) -> tuple[Command, Any]:
-    """The command in `args`, and its settings, an instance of its dataclass. Raises SystemExit after help, as tyro."""
-    import tyro
-
-    found = _find_command(args)
-    if found is None:  # tyro prints the table of commands, or a script for completion, and exits
-        tyro.cli(_subcommands(COMMANDS), prog="fastgpt", description=_DESCRIPTION, args=args or ["--help"])
-        raise AssertionError("tyro read options without a command")
-    command, n_words = found
-    options = list(args[n_words:])
-    if options and not options[0].startswith("-") and hasattr(command.settings, "checkpoint"):
-        options.insert(0, "--checkpoint")  # fastgpt sample runs/demo
-    if sum(option.partition("=")[0] == "--config" for option in options) > 1:
+    """The command in `args`, and its settings, an instance of its dataclass. Raises SystemExit after help."""
+    found, n_words = _find(args)
+    prog, words = " ".join(["fastgpt", *args[:n_words]]), list(args[n_words:])
+    asks_help = not {"-h", "--help"}.isdisjoint(words)
+    if isinstance(found, Group):
+        _print_about_commands(found, prog, words, asks_help)
+    words = [word for word in words if word not in ("-h", "--help")]
+    if sum(word.partition("=")[0] == "--config" for word in words) > 1:
         raise UsageError("--config: is given more than once; put the settings into one file")
-    read = partial(tyro.cli, command.settings, prog=" ".join(["fastgpt", *args[:n_words]]), description=command.about)
-    asks_help = not {"-h", "--help"}.isdisjoint(options)  # which shows the values in effect: for the second reading
-    settings = read(args=[option for option in options if option not in ("-h", "--help")])
-    defaults = with_sources(settings)
-    if asks_help or defaults != command.settings():
-        settings = read(args=options, default=defaults)
-    settings = expanded(settings)
+    given = read(found.settings, words, prog)
+    if asks_help:
+        values = [with_sources(found.settings, given, on_gpu) for on_gpu in (False, True)]
+        _print_and_exit(help_text(prog, found.about, found.settings, *values))
+    settings = with_sources(found.settings, given)
+    if isinstance(settings, TrainSettings) and settings.follow_the_device() and _is_gpu(settings.device):
+        settings = with_sources(found.settings, given, on_gpu=True)
     check_common(settings)
-    return command, settings
+    return found, settings
 
 
-_DESCRIPTION = (
-    "A GPT as readable as the lecture, on fused kernels. fastgpt COMMAND --help shows the options of a command."
-)
+def _is_gpu(device: str) -> bool:
+    """Whether the device called `device`, which may be auto, is a CUDA GPU."""
+    from .machine import resolve_device
+
+    return resolve_device(device).type == "cuda"
 
 
-def _subcommands(commands: Mapping[str, Command | Group]) -> Any:
-    """`commands` as tyro takes them: a union of types, each with the name of its command."""
-    from tyro.conf import Suppress, subcommand
+_ABOUT = "A GPT as readable as the lecture, on fused kernels."
 
-    arms: list[Any] = []
+
+def _print_about_commands(group: Group, prog: str, words: list[str], asks_help: bool) -> NoReturn:
+    """The help of all commands or of a group, or a script for completion; refuses all other words."""
+    flag, _, shell = " ".join(words).replace("=", " ").partition(" ")
+    if flag == "--print-completion":
+        _print_and_exit(completion(shell, _words_after(COMMANDS)))
+    if words and not asks_help:
+        raise UsageError(f"{words[0]!r}: a command comes first; see {prog} --help")
+    text = commands_help(prog, group.about, {name: command.about for name, command in group.commands.items()})
+    if asks_help or prog == "fastgpt":
+        _print_and_exit(text)
+    raise UsageError(f"{prog.split()[-1]!r} needs a command after it; there are {', '.join(group.commands)}")
+
+
+def _words_after(commands: Mapping[str, Command | Group], prefix: str = "") -> dict[str, list[str]]:
+    """What may follow each beginning of a command line: "" is followed by all commands, "train" by its options."""
+    found = {prefix: list(commands)}
     for name, command in commands.items():
+        line = f"{prefix} {name}".strip()
         if isinstance(command, Group):
-            group = partial(_subcommands, command.commands)
-            arms.append(Annotated[Any, subcommand(name=name, description=command.about, constructor_factory=group)])
+            found |= _words_after(command.commands, line)
         else:
-            arms.append(Annotated[command.settings, subcommand(name=name, description=command.about)])
-    if len(arms) == 1:  # a union of one type is that type, and its command would need no name
-        arms.append(Annotated[None, Suppress])
-    return Union[tuple(arms)]  # noqa: UP007  -- "|" joins types that are written out
+            found[line] = [option.flag for option in options_of(command.settings)]
+    return found
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    print(text, end="")
+    raise SystemExit(0)
 
 
 # ---- running a command ----
@@ -354,7 +362,7 @@ def _run(args: Sequence[str]) -> int:
             raise UsageError(f"{arg!r}: is not {encoding} text; give UTF-8, under a UTF-8 locale or PYTHONUTF8=1")
     try:
         command, settings = parse(args)
-    except SystemExit as error:  # tyro's: 0 after --help, 2 for bad usage
+    except SystemExit as error:  # after help
         return int(error.code or 0) if args else 2
     return command.run(settings) or 0
 
@@ -364,7 +372,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     prog = " ".join(["fastgpt", *(arg for arg in args[:1] if arg in (*COMMANDS, "--version"))])
     warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
-    warnings.filterwarnings("ignore", message=".*does not match any type in Union.*")  # check_types says it in a line
     try:
         _prepare_streams()
         code = _run(args)

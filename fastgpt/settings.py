@@ -4,11 +4,11 @@ A value comes from the first of these sources that gives one:
 
 1. the command line;
 2. the TOML file of --config;
-3. for `train` the run that is resumed, then the preset; for `learn` and the studies the small sizes of --quick;
+3. for `train` the run that is resumed, else the preset; for `learn` and the studies the small sizes of --quick;
 4. the default.
 
 A class has the options of one command. A field is an option (`max_steps` is --max-steps), and the comment beside it or
-above it is the option's help.
+above it is the option's help. REQUIRED names the settings that the command cannot do without.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .config import BACKENDS, SOURCES, ConfigError, GPTConfig, TrainConfig, check_types, from_dict, preset
 from .files import expand_path
@@ -35,8 +35,9 @@ class UsageError(ValueError):
 class RunSettings:
     """What a run is made of, besides its model's shape and its training."""
 
-    # settings to start from (shakespeare-char, shakespeare-char-cpu, gpt2, gpt2-medium, gpt2-large, gpt2-xl).
-    preset: str | None = None
+    # settings to start from (shakespeare-char, shakespeare-char-cpu, gpt2, gpt2-medium, gpt2-large, gpt2-xl); auto is
+    # shakespeare-char on a CUDA GPU and shakespeare-char-cpu elsewhere.
+    preset: str = "auto"
     config: str | None = None  # a TOML file with any of these settings.
     # gpt, bigram, positional-bigram, rnn, gru or lstm; they take what they need of the settings below.
     model: str = "gpt"
@@ -55,6 +56,8 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
         vocab_size: number of tokens of a bpe tokenizer.
     """
 
+    REQUIRED: ClassVar[tuple[str, ...]] = ("data", "out")
+
     vocab_size: int | None = None  # type: ignore[assignment]  # a GPTConfig's is known: it is the tokenizer's
 
     def __post_init__(self) -> None:
@@ -68,13 +71,20 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
 
     def rate_of_another_optimizer(self) -> str | None:
         """In words, where `lr` is the preset's, which was chosen for another optimizer than this one."""
-        usual = TrainConfig(**preset(self.preset)[1]) if self.preset else None
+        usual = TrainConfig(**preset(self.preset)[1]) if self.preset != "auto" else None
         if usual is None or usual.optimizer == self.optimizer or usual.lr != self.lr:
             return None
         return (
             f"lr: {self.lr:g} is the preset's, chosen for {usual.optimizer}; --optimizer {self.optimizer} learns "
             f"better with an --lr of its own ({TrainConfig.lr:g} where there is no preset)"
         )
+
+    def follow_the_device(self) -> bool:
+        """Whether the defaults depend on the device. ConfigError where the settings are wrong on any device."""
+        if self.preset != "auto" or self.resume or self.data is None or self.out is None:
+            return False
+        self.train_config(), self.model_config(vocab_size=1)
+        return True
 
     def recorded(self) -> dict[str, Any]:
         """What config.toml keeps. Paths are absolute: the run may be resumed from another working directory."""
@@ -90,6 +100,8 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
 @dataclass(frozen=True)
 class SampleSettings:
     """Continue a prompt with a trained model, token by token."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
     # a run's folder (its best checkpoint), one .safetensors checkpoint, or the folder of a saved model or of a Hugging
     # Face GPT-2; the option's name may be left out in first place: fastgpt sample runs/demo.
@@ -145,7 +157,9 @@ class ParitySettings:
 class BenchSettings:
     """Measure FastGPT and the things one would use instead, here, or report on what was measured."""
 
-    only: tuple[str, ...] = ()  # some of the benchmarks instead of all: attention, layer_norm, ...
+    # some of the benchmarks instead of all: activation, attention, cross_entropy, embedding, generate, import,
+    # layer_norm, linear, linear_cross_entropy, recipe, time_to_loss, train_step, training_loop.
+    only: tuple[str, ...] = ()
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda.
     # where the rows go, a *.jsonl file or a folder (default: runs/bench); with --report the folder of the report
     # (default: runs/bench-report).
@@ -162,35 +176,46 @@ class BenchSettings:
 # ---- where values come from ----
 
 
-def with_sources(given: Any) -> Any:
-    """The defaults under a command line: the values of all other sources that `given`, its first reading, names."""
-    kind = type(given)
-    given = expanded(given)
-    path = getattr(given, "config", None)
-    in_file = read_toml(path, kind, f"--config {path}") if path else {}
-    if isinstance(given, TrainSettings):
-        values = _under_a_run(given, in_file)
+def with_sources(kind: type, given: dict[str, Any], on_gpu: bool = False) -> Any:
+    """The settings of `kind`, of which the command line has `given` some; every other one from its first source.
+
+    `on_gpu` says whether training that has no preset of its own gets that for a GPU.
+    """
+    given = {name: _expanded(name, value) for name, value in given.items()}
+    path = given.get("config")
+    given = (read_toml(path, kind, f"--config {path}") if path else {}) | given
+    if kind is not TrainSettings:
+        below = getattr(kind, "QUICK", {}) if given.get("quick") else {}
+    elif given.get("out") and given.get("resume"):
+        below = _of_resumed_run(given)
     else:
-        quick = getattr(given, "quick", False) or in_file.get("quick") is True
-        values = dict(getattr(kind, "QUICK", {})) if quick else {}
-    defaults = kind(**(values | in_file))
-    check_types(defaults)
-    return defaults
+        below = _of_preset(given, on_gpu)
+    settings = kind(**(below | given))
+    check_types(settings)
+    return settings
 
 
-def _under_a_run(given: TrainSettings, in_file: dict[str, Any]) -> dict[str, Any]:
-    """The values of the preset and of the run that is resumed."""
-    values: dict[str, Any] = {}
-    name, out = given.preset or in_file.get("preset"), given.out or in_file.get("out")
-    if name is not None:
-        model, train = preset(name)
-        values |= model | train
-        values.pop("vocab_size", None)  # the data's tokenizer says how many tokens there are
-    if out and (given.resume or in_file.get("resume")):
-        if given.preset:
-            raise UsageError(f"--preset: the run in {out} has its settings already; leave it out, or start another run")
-        values |= _settings_of_run(Path(out))
-    return values
+def default_preset(on_gpu: bool) -> str:
+    """The preset that --preset auto stands for."""
+    return "shakespeare-char" if on_gpu else "shakespeare-char-cpu"
+
+
+def _of_preset(given: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
+    """The values of the preset. The data's tokenizer says how many tokens there are."""
+    name = given.get("preset", "auto")
+    is_auto = name == "auto"
+    model, train = preset(default_preset(on_gpu) if is_auto else name)
+    if is_auto and given.get("optimizer", train.get("optimizer")) != train.get("optimizer"):
+        # Nobody asked for this preset's rates, and they are for the optimizer that it has.
+        train = {key: value for key, value in train.items() if key in ("batch_size", "max_steps", "eval_interval")}
+    return {key: value for key, value in (model | train).items() if key != "vocab_size"}
+
+
+def _of_resumed_run(given: dict[str, Any]) -> dict[str, Any]:
+    out = given["out"]
+    if "preset" in given:
+        raise UsageError(f"--preset: the run in {out} has its settings already; leave it out, or start another run")
+    return _settings_of_run(Path(out))
 
 
 def _settings_of_run(out: Path) -> dict[str, Any]:
@@ -234,13 +259,8 @@ def read_toml(path: str, kind: type, shown: str) -> dict[str, Any]:
     return {name: _expanded(name, tuple(v) if isinstance(v, list) else v) for name, v in values.items()}
 
 
-def expanded(settings: Any) -> Any:
-    """`settings` with the ~ of each path replaced. An empty path is refused: it would be the working directory."""
-    changes = {name: _expanded(name, value) for name, value in vars(settings).items() if name in PATHS}
-    return dataclasses.replace(settings, **changes)
-
-
 def _expanded(name: str, value: Any) -> Any:
+    """The value of the setting `name`; of a path, with its ~ replaced. An empty path would be the working directory."""
     if name not in PATHS or value is None:
         return value
     if isinstance(value, tuple):
@@ -268,9 +288,12 @@ def check_common(settings: Any) -> None:
         raise UsageError(f"--backend: unknown backend {backend!r}; expected one of {expected}")
 
 
-def required(settings: Any, command: str, *names: str) -> list[str]:
-    """The values of the settings called `names`, each of which the command needs."""
-    for name in names:
+def required(settings: Any, command: str) -> list[str]:
+    """The values of the settings that the command needs. A run that is resumed has all of them but its folder."""
+    names = type(settings).REQUIRED
+    resumes = getattr(settings, "resume", False) and settings.out is None
+    for name in ("out",) if resumes else names:
         if getattr(settings, name) is None:
-            raise UsageError(f"--{name} is missing; see fastgpt {command} --help")
+            why = ", the folder of the run to go on with" if resumes else ""
+            raise UsageError(f"--{name} is missing{why}; see fastgpt {command} --help")
     return [getattr(settings, name) for name in names]

@@ -74,7 +74,7 @@ def test_resume_goes_on_and_keeps_the_new_settings(text_file, tmp_path, capsys):
     capsys.readouterr()
     assert main(["train", "--out", str(out), "--resume", "--max-steps", "9", "--lr", "0.002"]) == 0
     said = capsys.readouterr().out
-    assert "max_steps: 6 -> 9, which the learning rate's schedule follows" in said and "lr: 0.001 -> 0.002" in said
+    assert "max_steps: 6 -> 9, which the learning rate's schedule follows" in said and "lr: 0.016 -> 0.002" in said
     assert [r["step"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "val"] == [0, 3, 6, 9]
     assert main(["train", "--out", str(out), "--resume"]) == 0, "a finished run is simply done"
     assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 9
@@ -207,7 +207,10 @@ BAD_USAGE = [
     (["sample", "--checkpoint", "RUN", "--backend", "cudnn"], "--backend: unknown backend 'cudnn'"),
     (["train", "--data", "DATA", "--out", "OUT", "--backend", "cudnn"], "--backend: unknown backend 'cudnn'"),
     (["train", "--data", "DATA", "--out", "OUT", "--vocab-size", "99"], "--vocab-size: the characters of the data"),
-    (["train", "--data", "DATA", "--out", "OUT", "--lr", "1e-5"], "min_lr: expected at most lr=1e-05"),
+    (
+        ["train", "--data", "DATA", "--out", "OUT", "--preset", "gpt2", "--lr", "1e-5"],
+        "min_lr: expected at most lr=1e-05",
+    ),
     (["train", "--out", "RUN", "--resume", "--preset", "gpt2"], "--preset: the run in"),
     (["train", "--out", "RUN", "--resume", "--tokenizer", "bpe"], "--tokenizer: the run in"),
 ]
@@ -252,8 +255,7 @@ def test_errors_are_one_line_with_the_right_code_and_change_nothing(
     assert main(replaced) == code
     captured = capsys.readouterr()
     assert message.replace("DATA", str(text_file)) in captured.err
-    if "Unrecognized" not in captured.err and "Error parsing" not in captured.err:
-        assert captured.err.count("\n") == 1, "one line"
+    assert captured.err.count("\n") == 1, "one line"
     assert files(run) == before
     assert not (tmp_path / "out").exists()
 
@@ -300,19 +302,6 @@ def test_files_may_begin_with_a_byte_order_mark(run, tmp_path, capsys):
 def test_a_mistyped_command_is_told_which_one_it_may_be(words, message, capsys):
     assert main(words.split()) == 2
     assert capsys.readouterr().err == message
-
-
-def test_a_mistyped_option_is_told_which_one_it_may_be(capsys):
-    assert main(["sample", "--promt", "x"]) == 2
-    assert "Perhaps you meant" in (said := capsys.readouterr().err) and "--prompt" in said
-    assert "fastgpt sample --help" in said
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_the_shell_can_complete_commands_and_options(shell, capsys):
-    assert main(["--tyro-print-completion", shell]) == 0
-    said = capsys.readouterr().out
-    assert "fastgpt" in said and "learning-rate" in said and "max-new-tokens" in said
 
 
 def test_a_missing_value_is_not_the_next_option(run, capsys):

