@@ -232,7 +232,7 @@ SMALL += " --eval-batches 1 --log-interval 3 --device cpu --dropout 0.1 --warmup
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_model_trains_resumes_to_the_same_bits_and_samples(kind, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
-    train = ["train", "--data", str(tmp_path / "text.txt"), "--model", kind, *SMALL.split()]
+    train = ["train", "--data", str(tmp_path / "text.txt"), "--model", kind, *SMALL.split(), "--warmup-steps", "9"]
     assert main([*train, "--out", str(tmp_path / "whole")]) == 0
     assert main([*train, "--out", str(tmp_path / "parts"), "--max-steps", "3"]) == 0
     assert main(["train", "--out", str(tmp_path / "parts"), "--resume", "--max-steps", "6"]) == 0

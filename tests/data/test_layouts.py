@@ -177,7 +177,7 @@ def test_every_layout_trains_resumes_to_the_same_bits_and_samples(layout, tmp_pa
 
     (tmp_path / "data.txt").write_text("\n".join(NAMES * 3), encoding="utf-8")
     train = ["train", "--data", str(tmp_path / "data.txt"), "--layout", layout, *SMALL.split()]
-    rate = ["--warmup-steps", "0", "--min-lr", "0.001"]
+    rate = ["--warmup-steps", "0", "--lr", "0.001", "--min-lr", "0.001"]
     assert main([*train, *rate, "--out", str(tmp_path / "whole")]) == 0
     assert main([*train, *rate, "--out", str(tmp_path / "parts"), "--max-steps", "3"]) == 0
     assert main(["train", "--out", str(tmp_path / "parts"), "--resume", "--max-steps", "6"]) == 0
