@@ -66,7 +66,8 @@ def _help_of_fields(kind: type) -> dict[str, str]:
             if comments:
                 found[name] = " ".join(comments)
         arguments = (inspect.getdoc(cls) or "").partition("\nArgs:\n")[2]
-        found |= dict(re.findall(r"^ {4}(\w+): (.*)$", arguments, re.M))
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", arguments, re.M):
+            found[name] = " ".join(text.split())
     return found
 
 
