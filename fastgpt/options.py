@@ -21,7 +21,7 @@ from .settings import PATHS, UsageError
 _METAVARS = {"data": "PATH|NAME", "tokenizer": "NAME|PATH", "prompt": "TEXT", "words": "TEXT", "analogy": "TEXT"}
 _METAVARS |= {name: "PATH" for name in PATHS if name not in _METAVARS}
 # What a word without an option is probably the value of, in the first of these that the command has.
-_MEANT = ("checkpoint", "only", "data", "out")
+_MEANT = ("only", "data", "out")
 
 
 class Option(NamedTuple):
@@ -119,6 +119,8 @@ def _add(parser: Any, option: Option, text: str) -> None:
 def read(kind: type, words: Sequence[str], prog: str) -> dict[str, Any]:
     """The settings of `kind` that `words` give. Raises UsageError for anything that is no option, or has no value."""
     options = options_of(kind)
+    if words and not words[0].startswith("-") and any(option.name == "checkpoint" for option in options):
+        words = ["--checkpoint", *words]  # fastgpt sample runs/demo
     given, unknown = _parser(prog, options).parse_known_args([_with_hyphens(word) for word in words])
     for word in unknown:
         raise UsageError(_about_unknown(word, options, prog))

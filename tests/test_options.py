@@ -72,6 +72,7 @@ def test_words_are_read_as_what_their_option_is():
     words = ["--out", "a", "--max_steps", "3", "--lr=1e-4", "--no-bias", "--resume", "--target-loss", "-1"]
     expected = {"out": "a", "max_steps": 3, "lr": 1e-4, "bias": False, "resume": True, "target_loss": -1.0}
     assert read(TrainSettings, words, "fastgpt train") == expected
+    assert read(SampleSettings, ["runs/demo", "--seed", "1"], "") == {"checkpoint": "runs/demo", "seed": 1}
     assert read(BenchSettings, ["--only", "a", "b", "--quick"], "") == {"only": ("a", "b"), "quick": True}
 
 
@@ -81,7 +82,7 @@ def test_words_are_read_as_what_their_option_is():
         ("--promt x", "--promt: no such option; did you mean --prompt?"),
         ("--zzz", "--zzz: no such option; see fastgpt sample --help"),
         ("--prom x", "--prom: no such option; did you mean --prompt?"),
-        ("runs/demo", "'runs/demo': every value belongs to an option; did you mean --checkpoint runs/demo?"),
+        ("runs/demo more", "'more': every value belongs to an option; see fastgpt sample --help"),
         ("--seed many", "--seed: expected an integer, got 'many'"),
         ("--top-p much", "--top-p: expected a number, got 'much'"),
         ("--seed", "--seed: expected one argument"),
@@ -94,6 +95,12 @@ def test_words_that_are_no_options_are_refused_with_the_remedy(words, said):
     with pytest.raises(UsageError) as error:
         read(SampleSettings, words.split(), "fastgpt sample")
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_a_value_without_its_option_is_told_which_one_it_may_be():
+    for kind, flag in ((TrainSettings, "--data"), (BenchSettings, "--only")):
+        with pytest.raises(UsageError, match=f"'a': every value belongs to an option; did you mean {flag} a[?]"):
+            read(kind, ["a"], "fastgpt")
 
 
 def test_the_settings_of_a_command_are_of_kinds_that_can_be_read():
