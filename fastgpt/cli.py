@@ -34,10 +34,16 @@ from .settings import (
 from .studies.settings import STUDIES, LearnSettings, StudySettings, question
 
 
-def _on_backend(name: str) -> contextlib.AbstractContextManager:
-    """Every op runs on the backend called `name`; with "auto" the environment's FASTGPT_BACKEND still counts."""
-    from .ops.backend import use_backend
+def _on_backend(name: str, device: str) -> contextlib.AbstractContextManager:
+    """Ops prefer the backend called `name`; with "auto" the environment's FASTGPT_BACKEND still counts.
 
+    Refuses one that can serve nothing on `device`, before anything is read.
+    """
+    from .machine import resolve_device
+    from .ops.backend import check_preference, preferred, use_backend
+
+    source = "FASTGPT_BACKEND" if name == "auto" else "--backend"
+    check_preference(preferred() if name == "auto" else name, source, resolve_device(device).type)
     return contextlib.nullcontext() if name == "auto" else use_backend(name)
 
 
@@ -60,6 +66,7 @@ def train(settings: TrainSettings) -> None:
     model_class(settings.model)
     device = resolve_device(train_config.device)
     Precision(device, train_config.dtype)  # refused before anything is written
+    on_backend = _on_backend(settings.backend, train_config.device)
     if train_config.cuda_graph:
         recorder(device)
     if advice := settings.rate_of_another_optimizer():
@@ -86,7 +93,7 @@ def train(settings: TrainSettings) -> None:
         "settings": settings.recorded(),
         "resume_command": f"fastgpt train --out {shlex.quote(out)} --resume",
     }
-    with _on_backend(settings.backend):
+    with on_backend:
         trainer = runs.start(out, **run) if saved is None else runs.resume(out, saved, **run)
         n = trainer.model.num_parameters()
         where = f"{trainer.device}, {trainer.precision}"
@@ -102,6 +109,7 @@ def sample(settings: SampleSettings) -> None:
     for name in ("prompt", "stop"):
         if getattr(settings, name) == "":
             raise UsageError(f"--{name}: is empty; give at least one character")
+    on_backend = _on_backend(settings.backend, settings.device)
     import torch
 
     from .generate_text import stream_text
@@ -122,7 +130,7 @@ def sample(settings: SampleSettings) -> None:
         raise UsageError("--cuda-graph: a graph belongs to one text, and each name is a text of its own; leave it out")
     if settings.cuda_graph:
         options["cuda_graph"] = True
-    with _on_backend(settings.backend):
+    with on_backend:
         try:
             pieces = stream_text(model, tokenizer, settings.prompt, settings.max_new_tokens, **options)
         except ValueError as error:  # a setting that it cannot have
@@ -160,20 +168,22 @@ def data_show(settings: DataShowSettings) -> None:
 def learn(settings: LearnSettings) -> None:
     from .studies.learn import run
 
-    run(settings)
+    with _on_backend("auto", settings.device):
+        run(settings)
 
 
 def study(settings: StudySettings) -> None:
     from .studies import run
 
     (name,) = (name for name, kind in STUDIES.items() if kind is type(settings))
-    run(name, settings)
+    with _on_backend("auto", settings.device):
+        run(name, settings)
 
 
 def doctor(settings: DoctorSettings) -> None:
     from .doctor import report
 
-    print(report(settings.self_test))
+    print(report(settings.self_test, settings.backend))
 
 
 def parity(settings: ParitySettings) -> int:

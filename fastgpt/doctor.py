@@ -15,10 +15,13 @@ from .ops import native, self_test
 from .ops.backend import (
     BACKENDS,
     OPS,
-    requested,
+    BackendError,
+    check_preference,
+    preferred,
     self_test_typical_variants,
     typical_variants,
     unavailable,
+    use_backend,
 )
 from .ops.decode import reason_against_decode
 from .ops.linear import linear_choice
@@ -29,11 +32,27 @@ from .training.step import Precision
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")
 
 
-def report(run_self_tests: bool = False) -> str:
+def report(run_self_tests: bool = False, backend: str = "auto") -> str:
     """The text of `fastgpt doctor`: one fact a line, of the machine and then of each device.
 
-    With `run_self_tests`, the self-tests of common calls run first.
+    With `run_self_tests`, the self-tests of common calls run first. `backend` is preferred, as --backend of training.
     """
+    first, preference = _preference(backend)
+    with use_backend(first):
+        return _report(run_self_tests, preference)
+
+
+def _preference(name: str) -> tuple[str, str]:
+    """The backend that is preferred, and a line that says so, or why it is refused: then "auto" is what runs."""
+    try:
+        check_preference(name, "--backend")
+        first = preferred() if name == "auto" else name
+    except BackendError as error:
+        return "auto", f"backend preferred: none, it is refused: {error}"
+    return first, f"backend preferred: {'none' if first == 'auto' else first}"
+
+
+def _report(run_self_tests: bool, preference: str) -> str:
     lines = [
         f"fastgpt: {__version__}",
         f"Python: {platform.python_version()}",
@@ -50,7 +69,7 @@ def report(run_self_tests: bool = False) -> str:
         f"--device auto: {auto}",
         f"--dtype auto: {precision.name} ({precision.why})",
         f"--cuda-graph: {_cuda_graph(auto)}",
-        f"backend asked for: {requested()}",
+        preference,
         _tuned_table(),
     ]
     if run_self_tests and auto.type not in self_test.SELF_TESTED:

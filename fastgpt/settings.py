@@ -44,7 +44,7 @@ class RunSettings:
     data: str | None = None  # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
     out: str | None = None  # the run's folder.
     resume: bool = False  # go on with the run in --out.
-    backend: str = "auto"  # auto, torch, triton or native.
+    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
     tokenizer: str = "char"  # char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
 
 
@@ -117,7 +117,7 @@ class SampleSettings:
     stride: int | None = None
     seed: int | None = None  # repeats a sample.
     device: str = "auto"  # auto, cpu, cuda, ...
-    backend: str = "auto"  # auto, torch, triton or native.
+    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
     # compute tokens by a CUDA graph, after a check against others; has not run on a GPU yet.
     cuda_graph: bool = False
     config: str | None = None  # a TOML file with any of these settings.
@@ -142,6 +142,7 @@ class DoctorSettings:
     """Show what runs here: device, versions, and for each op the backend and why not each faster one."""
 
     self_test: bool = False  # run the self-tests of common calls on this GPU first.
+    backend: str = "auto"  # show what preferring this one gives: torch, triton or native.
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,24 @@ def test_the_environments_backend_counts_where_no_option_names_one(run, text_fil
     monkeypatch.setattr("fastgpt.ops.backend._override", "triton")  # as FASTGPT_BACKEND=triton sets it
     train = ["train", "--data", str(text_file), "--out", str(tmp_path / "out"), *SMALL]
     sample = ["sample", "--checkpoint", str(run), "--max-new-tokens", "2"]
-    for command in (train, sample):
-        assert main(command) == 1
-        assert "backend='triton' was asked for, but cannot run" in capsys.readouterr().err
+    monkeypatch.setattr("fastgpt.ops.backend._accepted", {"auto"})
+    monkeypatch.setattr("fastgpt.ops.backend.unavailable", lambda name, device: "a test" if name == "triton" else None)
+    said = "FASTGPT_BACKEND: 'triton' can serve no op on cpu: a test; take 'auto', or another backend"
+    for command in (train, sample, ["learn"], ["study", "depth"]):
+        assert main([*command, "--device", "cpu"]) == 1
+        assert capsys.readouterr().err.rstrip().endswith(said)
     assert main([*sample, "--backend", "torch"]) == 0, "an option comes before the environment"
+
+
+def test_a_backend_that_can_serve_nothing_is_refused_before_the_data_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastgpt.ops.backend._accepted", {"auto"})
+    monkeypatch.setattr("fastgpt.ops.backend.unavailable", lambda name, device: "it is not built")
+    nowhere = ["--data", str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for command in (["train", *nowhere], ["sample", "--checkpoint", str(tmp_path / "nowhere")]):
+        assert main([*command, "--device", "cpu", "--backend", "native"]) == 1
+        said = "--backend: 'native' can serve no op on cpu: it is not built; take 'auto', or another backend"
+        assert capsys.readouterr().err == f"fastgpt {command[0]}: {said}\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_start_that_failed_does_not_block_the_next(text_file, tmp_path, monkeypatch):

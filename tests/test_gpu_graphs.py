@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgpt import GPT, GPTConfig, cuda_graph, ops, use_backend
 from fastgpt.config import TrainConfig
 from fastgpt.ops.attention_cached import attention_cached_
+from fastgpt.ops.backend import choose
 from fastgpt.training.graph import GraphedStep, try_out
 from fastgpt.training.step import Precision, make_optimizer, training_step
 
@@ -87,6 +88,7 @@ def test_attention_that_appends_to_a_cache(capacity, dtype):
         whole = [torch.cat([x[:, :, :length], new], dim=2) for x, new in ((keys, k), (values, v))]
         behind = keys[:, :, length + n_new :].clone()
         with use_backend("triton"):
+            assert choose("attention", "auto", "cuda", (q, keys, values), {"route": "attention_cached"})[0] == "triton"
             out = attention_cached_(q, k, v, keys, values, torch.tensor(length, device=CUDA))
         expected = ops.attention(q, *whole, backend="torch")
         torch.testing.assert_close(out, expected, atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=2e-2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import ACTIVATIONS
 from . import native
 from .arguments import autocast_dtype, check_float, check_like
-from .backend import Slower, dispatch, register
+from .backend import Absent, Slower, dispatch, register
 from .library import define_op, inside_transform, refuse_forward_mode
 
 
@@ -98,6 +98,8 @@ def activation_on_native(x: Tensor, bias: Tensor | None, *, kind: str) -> Tensor
 
 
 def _native_serves(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if not x.is_cpu:
+        return Absent("its kernels for the activation run on CPUs")
     if x.dtype == torch.float64:
         return "its kernels take float32, float16 and bfloat16, and x is float64"
     return inside_transform()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .backend import requested, unavailable
+from .backend import preferred, unavailable
 from .library import define_op
 
 _adamw = define_op(
@@ -29,12 +29,12 @@ _total_norm = define_op(
 
 def one_pass_choice() -> tuple[bool, str]:
     """Whether the extension takes the steps on this machine's CPU, and in words why, or why not."""
-    if requested() not in ("auto", "native"):
-        return False, f"the {requested()} backend was asked for"
+    if preferred() == "torch":
+        return False, "the torch backend is preferred"
     reason = unavailable("native", "cpu")
     if reason is not None:
         return False, reason
-    if requested() == "auto" and native.load("cpu").instruction_set() == "generic":
+    if preferred() != "native" and native.load("cpu").instruction_set() == "generic":
         return False, "its kernel was measured with AVX2 and AVX-512; this processor has neither"
     return True, "clipping and AdamW take one pass over the gradients"
 

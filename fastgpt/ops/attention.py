@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import MAX_HEAD_SIZE
 from . import native
 from .arguments import as_dropout, as_number, autocast_dtype, check_bool, check_float, check_like
-from .backend import Slower, choose, dispatch, register
+from .backend import Absent, Slower, choose, dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .library import define_op, inside_transform, refuse_forward_mode
 from .reference import causal_mask
@@ -424,7 +424,7 @@ def self_attention_on_native(
 
 def _native_serves(q: Tensor, *rest: Any, scale: float | None = None, **options: Any) -> str | None:
     if not q.is_cpu:
-        return "its kernels run on CPUs"
+        return Absent("its kernels for attention run on CPUs")
     if q.dtype == torch.float64:
         return "float64 is not supported: the kernels keep their statistics in float32"
     if scale is not None and abs(scale) > _LARGEST_SCALE:

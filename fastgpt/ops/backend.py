@@ -2,14 +2,15 @@
 
 An op's file registers its implementations with :func:`register`. A call then picks one:
 
-1. ``backend="name"`` of the call, else ``with use_backend("name")``, else ``FASTGPT_BACKEND``, else ``"auto"``;
-2. ``"auto"`` walks ``PREFERENCE[op][device]`` and takes the first backend that can serve;
-3. a named backend that cannot serve raises :class:`BackendError` with its reason.
+1. ``"auto"`` walks ``PREFERENCE[op][device]`` and takes the first backend that can serve;
+2. ``with use_backend("name")``, else ``FASTGPT_BACKEND``, puts the backend that it names before these, and "torch" in
+   the place of all: no other backend has every op. One that can serve nothing on this machine is refused;
+3. ``backend="name"`` of the call takes this backend alone. Where it cannot serve, :class:`BackendError` has the reason.
 
 Whether a backend works on this machine (driver, compiler, build) is found out by running it once, see
 :func:`unavailable`. Whether it serves a certain call (dtype, shape) is answered by the ``supports`` function that was
-registered with it, which returns None or a reason. On a GPU, ``"auto"`` then takes it only where its results were
-right in a self-test, which the first such call runs, see self_test.py.
+registered with it, which returns None or a reason. On a GPU, 1. and 2. then take it only where its results were right
+in a self-test, which the first such call runs, see self_test.py.
 """
 
 from __future__ import annotations
@@ -45,7 +46,15 @@ OPS = tuple(PREFERENCE)
 
 
 class BackendError(ValueError):
-    """A backend that was asked for by name cannot serve this call."""
+    """A backend that was asked for by name cannot serve. `reason` is the part of the message that says why."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Absent(str):
+    """A reason of `supports` that holds for every call on a device: there is no kernel. Nobody is warned of it."""
 
 
 class Slower(str):
@@ -131,18 +140,24 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_override = os.environ.get("FASTGPT_BACKEND") or "auto"  # validated at first use, so that the error reaches a caller
+# The backend that is preferred. It is checked at first use, so that the error reaches a caller.
+_override = os.environ.get("FASTGPT_BACKEND") or "auto"
+_accepted = {"auto"}
 
 
 class use_backend:
-    """Run every op inside the ``with`` block on one backend; the setting belongs to the process, not to a thread.
+    """Prefer one backend inside the ``with`` block; the setting belongs to the process, not to a thread.
+
+    An op that has no such backend, and a call that it cannot serve, run as without it; "torch" serves every call.
+    Raises ValueError for an unknown name, BackendError for a backend that can serve nothing on this machine.
 
     >>> with fastgpt.use_backend("torch"):
     ...     logits, loss = model(idx, targets)
     """
 
     def __init__(self, name: str) -> None:
-        self.name = _checked(name, "use_backend")
+        self.name = name
+        check_preference(name, "use_backend")
         self._outer: list[str] = []
 
     def __enter__(self) -> use_backend:
@@ -156,9 +171,28 @@ class use_backend:
         _override = self._outer.pop()
 
 
-def requested(backend: str = "auto") -> str:
-    """The backend that a call with ``backend=backend`` asks for: by name, by `use_backend` or by FASTGPT_BACKEND."""
-    return _checked(backend, "backend") if backend != "auto" else _checked(_override, "FASTGPT_BACKEND")
+@assume_constant_result
+def check_preference(name: str, source: str, device_type: str | None = None) -> None:
+    """Refuse to prefer a backend that is unknown, or that can serve nothing on `device_type`; None: on this machine.
+
+    `source`, an argument or a variable of the environment, is where the name comes from: the message begins with it.
+    """
+    _checked(name, source)
+    if name == "auto":
+        return
+    found = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    reasons = {device: unavailable(name, device) for device in ((device_type,) if device_type else found)}
+    if None not in reasons.values():
+        reason = "; ".join(f"on {device}: {reason}" for device, reason in reasons.items())
+        raise BackendError(f"{source}: {name!r} can serve no op {reason}; take 'auto', or another backend", reason)
+    _accepted.add(name)
+
+
+def preferred() -> str:
+    """The backend that `use_backend` or FASTGPT_BACKEND names; "auto" where neither does."""
+    if _override not in _accepted:  # then it is the environment's
+        check_preference(_override, "FASTGPT_BACKEND")
+    return _override
 
 
 def implements(backend: str, op: str) -> bool:
@@ -166,13 +200,29 @@ def implements(backend: str, op: str) -> bool:
     return (op, backend) in _registry
 
 
-def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -> tuple[str, dict[str, str]]:
-    """The backend on which ``op(*args, **kwargs)`` runs, and for each faster one the reason why it does not run there.
+def _candidates(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends to try where one is preferred: it comes first, where it has the op."""
+    first = _override if _override in _accepted else preferred()
+    if first == "torch":
+        return ("torch",)
+    usual = PREFERENCE[op].get(device_type, ("torch",))
+    if first == usual[0] or (op, first) not in _registry:
+        return usual
+    return first, *[name for name in usual if name != first]
 
-    Raises BackendError where a backend that was asked for by name cannot serve.
+
+def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -> tuple[str, dict[str, str]]:
+    """The backend on which ``op(*args, **kwargs)`` runs, and for each one tried before it why it does not run there.
+
+    Raises BackendError where the call itself names a backend, which cannot serve.
     """
-    asked_for = backend != "auto" or _override != "auto"
-    names = (requested(backend),) if asked_for else PREFERENCE[op].get(device_type, ("torch",))
+    is_strict, first = backend != "auto", _override
+    if is_strict:
+        names: tuple[str, ...] = (_checked(backend, "backend"),)
+    elif first == "auto":
+        names = PREFERENCE[op].get(device_type, ("torch",))
+    else:
+        names = _candidates(op, device_type)
     reasons: dict[str, str] = {}
     for name in names:
         if name == "torch":  # it serves every call
@@ -182,14 +232,16 @@ def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -
             reason: str | None = f"{op} has no {name} implementation"
         else:
             reason = unavailable(name, device_type) or implementation.supports(*args, **kwargs)
-            if reason is None and not asked_for:
-                reason = implementation.unproved(*args, **kwargs)
-            if reason is None and device_type in self_test.SELF_TESTED and op in FACTS and not asked_for:
-                reason = _distrusted(op, name, args, kwargs)
+            if reason is None and not is_strict:
+                if name != first:
+                    reason = implementation.unproved(*args, **kwargs)
+                if reason is None and device_type in self_test.SELF_TESTED and op in FACTS:
+                    reason = _distrusted(op, name, args, kwargs)
         if reason is None:
             return name, reasons
-        if asked_for:
-            raise BackendError(f"backend={name!r} was asked for, but cannot run {op} here: {reason}")
+        if is_strict:
+            said = f"backend={name!r} was asked for, but cannot run {op} here: {reason}"
+            raise BackendError(f"{said}; leave backend= out, and one that can takes the call", reason)
         reasons[name] = reason
     return "torch", reasons
 
@@ -263,28 +315,32 @@ def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _say_once(op: str, backend: str, reason: str) -> None:
-    if torch.compiler.is_compiling() or isinstance(reason, Slower) or (op, backend, reason) in _warned:
+    if torch.compiler.is_compiling() or isinstance(reason, (Absent, Slower)) or (op, backend, reason) in _warned:
         return
     _warned.add((op, backend, reason))
-    warnings.warn(f"fastgpt: {op} does not take the {backend} backend: {reason}", stacklevel=4)
+    remedy = "FASTGPT_BACKEND=torch asks for PyTorch alone"
+    warnings.warn(f"fastgpt: {op} does not take the {backend} backend: {reason}; {remedy}", stacklevel=4)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer of :func:`explain`: the call runs on `backend`; `reasons` says for each faster one why it does not."""
+    """The answer of :func:`explain`: the call runs on `backend`; `reasons` says for each other one why it does not."""
 
     op: str
     backend: str
     reasons: dict[str, str]
+    preferred: str = "auto"
 
     def __str__(self) -> str:
         lines = [f"{self.op}: runs on {self.backend}"]
+        if self.preferred != "auto":
+            lines[0] += ", which is preferred" if self.preferred == self.backend else f"; {self.preferred} is preferred"
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
 
 def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explanation:
-    """Which backend the call ``op(*args, **kwargs)`` runs on, and where that is "torch", why none of our kernels.
+    """Which backend the call ``op(*args, **kwargs)`` runs on, and why not the preferred one or one of our kernels.
 
     `op` is an op's name; the other arguments are those of the op itself, tensors included. They are not
     computed with; on a GPU the self-test of the call's variant runs, if it has not run yet.
@@ -301,10 +357,12 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explan
         raise TypeError(f"explain({op!r}, ...) takes the arguments of {op}: {error}") from None
     device_type = tensors[0].device.type
     taken, reasons = choose(op, backend, device_type, args, kwargs)
-    if taken != "torch" or requested(backend) != "auto":
-        return Explanation(op, taken, reasons)
-    for name in BACKENDS:
-        if name != "torch" and name not in reasons and implements(name, op):
-            reason = unavailable(name, device_type)
-            reasons[name] = reason or f"on {device_type} it runs only where it is asked for by name"
-    return Explanation(op, "torch", reasons)
+    first = preferred() if backend == "auto" else "auto"
+    if first not in ("auto", "torch") and not implements(first, op):
+        reasons = {first: f"it has no {op}"} | reasons
+    if taken == "torch" and "torch" not in (backend, first):
+        for name in BACKENDS:
+            if name != "torch" and name not in reasons and implements(name, op):
+                reason = unavailable(name, device_type)
+                reasons[name] = reason or f"on {device_type} it runs only where it is asked for by name"
+    return Explanation(op, taken, reasons, first)

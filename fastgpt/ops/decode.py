@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import ACTIVATIONS
 from . import native
-from .backend import requested, unavailable
+from .backend import preferred, unavailable
 from .flops import product_flops
 from .library import define_op
 
@@ -45,6 +45,6 @@ def decode_(tokens: Tensor, weights: list[Tensor], cache: Tensor, length: int, a
 
 def reason_against_decode() -> str | None:
     """Why a token takes one op after the other on this machine, in words; None where it takes one for all."""
-    if requested() not in ("auto", "native"):
-        return f"the {requested()} backend was asked for"
+    if preferred() not in ("auto", "native"):  # one op for all would leave out the ops that the other one has
+        return f"the {preferred()} backend is preferred"
     return unavailable("native", "cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import native
 from .arguments import as_dropout, as_number, autocast_dtype, check_float, check_like
-from .backend import Slower, dispatch, register
+from .backend import Absent, Slower, dispatch, register
 from .dropout import dropout, philox_keep_mask
 from .library import define_op, inside_transform, refuse_forward_mode
 from .triton_backend import seed_tensor
@@ -278,6 +278,8 @@ def _triton_serves_add(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -
 
 
 def _native_serves(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if not x.is_cpu:
+        return Absent("its kernels for layer norm run on CPUs")
     if x.dtype == torch.float64:
         return "its kernels take float32, float16 and bfloat16, and x is float64"
     return inside_transform()

@@ -18,7 +18,7 @@ from torch.overrides import has_torch_function
 
 from . import native
 from .arguments import autocast_dtype
-from .backend import register, requested, unavailable
+from .backend import preferred, register, unavailable
 from .flops import product_flops
 from .library import define_op, in_dispatch_mode, in_forward_mode, inside_transform
 
@@ -94,16 +94,16 @@ def linear_choice(kernel: str) -> tuple[bool, str]:
     reason = _reason_against(kernel)
     if reason is not None:
         return False, reason
-    if requested() == "native":
-        return True, "the native backend was asked for"
+    if preferred() == "native":
+        return True, "the native backend is preferred"
     return True, "its own kernel was measured to be faster than the matrix library on processors like this one"
 
 
 def _reason_against(kernel: str) -> str | None:
-    if requested() not in ("auto", "native"):
-        return f"the {requested()} backend was asked for"
+    if preferred() == "torch":
+        return "the torch backend is preferred"
     reason = unavailable("native", "cpu")
-    if reason is None and requested() == "auto":
+    if reason is None and preferred() != "native":
         reason = native.reason_for_library(kernel)
     return reason
 

@@ -111,8 +111,7 @@ def run_parity(
         try:
             report.rows += measure_case(case, backend, dtype, device)
         except BackendError as error:
-            reason = str(error).partition(" here: ")[2] or str(error)  # the report names op and backend itself
-            report.skips.append(SkippedCase(*where, reason))
+            report.skips.append(SkippedCase(*where, error.reason))
         except Exception as error:  # a call that raises is a failure to report, and the other cases go on
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             report.rows.append(ParityRow(*where, "call", math.inf, 0.0, 0.0, False, reason))

@@ -108,7 +108,7 @@ def test_opcheck():
 def test_the_choice(monkeypatch):
     assert one_pass_choice()[0] == (module.native.load("cpu").instruction_set() != "generic")
     with fastgpt.use_backend("torch"):
-        assert one_pass_choice() == (False, "the torch backend was asked for")
+        assert one_pass_choice() == (False, "the torch backend is preferred")
     with fastgpt.use_backend("native"):
         assert one_pass_choice()[0]
     monkeypatch.setattr(module, "unavailable", lambda *args: "a test")

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastgpt
 from fastgpt import ops
 from fastgpt.ops import backend, reference
 from fastgpt.ops.attention import self_attention, split_heads
 from fastgpt.ops.dropout import philox_keep_mask
 from fastgpt.parity import DTYPES, run_parity
+from strict_backend import only_on
 
 DROPOUT = {"dropout_p": 0.3, "seed": 9}
 
@@ -35,7 +35,7 @@ def named(request):
     """Each backend that computes attention on CPUs, for every call in the test."""
     if reason := backend.unavailable(request.param, "cpu"):
         pytest.skip(reason)
-    with fastgpt.use_backend(request.param):
+    with only_on(request.param):
         yield request.param
 
 

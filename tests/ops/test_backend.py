@@ -1,4 +1,4 @@
-"""Which backend runs: named, by block, by environment, or the fastest that serves; and what is said about it."""
+"""Which backend runs: named, preferred by block or environment, or the fastest that serves; and what is said of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt import ops, use_backend
+from fastgpt import GPT, GPTConfig, ops, use_backend
 from fastgpt.ops import backend as module
-from fastgpt.ops.backend import BackendError, requested
+from fastgpt.ops.backend import BACKENDS, OPS, BackendError, check_preference, preferred
+from fastgpt.parity import Draw, parity_cases
 
 X, W = torch.randn(3, 8), torch.ones(8)
 
@@ -33,6 +34,7 @@ def pretend(monkeypatch):
         for name in ("_registry", "_smoke_tests", "_availability"):
             monkeypatch.setattr(module, name, dict(getattr(module, name)))
         monkeypatch.setattr(module, "_warned", set())
+        monkeypatch.setattr(module, "_accepted", {"auto"})
         monkeypatch.setitem(module.PREFERENCE["layer_norm"], "cpu", ("native", "torch"))
         module._availability.pop(("native", "cpu"), None)
         module.register_smoke_test("native", smoke_test)
@@ -91,11 +93,11 @@ def test_auto_falls_back_and_says_why_once(pretend, kind: dict, reason: str) -> 
 )
 def test_asked_for_and_cannot_serve_raises(pretend, kind: dict, reason: str) -> None:
     pretend(**kind)
-    with pytest.raises(BackendError, match=f"'native' was asked for, but cannot run layer_norm here: {reason}"):
+    said = f"backend='native' was asked for, but cannot run layer_norm here: {reason}; leave backend= out"
+    with pytest.raises(BackendError, match=said) as error:
         ops.layer_norm(X, W, backend="native")
-    with use_backend("native"), pytest.raises(BackendError, match=reason):
-        ops.layer_norm(X, W)
-    with pytest.raises(BackendError, match=reason):
+    assert error.value.reason == reason and "\n" not in str(error.value)
+    with use_backend("torch"), pytest.raises(BackendError, match=reason):  # a preference changes nothing
         ops.explain("layer_norm", X, W, backend="native")
 
 
@@ -113,22 +115,151 @@ def test_no_implementation_and_unknown_names() -> None:
         ops.explain("layer_norm", X)
 
 
-def test_use_backend_nests_and_ends_with_an_exception() -> None:
-    outside = requested()
+def test_use_backend_nests_and_ends_with_an_exception(monkeypatch) -> None:
+    monkeypatch.setattr(module, "unavailable", lambda backend, device_type: None)
+    outside = preferred()
     with use_backend("native"):
-        assert requested() == "native"
+        assert preferred() == "native"
         with use_backend("torch"):
-            assert requested() == "torch"
-            assert requested("triton") == "triton"  # the call's own wins
+            assert preferred() == "torch"
         with pytest.raises(KeyError), use_backend("auto"):
-            assert requested() == "auto"
+            assert preferred() == "auto"
             raise KeyError
-        assert requested() == "native"
-    assert requested() == outside
+        assert preferred() == "native"
+    assert preferred() == outside
     twice = use_backend("torch")
     with twice, use_backend("native"), twice:
-        assert requested() == "torch"
-    assert requested() == outside
+        assert preferred() == "torch"
+    assert preferred() == outside
+
+
+# --- a backend that is preferred ---
+
+
+@pytest.fixture
+def all_run(monkeypatch):
+    """Every backend runs on this machine, as far as it is asked."""
+    monkeypatch.setattr(module, "_accepted", {"auto"})
+    monkeypatch.setattr(module, "unavailable", lambda backend, device_type: None)
+
+
+def first_call(op: str) -> dict:
+    case = parity_cases(op)[0]
+    return case.arguments(Draw(torch.float32, "cpu")) | case.options
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_each_op_takes_the_preferred_backend_where_it_has_the_op(all_run, op: str, name: str) -> None:
+    usual = ops.explain(op, **first_call(op))
+    with use_backend(name):
+        found = ops.explain(op, **first_call(op))
+    assert found.preferred == name and usual.preferred == "auto"
+    if module.implements(name, op):
+        assert str(found) == f"{op}: runs on {name}, which is preferred"
+    else:
+        assert found.backend == usual.backend and found.reasons == {name: f"it has no {op}"} | usual.reasons
+        assert str(found).startswith(
+            f"{op}: runs on {usual.backend}; {name} is preferred\n  not {name}: it has no {op}"
+        )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_preference_gives_on_a_gpu(all_run, monkeypatch, op: str) -> None:
+    """Tensors without numbers stand for those of a GPU: the choice, which passes over kernels for CPUs, runs none."""
+    monkeypatch.setattr(module.self_test, "SELF_TESTED", set())
+    monkeypatch.setattr(module, "_warned", set())
+    call = {name: x.bfloat16() if getattr(x, "is_floating_point", bool)() else x for name, x in first_call(op).items()}
+    call = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, has_kernels in (
+            ("triton", ("attention", "layer_norm", "add_layer_norm")),
+            ("native", ("embedding", "cross_entropy", "linear_cross_entropy")),
+        ):
+            with use_backend(name):
+                taken, reasons = module.choose(op, "auto", "cuda", (), call)
+            assert taken == (name if op in has_kernels else module.PREFERENCE[op]["cuda"][0])
+            assert all(isinstance(reason, module.Absent) for reason in reasons.values())
+
+
+def test_a_preferred_backend_that_does_not_serve_the_call_gives_way_and_says_why_once(pretend) -> None:
+    pretend(serves=False)
+    with use_backend("native"):
+        with pytest.warns(UserWarning, match="layer_norm does not take the native backend: it is Tuesday") as caught:
+            assert not took_native(ops.layer_norm(X, W))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ops.layer_norm(X, W)
+        assert ops.explain("layer_norm", X, W).reasons["native"] == "it is Tuesday"
+    assert len(caught) == 1 and "\n" not in str(caught[0].message) and "FASTGPT_BACKEND=torch" in str(caught[0].message)
+
+
+def test_nobody_is_warned_of_an_op_that_the_preferred_backend_has_not(all_run, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_warned", set())
+    with use_backend("triton"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(ops.embedding(torch.tensor([[1]]), X), X[None, 1:2])
+
+
+def test_a_preference_takes_what_was_not_measured(pretend) -> None:
+    pretend(proved=False)
+    with use_backend("native"):
+        assert took_native(ops.layer_norm(X, W))
+
+
+def test_a_backend_that_can_serve_nothing_here_is_refused(pretend, monkeypatch) -> None:
+    pretend(runs=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = "'native' can serve no op on cpu: no such library; take 'auto', or another backend"
+    for refused, source in (
+        (lambda: use_backend("native"), "use_backend"),
+        (lambda: check_preference("native", "--backend", "cpu"), "--backend"),
+    ):
+        with pytest.raises(BackendError) as error:
+            refused()
+        assert str(error.value) == f"{source}: {said}"
+    monkeypatch.setattr(module, "_override", "native")  # as FASTGPT_BACKEND=native sets it
+    with pytest.raises(BackendError, match=f"FASTGPT_BACKEND: {said}"):
+        ops.layer_norm(X, W)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module._availability["native", "cuda"] = None  # it runs on the GPU, and so somewhere
+    with use_backend("native"), pytest.warns(UserWarning, match="no such library"):
+        assert not took_native(ops.layer_norm(X, W))
+    with pytest.raises(BackendError, match="--backend: 'native' can serve no op on cpu: "):
+        check_preference("native", "--backend", "cpu")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_whole_model_trains_on_each_preference(name: str) -> None:
+    """No backend but torch has every op; the others' ops run on what auto takes."""
+    if reason := module.unavailable(name, "cpu"):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=6, n_layer=1, n_head=2, n_embd=8, dropout=0.0))
+    tokens = torch.randint(11, (2, 7))
+
+    def gradients(preferred: str) -> list[torch.Tensor]:
+        with use_backend(preferred):
+            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for ours, expected in zip(gradients(name), gradients("torch"), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_preference_compiles_into_one_graph(pretend) -> None:
+    pretend()
+    compiled = torch.compile(lambda: ops.layer_norm(X, W), fullgraph=True, backend="eager")
+    for name, native in (("auto", True), ("torch", False), ("native", True)):
+        with use_backend(name):
+            assert took_native(compiled()) == native
+
+    def prefers(x):
+        with use_backend("native"):
+            return ops.layer_norm(x, W)
+
+    assert took_native(torch.compile(prefers, fullgraph=True, backend="eager")(X))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -146,8 +277,10 @@ print(fastgpt.ops.explain("layer_norm", x, w).backend)
 def test_environment() -> None:
     done = run_python(CALL, FASTGPT_BACKEND="torch")
     assert (done.returncode, done.stdout) == (0, "torch\n"), done.stderr
-    done = run_python(CALL + "fastgpt.ops.embedding(torch.tensor([[0]]), x)", FASTGPT_BACKEND="triton")
-    assert done.returncode == 1 and "backend='triton' was asked for" in done.stderr
+    done = run_python(
+        "import torch; torch.cuda.is_available = lambda: False" + CALL, FASTGPT_BACKEND="triton", TRITON_INTERPRET="0"
+    )
+    assert done.returncode == 1 and "BackendError: FASTGPT_BACKEND: 'triton' can serve no op on cpu: " in done.stderr
 
 
 def test_wrong_environment_is_one_line_of_the_command() -> None:

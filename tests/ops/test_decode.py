@@ -174,4 +174,4 @@ def test_a_token_outside_the_vocabulary_is_named() -> None:
 def test_a_backend_that_was_asked_for_decides() -> None:
     assert reason_against_decode() is None
     with fastgpt.use_backend("torch"):
-        assert reason_against_decode() == "the torch backend was asked for"
+        assert reason_against_decode() == "the torch backend is preferred"

@@ -170,7 +170,7 @@ def test_the_machine_decides_and_both_ways_are_right(
         assert len(calls) == int(takes)
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
         with fastgpt.use_backend("torch"):
-            assert linear_choice(kernel) == (False, "the torch backend was asked for")
+            assert linear_choice(kernel) == (False, "the torch backend is preferred")
             linear(x, weight, bias)
         assert len(calls) == int(takes)
         with fastgpt.use_backend("native"):

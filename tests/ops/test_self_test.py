@@ -381,13 +381,18 @@ def test_a_kernel_that_writes_to_its_inputs() -> None:
 # ---- where it is left out, and what it leaves alone ----
 
 
-def test_a_backend_asked_for_by_name_runs_without(make_wrong, tested) -> None:
+def test_a_backend_that_the_call_asks_for_by_name_runs_without(make_wrong, tested) -> None:
     make_wrong("forward")
     with silence():
         norm(backend="triton")
-        with backend.use_backend("triton"):
-            norm()
     assert tested == []
+
+
+def test_a_preferred_backend_has_to_pass_it(make_wrong, tested) -> None:
+    make_wrong("forward")
+    with backend.use_backend("triton"), pytest.warns(UserWarning, match="SELF-TEST FAILED"):
+        assert backend_of("layer_norm", X, W) == "torch"
+    assert tested == ["layer_norm"]
 
 
 def test_the_environment_leaves_it_out(monkeypatch, make_wrong, tested) -> None:

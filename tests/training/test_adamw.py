@@ -8,7 +8,7 @@ import torch
 import fastgpt
 from fastgpt import GPTConfig
 from fastgpt.baselines import build_model
-from fastgpt.ops.backend import requested, unavailable
+from fastgpt.ops.backend import preferred, unavailable
 from fastgpt.training import adamw as module
 from fastgpt.training.adamw import AdamW
 from fastgpt.training.step import Precision, make_optimizer, training_step
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 @pytest.fixture(autouse=True)
 def on_any_processor(monkeypatch):
-    monkeypatch.setattr(module, "one_pass_choice", lambda: (requested() != "torch", "a test"))
+    monkeypatch.setattr(module, "one_pass_choice", lambda: (preferred() != "torch", "a test"))
 
 
 @pytest.fixture

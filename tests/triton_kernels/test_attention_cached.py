@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgpt import ops, use_backend
-from fastgpt.ops import reference
+from fastgpt.ops import attention_cached, reference
 from fastgpt.ops.attention_cached import attention_cached_, attention_cached_on_torch_
 from fastgpt.parity import ATOL
 from triton_checks import DEVICE
@@ -88,7 +88,7 @@ def test_without_room_nothing_is_written_and_the_result_is_nan(length, call_):
     assert (keys == 1.0).all() and (values == 2.0).all()
 
 
-def test_token_by_token_is_the_whole_at_once():
+def test_token_by_token_is_the_whole_at_once(monkeypatch):
     """As generation does it, with a length that is counted on the device."""
     torch.manual_seed(0)
     q, k, v, keys, values = inputs(2, 4, 2, 20, 150, 24, torch.float32)
@@ -97,6 +97,7 @@ def test_token_by_token_is_the_whole_at_once():
         torch.zeros((), dtype=torch.int64, device=DEVICE),
         [],
     )
+    monkeypatch.setattr(attention_cached, "attention_cached_on_torch_", None)  # it must not be called
     with use_backend("triton"):
         for i in range(20):
             parts.append(attention_cached_(*(x[:, :, i : i + 1] for x in (q, k, v)), keys, values, length))
