@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -56,9 +57,19 @@ def define_op(
         register_flops(name, flops)
     if is_gradient:
         _raise_on_double_backward(name)
+    run = getattr(torch.ops.fastgpt, name).default
+    if is_gradient:
+        return partial(_run_gradient, run)
     if backward is None or save is None:
-        return getattr(torch.ops.fastgpt, name).default
+        return run
     return _define_derivative(name, backward, save, first_only)
+
+
+def _run_gradient(run: Callable[..., Any], *args: Any) -> Any:
+    """run(*args), past the code that refuses a second derivative where autograd does not record one."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return run(*args)
+    return below_autograd(run, *args)
 
 
 def _raise_on_double_backward(name: str) -> None:
