@@ -16,12 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from .config import ConfigError
+from .config import DTYPES, ConfigError
 from .options import commands_help, completion, help_text, options_of, read
 from .settings import (
     BenchSettings,
     DataShowSettings,
     DoctorSettings,
+    EvalSettings,
     ParitySettings,
     SampleSettings,
     TrainSettings,
@@ -159,6 +160,32 @@ def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, n: int) -> No
         print()
 
 
+def evaluate(settings: EvalSettings) -> None:
+    checkpoint, data = required(settings, "eval")
+    if settings.dtype not in DTYPES:
+        raise UsageError(f"--dtype: expected one of {', '.join(DTYPES)}, got {settings.dtype!r}")
+    on_backend = _on_backend(settings.backend, settings.device)
+    import json
+
+    from .evaluate import evaluate, examples_of, results, table
+    from .loading import load
+    from .machine import resolve_device
+    from .training.step import Precision
+
+    model, tokenizer = load(checkpoint, dropout=0.0)
+    try:
+        examples = examples_of(model, tokenizer, data, settings.stride)
+    except ConfigError as error:
+        raise UsageError(_naming_option(error, settings)) from None
+    precision = Precision(resolve_device(settings.device), settings.dtype)
+    model.to(precision.device)
+    with on_backend:
+        found = results(evaluate(model, tokenizer, examples, precision), model, examples)
+    found = {"checkpoint": checkpoint, "data": data, **found}
+    found |= {"device": str(precision.device), "dtype": precision.name}
+    print(json.dumps(found, indent=2) if settings.json else table(found))
+
+
 def data_show(settings: DataShowSettings) -> None:
     from .data.show import show_layouts
 
@@ -234,6 +261,7 @@ class Group(NamedTuple):
 COMMANDS: dict[str, Command | Group] = {
     "train": Command(TrainSettings, train, "train a GPT, or another model, on text"),
     "sample": Command(SampleSettings, sample, "continue a prompt with a trained model"),
+    "eval": Command(EvalSettings, evaluate, "measure how well a model predicts a text"),
     "data": Group(
         {"show": Command(DataShowSettings, data_show, "print one example of each layout of the data")},
         "show: one example of each layout of the data",
@@ -356,7 +384,7 @@ def _flush_or_drop() -> None:
 # What a user's input or machine can cause. Anything else is a fault of this package, and shows its traceback.
 _FAILURES = (ValueError, RuntimeError, OSError, IndexError, TypeError, ArithmeticError, MemoryError, ImportError)
 # These commands only print, so they have succeeded when the reader of their output closes the pipe.
-_ONLY_PRINT = ("fastgpt", "fastgpt --version", "fastgpt sample", "fastgpt data", "fastgpt doctor")
+_ONLY_PRINT = ("fastgpt", "fastgpt --version", "fastgpt sample", "fastgpt eval", "fastgpt data", "fastgpt doctor")
 
 
 def _run(args: Sequence[str]) -> int:

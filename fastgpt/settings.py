@@ -124,6 +124,28 @@ class SampleSettings:
 
 
 @dataclass(frozen=True)
+class EvalSettings:
+    """Measure how well a model predicts a text: loss in nats per token, bits per byte, and perplexity."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint", "data")
+
+    # a run's folder (its best checkpoint), one .safetensors checkpoint, or the folder of a saved model or of a Hugging
+    # Face GPT-2; the option's name may be left out in first place: fastgpt eval runs/demo --data FILE.
+    checkpoint: str | None = None
+    # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names; for a model of completions, JSON lines. All of it
+    # is predicted; give a text that the model was not trained on.
+    data: str | None = None
+    # a text is read in windows as long as the model's context, each begins this many tokens after the one before it,
+    # and only new tokens count: a smaller stride gives more context and takes longer; by default half of the context.
+    stride: int | None = None
+    json: bool = False  # print the figures as one JSON object.
+    device: str = "auto"  # auto, cpu, cuda, ...
+    dtype: str = "float32"  # of the matrix products: float32, bfloat16, float16, or auto, as in training.
+    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
+    config: str | None = None  # a TOML file with any of these settings.
+
+
+@dataclass(frozen=True)
 class DataShowSettings:
     """Print one example of each layout of the data, context -> target."""
 

@@ -310,7 +310,7 @@ def test_files_may_begin_with_a_byte_order_mark(run, tmp_path, capsys):
         ("smaple", "fastgpt: unknown command 'smaple'; did you mean 'sample'?\n"),
         ("study dpeth", "fastgpt study: unknown command 'dpeth'; did you mean 'depth'?\n"),
         ("data sohw", "fastgpt data: unknown command 'sohw'; did you mean 'show'?\n"),
-        ("fly", "fastgpt: unknown command 'fly'; there are train, sample, data, learn, study, doctor, parity, bench\n"),
+        ("fly", f"fastgpt: unknown command 'fly'; there are {', '.join(COMMANDS)}\n"),
     ],
 )
 def test_a_mistyped_command_is_told_which_one_it_may_be(words, message, capsys):

@@ -55,7 +55,7 @@ QUICKER = {  # what makes a command short enough for a test
 ELSEWHERE = ("parity", "bench")  # they are run by test_parity.py and test_bench_command.py
 COMMANDS_OF = {
     "README.md": ["doctor", "train", "sample", "train", "data", "learn", "study", "study"],
-    "getting-started.md": ["train", "sample", "train", "data", "train"],
+    "getting-started.md": ["train", "sample", "eval", "train", "data", "train"],
     "backends.md": ["doctor"],
 }
 
@@ -96,6 +96,8 @@ def test_the_commands_of_a_document_run_in_order(document, small):
                 assert f"step {6 if '--resume' in words else 3}:" in output
             case "sample":
                 assert output.startswith("ROMEO. ") and len(output) == len("ROMEO. ") + 200 + 1
+            case "eval":
+                assert "bits per byte" in output
             case "doctor":
                 assert "attention: runs on" in output
             case "data":
