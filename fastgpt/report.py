@@ -40,30 +40,47 @@ pre.sample { white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { margin: 1.5rem 0; } figcaption { opacity: .75; }
 figure img { display: block; box-sizing: border-box; width: 100%; max-width: 44rem; height: auto; padding: .5rem;
   background: white; border: 1px solid #8884; border-radius: 6px; }
+.note { border-left: .3rem solid #c80; padding-left: .75rem; }
 @media (max-width: 30rem) { th, td { padding: .25rem .4rem; font-size: .875rem; } pre { padding: .5rem; } }
 @media (prefers-color-scheme: dark) { figure img { filter: brightness(.88); } }
 """
+
+NOTHING = "–"  # a cell without a value
+WRITTEN_NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?")
 
 
 def cell(value: Any) -> str:
     """A table's cell: floats with four significant digits, None as a dash."""
     if value is None:
-        return "–"
+        return NOTHING
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The same table for a Markdown document; "|" in a cell is escaped."""
-    lines = [[*headers], ["---:" if _is_numeric(rows, i) else "---" for i in range(len(headers))]]
-    lines += [[cell(value).replace("|", "\\|") for value in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """The same table for a Markdown document, its cells padded so that it also reads well as plain text.
+
+    "|" in a cell is escaped.
+    """
+    body = [[cell(value).replace("|", "\\|") for value in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(headers, *body, strict=True)]
+    right = [_is_numeric(rows, i) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (width - 1) + ":" if r else "-" * width for width, r in zip(widths, right, strict=True)]
+    return "\n".join([line(headers), line(rule), *map(line, body)])
 
 
 def _is_numeric(rows: Sequence[Sequence[Any]], column: int) -> bool:
-    values = [row[column] for row in rows if row[column] is not None]
-    return bool(values) and all(isinstance(value, (int, float)) for value in values)
+    """Whether the column holds nothing but numbers, written ones such as "+0.120" and dashes included."""
+    values = [row[column] for row in rows if row[column] not in (None, NOTHING)]
+    return bool(values) and all(
+        isinstance(value, (int, float)) or WRITTEN_NUMBER.fullmatch(str(value)) for value in values
+    )
 
 
 def _with_code(text: str) -> str:
@@ -89,6 +106,10 @@ class Report:
 
     def paragraph(self, text: str) -> None:
         self.parts.append(f"<p>{_with_code(text)}</p>")
+
+    def note(self, text: str) -> None:
+        """A paragraph that must not be overlooked."""
+        self.parts.append(f'<p class="note">{_with_code(text)}</p>')
 
     def code(self, text: str) -> None:
         """Code, whose line breaks and blanks stay: a long line is scrolled."""

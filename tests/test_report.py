@@ -82,8 +82,13 @@ def test_rows_of_another_length_are_refused():
 
 
 def test_markdown_table():
-    table = markdown_table(["name", "ms"], [["a|b", 1.23456], ["c", 12345.6]])
-    assert table.splitlines() == ["| name | ms |", "| --- | ---: |", "| a\\|b | 1.235 |", "| c | 12,346 |"]
+    table = markdown_table(["name", "ms", "change"], [["a|b", 1.23456, "–"], ["c", 12345.6, "-0.5"]])
+    assert table.splitlines() == [
+        "| name |     ms | change |",
+        "| ---- | -----: | -----: |",
+        "| a\\|b |  1.235 |      – |",
+        "| c    | 12,346 |   -0.5 |",
+    ]
 
 
 def test_cells():

@@ -79,7 +79,7 @@ def _table(step: dict[str, Any]) -> str:
         [task["name"], task["result"], task.get("seconds"), task.get("outcome") or task.get("reason")]
         for task in step["tasks"]
     ]
-    return cells.aligned(markdown_table(["task", "result", "seconds", "outcome or reason"], rows))
+    return markdown_table(["task", "result", "seconds", "outcome or reason"], rows)
 
 
 def _quoted(task: dict[str, Any]) -> str:
@@ -105,4 +105,4 @@ def _counters(tasks: Iterable[dict[str, Any]]) -> str:
         shown = [None if value is None else f"{value:.3g} %" for value in percents]
         measured = [cells.short(value) for value in values]
         rows.append([task["name"], found.get("kernel"), *measured, *shown, found.get("registers")])
-    return cells.aligned(markdown_table(headers, rows))
+    return markdown_table(headers, rows)

@@ -60,17 +60,3 @@ def origin(lines: Iterable[Line], keys: Sequence[str]) -> list[str]:
             shown = dict.fromkeys(short_commit(value) if key == "commit" else str(value) for value in values)
             parts.append(f"{key} {' and '.join(shown)}")
     return parts
-
-
-def aligned(markdown: str) -> str:
-    """A Markdown table whose cells are padded to the widths of their columns, so that it reads well as plain text."""
-    head, rule, *body = ([*line[2:-2].split(" | ")] for line in markdown.splitlines())
-    widths = [max(map(len, column)) for column in zip(head, rule, *body, strict=True)]
-    right = [mark.endswith(":") for mark in rule]
-
-    def line(row: list[str]) -> str:
-        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
-        return "| " + " | ".join(padded) + " |"
-
-    dashes = ["-" * (w - r) + ":" * r for w, r in zip(widths, right, strict=True)]
-    return "\n".join(map(line, (head, dashes, *body)))

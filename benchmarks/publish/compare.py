@@ -121,7 +121,7 @@ def change_table(comparison: RunComparison) -> str:
         ms = (f"{value:.4g}" for value in (c.base_ms, c.head_ms))
         rows.append([*c.case[1:], *ms, f"{100 * (c.factor - 1):+.1f} %", c.verdict, c.measured])
     headers = ["op", "shape", "dtype", "direction", "base ms", "head ms", "change", "verdict", "measured"]
-    return cells.aligned(markdown_table(headers, rows))
+    return markdown_table(headers, rows)
 
 
 def summary(comparison: RunComparison, threshold: float) -> str:

@@ -126,7 +126,7 @@ def _kinds_table(results: Results) -> str | None:
     headers = ["step", "", "measured ms", *kinds]
     body = [[row.shape, row.implementation, _ms(row.median_ms), *_kinds_of(row, kinds)] for row in rows]
     origin = ", ".join(cells.origin(rows, ("torch", "commit", "date")))
-    return f"{cells.aligned(markdown_table(headers, body))}\n\n{origin}."
+    return f"{markdown_table(headers, body)}\n\n{origin}."
 
 
 def _kinds_of(row: Row, kinds: Sequence[str]) -> Iterator[str | None]:
@@ -158,7 +158,7 @@ def _before_table(pairs: Sequence[tuple[Row, Row]]) -> str:
         body.append([new.op, new.shape, *ours, limit, peer])
     headers = ["", "case", "before, ms", "now, ms", "gain", "of its limit now", "fastest peer now"]
     commits = [", ".join(cells.origin(rows, ("commit", "date"))) for rows in zip(*pairs, strict=True)]
-    return f"{cells.aligned(markdown_table(headers, body))}\n\nBefore: {commits[0]}. Now: {commits[1]}."
+    return f"{markdown_table(headers, body)}\n\nBefore: {commits[0]}. Now: {commits[1]}."
 
 
 def _pictures_of(name: str, now: Results, before: Results) -> list[Picture]:
@@ -206,9 +206,9 @@ def _lever_table(levers: Sequence[Lever]) -> list[str]:
     headers = ["lever", "case", "predicted", "before", "after", "gain", "", "why", "lines", "commit"]
     body = [_cells_of(lever) for lever in ordered]
     if len(devices) == 1:
-        return [f"Measured on {devices[0]}.", cells.aligned(markdown_table(headers, body))]
+        return [f"Measured on {devices[0]}.", markdown_table(headers, body)]
     body = [[*line, lever.device] for line, lever in zip(body, ordered, strict=True)]
-    return [cells.aligned(markdown_table([*headers, "device"], body))]
+    return [markdown_table([*headers, "device"], body)]
 
 
 def _cells_of(lever: Lever) -> list[Any]:

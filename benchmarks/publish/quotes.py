@@ -137,7 +137,7 @@ def gpu_models(results: Results) -> str:
 
 
 def _table(headers: Sequence[str], body: Sequence[Sequence[Any]], rows: Sequence[Row]) -> str:
-    return f"{cells.aligned(markdown_table(headers, body))}\n\n{_origin(rows)}."
+    return f"{markdown_table(headers, body)}\n\n{_origin(rows)}."
 
 
 def _sentence(text: str, rows: Sequence[Row]) -> str:

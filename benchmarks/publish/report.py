@@ -45,7 +45,7 @@ def markdown(results: Results, pictures: str | None = "results") -> str:
     parts = [f"# {TITLE}", "Written by `fastgpt bench --report` from the files of rows; not by hand.", *ABOUT]
     for table in all_tables(results):
         parts += [f"{'#' * table.level} {table.heading}", *table.notes]
-        parts += [cells.aligned(markdown_table(table.headers, table.rows))] if table.rows else []
+        parts += [markdown_table(table.headers, table.rows)] if table.rows else []
         parts += [f"![{table.caption}]({pictures}/{table.picture}.png)"] if table.picture and pictures else []
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +31,7 @@ def run(name: str, settings: Any) -> Path:
     """Measure, write results.json, report.html and the pictures, and print the tables; returns the report's path."""
     from ..plots import need_matplotlib
     from .experiment import recorded, study_facts
-    from .page import Page
+    from .page import Page, duration
 
     need_matplotlib()  # fails here if it is missing, and not after minutes of measuring
     out = Path(settings.out or f"runs/study-{name}")
@@ -39,9 +41,10 @@ def run(name: str, settings: Any) -> Path:
     results |= load(name).measure(settings)
     results["seconds"] = round(time.perf_counter() - began, 1)
     page = Page(write_results(out, results))
-    print(page.text(), end="\n\n")
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print("\n" + page.text(columns), end="\n\n")
     report = page.write(out)
-    print(f"{report}, {results['seconds']:.0f} s")
+    print(f"{report}: {duration(results['seconds'])} of measuring")
     return report
 
 

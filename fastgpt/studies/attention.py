@@ -15,32 +15,32 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import GPTConfig
 from ..loading import load
 from ..machine import resolve_device
 from ..model import GPT, CausalSelfAttention
 from ..ops.reference import causal_mask
 from ..plots import FONT_SIZE, panels
 from ..tokenizer import Tokenizer
-from .experiment import StudyError, at_least, label, trained_model
+from .experiment import StudyError, at_least, label, small_gpt, train_small_gpt
+from .page import counted, listed, together
 from .settings import AttentionSettings
-
-LEGIBLE = 32  # names of tokens on an axis
-SMALL = GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)  # shakespeare-char-cpu
 
 
 def measure(settings: AttentionSettings) -> dict[str, Any]:
     if not settings.prompt:
         raise StudyError("--prompt: is empty; give at least one token")
     at_least(settings, steps=1)
-    loss = None
+    corpus, loss = None, None
     if settings.checkpoint is not None:
         model, tokenizer = _load(settings.checkpoint)
     else:
-        model, tokenizer, loss = trained_model(settings, SMALL, settings.steps)
+        model, corpus = small_gpt(settings)
+        tokenizer = corpus.tokenizer
     layers = _chosen("layer", settings.layer, model.cfg.n_layer)
     heads = _chosen("head", settings.head, model.cfg.n_head)
     tokens = encode(model, tokenizer, settings.prompt)
+    if corpus is not None:  # after the checks, so that a mistake costs no training
+        loss = train_small_gpt(model, corpus, settings)
     model.to(resolve_device(settings.device))
     captured = capture(model, tokens)
     error = max(float((maps @ v - out).abs().max()) for maps, v, out in captured)
@@ -149,31 +149,49 @@ def _packed(maps: Tensor) -> list[list[float]]:
 # ---- what is shown ----
 
 
+LEGIBLE = 32  # names of tokens on an axis
+EVEN = 0.9  # a head whose entropy is above this part of the largest possible one looks at everything alike
+
+
 def show(results: dict[str, Any], page: Any) -> None:
     model, tokens = results["model"], results["tokens"]
     origin = (
-        f"trained here for {results['settings']['steps']} steps (validation loss {results['loss']:.3f})"
+        f"trained here for {counted(results['settings']['steps'], 'step')} (validation loss {results['loss']:.3f})"
         if results["loss"] is not None
         else f"of {results['settings']['checkpoint']}"
     )
     page.paragraph(
-        f"A model of {model['n_layer']} layers with {model['n_head']} heads each and {model['parameters']:,} "
-        f"parameters, {origin}, reads {len(tokens)} tokens: {' '.join(tokens)}. In the map of a head, each row is a "
-        f"token and shows how it distributes its attention over the tokens in the columns; the shares of a row add up "
-        f"to one. The table gives means over the rows: the distance of the attention in tokens, the entropy in nats, "
-        f"and the shares that go to the token itself, to the token before it, and to the first token. The last column "
-        f"names the two tokens whose share is furthest above an even distribution."
+        f"A model of {counted(model['n_layer'], 'layer')} with {counted(model['n_head'], 'head')} each and "
+        f"{model['parameters']:,} parameters, {origin}, read {counted(len(tokens), 'token')}: {' '.join(tokens)}. In "
+        f"the map of a head, each row is a token, and shows which shares of its attention go to the tokens in the "
+        f"columns."
     )
-    numeric = ("layer", "head", "distance", "entropy", "itself", "previous", "first")
-    page.table(
-        [*numeric, "strongest"],
-        [[*(row[name] for name in numeric), _pair(row, tokens)] for row in results["rows"]],
+    page.picture(
+        "maps",
+        "Attention maps by layer (down) and head (across)",
+        lambda: _draw_maps(results),
+        nothing=_why_no_maps(results),
     )
-    page.picture("maps", "Attention maps by layer (down) and head (across)", lambda: _draw_maps(results))
-    for name, row in zip(("near", "far"), _telling(results["rows"]), strict=False):
-        caption = f"The map of layer {row['layer']} head {row['head']}, which looks {row['distance']:.1f} tokens away"
-        page.picture(name, caption, functools.partial(_draw_head, row, tokens))
-    page.paragraph(_findings(results))
+    page.findings(_distances_in_words(results), _entropies_in_words(results), _habits_in_words(results))
+    with page.numbers():
+        page.paragraph(
+            f"Means over the rows of a map: the distance of the attention in tokens, its entropy in nats, and the "
+            f"shares that go to the token itself, to the token before it, and to the first token. The last column "
+            f"names the two tokens whose share is furthest above an even distribution. The maps times v differ from "
+            f"the output of the attention op by at most {results['error']:.1g}."
+        )
+        page.table(
+            ["layer", "head", "distance", "entropy", "itself", "previous", "first", "strongest"],
+            [
+                [row["layer"], row["head"], f"{row['distance']:.2f}", f"{row['entropy']:.2f}"]
+                + [f"{row[name]:.3f}" for name in ("itself", "previous", "first")]
+                + [_pair(row, tokens)]
+                for row in results["rows"]
+            ],
+        )
+        for name, row in zip(("near", "far"), _telling(results["rows"]), strict=False):
+            caption = f"The map of {_name(row)}, which looks {row['distance']:.1f} tokens away"
+            page.picture(name, caption, functools.partial(_draw_head, row, tokens), nothing=_why_no_maps(results))
 
 
 def _telling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -187,33 +205,81 @@ def _pair(row: dict[str, Any], tokens: list[str]) -> str:
     return f"{tokens[query]} ({query + 1}) to {tokens[key]} ({key + 1})"
 
 
-def _findings(results: dict[str, Any]) -> str:
-    rows, n = results["rows"], len(results["tokens"])
+def _name(row: dict[str, Any]) -> str:
+    return f"layer {row['layer']} head {row['head']}"
 
-    def name(row: dict[str, Any]) -> str:
-        return f"layer {row['layer']} head {row['head']}"
 
-    def extreme(key: str, largest: bool) -> str:
-        row = (max if largest else min)(rows, key=lambda row: row[key])
-        return f"{name(row)} ({row[key]:.2f})"
+def _even_entropy(results: dict[str, Any]) -> float:
+    """The entropy, in nats, of a head that gives every visible token the same share."""
+    n = len(results["tokens"])
+    return sum(math.log(count) for count in (range(1, n + 1) if results["is_causal"] else [n] * n)) / n
 
-    # The entropy of a head that gives every visible token the same share.
-    seen = range(1, n + 1) if results["is_causal"] else [n] * n
-    even = sum(math.log(count) for count in seen) / n
+
+def _is_even(results: dict[str, Any]) -> bool:
+    """Whether each head spreads its attention almost evenly."""
+    return all(row["entropy"] > EVEN * _even_entropy(results) for row in results["rows"])
+
+
+def _why_no_maps(results: dict[str, Any]) -> str:
+    if len(results["tokens"]) == 1:
+        return "a single token can attend to nothing but itself"
+    if _is_even(results):
+        return "every head gives all tokens that it sees almost the same share, so that each map is one colour"
+    return ""
+
+
+def _distances_in_words(results: dict[str, Any]) -> str:
+    """Which heads look near and far, and by layer."""
+    rows = results["rows"]
+    near, far = min(rows, key=lambda row: row["distance"]), max(rows, key=lambda row: row["distance"])
+    if near is far:
+        return f"One head is shown, {_name(near)}: it looks {near['distance']:.1f} tokens back on average."
     text = (
-        f"The mean distance, in tokens, is shortest in {extreme('distance', False)} and longest in "
-        f"{extreme('distance', True)}. The entropy, in nats, is lowest in {extreme('entropy', False)} and highest in "
-        f"{extreme('entropy', True)}; it is {even:.2f} for a head that gives all visible tokens the same share. "
+        f"On average {_name(near)} looks {near['distance']:.1f} tokens away and {_name(far)} {far['distance']:.1f}"
+        if near["distance"] < far["distance"]
+        else f"All heads look {near['distance']:.1f} tokens away on average"
     )
-    for key, what in (("previous", "the token before"), ("itself", "the token itself"), ("first", "the first token")):
-        most = [row for row in rows if row[key] > 0.5]
-        text += f"Heads with more than half of their attention on {what}: {len(most)} of {len(rows)}"
-        text += f" ({', '.join(name(row) for row in most[:4])}{', ...' if len(most) > 4 else ''}). " if most else ". "
     layers = sorted({row["layer"] for row in rows})
-    if len(layers) > 1:
-        means = [statistics.fmean(row["distance"] for row in rows if row["layer"] == layer) for layer in layers]
-        text += f"Mean distance by layer: {', '.join(f'{mean:.1f}' for mean in means)}. "
-    return f"{text}The maps times v differ from the output of the attention op by at most {results['error']:.1g}."
+    if len(layers) == 1:
+        return f"{text}."
+    means = [statistics.fmean(row["distance"] for row in rows if row["layer"] == layer) for layer in layers]
+    return f"{text}; the means of the layers, from the first on, are {together(f'{mean:.1f}' for mean in means)}."
+
+
+def _entropies_in_words(results: dict[str, Any]) -> str:
+    """How concentrated the attention is, beside attention that is spread evenly."""
+    even = _even_entropy(results)
+    if even == 0.0:
+        return "With one visible token there is nothing to choose."
+    if _is_even(results):
+        return (
+            f"Every head spreads its attention almost evenly: no entropy is below {EVEN:.0%} of the {even:.2f} nats of "
+            f"an even distribution, so the maps say nothing of what a head looks for."
+        )
+    low = min(results["rows"], key=lambda row: row["entropy"])
+    evenly = sum(row["entropy"] > EVEN * even for row in results["rows"])
+    return (
+        f"The most selective is {_name(low)}, with an entropy of {low['entropy']:.2f} nats where an even distribution "
+        f"has {even:.2f}; {evenly or 'none'} of {counted(len(results['rows']), 'head')} spread attention almost evenly."
+    )
+
+
+def _habits_in_words(results: dict[str, Any]) -> str:
+    """Heads that give more than half of their attention to one place."""
+    rows, places = results["rows"], {"previous": "the token before", "itself": "the token itself", "first": "the first"}
+    if len(results["tokens"]) == 1:
+        return "The prompt has no second token, so no head has a choice of places."
+    habits = []
+    for key, place in places.items():
+        if most := [_name(row) for row in rows if row[key] > 0.5]:
+            habits.append(f"{place} in {counted(len(most), 'head')} ({listed(most[:4])}{', ...' * (len(most) > 4)})")
+    if habits:
+        return f"More than half of the attention goes to {together(habits)}."
+    row, key = max(((row, key) for row in rows for key in places), key=lambda pair: pair[0][pair[1]])
+    return (
+        f"No head gives more than half of its attention to the token before, to the token itself or to the first; the "
+        f"largest such share is {row[key]:.0%}, to {places[key]}, in {_name(row)}."
+    )
 
 
 def _draw_maps(results: dict[str, Any]) -> Any:

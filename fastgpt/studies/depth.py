@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from ..machine import resolve_device
 from ..model import GPT
 from ..plots import FAINT, line_style, panels
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
-from .page import LEARNED, counted, find_row, frequencies_text, learned_bound, listed, loss_text, or_nan
+from .page import LEARNED, counted, find_row, frequencies_text, learned_bound, loss_text, or_nan, together
 from .settings import DepthSettings
 
 Kind = tuple[str, str, bool]  # initialisation, norm, residual
@@ -122,25 +121,30 @@ def _rounded(value: float) -> float | None:
 
 def show(results: dict[str, Any], page: Any) -> None:
     rows, depths = results["rows"], sorted({row["depth"] for row in results["rows"]})
-    page.paragraph(_what_was_trained(results))
-    losses = [f"loss, {depth} blocks" for depth in depths]
-    page.table(
-        ["initialisation", "norm", "residual", *losses, "stream, last / first", "gradient, first / last"],
-        [_table_row(rows, depths, kind) for kind in KINDS],
-    )
+    page.paragraph(_what_was_trained(results, depths))
     page.picture(
         "loss",
-        "Validation loss against depth, by initialisation; what is far above frequencies is outside",
+        "Validation loss by depth, one panel an initialisation",
         lambda: _draw_losses(results),
+        nothing="" if any(row["loss"] is not None for row in rows) else "no network ended with a finite loss",
     )
-    page.picture(
-        "layers",
-        f"Stream and gradient at each of {depths[-1]} blocks, before training (lines) and after it (dots)",
-        lambda: _draw_layers(rows, depths[-1]),
+    page.findings(
+        _who_learned(results, depths[-1]), _one_change(results, depths[-1]), _signals_in_words(rows, depths[-1])
     )
-    page.paragraph(_who_learned(results, depths[-1]))
-    page.paragraph(_one_change(results, depths[-1]))
-    page.paragraph(_streams_and_gradients(rows, depths[-1]))
+    with page.numbers():
+        page.paragraph(_columns_in_words(results))
+        page.table(
+            ["initialisation", "norm", "residual"]
+            + [f"loss, {counted(depth, 'block')}" for depth in depths]
+            + ["stream, last / first", "gradient, first / last"],
+            [_table_row(rows, depths, kind) for kind in KINDS],
+        )
+        page.picture(
+            "layers",
+            f"Stream and gradient at each of {counted(depths[-1], 'block')}, before training (lines) and after (dots)",
+            lambda: _draw_layers(rows, depths[-1]),
+            nothing=_why_no_layers(rows, depths[-1]),
+        )
 
 
 def _network(rows: list[dict[str, Any]], depth: int, kind: Kind) -> dict[str, Any]:
@@ -151,51 +155,68 @@ def _network(rows: list[dict[str, Any]], depth: int, kind: Kind) -> dict[str, An
 def _table_row(rows: list[dict[str, Any]], depths: list[int], kind: Kind) -> list[Any]:
     init, norm, residual = kind
     found = [_network(rows, depth, kind) for depth in depths]
-    before = found[-1]["before"]
-    stream, gradient = before["activation"], before["gradient"]
-    ratios = [_ratio(stream[-1], stream[0]), _ratio(gradient[0], gradient[-1])]
-    return [init, norm, "yes" if residual else "no", *(row["loss"] for row in found), *ratios]
+    losses = [None if row["loss"] is None else f"{row['loss']:.3f}" for row in found]
+    ratios = (_stream_ratio(found[-1]), _gradient_ratio(found[-1]))
+    return [init, norm, "yes" if residual else "no", *losses, *(None if r is None else f"{r:.2g}" for r in ratios)]
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def _what_was_trained(results: dict[str, Any]) -> str:
-    settings, data = results["settings"], results["data"]
+def _stream_ratio(row: dict[str, Any]) -> float | None:
+    """The size of the stream after the last block, divided by its size after the first, before training."""
+    return _ratio(row["before"]["activation"][-1], row["before"]["activation"][0])
+
+
+def _gradient_ratio(row: dict[str, Any]) -> float | None:
+    """The size of the gradient at the first block, divided by its size at the last, before training."""
+    return _ratio(row["before"]["gradient"][0], row["before"]["gradient"][-1])
+
+
+def _what_was_trained(results: dict[str, Any], depths: list[int]) -> str:
+    settings = results["settings"]
+    return (
+        f"{len(results['rows'])} networks of {together(depths)} blocks, {settings['width']} wide, were trained: every "
+        f"combination of {len(INITIALISATIONS)} initialisations with no norm, pre-norm and post-norm, and with and "
+        f"without residual connections. Each took the same {counted(settings['steps'], 'step')} of 8 blocks of 32 "
+        f"characters of {results['data']['name']}. {frequencies_text(results)}; a network that ends more than "
+        f"{LEARNED} below that has learned something from the context."
+    )
+
+
+def _columns_in_words(results: dict[str, Any]) -> str:
     schemes = "; ".join(f"{name}: {what}" for name, what in INITIALISATIONS.items())
     return (
-        f"{len(results['rows'])} networks, {settings['width']} wide, were trained for {settings['steps']} steps of 8 "
-        f"blocks of 32 characters of {data['name']} at a learning rate of {settings['lr']:g}. An initialisation is a "
-        f"standard deviation with which the matrices of the blocks are drawn ({schemes}); embeddings are always drawn "
-        f"with 0.02. The last two columns describe the deepest networks before training: the size of the stream after "
-        f"the last block divided by its size after the first, and the size of the gradient at the first block divided "
-        f"by its size at the last."
+        f"An initialisation is a standard deviation with which the matrices of the blocks are drawn ({schemes}); "
+        f"embeddings are always drawn with 0.02. The learning rate is {results['settings']['lr']:g}. The last two "
+        f"columns describe the deepest networks before training: the size of the stream after the last block divided "
+        f"by its size after the first, and the size of the loss's gradient at the first block divided by its size at "
+        f"the last."
     )
 
 
 def _who_learned(results: dict[str, Any], depth: int) -> str:
+    """How many of the deepest networks learned, with residual connections and without."""
     deepest = [row for row in results["rows"] if row["depth"] == depth]
-    finite_rows = [row for row in deepest if row["loss"] is not None]
-    learned = [row for row in finite_rows if row["loss"] < learned_bound(results)]
-
-    def share(what: str, key: str, value: Any) -> str:
-        return f"{what} {sum(row[key] == value for row in learned)} of {sum(row[key] == value for row in deepest)}"
-
-    norms = [share(_norm(norm), "norm", norm) for norm in NORMS]
-    inits = [share(f"{init} initialisation", "init", init) for init in INITIALISATIONS]
-    text = (
-        f"{frequencies_text(results)}. Of the {len(deepest)} networks of {depth} blocks, {len(learned)} ended more "
-        f"than {LEARNED} below that: {share('with residual connections', 'residual', True)}, "
-        f"{share('without', 'residual', False)}; {listed(norms)}; {listed(inits)}."
-    )
-    if finite_rows:
-        best = min(finite_rows, key=lambda row: row["loss"])
-        text += (
-            f" The lowest loss, {best['loss']:.3f}, belongs to the network with {best['init']} initialisation, "
-            f"{_norm_and_residual(best['norm'], best['residual'])}."
+    learned = [row for row in deepest if row["loss"] is not None and row["loss"] < learned_bound(results)]
+    blocks = counted(depth, "block")
+    if not learned:
+        return (
+            f"None of the {len(deepest)} networks of {blocks} learned anything from the context, so their losses say "
+            f"nothing about initialisation, norm or residual connections."
         )
-    return text
+    if len(learned) == len(deepest):
+        return f"All {len(deepest)} networks of {blocks} learned something from the context."
+
+    def share(key: str, value: Any) -> str:
+        return f"{sum(row[key] == value for row in learned)} of {sum(row[key] == value for row in deepest)}"
+
+    norms = ", ".join(f"{share('norm', norm)} with {_norm(norm)}" for norm in NORMS)
+    return (
+        f"Of the networks of {blocks}, {share('residual', True)} with residual connections learned something from the "
+        f"context and {share('residual', False)} without them; {norms}."
+    )
 
 
 def _changes_of_the_usual_gpt() -> dict[str, Kind]:
@@ -213,54 +234,65 @@ def _one_change(results: dict[str, Any], depth: int) -> str:
     repeats = [loss for loss in results["repeats"] if loss is not None]
     usual = _network(rows, depth, USUAL)["loss"]
     if usual is None or len(repeats) < 2:
-        return f"The usual GPT of {depth} blocks did not end with a finite loss, so nothing is compared with it."
+        return f"The usual GPT of {counted(depth, 'block')} had no finite loss, so nothing is compared with it."
+    init, norm, _ = USUAL
+    name = f"The usual GPT ({init} initialisation, {norm}-norm, residual connections)"
+    if usual >= learned_bound(results):
+        return f"{name} did not learn either: it ended at {usual:.3f}, so nothing is compared with it."
     spread = max(repeats) - min(repeats)
     losses = {what: _network(rows, depth, kind)["loss"] for what, kind in _changes_of_the_usual_gpt().items()}
-    said = [f"{what} {'not finite' if loss is None else f'{loss - usual:+.3f}'}" for what, loss in losses.items()]
-    within = [what for what, loss in losses.items() if loss is not None and abs(loss - usual) <= spread]
-    verdict = (
-        f"No larger than that, and so not told apart from chance: {listed(within)}."
-        if within
-        else "Each of the changes makes a larger difference."
-    )
-    init, norm, _ = USUAL
-    text = (
-        f"The usual GPT ({init} initialisation, {norm}-norm, residual connections) of {depth} blocks ends at "
-        f"{usual:.3f}. With one thing changed, the loss differs by: {'; '.join(said)}. The losses of {len(repeats)} "
-        f"seeds of the usual GPT differ by up to {spread:.3f} (their mean is {statistics.mean(repeats):.3f}). {verdict}"
-    )
-    shallow = min(row["depth"] for row in rows)
-    shallow_loss = _network(rows, shallow, USUAL)["loss"]
-    if shallow != depth and shallow_loss is not None:
-        text += (
-            f" With {counted(shallow, 'block')} the usual GPT ends at {shallow_loss:.3f} after the same steps, with "
-            f"{depth} at {usual:.3f}."
+    costs = {what: math.inf if loss is None else loss - usual for what, loss in losses.items()}
+    within = [what for what, cost in costs.items() if abs(cost) <= spread]
+    beyond = sorted((what for what in costs if what not in within), key=lambda what: -costs[what])
+    name = f"{name} ended at {usual:.3f}"
+    if not beyond:
+        return f"{name}, and no single change moves that by more than the {spread:.3f} between seeds."
+    moved = together(f"{what} ({_cost_text(costs[what])})" for what in beyond)
+    text = f"{name}; one change moves that by more than the {spread:.3f} between seeds: {moved}"
+    return f"{text}; not told apart from chance: {together(within)}." if within else f"{text}."
+
+
+def _cost_text(cost: float) -> str:
+    return f"{cost:+.3f}" if math.isfinite(cost) else "no finite loss"
+
+
+def _signals_in_words(rows: list[dict[str, Any]], depth: int) -> str:
+    """Where signals fade or grow most on their way through the blocks before training, beside the usual GPT."""
+    if depth == 1:
+        return "With one block, gradients have no way to go on which they could vanish or explode."
+    ratios = {kind: _gradient_ratio(_network(rows, depth, kind)) for kind in KINDS}
+    usual = ratios[USUAL]
+    gradients = {kind: ratio for kind, ratio in ratios.items() if ratio is not None and kind != USUAL}
+    if usual is None or not gradients:
+        return "The usual GPT had no finite gradient before training, so gradients are not compared."
+    low, high = min(gradients, key=lambda k: gradients[k]), max(gradients, key=lambda k: gradients[k])
+    if min(gradients[low], usual) > 0.5 and max(gradients[high], usual) < 2.0:
+        return (
+            f"Before training, the gradient at the first of {depth} blocks is 0.5 to 2 times that at the last in all "
+            f"networks: at this depth none vanishes or explodes."
         )
-    return text
 
+    def network(kind: Kind) -> str:
+        return f"{times(gradients[kind])} with {kind[0]} initialisation, {_norm_and_residual(kind[1], kind[2])}"
 
-def _streams_and_gradients(rows: list[dict[str, Any]], depth: int) -> str:
-    """The smallest and the largest ratio between the ends of the network, before training."""
-
-    def ends(ratios: dict[Kind, float]) -> str:
-        low, high = min(ratios, key=lambda k: ratios[k]), max(ratios, key=lambda k: ratios[k])
-        return " and ".join(f"{ratios[k]:.2g} ({k[0]}, {_norm_and_residual(k[1], k[2])})" for k in (low, high))
-
-    gradient: dict[Kind, float] = {}
-    stream: dict[Kind, float] = {}
-    for kind in KINDS:
-        before = _network(rows, depth, kind)["before"]
-        for ratios, key, (above, below) in ((gradient, "gradient", (0, -1)), (stream, "activation", (-1, 0))):
-            value = _ratio(before[key][above], before[key][below])
-            if value is not None:
-                ratios[kind] = value
-    if USUAL not in gradient or USUAL not in stream:
-        return f"The usual GPT of {depth} blocks had no finite gradient before training."
     return (
-        f"Before training, the gradient at the first of {depth} blocks is between {ends(gradient)} times the gradient "
-        f"at the last; in the usual GPT {gradient[USUAL]:.2g} times. The stream after the last block is between "
-        f"{ends(stream)} times the stream after the first; in the usual GPT {stream[USUAL]:.2g} times."
+        f"Before training, the gradient at the first of {depth} blocks is {times(usual)} that at the last in the usual "
+        f"GPT; elsewhere it goes from {network(low)} to {network(high)}."
     )
+
+
+def times(ratio: float) -> str:
+    """ "0 times", "1.3 times", "119 times"."""
+    return f"{ratio:.0f} times" if ratio >= 100 else f"{ratio:.2g} times"
+
+
+def _why_no_layers(rows: list[dict[str, Any]], depth: int) -> str:
+    """Why the picture of the layers would show nothing; "" where it has something to show."""
+    if depth == 1:
+        return "with one block there is no way from the first block to the last"
+    before = [row["before"] for row in rows if row["depth"] == depth]
+    is_any_shown = any(value for values in before for value in (*values["activation"], *values["gradient"]))
+    return "" if is_any_shown else "no network had finite numbers"
 
 
 def _norm(norm: str) -> str:

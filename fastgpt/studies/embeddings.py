@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..language_model import LanguageModel
 from ..loading import load
 from ..plots import BLUE, INK, VERMILION, label_points, panels
-from .attention import SMALL
-from .experiment import StudyError, at_least, label, trained_model
+from .experiment import StudyError, at_least, label, small_gpt, train_small_gpt
+from .page import counted, together
 from .settings import EmbeddingsSettings
 
 SHOWN = 200  # points in the picture: the first ones, which are the most frequent words in a file of word vectors
@@ -33,25 +32,21 @@ def measure(settings: EmbeddingsSettings) -> dict[str, Any]:
     if settings.checkpoint is not None and settings.vectors is not None:
         raise ConfigError("vectors: give a file of vectors or a checkpoint, not both")
     at_least(settings, neighbours=1, max_words=1, steps=1)
-    asked = analogies(settings.analogy or "")
+    analogies(settings.analogy or "")  # is checked before anything is read
     words, vectors, origin = _vectors(settings)
-    if settings.analogy is None and set("aeAEtsTS") <= set(words):
-        asked = analogies("a - A + E t - T + S")
     n, width = vectors.shape
     if n < 3 or width < 2:
         raise StudyError(
             f"{origin['source']}: {n} vectors of {width} numbers; neighbours and a map need 3 vectors of 2 numbers"
         )
-    index = {word: i for i, word in reversed(list(enumerate(words)))}  # the first of several tokens with one label
-    chosen = settings.words.split() if settings.words else _default_words(words)
-    rows_of = [find(word, index, origin["source"]) for word in chosen]
+    rows_of, asked = _asked(settings, words, origin["source"])
     unit = torch.nn.functional.normalize(vectors, dim=1)
     rows = [{"word": words[i], "neighbours": nearest(unit, unit[i], words, [i], settings.neighbours)} for i in rows_of]
     found = []
-    for a, b, c in asked:
-        ids = [find(word, index, origin["source"]) for word in (a, b, c)]
-        target = unit[ids[0]] - unit[ids[1]] + unit[ids[2]]
-        found.append({"a": a, "b": b, "c": c, "answers": nearest(unit, target, words, ids, settings.neighbours)})
+    for ids in asked:
+        a, b, c = ids
+        answers = nearest(unit, unit[a] - unit[b] + unit[c], words, ids, settings.neighbours)
+        found.append({"a": words[a], "b": words[b], "c": words[c], "answers": answers})
     coordinates, explained = project(vectors)
     drawn = sorted({*range(min(n, SHOWN)), *rows_of})
     return {
@@ -60,11 +55,25 @@ def measure(settings: EmbeddingsSettings) -> dict[str, Any]:
         "width": width,
         "rows": rows,
         "analogies": found,
-        "case": _case(unit, index),
+        "case": _case(unit, _index(words)),
         "kinds": _kinds(unit, words),
         "explained": [round(share, 4) for share in explained],
         "points": [[words[i], *(round(value, 4) for value in coordinates[i].tolist())] for i in drawn],
     }
+
+
+def _index(words: list[str]) -> dict[str, int]:
+    """The number of each word; of several tokens with one label, the first."""
+    return {word: i for i, word in reversed(list(enumerate(words)))}
+
+
+def _asked(settings: EmbeddingsSettings, words: list[str], source: str) -> tuple[list[int], list[list[int]]]:
+    """The numbers of the words whose neighbours are asked for, and of the three words of each analogy."""
+    index = _index(words)
+    chosen = settings.words.split() if settings.words else _default_words(words)
+    of_letters = "a - A + E t - T + S" if set("aeAEtsTS") <= set(words) else ""
+    triples = analogies(of_letters if settings.analogy is None else settings.analogy)
+    return [find(word, index, source) for word in chosen], [[find(w, index, source) for w in t] for t in triples]
 
 
 def _vectors(settings: EmbeddingsSettings) -> tuple[list[str], Tensor, dict[str, Any]]:
@@ -72,19 +81,28 @@ def _vectors(settings: EmbeddingsSettings) -> tuple[list[str], Tensor, dict[str,
     if settings.vectors is not None:
         words, vectors = read_vectors(Path(settings.vectors), settings.max_words)
         return words, vectors, {"source": Path(settings.vectors).name, "loss": None}
-    loss = None
-    model: LanguageModel
-    if settings.checkpoint is not None:
-        model, tokenizer = load(settings.checkpoint, dropout=0.0)
-        source = Path(settings.checkpoint).name
-    else:
-        model, tokenizer, loss = trained_model(settings, SMALL, settings.steps)
-        source = f"a model trained here for {settings.steps} steps"
+    if settings.checkpoint is None:
+        return _vectors_of_a_small_gpt(settings)
+    model, tokenizer = load(settings.checkpoint, dropout=0.0)
     table = getattr(model, "token_embedding", None)
     if table is None:
         raise StudyError(f"--checkpoint {settings.checkpoint}: a model of kind {model.kind!r} has no token embedding")
     words = [label(tokenizer, token) for token in range(tokenizer.vocab_size)]
-    return words, table.weight.detach().double().cpu()[: len(words)], {"source": source, "loss": loss}
+    return words, _rows(table.weight, len(words)), {"source": Path(settings.checkpoint).name, "loss": None}
+
+
+def _vectors_of_a_small_gpt(settings: EmbeddingsSettings) -> tuple[list[str], Tensor, dict[str, Any]]:
+    model, corpus = small_gpt(settings)
+    words = [label(corpus.tokenizer, token) for token in range(corpus.tokenizer.vocab_size)]
+    source = f"a model trained here for {counted(settings.steps, 'step')}"
+    _asked(settings, words, source)  # an unknown word is an error before the training, and not after it
+    loss = train_small_gpt(model, corpus, settings)
+    return words, _rows(model.token_embedding.weight, len(words)), {"source": source, "loss": loss}
+
+
+def _rows(table: Tensor, n: int) -> Tensor:
+    """The first `n` rows of an embedding's table, (n, width) in float64."""
+    return table.detach().double().cpu()[:n]
 
 
 def read_vectors(path: Path, max_words: int) -> tuple[list[str], Tensor]:
@@ -223,48 +241,99 @@ def _kinds(unit: Tensor, words: list[str]) -> dict[str, dict[str, Any]]:
 def show(results: dict[str, Any], page: Any) -> None:
     trained = f" (validation loss {results['loss']:.3f})" if results["loss"] is not None else ""
     page.paragraph(
-        f"The {results['vectors']:,} vectors, of {results['width']} numbers each, are from {results['source']}"
-        f"{trained}. Two vectors are nearer to each other the larger the cosine of the angle between them is."
+        f"The {results['vectors']:,} vectors, of {counted(results['width'], 'number')} each, are from "
+        f"{results['source']}{trained}. Two vectors are the more similar, the larger the cosine of the angle between "
+        f"them is. The map shows the two directions in which the vectors differ most."
     )
-    page.table(
-        ["word", "nearest (cosine)"], [[row["word"], _neighbours_text(row["neighbours"])] for row in results["rows"]]
+    page.picture(
+        "map",
+        "The vectors' first two principal components",
+        lambda: _draw_map(results),
+        nothing="" if sum(results["explained"]) > 0 else "all vectors are the same",
     )
-    if results["analogies"]:
+    page.findings(_kinds_in_words(results), _analogies_in_words(results), _map_in_words(results))
+    with page.numbers():
         page.table(
-            ["analogy", "nearest (cosine)"],
-            [[f"{r['a']} - {r['b']} + {r['c']}", _neighbours_text(r["answers"])] for r in results["analogies"]],
+            ["word", "nearest (cosine)"],
+            [[row["word"], _neighbours_text(row["neighbours"])] for row in results["rows"]],
         )
-    page.picture("map", "The vectors' first two principal components", lambda: _draw_map(results))
-    page.paragraph(_findings(results))
+        if results["analogies"]:
+            page.table(
+                ["analogy", "nearest (cosine)"],
+                [[f"{r['a']} - {r['b']} + {r['c']}", _neighbours_text(r["answers"])] for r in results["analogies"]],
+            )
+        if results["kinds"]:
+            page.table(
+                ["kind", "characters", "cosine of two", "cosine with others", "chance allows"],
+                [
+                    [
+                        name,
+                        kind["count"],
+                        *(f"{v:.2f}" for v in (kind["within"], kind["between"], _chance(results, kind))),
+                    ]
+                    for name, kind in results["kinds"].items()
+                ],
+            )
+            page.paragraph(
+                "Mean cosines of two characters of a kind, and of one with a character of another kind. A difference "
+                "of up to the last column can be chance: it is three standard deviations of the mean cosine of so "
+                "many pairs of random vectors."
+            )
 
 
 def _neighbours_text(neighbours: list[list[Any]]) -> str:
     return " · ".join(f"{word} {cosine:.2f}" for word, cosine in neighbours)
 
 
-def _findings(results: dict[str, Any]) -> str:
-    first, second = results["explained"]
-    text = f"The first two components hold {first + second:.0%} of the variance ({first:.0%} and {second:.0%})."
-    closest = max(results["rows"], key=lambda row: row["neighbours"][0][1])
-    word, cosine = closest["neighbours"][0]
-    text += f" The nearest two vectors in the first table are {closest['word']} and {word} (cosine {cosine:.2f})."
+def _chance(results: dict[str, Any], kind: dict[str, Any]) -> float:
+    """Three standard deviations of the mean cosine of so many pairs of random vectors, whose mean is zero."""
+    return 3.0 / math.sqrt(results["width"] * kind["count"] * (kind["count"] - 1) / 2)
+
+
+def _kinds_in_words(results: dict[str, Any]) -> str:
+    """Whether characters of one kind are more similar to each other than to others; of words, the nearest two."""
+    if not results["kinds"]:
+        closest = max(results["rows"], key=lambda row: row["neighbours"][0][1])
+        word, cosine = closest["neighbours"][0]
+        return f"Of the words asked for, {closest['word']} has the nearest neighbour: {word} (cosine {cosine:.2f})."
+    alike: list[str] = []
+    others: list[str] = []
     for name, kind in results["kinds"].items():
-        # Three standard deviations of the mean cosine of so many pairs of random vectors, whose mean is zero.
-        chance = 3.0 / math.sqrt(results["width"] * kind["count"] * (kind["count"] - 1) / 2)
-        difference = kind["within"] - kind["between"]
-        relation = "more" if difference > chance else "less" if difference < -chance else "not clearly more"
-        text += (
-            f" The {kind['count']} {name} are {relation} similar to each other (mean cosine {kind['within']:.2f}) than "
-            f"to other characters ({kind['between']:.2f}); a difference of up to {chance:.2f} can be chance."
+        is_alike = kind["within"] - kind["between"] > _chance(results, kind)
+        cosines = f"{name} (mean cosine {kind['within']:.2f}, with others {kind['between']:.2f})"
+        (alike if is_alike else others).append(cosines)
+    if not alike:
+        return f"No kind of character is more similar to itself than chance allows: {together(others)}."
+    text = f"More similar to each other than to other characters, by more than chance allows, are {together(alike)}"
+    return f"{text}; this is not seen of {together(others)}." if others else f"{text}."
+
+
+def _analogies_in_words(results: dict[str, Any]) -> str:
+    """How often an analogy gives the right answer, beside guessing."""
+    case = results["case"]
+    if case is None:
+        if not results["analogies"]:
+            return "No analogy was asked for."
+        parts = [f"{r['a']} - {r['b']} + {r['c']} is nearest to {r['answers'][0][0]}" for r in results["analogies"]]
+        return f"Of the analogies asked for, {together(parts)}."
+    pairs, share = case["pairs"], 1 / case["candidates"]
+    found = (
+        f"In {case['right'] / pairs:.0%} of {pairs} analogies such as a - A + B = b, the right letter is the nearest"
+    )
+    if case["right"] <= pairs * share + 3 * math.sqrt(pairs * share * (1 - share)):
+        return f"{found}, which is no more than guessing may find (on average {share:.1%})."
+    return f"{found}; guessing would find {share:.1%}."
+
+
+def _map_in_words(results: dict[str, Any]) -> str:
+    """How much of the vectors' differences the map shows."""
+    shown, even = sum(results["explained"]), 2 / min(results["width"], results["vectors"] - 1)
+    if shown < 2 * even:
+        return (
+            f"The map shows {shown:.0%} of the variance, hardly more than the {even:.0%} of any two directions of "
+            f"vectors without structure: nearness in the map means little."
         )
-    if case := results["case"]:
-        text += (
-            f" There are {case['pairs']} analogies such as a - A + B = b over {case['letters']} letters. In "
-            f"{case['right']} of them ({case['right'] / case['pairs']:.0%}), the right letter is the nearest of the "
-            f"{case['candidates']} tokens that are not in the question; guessing would find it in "
-            f"{1 / case['candidates']:.1%}."
-        )
-    return text
+    return f"The map shows {shown:.0%} of the variance; of vectors without structure it would show {even:.0%}."
 
 
 def _draw_map(results: dict[str, Any]) -> Any:

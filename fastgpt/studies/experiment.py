@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, GPTConfig, TrainConfig
+from ..config import ConfigError, GPTConfig, TrainConfig, preset
 from ..data.corpus import Corpus
 from ..data.layouts import evaluation_blocks, random_batch
 from ..machine import facts, resolve_device, short_commit
@@ -21,6 +21,7 @@ from ..tokenizer import VISIBLE, Tokenizer
 from ..training.step import Precision, learning_rate, make_optimizer, mean_loss, training_step
 
 VALIDATION_BLOCKS = 64
+SMALL_GPT = "shakespeare-char-cpu"  # the preset of the model that a study trains for itself
 Number = TypeVar("Number", int, float)
 
 
@@ -85,17 +86,24 @@ def label(tokenizer: Tokenizer, token: int) -> str:
     return "".join(c if c.isprintable() else f"<{ord(c):x}>" for c in text.translate(VISIBLE))
 
 
-def trained_model(settings: Any, cfg: GPTConfig, steps: int) -> tuple[GPT, Tokenizer, float]:
-    """Train a small model, for a study that was given no checkpoint; returns it, its tokenizer and validation loss."""
+def small_gpt(settings: Any) -> tuple[GPT, Corpus]:
+    """The model of the preset SMALL_GPT and its text, for a study that was given no checkpoint; to be trained yet."""
+    cfg = GPTConfig.preset(SMALL_GPT)
     corpus = load_corpus(settings, cfg.block_size)
     cfg = dataclasses.replace(cfg, vocab_size=corpus.tokenizer.vocab_size)
-    model = new_gpt(cfg, settings.seed).to(resolve_device(settings.device))
-    for _ in training(model, corpus, settings.seed, steps, warmup_steps=min(100, steps // 10), batch_size=12):
+    return new_gpt(cfg, settings.seed).to(resolve_device(settings.device)).eval(), corpus
+
+
+def train_small_gpt(model: GPT, corpus: Corpus, settings: Any) -> float:
+    """Train it by the preset's recipe, in `settings.steps` steps; returns its validation loss."""
+    recipe = TrainConfig(**{**preset(SMALL_GPT)[1], "max_steps": settings.steps, "seed": settings.seed})
+    print(f"training the model of {SMALL_GPT} for {settings.steps} steps", flush=True)
+    for _ in training_steps(model, corpus, recipe):
         pass
     loss = finite(validation_loss(model, corpus))
     if loss is None:
         raise StudyError("the model's loss is not finite after training; give a --checkpoint instead")
-    return model.eval(), corpus.tokenizer, loss
+    return loss
 
 
 class _NotFinite(Exception):

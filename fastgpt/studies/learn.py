@@ -26,6 +26,7 @@ from ..training.runs import start
 from . import write_results
 from .experiment import at_least, recorded, study_facts
 from .learn_page import HEADERS, findings, learn_report, table_rows
+from .page import duration
 from .settings import LearnSettings
 from .stages import STAGES, Stage, code_of, config_of
 
@@ -48,7 +49,7 @@ def run(settings: LearnSettings) -> Path:
     write_results(out, results)
     print("\n" + "\n".join([markdown_table(HEADERS, table_rows(results)), "", *findings(results)]))
     report = learn_report(results, code).write(out)
-    print(f"\n{report}, {results['seconds']:.0f} s")
+    print(f"\n{report}: {duration(results['seconds'])} in all")
     return report
 
 
@@ -70,7 +71,9 @@ def measure(settings: LearnSettings, out: Path) -> dict[str, Any]:
     }
     for number, (stage, train_config) in enumerate(zip(STAGES, train_configs, strict=True), 1):
         print(f"stage {number} of {len(STAGES)}: {stage.name}", flush=True)
-        results["stages"].append(_train_stage(stage, train_config, corpus, out / "stages" / _folder_name(stage)))
+        row = _train_stage(stage, train_config, corpus, out / "stages" / _folder_name(stage))
+        print(f"validation loss {row['loss']:.3f} after {duration(row['seconds'])} of training", flush=True)
+        results["stages"].append(row)
     return results
 
 

@@ -18,7 +18,8 @@ from ..data.show import show_layouts
 from ..files import atomic_path
 from ..plots import BLUE, FAINT, label_ends, line_style, panels, png, styled
 from ..report import Report, markdown_table
-from .page import provenance
+from .page import counted, duration, preview, provenance
+from .settings import LearnSettings
 from .stages import LADDER, STAGES, find_stage
 
 HEADERS = ["stage", "builds on", "parameters", "validation loss", "change"]
@@ -52,12 +53,17 @@ def differences(results: dict[str, Any], name: str) -> str:
 def budget(results: dict[str, Any]) -> str:
     settings, n, each = results["settings"], results["training_tokens"], results["tokens_per_step"]
     return (
-        f"All stages have the same budget: {settings['steps']:,} steps of {each} characters, which is "
-        f"{settings['steps'] * each / n:.1f} times the training text of {n:,} characters; seed {settings['seed']}; "
+        f"All stages have the same budget: {counted(settings['steps'], 'step')} of {each} characters, which is "
+        f"{_passes(results):.1f} times the training text of {n:,} characters; seed {settings['seed']}; "
         f"AdamW with a warm-up and a cosine. The learning rate is {settings['lr']:g}, and "
         f"{results['stages'][-1]['lr']:g} in the last stage. Losses are in nats per character, on text that was not "
         f"trained on."
     )
+
+
+def _passes(results: dict[str, Any]) -> float:
+    """How many times each stage read as many characters as the training text has."""
+    return results["settings"]["steps"] * results["tokens_per_step"] / results["training_tokens"]
 
 
 def findings(results: dict[str, Any]) -> list[str]:
@@ -68,7 +74,7 @@ def findings(results: dict[str, Any]) -> list[str]:
         f"The trained bigram reaches {losses['bigram']:.3f}. A bigram made by counting the pairs of the training text, "
         f"which no bigram can beat on that text, has {results['counted_bigram']:.3f} over all of the validation text.",
         _norms_in_words(losses),
-        _dropout_in_words(losses),
+        _dropout_in_words(results, losses),
         _scaling_in_words(results),
     ]
 
@@ -95,11 +101,12 @@ def _norms_in_words(losses: dict[str, float]) -> str:
     )
 
 
-def _dropout_in_words(losses: dict[str, float]) -> str:
+def _dropout_in_words(results: dict[str, Any], losses: dict[str, float]) -> str:
     cost = losses["+ dropout"] - losses["+ layer norm, pre"]
+    read = f"{_passes(results):.1f} times"
     if cost > 0:
-        return f"Dropout costs {cost:.3f} at this budget, which is too small for the text to be learned by heart."
-    return f"Dropout gains {-cost:.3f}, even at this budget."
+        return f"Dropout costs {cost:.3f} here, where the text was read {read}; it is for texts read many times over."
+    return f"Dropout gains {-cost:.3f}, although the text was read only {read}."
 
 
 def _scaling_in_words(results: dict[str, Any]) -> str:
@@ -117,7 +124,7 @@ def _scaling_in_words(results: dict[str, Any]) -> str:
 
 
 def _provenance(results: dict[str, Any]) -> str:
-    return f"{provenance(results)}; {results['seconds']:.0f} seconds in all."
+    return f"{provenance(results)}; {duration(results['seconds'])} in all."
 
 
 # ---- pictures ----
@@ -171,6 +178,8 @@ def curves(results: dict[str, Any]) -> Any:
 def learn_report(results: dict[str, Any], code: dict[str, list[tuple[str, int, str]]]) -> Report:
     """The report, from the results, and from what `code_of` found in the source for each stage."""
     page = Report("From bigram to GPT", "one idea at a time, each trained with the same budget")
+    if results["settings"]["quick"]:
+        page.note(preview("fastgpt learn", results["settings"], LearnSettings()))
     page.paragraph(budget(results))
     page.table(HEADERS, table_rows(results))
     for text in findings(results):
@@ -186,8 +195,8 @@ def learn_report(results: dict[str, Any], code: dict[str, list[tuple[str, int, s
         width = max(len(place) for place, _ in lines)
         page.code("\n".join(f"{place:{width}}  {text}" for place, text in lines))
         page.paragraph(
-            f"Validation loss {row['loss']:.3f} with {row['parameters']:,} parameters after {row['seconds']:.0f} "
-            f"seconds of training. A sample, at temperature 0.8:"
+            f"Validation loss {row['loss']:.3f} with {row['parameters']:,} parameters after {duration(row['seconds'])} "
+            f"of training. A sample, at temperature 0.8:"
         )
         page.sample(row["sample"])
     page.paragraph(_provenance(results))

@@ -15,7 +15,7 @@ from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..plots import FAINT, label_ends, line_style, ordered_colours, panels
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
-from .page import LEARNED, Row, counted, frequencies_text, learned_bound, listed, or_nan
+from .page import LEARNED, Row, counted, frequencies_text, learned_bound, listed, or_nan, together
 from .settings import LearningRateSettings
 
 BLOCK_SIZE = 64
@@ -62,22 +62,26 @@ def _train_at(settings: LearningRateSettings, corpus: Corpus, cfg: GPTConfig, ra
 
 
 def show(results: dict[str, Any], page: Any) -> None:
-    settings, sizes = results["settings"], _sizes(results)
+    settings, sizes, bound = results["settings"], _sizes(results), learned_bound(results)
+    is_any_finite = any(loss is not None for row in results["rows"] for loss in row["losses"])
+    nothing = "" if is_any_finite else "no run ended with a finite loss"
     page.paragraph(
-        f"Each size is trained at each rate for {settings['steps']} steps of {BATCH_SIZE} blocks of {BLOCK_SIZE} "
-        f"characters of {results['data']['name']}. The validation loss at the end is the mean over "
-        f"{counted(settings['repeats'], 'seed')}. {frequencies_text(results)}. A rate above the best one is called "
-        f"diverged where any seed ends less than {LEARNED} below that, or with a loss that is not finite."
+        f"GPTs of {together(sizes)} were trained at {counted(len(next(iter(sizes.values()))), 'rate')} for "
+        f"{counted(settings['steps'], 'step')} of {BATCH_SIZE} blocks of {BLOCK_SIZE} characters of "
+        f"{results['data']['name']}, with {counted(settings['repeats'], 'seed')} each. {frequencies_text(results)}. A "
+        f"rate above the best one has diverged where any seed ends less than {LEARNED} below that, or not finite."
     )
-    page.table(
-        ["learning rate", *sizes],
-        [[f"{row[0]['lr']:g}", *map(_mean, row)] for row in zip(*sizes.values(), strict=True)],
-    )
-    page.picture("final", "Validation loss at the end against the learning rate", lambda: _draw_final(results))
-    page.picture("curves", "Training loss, one panel a size", lambda: _draw_curves(results))
-    for size, rows in sizes.items():
-        page.paragraph(f"{size}: {_findings(rows, learned_bound(results))}")
-    page.paragraph(_across(results))
+    page.picture("final", "Validation loss at the end, by learning rate", lambda: _draw_final(results), nothing=nothing)
+    page.findings(_best_in_words(results), _sizes_in_words(results), _divergence_in_words(results))
+    with page.numbers():
+        page.table(
+            ["learning rate", *sizes],
+            [[f"{row[0]['lr']:g}", *map(_mean_text, row)] for row in zip(*sizes.values(), strict=True)],
+        )
+        page.paragraph("The losses are means over the seeds; a dash is a rate at which a seed has no finite loss.")
+        for size, rows in sizes.items():
+            page.paragraph(f"{size}: {_findings(rows, bound)}")
+        page.picture("curves", "Training loss, one panel a size", lambda: _draw_curves(results), nothing=nothing)
 
 
 def _sizes(results: dict[str, Any]) -> dict[str, list[Row]]:
@@ -93,9 +97,24 @@ def _mean(row: Row) -> float | None:
     return None if None in row["losses"] else statistics.fmean(row["losses"])
 
 
+def _mean_text(row: Row) -> str | None:
+    mean = _mean(row)
+    return None if mean is None else f"{mean:.3f}"
+
+
 def _best(rows: list[Row]) -> Row | None:
     """The row with the lowest mean loss; None where no row has a finite one."""
     return min((row for row in rows if None not in row["losses"]), key=lambda row: sum(row["losses"]), default=None)
+
+
+def _near(rows: list[Row], best: Row) -> list[float]:
+    """The other rates whose mean loss is no further from the best one's than the seeds of either lie apart."""
+
+    def spread(row: Row) -> float:
+        return max(row["losses"]) - min(row["losses"])
+
+    others = [(row, mean) for row in rows if row is not best and (mean := _mean(row)) is not None]
+    return [row["lr"] for row, mean in others if mean - (_mean(best) or 0.0) <= max(spread(row), spread(best))]
 
 
 def _diverged(rows: list[Row], bound: float) -> list[float]:
@@ -110,12 +129,9 @@ def _findings(rows: list[Row], bound: float) -> str:
     if best is None:
         return "no rate ended with a finite loss."
 
-    def spread(row: Row) -> float:
-        return max(row["losses"]) - min(row["losses"])
-
     loss = statistics.fmean(best["losses"])
     others = [(row, mean - loss) for row in rows if row is not best and (mean := _mean(row)) is not None]
-    near = [row["lr"] for row, more in others if more <= max(spread(row), spread(best))]
+    near = _near(rows, best)
     text = f"the lowest loss, {loss:.3f}, is at {best['lr']:g}"
     if near:
         text += f"; the seeds differ too much to tell it from the losses at {_rates(near)}"
@@ -124,19 +140,47 @@ def _findings(rows: list[Row], bound: float) -> str:
     return f"{text}. Diverged at {_rates(diverged)}." if diverged else f"{text}. None of the rates diverged."
 
 
-def _across(results: dict[str, Any]) -> str:
+def _best_in_words(results: dict[str, Any]) -> str:
+    """The best rate of each size, and whether the seeds tell it from the others."""
+    parts = []
+    for size, rows in _sizes(results).items():
+        best = _best(rows)
+        if best is None:
+            parts.append(f"none for {size}, where no loss is finite")
+            continue
+        near = _near(rows, best)
+        parts.append(
+            f"{best['lr']:g} for {size} (loss {statistics.fmean(best['losses']):.3f})"
+            + (f", not told apart from {_rates(near)}" if near else "")
+        )
+    seeds = "" if results["settings"]["repeats"] > 1 else "; with one seed, chance is not known"
+    return f"The best rate tried is {'; '.join(parts)}{seeds}."
+
+
+def _sizes_in_words(results: dict[str, Any]) -> str:
+    """Whether the best rate of the largest model differs from that of the smallest."""
     sizes = _sizes(results)
-    best = [row["lr"] for rows in sizes.values() if (row := _best(rows)) is not None]
-    if len(sizes) < 2 or len(best) < len(sizes):
-        return "Sizes are not compared."
-    small, large = best[0], best[-1]
-    relation = "the same as" if large == small else "below" if large < small else "above"
+    if len(sizes) < 2:
+        return "One size was trained, so nothing can be said of others."
+    (_, small), *_, (_, large) = sizes.items()
+    best = _best(small), _best(large)
+    if best[0] is None or best[1] is None:
+        return "The sizes are not compared, as one has no finite loss at any rate."
+    low, high = ([row["lr"], *_near(rows, row)] for rows, row in zip((small, large), best, strict=True) if row)
+    if set(low) & set(high):
+        return "The largest and the smallest model may share their best rate: the seeds do not tell them apart."
+    relation = "below" if high[0] < low[0] else "above"
+    return f"The best rate of the largest model, {high[0]:g}, is {relation} that of the smallest, {low[0]:g}."
+
+
+def _divergence_in_words(results: dict[str, Any]) -> str:
+    """Where training diverges, by size."""
     bound = learned_bound(results)
-    limits = "; ".join(f"{size}: {_rates(_diverged(rows, bound)[:1])}" for size, rows in sizes.items())
-    return (
-        f"Of the rates tried, the best for the largest model, {large:g}, is {relation} the best for the smallest, "
-        f"{small:g}. The lowest rate at which training diverged is, for {limits}."
-    )
+    first = {size: _diverged(rows, bound)[:1] for size, rows in _sizes(results).items()}
+    if not any(first.values()):
+        return "None of the rates tried diverged, so where training diverges is not seen."
+    parts = [f"{rates[0]:g} for {size}" if rates else f"none for {size}" for size, rates in first.items()]
+    return f"The lowest rate at which training diverged is {together(parts)}."
 
 
 def _rates(rates: list[float]) -> str:

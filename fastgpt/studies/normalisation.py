@@ -29,12 +29,13 @@ from ..model import GPT
 from ..plots import BLUE, FAINT, VERMILION, line_style, panels
 from ..training.step import Precision, make_optimizer, mean_loss, training_step
 from .experiment import VALIDATION_BLOCKS, at_least, described, finite, load_corpus, new_gpt, numbers, training
-from .page import find_row, listed, loss_text, or_nan
+from .page import find_row, listed, loss_text, or_nan, together
 from .settings import NormalisationSettings
 
 KINDS = ("layer norm", "batch norm")
 MODES = ("train", "eval")
 BATCHES = (1, 2, 4, 8, 16, 32)  # rows an evaluation takes at a time
+SMALL_GAP = 0.01  # nats between two losses, which are not worth a sentence
 
 
 class BatchNorm(nn.Module):
@@ -220,39 +221,78 @@ def _loss_by_position(model: GPT, x: Tensor, y: Tensor) -> list[float]:
 
 def show(results: dict[str, Any], page: Any) -> None:
     settings, momenta = results["settings"], results["settings"]["momenta"].split(",")
+    layer, batch = ([row for row in results["rows"] if row["norm"] == kind] for kind in KINDS)
     page.paragraph(
         f"Two GPTs of 3 blocks, 64 wide, which differ in their norm alone, were trained on the same "
-        f"{settings['steps']} batches of 16 blocks of 64 characters of {results['data']['name']}. The training with "
-        f"batch norm updates several running averages, of which each step replaces a part; a heading below names the "
-        f"average by that part. The loss is that of the same 32 validation blocks, taken 16 at a time: in train mode "
-        f"the norm uses the batch, in eval mode the running average."
+        f"{settings['steps']} batches of 16 blocks of 64 characters of {results['data']['name']}. In training, batch "
+        f"norm takes its mean and variance from the batch; at inference it takes running averages, of which each step "
+        f"of the training replaced a part. Two more were trained on rows of {COIN_TOKENS} coin flips, which nothing "
+        f"but the future predicts."
     )
-    layer, batch = ([row for row in results["rows"] if row["norm"] == kind] for kind in KINDS)
-    page.table(
-        ["step", "layer norm, train", "layer norm, eval", "batch norm, train"]
-        + [f"batch norm, eval, {momentum}" for momentum in momenta],
-        [[a["step"], a["train"], *a["eval"], b["train"], *b["eval"]] for a, b in zip(layer, batch, strict=False)],
+    page.picture(
+        "lag",
+        "Validation loss with the batch's statistics and with running averages, by training step",
+        lambda: _draw_lag(results),
+        nothing="" if any(row["train"] is not None for row in batch) else "no loss with batch norm is finite",
     )
-    page.picture("lag", "Loss in train and eval mode, as running averages follow", lambda: _draw_lag(results))
-    page.paragraph(_gap_between_modes(layer, batch, momenta))
-    page.table(
-        ["rows at a time", "layer norm, train", "layer norm, eval", "batch norm, train", "batch norm, eval"],
-        [
+    page.findings(
+        _gap_between_modes(layer, batch, momenta), _dependence_on_neighbours(results), _coin_flips_in_words(results)
+    )
+    with page.numbers():
+        page.paragraph(
+            "In train mode a norm uses the batch, in eval mode a running average. A heading names the average by the "
+            "part of it that a step replaces. The loss is that of 32 validation blocks, taken 16 at a time."
+        )
+        page.table(
+            ["step", "layer norm, train", "layer norm, eval", "batch norm, train"]
+            + [f"batch norm, eval, {momentum}" for momentum in momenta],
             [
-                size,
-                *(find_row(results["batches"], norm=kind, batch_size=size)[mode] for kind in KINDS for mode in MODES),
-            ]
-            for size in BATCHES
-        ],
-    )
-    page.paragraph(_effect_of_the_batch_size(results))
-    page.table(
-        ["norm", "mode", "logits move: other rows changed", "logits move: later tokens changed"],
-        [[row["norm"], row["mode"], row["other_rows"], row["future"]] for row in results["dependence"]],
-    )
-    page.paragraph(_dependence_on_neighbours(results))
-    page.picture("future", "Coin flips: loss by position in train mode", lambda: _draw_coins(results))
-    page.paragraph(_coin_flips_in_words(results))
+                [a["step"], *(loss_text(loss) for loss in (a["train"], *a["eval"], b["train"], *b["eval"]))]
+                for a, b in zip(layer, batch, strict=False)
+            ],
+        )
+        page.paragraph("The trained models on 64 validation blocks, taken a few rows at a time:")
+        page.table(
+            ["rows at a time", *(f"{kind}, {mode}" for kind in KINDS for mode in MODES)],
+            [
+                [
+                    size,
+                    *(
+                        loss_text(find_row(results["batches"], norm=kind, batch_size=size)[mode])
+                        for kind in KINDS
+                        for mode in MODES
+                    ),
+                ]
+                for size in BATCHES
+            ],
+        )
+        page.paragraph(
+            "How far the logits of the first of eight rows move when the other seven rows change, and those of its "
+            "first half when its second half changes; 0 means that all bits stay as they were:"
+        )
+        page.table(
+            ["norm", "mode", "other rows changed", "later tokens changed"],
+            [
+                [row["norm"], row["mode"], f"{row['other_rows']:.2g}", f"{row['future']:.2g}"]
+                for row in results["dependence"]
+            ],
+        )
+        coins = results["coins"]
+        page.paragraph(
+            f"Coin flips: two blocks, 32 wide, trained for {settings['coin_steps']} steps of one row each; losses on "
+            f"{coins[0]['rows']} new rows, one at a time. A causal model reaches ln 2 = {math.log(2):.3f} at best. The "
+            f"target of the last position is no input, so nothing can give it away."
+        )
+        page.table(
+            ["norm", "train", "eval", *(f"train, position {i}" for i in range(1, COIN_TOKENS + 1))],
+            [
+                [row["norm"], loss_text(row["train"]), loss_text(row["eval"]), *map(loss_text, row["by_position"])]
+                for row in coins
+            ],
+        )
+        page.picture(
+            "future", "Coin flips: loss by position, with the batch's statistics", lambda: _draw_coins(results)
+        )
 
 
 def _gaps(rows: list[dict[str, Any]], which: int) -> list[tuple[float, int]]:
@@ -265,69 +305,56 @@ def _gaps(rows: list[dict[str, Any]], which: int) -> list[tuple[float, int]]:
 
 
 def _gap_between_modes(layer: list[dict[str, Any]], batch: list[dict[str, Any]], momenta: list[str]) -> str:
-    parts = []
-    for which, momentum in enumerate(momenta):
-        if gaps := _gaps(batch, which):
-            largest, step = max(gaps)
-            parts.append(f"for {momentum} at most {largest:+.3f} (step {step}) and {gaps[-1][0]:+.3f} at the end")
-    same = max((abs(gap) for gap, _ in _gaps(layer, 0)), default=math.nan)
+    """How far the losses of training and inference lie apart, for layer norm and for each running average."""
+    same = max((abs(gap) for gap, _ in _gaps(layer, 0)), default=None)
+    if same is None:
+        return "No loss with layer norm is finite, so training and inference are not compared."
+    alike = "the same loss in training and at inference" if same == 0 else f"losses {same:.1g} apart"
+    found = {momentum: gaps for which, momentum in enumerate(momenta) if (gaps := _gaps(batch, which))}
+    if not found:
+        return f"Layer norm has {alike}; no loss with batch norm is finite."
+    if all(abs(gap) < SMALL_GAP for gaps in found.values() for gap, _ in gaps):
+        return f"Layer norm has {alike}, and batch norm's losses are never {SMALL_GAP} apart."
+    gap, step, momentum = max(
+        ((gap, step, momentum) for momentum, gaps in found.items() for gap, step in gaps), key=lambda item: abs(item[0])
+    )
+    ends = together(f"{gaps[-1][0]:+.3f} with {momentum}" for momentum, gaps in found.items())
     return (
-        f"Layer norm computes the same in both modes: its losses differ by at most {same:.1g}. With batch norm, the "
-        f"loss in eval mode minus the loss in train mode depends on the part of the average that a step replaces: "
-        f"{'; '.join(parts)}."
+        f"Layer norm has {alike}; batch norm's loss at inference differs by up to {gap:+.3f}, at step {step} with an "
+        f"average of which a step replaces {momentum}, and at the end by {ends}."
     )
 
 
-def _effect_of_the_batch_size(results: dict[str, Any]) -> str:
-    parts = []
-    for kind in KINDS:
-        one, many = (find_row(results["batches"], norm=kind, batch_size=size) for size in (BATCHES[0], BATCHES[-1]))
-        parts.append(
-            f"{kind} has {loss_text(one['train'])} with one row and {loss_text(many['train'])} with {BATCHES[-1]} in "
-            f"train mode, {loss_text(one['eval'])} and {loss_text(many['eval'])} in eval mode"
-        )
-    return f"Losses of the trained models on 64 validation blocks, taken a few rows at a time: {'; '.join(parts)}."
-
-
 def _dependence_on_neighbours(results: dict[str, Any]) -> str:
-    def models(key: str, moved: bool) -> str:
-        return listed(
-            (f"{r['norm']} in {r['mode']} mode ({r[key]:.2g})" for r in results["dependence"] if (r[key] > 0) == moved),
-            nothing="none of them",
-        )
+    """Which norms make a row's output depend on other rows of the batch, or on later tokens."""
 
+    def moved(key: str) -> list[str]:
+        return [f"{r['norm']} in {r['mode']} mode by {r[key]:.2g}" for r in results["dependence"] if r[key] > 0]
+
+    others, future = moved("other_rows"), moved("future")
+    if not others and not future:
+        return "Neither other rows of the batch nor later tokens change a single bit of a row's logits with any norm."
     return (
-        f"The first of eight rows was computed again after the other seven were changed. Its logits moved with "
-        f"{models('other_rows', True)}; they kept their bits with {models('other_rows', False)}. A norm that computes "
-        f"each row from that row alone needs no running average at inference. Then the second half of the first row "
-        f"was changed: the logits of its first half moved with {models('future', True)}, and kept their bits with "
-        f"{models('future', False)}."
+        f"Changing the other rows of a batch moves a row's logits with {listed(others, 'no norm')}; changing later "
+        f"tokens moves those of earlier ones with {listed(future, 'no norm')}; all others keep their bits."
     )
 
 
 def _coin_flips_in_words(results: dict[str, Any]) -> str:
+    """Whether a model saw the flips that it had to predict."""
     coins, chance = results["coins"], math.log(2)
-    parts = []
-    for row in coins:
-        best = min(range(COIN_TOKENS), key=lambda i: row["by_position"][i])
-        parts.append(
-            f"{row['norm']} has {loss_text(row['train'])} in train mode (lowest at position {best + 1} of "
-            f"{COIN_TOKENS}: {row['by_position'][best]:.3f}; at the last position, whose target is no input, "
-            f"{row['by_position'][-1]:.3f}) and {loss_text(row['eval'])} in eval mode"
-        )
     # A generous bound on how far the mean of so many losses falls below ln 2 by chance in a model that knows nothing.
     slack = 3 / math.sqrt(coins[0]["rows"] * COIN_TOKENS)
+    losses = together(f"{loss_text(row['train'])} with {row['norm']}" for row in coins)
     below = [row["norm"] for row in coins if row["train"] is not None and row["train"] < chance - slack]
-    verdict = (
-        f"The loss is below ln 2 by more than the {slack:.3f} that chance allows with {' and '.join(below)}: the model "
-        f"read the input of later positions, which is the target of earlier ones, out of the batch's statistics."
-        if below
-        else f"None is below ln 2 by more than the {slack:.3f} that chance allows."
-    )
+    if not below:
+        return (
+            f"On coin flips the loss in training is {losses}; none is below ln 2 = {chance:.3f} by more than the "
+            f"{slack:.3f} that chance allows, so no model is seen to look ahead."
+        )
     return (
-        f"A small GPT was trained for {results['settings']['coin_steps']} steps on single rows of {COIN_TOKENS} fresh "
-        f"coin flips. If it is causal, it can at best reach ln 2 = {chance:.3f}. Measured on {coins[0]['rows']} new "
-        f"rows, one at a time: {'; '.join(parts)}. {verdict}"
+        f"On coin flips, where a causal model has ln 2 = {chance:.3f} at best, the loss in training is {losses}: "
+        f"{together(below)} tells a model through the batch's statistics what comes next."
     )
 
 

@@ -1,6 +1,7 @@
 """What a study shows: its page, and the words and pictures that the pages of several studies share.
 
-A page is an HTML report and the same as Markdown, made from the study's results alone.
+A page is an HTML report and the same as Markdown, made from the study's results alone. It has the question, what was
+done, a picture, and three sentences that say what was seen; below them are all numbers.
 
     python -m fastgpt.studies.page docs
 
@@ -9,11 +10,12 @@ writes docs/studies.md and its pictures from docs/studies/*.json, the results th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,15 @@ def listed(parts: Iterable[str], nothing: str = "none") -> str:
     return ", ".join(parts) or nothing
 
 
+def together(parts: Iterable[Any]) -> str:
+    """ "2", "2 and 6", "2, 6 and 16"."""
+    *first, last = map(str, parts)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def counted(n: int, noun: str) -> str:
     """ "1 row", "8 rows"."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def learned_bound(results: dict[str, Any]) -> float:
@@ -84,34 +92,96 @@ class Page(Report):
 
     def __init__(self, results: dict[str, Any], pictures: bool = True) -> None:
         name = results["study"]
-        super().__init__(name.capitalize().replace("-", " "), question(name))
-        self.name, self.draws = name, pictures
-        self.markdown: list[str] = []
+        self.name, self.question, self.draws = name, question(name), pictures
+        super().__init__(name.capitalize().replace("-", " "), self.question)
+        self.blocks: list[tuple[str, str]] = []  # what a part is, and its Markdown
+        if results["settings"]["quick"]:
+            self.note(_preview(results))
         load(name).show(results, self)
         self.paragraph(_measured_on(results))
 
     def paragraph(self, text: str) -> None:
         super().paragraph(text)
-        self.markdown.append(textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False))
+        self.blocks.append(("words", text))
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        self.blocks.append(("words", text))
+
+    def findings(self, *sentences: str) -> None:
+        """What was seen: a few sentences, each of which follows from the numbers."""
+        self.paragraph(" ".join(sentences))
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         super().table(headers, rows)
-        self.markdown.append(markdown_table(headers, rows))
+        self.blocks.append(("table", markdown_table(headers, rows)))
 
-    def picture(self, name: str, caption: str, draw: Callable[[], Any]) -> None:
-        """The figure that `draw` gives, where pictures are wanted."""
+    def picture(self, name: str, caption: str, draw: Callable[[], Any], nothing: str = "") -> None:
+        """The figure that `draw` gives, where pictures are wanted; where there is `nothing` to draw, why not."""
+        if nothing:
+            self.paragraph(f'No picture of "{caption}": {nothing}.')
+            return
         if self.draws:
             self.figure(styled(draw)(), name, caption)
-        self.markdown.append(f"![{caption}](images/study-{self.name}-{name}.png)")
+        self.blocks.append(("picture", f"![{caption}](images/study-{self.name}-{name}.png)"))
 
-    def text(self) -> str:
-        """What a terminal shows: words and tables."""
-        return "\n\n".join([self.title, *(part for part in self.markdown if not part.startswith("!["))])
+    @contextlib.contextmanager
+    def numbers(self) -> Iterator[None]:
+        """What comes below the sentences: tables and what explains them, folded away in a Markdown document."""
+        self.heading("All numbers")
+        self.blocks.append(("mark", "<details>\n<summary>All numbers</summary>"))
+        yield
+        self.blocks.append(("mark", "</details>"))
+
+    def markdown(self) -> list[str]:
+        """The parts for a Markdown document, its lines of at most 120 characters."""
+        return [_filled(text, 120) if kind == "words" else text for kind, text in self.blocks]
+
+    def text(self, columns: int | None = None) -> str:
+        """What a terminal of so many columns shows: words, and the tables that it is wide enough for."""
+        width = min(columns or 120, 120)
+        parts = [self.title, _filled(self.question, width)]
+        for kind, text in self.blocks:
+            if kind == "words":
+                parts.append(_filled(text, width))
+            elif kind == "table":
+                wide = text.index("\n")
+                is_too_wide = columns is not None and wide > columns
+                told = _filled(f"(The report has a table here, which is {wide} letters wide.)", width)
+                parts.append(told if is_too_wide else text)
+        return "\n\n".join(parts)
+
+
+def _filled(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def duration(seconds: float) -> str:
+    """ "28 seconds", "6 min 28 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else counted(rest, "second")
+
+
+def preview(command: str, settings: dict[str, Any], defaults: Any) -> str:
+    """The note on top of a page that was measured with --quick: what was made smaller, and what to run instead."""
+    changed = [
+        f"{name.replace('_', ' ')} {settings[name]} (in full: {getattr(defaults, name)})"
+        for name in defaults.QUICK
+        if settings[name] != getattr(defaults, name)
+    ]
+    return (
+        f"Preview: measured with --quick, and so at a smaller size: {'; '.join(changed)}. What is said below holds for "
+        f"this size; `{command}` without --quick measures in full."
+    )
+
+
+def _preview(results: dict[str, Any]) -> str:
+    return preview(f"fastgpt study {results['study']}", results["settings"], STUDIES[results["study"]]())
 
 
 def _measured_on(results: dict[str, Any]) -> str:
     return (
-        f"Measured on {provenance(results)}; the study took {results['seconds']:.0f} seconds, with seed "
+        f"Measured on {provenance(results)}; the study took {duration(results['seconds'])}, with seed "
         f"{results['settings']['seed']}."
     )
 
@@ -120,11 +190,12 @@ def _measured_on(results: dict[str, Any]) -> str:
 
 _PREFACE = """# Studies
 
-Each of these is one command, `fastgpt study NAME`, on the models and kernels of this package: it measures, writes a
-report (`report.html`, pictures, `results.json`) and prints what is below. The words are made from the numbers, and this
-page from the results in [docs/studies](studies), by `python -m fastgpt.studies.page docs`; a test compares them. Losses
-are in nats per token, on text that was not trained on; training is that of `fastgpt train`, in float32. The text,
-tinyshakespeare.txt, is what `--data tinyshakespeare` downloads.
+Each of these is one command, `fastgpt study NAME`: it measures, writes a report (`report.html`, pictures,
+`results.json`) and prints what is below. With `--quick` it makes a preview in about half a minute on two cores. The
+sentences are made from the numbers, and this page from the results in [docs/studies](studies), by
+`python -m fastgpt.studies.page docs`; a test compares them. Losses are in nats per token, on text that was not trained
+on; training is that of `fastgpt train`, in float32. The text, tinyshakespeare.txt, is what `--data tinyshakespeare`
+downloads.
 """
 
 
@@ -150,7 +221,7 @@ def studies_page(docs: Path, pictures: bool = True) -> tuple[str, dict[str, byte
             continue
         results = json.loads(file.read_text(encoding="utf-8"))
         page = Page(results, pictures)
-        parts += [f"## {page.title}", question(name), f"```sh\n{_command(results)}\n```", *page.markdown]
+        parts += [f"## {page.title}", question(name), f"```sh\n{_command(results)}\n```", *page.markdown()]
         images.update({f"study-{name}-{picture}.png": data for picture, data in page.pictures.items()})
     return "\n\n".join(parts) + "\n", images
 

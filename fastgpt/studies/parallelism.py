@@ -29,7 +29,7 @@ from ..machine import resolve_device
 from ..model import GPT
 from ..plots import line_style, panels
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
-from .page import LEARNED, Row, counted, find_row, frequencies_text, learned_bound, listed
+from .page import Row, counted, find_row, learned_bound, loss_text, together
 from .settings import ParallelismSettings
 
 KINDS = ("gpt", "rnn", "gru", "lstm")  # in tables and sentences they are written in capitals
@@ -168,16 +168,34 @@ def sequential_steps(kind: str, n_layer: int, context: int) -> int:
 def show(results: dict[str, Any], page: Any) -> None:
     rows = results["rows"]
     contexts, batches = (sorted({row[key] for row in rows}) for key in ("context", "batch"))
+    page.paragraph(
+        f"A GPT of {results['layers']} layers and recurrent networks with as many layers and parameters took turns at "
+        f"the same batches of random tokens, forward and backward, in contexts of {together(contexts)} tokens. Then "
+        f"all were trained on the same {_trained_tokens(results):,} tokens of {results['data']['name']}, each at the "
+        f"best of the learning rates {together(results['settings']['rates'].split(','))}."
+    )
+    page.picture("speed", "Tokens per second by context", lambda: _draw_speed(rows, contexts, batches))
+    page.findings(
+        _speeds_in_words(rows, contexts, batches),
+        _growth(rows, contexts, batches[-1]),
+        _losses_in_words(results),
+    )
+    with page.numbers():
+        _show_times(results, page, contexts, batches)
+        _show_losses(results, page)
+
+
+def _show_times(results: dict[str, Any], page: Any, contexts: list[int], batches: list[int]) -> None:
+    rows = results["rows"]
     sizes = ", ".join(
         f"{k.upper()} {results['parameters'][k]:,} parameters (width {results['widths'][k]})" for k in KINDS
     )
     page.paragraph(
-        f"Each model has {results['layers']} layers: {sizes}. The GPT's parameters include a position table for "
-        f"{BLOCK_SIZE} tokens; in the timings, the table is as long as the longest context. The recurrent layers are "
-        f"PyTorch's. All models compute in float32, without dropout. A time is the median over several rounds, in "
-        f"milliseconds; the models take turns in each round. Forward is the loss without gradients. Backward is the "
-        f"forward and the backward pass, without the optimizer's step. The last two columns count the steps of a layer "
-        f"that must follow one another on any hardware."
+        f"{sizes}. The GPT's parameters include a position table for {BLOCK_SIZE} tokens; in the timings, the table is "
+        f"as long as the longest context. The recurrent layers are PyTorch's. All models compute in float32, without "
+        f"dropout. A time is the median over several rounds, in milliseconds. Forward is the loss without gradients. "
+        f"Backward is the forward and the backward pass, without the optimizer's step. The last two columns count the "
+        f"steps of a layer that must follow one another on any hardware."
     )
     page.table(
         ["rows", "context"]
@@ -187,26 +205,52 @@ def show(results: dict[str, Any], page: Any) -> None:
             [
                 batch,
                 context,
-                *(_by_context(rows, "ms", kind, [context], batch, d)[0] for d in DIRECTIONS for kind in KINDS),
+                *(_time_text(row) for d in DIRECTIONS for row in _at(rows, context, batch, d)),
                 *(sequential_steps(kind, results["layers"], context) for kind in ("gpt", "rnn")),
             ]
             for batch, context in itertools.product(batches, contexts)
         ],
     )
-    page.picture("speed", "Tokens per second against context", lambda: _draw_speed(rows, contexts, batches))
     for batch, direction in itertools.product(batches, DIRECTIONS):
         page.paragraph(_crossovers(rows, contexts, batch, direction))
-    page.paragraph(_growth(rows, contexts, batches[-1]))
     page.paragraph(_noise(rows))
+
+
+def _show_losses(results: dict[str, Any], page: Any) -> None:
+    ends = [row for kind in KINDS for row in _best_curve(results, kind)[-1:]]
     page.table(
         ["model", "learning rate", "tokens", "seconds", "validation loss", "tokens/s in training"],
         [
-            [r["model"].upper(), f"{r['lr']:g}", r["tokens"], r["seconds"], r["loss"], r["tokens"] / r["seconds"]]
-            for r in (row for kind in KINDS for row in _best_curve(results, kind)[-1:])
+            [
+                row["model"].upper(),
+                f"{row['lr']:g}",
+                row["tokens"],
+                f"{row['seconds']:.1f}",
+                loss_text(row["loss"]),
+                round(row["tokens"] / row["seconds"]),
+            ]
+            for row in ends
         ],
     )
-    page.picture("loss", "Validation loss against tokens and against seconds", lambda: _draw_training(results))
-    page.paragraph(_losses_in_words(results))
+    page.picture(
+        "loss",
+        "Validation loss by training tokens and by seconds",
+        lambda: _draw_training(results),
+        nothing="" if ends else "no model ended with a finite loss",
+    )
+
+
+def _at(rows: list[Row], context: int, batch: int, direction: str) -> list[Row]:
+    """The row of each model."""
+    return [find_row(rows, model=kind, context=context, batch=batch, direction=direction) for kind in KINDS]
+
+
+def _time_text(row: Row) -> str:
+    return f"{row['ms']:,.2f}"
+
+
+def _trained_tokens(results: dict[str, Any]) -> int:
+    return max(row["tokens"] for row in results["losses"])
 
 
 def _by_context(rows: list[Row], key: str, kind: str, contexts: list[int], batch: int, direction: str) -> list[float]:
@@ -259,19 +303,36 @@ def _crossovers(rows: list[Row], contexts: list[int], batch: int, direction: str
     )
 
 
-def _growth(rows: list[Row], contexts: list[int], batch: int) -> str:
-    """How tokens per second change as the context grows, at the largest batch."""
-    if len(contexts) < 2:
-        return "Only one context was measured, so the study does not show how speed changes with the context."
+def _speeds_in_words(rows: list[Row], contexts: list[int], batches: list[int]) -> str:
+    """The time of a training pass at the longest context: the GPT's, and the others' as multiples of it."""
     parts = []
+    for batch in batches:
+        gpt, *others = _at(rows, contexts[-1], batch, DIRECTIONS[1])
+        ratios = together(f"the {row['model'].upper()} {row['ms'] / gpt['ms']:.2f}" for row in others)
+        first, second = sorted([gpt, *others], key=lambda row: row["ms"])[:2]
+        # Times whose middle halves overlap are not told apart.
+        fastest = f"the {first['model'].upper()} is" if first["p75"] < second["p25"] else "none is clearly"
+        its_time = f"the GPT takes {gpt['ms']:,.1f} ms, {ratios} times that"
+        parts.append(f"with {counted(batch, 'row')} {fastest} the fastest: {its_time}")
+    return f"In a training pass over {contexts[-1]} tokens, {'; '.join(parts)}."
+
+
+def _growth(rows: list[Row], contexts: list[int], batch: int) -> str:
+    """How much of its speed each model keeps at the longest context, at the largest batch."""
+    if len(contexts) < 2:
+        return "Only one context was measured, so nothing can be said of how speed changes with it."
+    kept, parts = {}, []
     for kind in KINDS:
         speeds = _by_context(rows, "tokens_per_s", kind, contexts, batch, DIRECTIONS[1])
         best = max(range(len(contexts)), key=lambda i: speeds[i])
-        parts.append(
-            f"{kind.upper()} {speeds[0]:,.0f} at {contexts[0]}, {speeds[-1]:,.0f} at {contexts[-1]}, and at most "
-            f"{speeds[best]:,.0f}, at {contexts[best]}"
-        )
-    return f"Tokens per second by context, forward and backward, {counted(batch, 'row')}: {'; '.join(parts)}."
+        kept[kind] = speeds[-1] / speeds[best]
+        parts.append(f"the {kind.upper()} {kept[kind]:.0%} of {speeds[best]:,.0f} at {contexts[best]}")
+    if min(kept.values()) > 0.9:
+        return f"No model's tokens per second fall by more than a tenth from its best context to {contexts[-1]} tokens."
+    return (
+        f"At {contexts[-1]} tokens, with {counted(batch, 'row')}, the models keep these parts of their most tokens per "
+        f"second: {together(parts)}."
+    )
 
 
 def _noise(rows: list[Row]) -> str:
@@ -285,31 +346,27 @@ def _noise(rows: list[Row]) -> str:
 
 
 def _losses_in_words(results: dict[str, Any]) -> str:
+    """Which model has the lowest loss after as many tokens, and after as many seconds."""
     curves = {kind: _best_curve(results, kind) for kind in KINDS}
     if not all(curves.values()):
         return "A model ended without a finite loss, so losses are not compared."
     last = {kind: curve[-1] for kind, curve in curves.items()}
     at_end = {kind: row["loss"] for kind, row in last.items()}
+    learned = [kind for kind in KINDS if at_end[kind] < learned_bound(results)]
+    if not learned:
+        return "No model learned anything from the context in these few steps, so losses are not compared."
     budget = min(row["seconds"] for row in last.values())
     at_budget = {kind: _loss_at(curve, budget) for kind, curve in curves.items()}
-
-    def compared(losses: dict[str, float]) -> str:
-        best = min(KINDS, key=lambda kind: losses[kind])
-        return (
-            f"{', '.join(f'{kind.upper()} {losses[kind]:.3f}' for kind in KINDS)}; the {best.upper()}'s is the lowest"
-        )
-
-    slow = [kind.upper() for kind in KINDS if at_end[kind] > learned_bound(results)]
-    behind = (
-        f" {frequencies_text(results)}. Models that ended less than {LEARNED} below it: {listed(slow)}." if slow else ""
+    best, quickest = (min(KINDS, key=lambda kind: losses[kind]) for losses in (at_end, at_budget))
+    losses = together(f"{kind.upper()} {at_end[kind]:.3f}" for kind in KINDS)
+    text = (
+        f"After as many tokens the {best.upper()} has the lowest loss ({losses}); after {budget:.1f} seconds of "
+        f"training each, the {quickest.upper()} ({at_budget[quickest]:.3f})"
     )
-    return (
-        f"All models were trained on the same {last['gpt']['tokens']:,} tokens ({BATCH_SIZE} blocks of {BLOCK_SIZE} "
-        f"characters of {results['data']['name']} a step, with one seed), at each of the learning rates "
-        f"{results['settings']['rates'].replace(',', ', ')}; the best run of each model counts. Losses at the end: "
-        f"{compared(at_end)}. Losses after {budget:.1f} seconds, when the quickest of these runs ended: "
-        f"{compared(at_budget)}.{behind}"
-    )
+    if len(learned) < len(KINDS):
+        slow = together(f"the {kind.upper()}" for kind in KINDS if kind not in learned)
+        text += f"; {slow} did not learn more than how often each character occurs"
+    return f"{text}. One seed each."
 
 
 def _loss_at(curve: list[Row], seconds: float) -> float:

@@ -18,18 +18,17 @@ from ..config import GPTConfig, TrainConfig, preset
 from ..data.corpus import Corpus
 from ..machine import resolve_device
 from ..plots import FAINT, line_style, panels
-from .experiment import at_least, described, finite, load_corpus, new_gpt, training_steps, validation_loss
+from .experiment import SMALL_GPT, at_least, described, finite, load_corpus, new_gpt, training_steps, validation_loss
 from .page import Row, counted, find_row, loss_text, or_nan
 from .settings import RecipeSettings
 
-PRESET = "shakespeare-char-cpu"
 OURS, NANOGPT = "the preset", "nanoGPT's recipe"
 EVAL_INTERVAL = 25
 
 Changes = dict[str, Any]
 OF_NANOGPT: list[Changes] = [
-    {"lr": 2e-3, "min_lr": 2e-4, "max_steps": 1500},
     {"lr": 4e-3, "min_lr": 4e-4, "max_steps": 1250},
+    {"lr": 2e-3, "min_lr": 2e-4, "max_steps": 1500},
     {"lr": 8e-3, "min_lr": 8e-4, "max_steps": 1250},
 ]
 OF_PRESET: list[Changes] = [
@@ -44,13 +43,13 @@ OF_PRESET: list[Changes] = [
 ]
 
 
-def recipes() -> list[tuple[str, TrainConfig]]:
-    """What is compared, by name: nanoGPT's recipe, the preset's, and each of them with some settings changed."""
+def recipes(variants: int) -> list[tuple[str, TrainConfig]]:
+    """What is compared, by name: nanoGPT's recipe, the preset's, and of each so many with some settings changed."""
     found = []
-    nanogpt, ours = TrainConfig(batch_size=12, max_steps=2000), TrainConfig(**preset(PRESET)[1])
+    nanogpt, ours = TrainConfig(batch_size=12, max_steps=2000), TrainConfig(**preset(SMALL_GPT)[1])
     for name, recipe, changed in ((NANOGPT, nanogpt, OF_NANOGPT), (OURS, ours, OF_PRESET)):
         found.append((name, recipe))
-        found += [(_name(name, changes), dataclasses.replace(recipe, **changes)) for changes in changed]
+        found += [(_name(name, changes), dataclasses.replace(recipe, **changes)) for changes in changed[:variants]]
     return found
 
 
@@ -59,12 +58,12 @@ def _name(recipe: str, changes: Changes) -> str:
 
 
 def measure(settings: RecipeSettings) -> dict[str, Any]:
-    at_least(settings, repeats=1, most_steps=1, eval_blocks=1)
-    shape = GPTConfig.preset(PRESET)
+    at_least(settings, repeats=1, most_steps=1, eval_blocks=1, variants=0)
+    shape = GPTConfig.preset(SMALL_GPT)
     corpus = load_corpus(settings, shape.block_size)
     shape = dataclasses.replace(shape, vocab_size=corpus.tokenizer.vocab_size)
     rows = []
-    for name, recipe in recipes():
+    for name, recipe in recipes(settings.variants):
         recipe = dataclasses.replace(recipe, max_steps=min(recipe.max_steps, settings.most_steps))
         runs = [_run(settings, corpus, shape, recipe, settings.seed + i) for i in range(settings.repeats)]
         rows.append({"name": name, "recipe": dataclasses.asdict(recipe), "runs": runs})
@@ -96,20 +95,28 @@ def _run(settings: RecipeSettings, corpus: Corpus, shape: GPTConfig, recipe: Tra
 def show(results: dict[str, Any], page: Any) -> None:
     settings, rows = results["settings"], results["rows"]
     page.paragraph(
-        f"The model of the preset {PRESET} is trained on {results['data']['name']} until its validation loss is at "
-        f"most {settings['loss']:g} nats. It is measured every {EVAL_INTERVAL} steps, on "
-        f"{counted(settings['eval_blocks'], 'block')}. Each recipe is tried with "
-        f"{counted(settings['repeats'], 'seed')}. The seconds are the median over the seeds, and are left out where a "
-        f"seed ended above that loss."
+        f"The model of the preset {SMALL_GPT} was trained on {results['data']['name']} by "
+        f"{counted(len(rows), 'recipe')}, each with {counted(settings['repeats'], 'seed')}, until its validation loss "
+        f"was at most {settings['loss']:g} nats; it was measured every {EVAL_INTERVAL} steps. A recipe has reached the "
+        f"loss when all of its seeds have, and its seconds are their median."
     )
-    page.paragraph(f"nanoGPT's recipe: {_recipe_text(find_row(rows, name=NANOGPT)['recipe'])}.")
-    page.paragraph(f"The preset: {_recipe_text(find_row(rows, name=OURS)['recipe'])}.")
-    page.table(
-        ["recipe", "steps of each seed", "loss of each seed", "seconds to the loss"],
-        [[row["name"], _steps_text(row), _losses_text(row), _seconds(row)] for row in rows],
+    page.picture(
+        "curves",
+        "Validation loss by seconds of training, first seed",
+        lambda: _draw(results),
+        nothing=""
+        if any(loss for row in _drawn(rows) for *_, loss in row["runs"][0]["curve"])
+        else "no loss is finite",
     )
-    page.picture("curves", "Validation loss against seconds of training, of the first seed", lambda: _draw(results))
-    page.paragraph(_findings(rows))
+    page.findings(_preset_in_words(rows), _adamw_in_words(rows), _fastest_in_words(rows))
+    with page.numbers():
+        page.paragraph(f"nanoGPT's recipe: {_recipe_text(find_row(rows, name=NANOGPT)['recipe'])}.")
+        page.paragraph(f"The preset: {_recipe_text(find_row(rows, name=OURS)['recipe'])}.")
+        page.paragraph(f"The loss is that of {counted(settings['eval_blocks'], 'block')} of the validation text.")
+        page.table(
+            ["recipe", "steps of each seed", "loss of each seed", "seconds to the loss"],
+            [[row["name"], _steps_text(row), _losses_text(row), _seconds_text(row)] for row in rows],
+        )
 
 
 def _recipe_text(recipe: Row) -> str:
@@ -139,6 +146,11 @@ def _seconds(row: Row) -> float | None:
     return statistics.median(run["seconds"] for run in runs) if all(run["reached"] for run in runs) else None
 
 
+def _seconds_text(row: Row) -> str | None:
+    seconds = _seconds(row)
+    return None if seconds is None else f"{seconds:.1f}"
+
+
 def _fastest(rows: list[Row]) -> Row | None:
     """The row with the fewest seconds; None where no row has reached the loss with every seed."""
     return min((row for row in rows if _seconds(row) is not None), key=lambda row: _seconds(row) or 0.0, default=None)
@@ -148,30 +160,57 @@ def _of_adamw(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["recipe"]["optimizer"] == "adamw"]
 
 
-def _findings(rows: list[Row]) -> str:
-    ours = _seconds(find_row(rows, name=OURS))
+def _preset_in_words(rows: list[Row]) -> str:
+    """The preset's seconds beside those of nanoGPT's recipe."""
+    ours, theirs = (_seconds(find_row(rows, name=name)) for name in (OURS, NANOGPT))
     if ours is None:
-        return "The preset has not reached the loss with every seed, so the others are not compared with it."
-    text = f"The preset takes {ours:.1f} seconds."
-    for what, row in (
-        ("nanoGPT's recipe", find_row(rows, name=NANOGPT)),
-        ("the fastest with AdamW alone", _fastest(_of_adamw(rows))),
-        ("the fastest of all", _fastest(rows)),
-    ):
-        seconds = None if row is None else _seconds(row)
-        if row is None or seconds is None:
-            text += f" No seconds can be given for {what}."
-        else:
-            text += f" For {what} ({row['name']}) it is {seconds:.1f}, which is {seconds / ours:.2f} times as long."
+        return "The preset did not reach the loss with every seed, so no recipe's seconds are compared with its."
+    if theirs is None:
+        return f"The preset reached the loss in {ours:.1f} seconds; nanoGPT's recipe did not with every seed."
+    return f"The preset reached the loss in {ours:.1f} seconds; nanoGPT's recipe took {theirs / ours:.2f} times that."
+
+
+def _adamw_in_words(rows: list[Row]) -> str:
+    """The fastest recipe without Muon."""
+    return _beside_the_preset(rows, _fastest(_of_adamw(rows)), "The fastest with AdamW alone", "No recipe of AdamW")
+
+
+def _fastest_in_words(rows: list[Row]) -> str:
+    """Whether any recipe is faster than the preset by more than its seeds differ."""
+    fastest = _fastest(rows)
+    if fastest is not None and fastest["name"] == OURS:
+        return "No recipe tried was faster than the preset."
+    text = _beside_the_preset(rows, fastest, "The fastest of all", "No recipe")
+    ours = find_row(rows, name=OURS)
+    if fastest is None or _seconds(ours) is None:
+        return text
+    # A run ends with an evaluation, so that its seconds are known to that many steps.
+    seconds_between = max(run["seconds"] / run["steps"] for run in fastest["runs"]) * EVAL_INTERVAL
+    slowest, quickest = max(run["seconds"] for run in fastest["runs"]), min(run["seconds"] for run in ours["runs"])
+    if len(ours["runs"]) == 1 or slowest + seconds_between >= quickest:
+        return f"{text[:-1]}; seeds and the {EVAL_INTERVAL} steps between evaluations do not tell the two apart."
     return text
+
+
+def _beside_the_preset(rows: list[Row], row: Row | None, what: str, none: str) -> str:
+    ours, seconds = _seconds(find_row(rows, name=OURS)), None if row is None else _seconds(row)
+    if row is None or seconds is None:
+        return f"{none} reached the loss with every seed."
+    relation = "" if ours is None else f", {seconds / ours:.2f} times the preset's"
+    return f"{what} ({row['name']}) took {seconds:.1f} seconds{relation}."
+
+
+def _drawn(rows: list[Row]) -> list[Row]:
+    """The recipes in the picture: nanoGPT's, the preset's, and the fastest with AdamW alone."""
+    shown = {name: find_row(rows, name=name) for name in (NANOGPT, OURS)}
+    if (adamw := _fastest(_of_adamw(rows))) is not None:
+        shown[adamw["name"]] = adamw
+    return list(shown.values())
 
 
 def _draw(results: dict[str, Any]) -> Any:
     figure, [[axes]] = panels(4.4)
-    shown = {name: find_row(results["rows"], name=name) for name in (NANOGPT, OURS)}
-    if (adamw := _fastest(_of_adamw(results["rows"]))) is not None:
-        shown[adamw["name"]] = adamw
-    for number, row in enumerate(shown.values()):
+    for number, row in enumerate(_drawn(results["rows"])):
         _, seconds, losses = zip(*row["runs"][0]["curve"], strict=True)
         axes.plot(seconds, or_nan(losses), label=row["name"], **line_style(number), markevery=0.1)
     axes.axhline(results["settings"]["loss"], color=FAINT, linestyle=":", label="the loss to reach")

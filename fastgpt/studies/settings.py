@@ -44,7 +44,7 @@ class StudySettings:
     Args:
         out: the folder for report.html, results.json and the pictures; runs/study-NAME if not given.
         data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
-        quick: sizes that only show that it runs.
+        quick: a preview at a smaller size, in about half a minute on two cores.
         seed: of weights and data order.
         device: auto, cpu, cuda, ...
         config: a TOML file with any of these settings.
@@ -78,7 +78,7 @@ class DepthSettings(StudySettings):
     lr: float = 1e-3
     repeats: int = 3
 
-    QUICK: ClassVar[dict[str, Any]] = {"depths": "1,3", "steps": 3, "width": 16, "repeats": 2}
+    QUICK: ClassVar[dict[str, Any]] = {"depths": "2,8", "steps": 80, "lr": 2e-3, "repeats": 2}
 
 
 @dataclass
@@ -97,7 +97,7 @@ class NormalisationSettings(StudySettings):
     momenta: str = "0.1,0.01,0.001"
     coin_steps: int = 1500
 
-    QUICK: ClassVar[dict[str, Any]] = {"steps": 6, "points": 3, "coin_steps": 10}
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 300, "points": 10, "coin_steps": 800}
 
 
 @dataclass
@@ -121,7 +121,7 @@ class ParallelismSettings(StudySettings):
     rates: str = "1e-3,3e-3,1e-2"
 
     QUICK: ClassVar[dict[str, Any]] = {
-        "contexts": "8,16", "batches": "1,2", "width": 16, "seconds": 0.05, "steps": 3, "rates": "1e-3,3e-3",
+        "contexts": "16,64,256,1024", "batches": "1", "width": 64, "seconds": 0.2, "steps": 150, "rates": "1e-2",
     }  # fmt: skip
 
 
@@ -141,9 +141,9 @@ class AttentionSettings(StudySettings):
     prompt: str = "ROMEO:\nBut, soft! what light through"
     layer: int | None = None
     head: int | None = None
-    steps: int = 1500
+    steps: int = 1200
 
-    QUICK: ClassVar[dict[str, Any]] = {"steps": 3, "prompt": "to be, or"}
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 400}
 
 
 @dataclass
@@ -166,9 +166,9 @@ class EmbeddingsSettings(StudySettings):
     analogy: str | None = None
     neighbours: int = 5
     max_words: int = 100_000
-    steps: int = 1500
+    steps: int = 1200
 
-    QUICK: ClassVar[dict[str, Any]] = {"steps": 3}
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 400}
 
 
 @dataclass
@@ -187,7 +187,7 @@ class LearningRateSettings(StudySettings):
     steps: int = 150
     repeats: int = 2
 
-    QUICK: ClassVar[dict[str, Any]] = {"rates": "1e-4,1e-2", "widths": "16,32", "steps": 4, "repeats": 1}
+    QUICK: ClassVar[dict[str, Any]] = {"widths": "32,64", "steps": 100}
 
 
 @dataclass
@@ -199,14 +199,16 @@ class RecipeSettings(StudySettings):
         most_steps: no recipe trains for longer.
         repeats: seeds with which each recipe is tried.
         eval_blocks: blocks of the validation text on which the loss is measured.
+        variants: how many changed forms of each recipe are tried beside it, at most.
     """
 
     loss: float = 1.88
     most_steps: int = 2000
     repeats: int = 3
     eval_blocks: int = 240
+    variants: int = 8
 
-    QUICK: ClassVar[dict[str, Any]] = {"most_steps": 2, "repeats": 1, "eval_blocks": 8}
+    QUICK: ClassVar[dict[str, Any]] = {"loss": 2.3, "repeats": 1, "eval_blocks": 64, "variants": 1}
 
 
 STUDIES: dict[str, type[StudySettings]] = {

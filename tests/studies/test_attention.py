@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -49,3 +50,24 @@ def test_a_single_token_and_a_single_head(text_file, tmp_path):
     assert main(["study", "attention", *arguments, "--out", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert (row["layer"], row["head"], row["map"]) == (2, 4, [[1.0]])
+
+
+def head(number: int, entropy: float, **shares: float) -> dict:
+    row = {"layer": 1, "head": number, "distance": float(number), "entropy": entropy, "map": [[1.0], [0.5, 0.5]]}
+    return row | {"itself": 0.2, "previous": 0.2, "first": 0.2, **shares}
+
+
+def test_what_attention_says_follows_the_numbers():
+    found = {"tokens": list("abcd"), "is_causal": True, "rows": [head(1, 0.1, previous=0.9), head(2, 0.7)]}
+    assert "layer 1 head 1 looks 1.0 tokens away and layer 1 head 2 2.0" in attention._distances_in_words(found)
+    assert "most selective is layer 1 head 1" in attention._entropies_in_words(found)
+    assert "the token before in 1 head (layer 1 head 1)" in attention._habits_in_words(found)
+    assert not attention._why_no_maps(found)
+
+
+def test_attention_that_is_spread_evenly_is_not_drawn():
+    even = sum(math.log(n) for n in range(1, 5)) / 4
+    found = {"tokens": list("abcd"), "is_causal": True, "rows": [head(1, even), head(2, 0.95 * even)]}
+    assert "the maps say nothing" in attention._entropies_in_words(found)
+    assert "each map is one colour" in attention._why_no_maps(found)
+    assert "No head gives more than half" in attention._habits_in_words(found)

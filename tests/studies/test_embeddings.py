@@ -61,3 +61,19 @@ def test_bad_files_of_vectors(text, message, tmp_path, capsys):
     (tmp_path / "v.txt").write_bytes(b"3 2\nword \xff\xfe\x00\x01\n")
     with pytest.raises(StudyError, match="is not UTF-8 text"):
         embeddings.read_vectors(tmp_path / "v.txt", 10)
+
+
+def test_what_embeddings_say_follows_the_numbers(results):
+    found = results("embeddings")
+    found["kinds"] = {"vowels": {"count": 5, "within": 0.9, "between": 0.0}}
+    found["case"] = {"letters": 26, "pairs": 650, "right": 325, "candidates": 62}
+    found |= {"width": 128, "vectors": 65, "explained": [0.3, 0.1]}
+    assert "than chance allows, are vowels" in embeddings._kinds_in_words(found)
+    assert embeddings._analogies_in_words(found).startswith("In 50% of 650 analogies")
+    assert "shows 40% of the variance; of vectors" in embeddings._map_in_words(found)
+    found["kinds"]["vowels"]["within"] = 0.01
+    found["case"]["right"] = 12
+    found["explained"] = [0.02, 0.02]
+    assert "No kind of character" in embeddings._kinds_in_words(found)
+    assert "no more than guessing may find" in embeddings._analogies_in_words(found)
+    assert "nearness in the map means little" in embeddings._map_in_words(found)

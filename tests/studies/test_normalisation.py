@@ -45,18 +45,34 @@ def test_measuring_leaves_the_running_averages_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def evaluations(*gaps: float) -> list[dict]:
+    """Rows of one running average whose loss is so far above that of train mode."""
+    return [{"step": step, "train": 2.0, "eval": [2.0 + gap]} for step, gap in enumerate(gaps, 1)]
+
+
+def test_the_gap_between_modes_in_words():
+    def text(*gaps: float) -> str:
+        return normalisation._gap_between_modes(evaluations(0.0, 0.0), evaluations(*gaps), ["0.1"])
+
+    assert "differs by up to +1.500, at step 1" in text(1.5, 0.25) and "at the end by +0.250 with 0.1" in text(
+        1.5, 0.25
+    )
+    assert "batch norm's losses are never 0.01 apart" in text(0.004, -0.004)
+    nothing = [{"step": 1, "train": None, "eval": [None]}]
+    assert "no loss with batch norm is finite" in normalisation._gap_between_modes(evaluations(0.0), nothing, ["0.1"])
+
+
 def test_what_normalisation_says_follows_the_numbers(results):
     found = results("normalisation")
     for row in found["dependence"]:
+        row["other_rows"] = 0.0
         row["future"] = 0.25 if row["norm"] == "layer norm" and row["mode"] == "eval" else 0.0
-    assert (
-        "its first half moved with layer norm in eval mode (0.25), and kept"
-        in normalisation._dependence_on_neighbours(found)
-    )
+    text = normalisation._dependence_on_neighbours(found)
+    assert "moves a row's logits with no norm" in text and "layer norm in eval mode by 0.25" in text
+    for row in found["dependence"]:
+        row["future"] = 0.0
+    assert "change a single bit" in normalisation._dependence_on_neighbours(found)
     found["coins"][0]["train"], found["coins"][1]["train"] = 0.69, 0.5
-    assert (
-        "that chance allows with batch norm: the model read the input of later positions"
-        in normalisation._coin_flips_in_words(found)
-    )
+    assert ": batch norm tells a model through the batch's" in normalisation._coin_flips_in_words(found)
     found["coins"][1]["train"] = 0.69
-    assert "None is below ln 2" in normalisation._coin_flips_in_words(found)
+    assert "none is below ln 2" in normalisation._coin_flips_in_words(found)

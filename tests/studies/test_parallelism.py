@@ -38,4 +38,28 @@ def test_a_model_is_shown_at_its_best_rate(results):
     for row in found["losses"]:
         row["loss"] = None
     assert "without a finite loss" in parallelism._losses_in_words(found)
-    Page(found)
+    assert "no model ended with a finite loss" in Page(found).text()
+
+
+def test_what_it_says_of_speeds_and_losses(results):
+    found = results("parallelism")
+    rows, contexts, batches = found["rows"], [8, 16], [1, 2]
+    for row in rows:
+        is_gpt = row["model"] == "gpt"
+        row["ms"] = 1.0 if is_gpt else 4.0
+        row["p25"], row["p75"] = (0.9, 1.1) if is_gpt else (3.9, 4.1)
+        row["tokens_per_s"] = 1000.0 if is_gpt or row["context"] == 8 else 250.0
+    text = parallelism._speeds_in_words(rows, contexts, batches)
+    assert "with 2 rows the GPT is the fastest" in text and "the RNN 4.00" in text
+    assert "the GPT 100% of 1,000 at 8, the RNN 25% of 1,000" in parallelism._growth(rows, contexts, 2)
+    for row in rows:
+        row |= {"ms": 1.0, "p25": 0.9, "p75": 1.1, "tokens_per_s": 1000.0}
+    assert "none is clearly the fastest" in parallelism._speeds_in_words(rows, contexts, batches)
+    assert "No model's tokens per second fall" in parallelism._growth(rows, contexts, 2)
+    for row in found["losses"]:
+        row["loss"] = 1.0 if row["model"] == "gru" else 9.0
+    text = parallelism._losses_in_words(found)
+    assert "the GRU has the lowest loss" in text and "the GPT, the RNN and the LSTM did not learn" in text
+    for row in found["losses"]:
+        row["loss"] = 9.0
+    assert "No model learned anything" in parallelism._losses_in_words(found)

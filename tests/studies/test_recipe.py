@@ -54,7 +54,7 @@ def test_a_run_whose_loss_is_not_finite_ends_and_has_not_reached_the_loss(run, m
 
 
 def test_every_recipe_has_a_name_of_its_own_and_differs_from_the_others():
-    names, recipes = zip(*recipe.recipes(), strict=True)
+    names, recipes = zip(*recipe.recipes(8), strict=True)
     assert len(set(names)) == len(names) == len(set(recipes))
 
 
@@ -65,12 +65,25 @@ def test_only_a_recipe_that_reached_the_loss_with_every_seed_is_the_fastest():
     assert recipe._fastest([slow, fast, never]) is fast and recipe._fastest([never]) is None
 
 
+def test_fewer_variants_leave_the_recipes_themselves():
+    assert [name for name, _ in recipe.recipes(0)] == [recipe.NANOGPT, recipe.OURS]
+    assert len(recipe.recipes(1)) == 4
+
+
 def test_the_findings_follow_from_the_rows():
-    rows = [row(recipe.NANOGPT, 40.0), row("rate 4e-3", 20.0), row(recipe.OURS, 8.0, optimizer="muon")]
-    text = recipe._findings(rows)
-    assert "The preset takes 8.0 seconds." in text and "is 40.0, which is 5.00 times as long" in text
-    assert "AdamW alone (rate 4e-3) it is 20.0, which is 2.50 times as long" in text
+    rows = [row(recipe.NANOGPT, 40.0), row("rate 4e-3", 20.0), row(recipe.OURS, 8.0, 8.2, optimizer="muon")]
+    assert recipe._preset_in_words(rows) == (
+        "The preset reached the loss in 8.1 seconds; nanoGPT's recipe took 4.94 times that."
+    )
+    assert "(rate 4e-3) took 20.0 seconds, 2.47 times the preset's" in recipe._adamw_in_words(rows)
+    assert recipe._fastest_in_words(rows) == "No recipe tried was faster than the preset."
+    near, far = row("near", 7.0, optimizer="muon"), row("far", 1.0, optimizer="muon")
+    assert "do not tell the two apart" in recipe._fastest_in_words([*rows, near])
+    assert (
+        recipe._fastest_in_words([*rows, far]) == "The fastest of all (far) took 1.0 seconds, 0.12 times the preset's."
+    )
     rows[0]["runs"][0]["reached"] = False
-    assert "No seconds can be given for nanoGPT's recipe." in recipe._findings(rows)
+    assert "nanoGPT's recipe did not with every seed" in recipe._preset_in_words(rows)
     rows[2]["runs"][0]["reached"] = False
-    assert "The preset has not reached the loss" in recipe._findings(rows)
+    assert "The preset did not reach the loss" in recipe._preset_in_words(rows)
+    assert recipe._fastest_in_words([rows[0], rows[2]]) == "No recipe reached the loss with every seed."
