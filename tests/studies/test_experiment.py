@@ -63,7 +63,7 @@ BAD_USAGE = [
     (["learning-rate", "--seed", "-1"], "seed: expected"),
     (["normalisation", "--momenta", "2"], "momenta: expected numbers above 0 and at most 1"),
     (["parallelism", "--contexts", ""], "contexts: expected whole numbers"),
-    (["parallelism", "--seconds", "nan"], "seconds: expected at least 0, got nan"),
+    (["parallelism", "--seconds", "nan"], "seconds: expected a finite number, got nan"),
     (["depth", "--lr", "nan"], "lr: expected a finite number"),
     (["embeddings", "--analogy", "king-man"], "analogy: expected"),
     (["embeddings", "--neighbours", "0"], "neighbours: expected at least 1"),
