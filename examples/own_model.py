@@ -55,7 +55,8 @@ class GPT(nn.Module):
         self.tokens, self.positions = nn.Embedding(vocab_size, C), nn.Embedding(T, C)
         self.blocks = nn.Sequential(*(Block(functions) for _ in range(L)))
         self.ln = nn.LayerNorm(C)
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        for table in (self.tokens, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         """idx, targets (B, T) -> the mean loss in nats per token."""
@@ -166,7 +167,7 @@ def measure(vocab_size: int, compiler: str, seconds: float, x: Tensor, y: Tensor
 
 def train(vocab_size: int, tokens: Tensor, steps: int) -> None:
     model = GPT(vocab_size).to(tokens.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for i in range(steps):
         loss = step(model, optimizer, *batch(tokens))
         if i % max(steps // 5, 1) == 0 or i == steps - 1:
