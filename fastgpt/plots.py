@@ -30,7 +30,7 @@ WIDTH = 6.0  # inches
 DPI = 200
 FONT_SIZE = 10.0  # points; the least size of a letter
 
-INK, FAINT = "#222222", "#8a8a8a"
+INK, FAINT, GRID = "#222222", "#8a8a8a", "#e4e4e4"
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, INK)
 MARKERS = "os^DvP*X"
@@ -47,7 +47,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
+    "grid.color": GRID,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
     "xtick.labelcolor": INK,
@@ -124,7 +124,7 @@ def png(figure: Any) -> bytes:
         # Where the font lacks a letter, it draws a box; that is no reason for a warning, as the numbers are right.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(drawn, format="png", dpi=DPI, facecolor="white")
-    image = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(packed, format="png", optimize=True)
     return packed.getvalue()
 

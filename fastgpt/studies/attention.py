@@ -11,6 +11,7 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +20,13 @@ from ..loading import load
 from ..machine import resolve_device
 from ..model import GPT, CausalSelfAttention
 from ..ops.reference import causal_mask
-from ..plots import FONT_SIZE, panels
+from ..plots import GRID, panels
 from ..tokenizer import Tokenizer
 from .experiment import StudyError, at_least, label, small_gpt, train_small_gpt
 from .page import counted, listed, together
 from .settings import AttentionSettings
+
+LEGIBLE = {True: 36, False: 28}  # names of tokens on an axis: where they are single characters, and where not
 
 
 def measure(settings: AttentionSettings) -> dict[str, Any]:
@@ -149,7 +152,6 @@ def _packed(maps: Tensor) -> list[list[float]]:
 # ---- what is shown ----
 
 
-LEGIBLE = 32  # names of tokens on an axis
 EVEN = 0.9  # a head whose entropy is above this part of the largest possible one looks at everything alike
 
 
@@ -166,12 +168,13 @@ def show(results: dict[str, Any], page: Any) -> None:
         f"the map of a head, each row is a token, and shows which shares of its attention go to the tokens in the "
         f"columns."
     )
-    page.picture(
-        "maps",
-        "Attention maps by layer (down) and head (across)",
-        lambda: _draw_maps(results),
-        nothing=_why_no_maps(results),
-    )
+    if len(results["rows"]) > 1:
+        page.picture(
+            "maps",
+            "Attention maps by layer (down) and head (across)",
+            lambda: _draw_maps(results),
+            nothing=_why_no_maps(results),
+        )
     page.findings(_distances_in_words(results), _entropies_in_words(results), _habits_in_words(results))
     with page.numbers():
         page.paragraph(
@@ -283,46 +286,52 @@ def _habits_in_words(results: dict[str, Any]) -> str:
 
 
 def _draw_maps(results: dict[str, Any]) -> Any:
-    """All maps in small: a glance tells which heads look near, far, or everywhere."""
-    rows = results["rows"]
+    """All maps in small, in one image: a glance tells which heads look near, far, or everywhere."""
+    rows, n = results["rows"], len(results["tokens"])
     layers, heads = (sorted({row[name] for row in rows}) for name in ("layer", "head"))
-    side = 5.0 / len(heads)
-    figure, axes = panels(1.0 + side * len(layers), len(layers), len(heads), sharex=True, sharey=True)
+    gap = max(1, n // 16)
+    step = n + gap
+    image = np.full((step * len(layers) - gap, step * len(heads) - gap), math.nan)
     for row in rows:
-        panel = axes[layers.index(row["layer"])][heads.index(row["head"])]
-        shown = _show_map(panel, row, len(results["tokens"]), _strongest(results))
-        panel.set(xticks=[], yticks=[])
-    for panel, layer in zip(axes[:, 0], layers, strict=True):
-        panel.set_ylabel(f"layer {layer}" if len(layers) < 7 else layer)
-    for panel, head in zip(axes[0], heads, strict=True):
-        panel.set_title(f"head {head}" if len(heads) < 7 else head, loc="center", fontsize=FONT_SIZE)
-    figure.colorbar(shown, ax=axes, orientation="horizontal", aspect=40, fraction=0.04, label="share of the attention")
+        top, left = step * layers.index(row["layer"]), step * heads.index(row["head"])
+        image[top : top + n, left : left + n] = _full(row["map"], n)
+    figure, [[axes]] = panels(1.3 + 5.2 * len(layers) / len(heads))
+    _show(figure, axes, image)
+    axes.xaxis.tick_top()
+    axes.set_xticks([step * i + n / 2 for i in range(len(heads))], heads)
+    axes.set_yticks([step * i + n / 2 for i in range(len(layers))], layers)
+    axes.set(title="head", ylabel="layer")
     return figure
 
 
 def _draw_head(row: dict[str, Any], tokens: list[str]) -> Any:
     """The map of one head, with its tokens; of a long prompt, as many of them are named as can be read."""
-    figure, [[axes]] = panels(5.8)
-    shown = _show_map(axes, row, len(tokens), max(map(max, row["map"])))
-    every = -(-len(tokens) // LEGIBLE)
+    figure, [[axes]] = panels(6.7)
+    _show(figure, axes, _full(row["map"], len(tokens)))
+    are_characters = all(len(token) == 1 for token in tokens)
+    every = -(-len(tokens) // LEGIBLE[are_characters])
     at = range(0, len(tokens), every)
     names = [token if len(token) <= 10 else f"{token[:9]}…" for token in tokens[::every]]
-    rotation = 0 if all(len(name) == 1 for name in names) else 90
+    rotation = 0 if are_characters else 90
     axes.set_xticks(at, names, parse_math=False, family="monospace", rotation=rotation)
     axes.set_yticks(at, names, parse_math=False, family="monospace")
     which = {1: ""}.get(every, f" (one in {every} is named)")
     axes.set(xlabel=f"token that is attended to{which}", ylabel="token that attends")
-    figure.colorbar(shown, shrink=0.7, label="share of the attention")
     return figure
 
 
-def _show_map(axes: Any, row: dict[str, Any], n: int, largest: float) -> Any:
-    image = [values + [0.0] * (n - len(values)) for values in row["map"]]
+def _full(packed: list[list[float]], n: int) -> np.ndarray:
+    """The map (n, n) with the zeros that `_packed` left out."""
+    return np.array([values + [0.0] * (n - len(values)) for values in packed])
+
+
+def _show(figure: Any, axes: Any, image: np.ndarray) -> None:
+    """Shares as colours, with their scale; what is not a number is grey."""
+    from matplotlib import colormaps
+
+    blues = colormaps["Blues"].with_extremes(bad=GRID)
+    shown = axes.imshow(image, cmap=blues, vmin=0.0, interpolation="nearest")
     axes.grid(False)
     axes.tick_params(length=0)
-    return axes.imshow(image, cmap="Blues", vmin=0.0, vmax=largest, interpolation="nearest")
-
-
-def _strongest(results: dict[str, Any]) -> float:
-    """The largest share in any of the maps."""
-    return max(max(map(max, row["map"])) for row in results["rows"])
+    axes.spines[:].set_visible(False)
+    figure.colorbar(shown, orientation="horizontal", aspect=40, fraction=0.04, label="share of the attention")

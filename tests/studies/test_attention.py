@@ -10,7 +10,9 @@ import torch
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.cli import main
+from fastgpt.plots import styled
 from fastgpt.studies import attention
+from figures import faults
 
 SMALL = GPTConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
 
@@ -71,3 +73,33 @@ def test_attention_that_is_spread_evenly_is_not_drawn():
     assert "the maps say nothing" in attention._entropies_in_words(found)
     assert "each map is one colour" in attention._why_no_maps(found)
     assert "No head gives more than half" in attention._habits_in_words(found)
+
+
+WORDS = ("␣the", "Hello", "␣understanding␣", "<ff>", "$x$", "⏎")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "named"), [("Wgjp", 36, 36), ("Wgjp", 64, 32), (WORDS, 28, 28), (WORDS, 64, 22)]
+)
+def test_the_tokens_at_a_map_can_be_read(tokens, n, named):
+    """As many as fit; a long word is shortened, and a dollar sign begins no formula."""
+    row = {"map": [[1.0 / (i + 1)] * (i + 1) for i in range(n)]}
+    figure = styled(attention._draw_head)(row, [tokens[i % len(tokens)] for i in range(n)])
+    assert faults(figure) == []
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(names) == named and max(map(len, names)) <= 10
+    assert ("is named" in figure.axes[0].get_xlabel()) == (named < n)
+
+
+@pytest.mark.parametrize(("n_layer", "n_head"), [(1, 2), (2, 8), (12, 12)])
+def test_the_maps_of_all_heads_stand_side_by_side(n_layer, n_head):
+    rows = [
+        {"layer": i + 1, "head": j + 1, "map": [[i + j / 16], [0.0, i]]} for i in range(n_layer) for j in range(n_head)
+    ]
+    figure = styled(attention._draw_maps)({"rows": rows, "tokens": ["a", "b"]})
+    assert faults(figure) == []
+    image = figure.axes[0].images[0].get_array()
+    for i in range(n_layer):
+        for j in range(n_head):
+            assert image[3 * i : 3 * i + 2, 3 * j : 3 * j + 2].tolist() == [[i + j / 16, 0.0], [0.0, i]]
+    assert image.shape == (3 * n_layer - 1, 3 * n_head - 1) and image[:, 2].mask.all(), "gaps"
