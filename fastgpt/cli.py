@@ -48,8 +48,26 @@ def _on_backend(name: str, device: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if name == "auto" else use_backend(name)
 
 
+def _start(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
+    """The model that --init-from names, its tokenizer, and the settings that it completes."""
+    from .training.initial import initial_model
+
+    assert settings.init_from is not None
+    try:
+        model, tokenizer = initial_model(settings.init_from, settings.asked_of_the_start())
+    except ConfigError as error:
+        raise UsageError(_naming_option(error, settings)) from None
+    completed = settings.with_start(model.kind, tokenizer.kind, model.cfg)
+    print(f"starts from {settings.init_from}: {model.kind}, tokenizer {tokenizer.kind}, lr {completed.lr:g}")
+    return model, tokenizer, completed
+
+
 def train(settings: TrainSettings) -> None:
     data, out = required(settings, "train")
+    initial: Any = None
+    tokenizer: Any = settings.tokenizer
+    if settings.init_from and not settings.resume:
+        initial, tokenizer, settings = _start(settings)
     train_config = settings.train_config()
     settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
     check_tokenizer(settings)
@@ -75,17 +93,20 @@ def train(settings: TrainSettings) -> None:
     if settings.layout != "completions" and data.endswith(".jsonl"):
         print(f"data: {data} is read as plain text; --layout completions learns the completions in JSON lines")
     saved = runs.load_latest(out) if settings.resume else None
-    tokenizer: Any = settings.tokenizer
     if saved is not None:
         tokenizer = tokenizer_from_json(saved.tokenizer)
-    elif tokenizer not in ("char", "bpe"):
+    elif initial is None and tokenizer not in ("char", "bpe"):
         tokenizer = read_tokenizer(tokenizer)
     corpus = Corpus.load(
         data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size, layout=settings.layout
     )
     vocab_size = corpus.tokenizer.vocab_size
-    if settings.vocab_size is not None and vocab_size < settings.vocab_size:
+    if tokenizer == "bpe" and vocab_size < (settings.vocab_size or 0):
         print(f"vocab_size: {vocab_size} tokens, not {settings.vocab_size}: no further pair occurs twice in the text")
+    if initial is not None:  # which may have more than its tokenizer needs
+        vocab_size = initial.cfg.vocab_size
+    elif saved is not None:
+        vocab_size = saved.model_config["vocab_size"]
     run: dict[str, Any] = {
         "kind": settings.model,
         "config": settings.model_config(vocab_size),
@@ -95,7 +116,7 @@ def train(settings: TrainSettings) -> None:
         "resume_command": f"fastgpt train --out {shlex.quote(out)} --resume",
     }
     with on_backend:
-        trainer = runs.start(out, **run) if saved is None else runs.resume(out, saved, **run)
+        trainer = runs.start(out, **run, initial=initial) if saved is None else runs.resume(out, saved, **run)
         n = trainer.model.num_parameters()
         where = f"{trainer.device}, {trainer.precision}"
         print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {where}", flush=True)
@@ -310,9 +331,9 @@ def parse(args: Sequence[str]) -> tuple[Command, Any]:
         values = [with_sources(found.settings, given, on_gpu) for on_gpu in (False, True)]
         _print_and_exit(help_text(prog, found.about, found.settings, *values))
     settings = with_sources(found.settings, given)
+    check_common(settings)
     if isinstance(settings, TrainSettings) and settings.follow_the_device() and _is_gpu(settings.device):
         settings = with_sources(found.settings, given, on_gpu=True)
-    check_common(settings)
     return found, settings
 
 

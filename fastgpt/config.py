@@ -275,6 +275,25 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+# How a trained model is trained further where no preset is named. Small steps keep most of what it has learned.
+FINE_TUNING = {
+    "batch_size": 16,
+    "max_steps": 300,
+    "min_lr": 0.0,
+    "lr_decay": "linear",
+    "warmup_steps": 20,
+    "eval_interval": 50,
+}
+
+
+def fine_tuning_rate(n_embd: int) -> float:
+    """The learning rate of AdamW that goes with FINE_TUNING: inverse to the width, as Yang et al. 2022 scale it.
+
+    1e-3 was a good rate for a width of 128; for GPT-2's 768 it becomes 1.7e-4.
+    """
+    return 0.128 / n_embd
+
+
 def preset(name: str) -> Preset:
     """The preset called `name`, as new dictionaries."""
     _expect(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")

@@ -12,7 +12,7 @@ from typing import Any
 from .baselines import model_class
 from .checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_parameters
 from .config import GPTConfig, from_dict
-from .files import expand_path
+from .hub import model_place
 from .language_model import LanguageModel
 from .model import GPT
 from .tokenizer import Tokenizer, tokenizer_from_json
@@ -24,7 +24,8 @@ def load(path: str | Path, **changes: Any) -> tuple[LanguageModel, Tokenizer]:
 
     path: the folder of a run, of which the best checkpoint is taken; one checkpoint; a folder that
     `model.save_pretrained` wrote; or the folder of a Hugging Face GPT-2, with config.json, safetensors, and either
-    tokenizer.json or vocab.json and merges.txt. `changes` override settings of the model: dropout=0.1.
+    tokenizer.json or vocab.json and merges.txt. Where this machine has nothing of that name, "gpt2" and the like, and
+    "owner/name", are fetched from the Hugging Face Hub. `changes` override settings of the model: dropout=0.1.
 
     Raises CheckpointError, or ValueError for a tokenizer, naming the file and what is wrong with it.
     """
@@ -41,7 +42,7 @@ def load(path: str | Path, **changes: Any) -> tuple[LanguageModel, Tokenizer]:
 
 def find_model(path: str | Path) -> Path:
     """The file or folder that a model is read from: a saved model's weights stand for their folder."""
-    place = expand_path(path)
+    place = model_place(path)
     return place.parent if place.name == "model.safetensors" else place
 
 

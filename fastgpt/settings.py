@@ -4,7 +4,8 @@ A value comes from the first of these sources that gives one:
 
 1. the command line;
 2. the TOML file of --config;
-3. for `train` the run that is resumed, else the preset; for `learn` and the studies the small sizes of --quick;
+3. for `train` the run that is resumed, or the model that --init-from names, then the preset; for `learn` and the
+   studies the small sizes of --quick;
 4. the default.
 
 A class has the options of one command. A field is an option (`max_steps` is --max-steps), and the comment beside it or
@@ -19,11 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .config import BACKENDS, SOURCES, ConfigError, GPTConfig, TrainConfig, check_types, from_dict, preset
+from .config import (
+    BACKENDS,
+    FINE_TUNING,
+    SOURCES,
+    ConfigError,
+    GPTConfig,
+    TrainConfig,
+    check_types,
+    fine_tuning_rate,
+    from_dict,
+    preset,
+)
 from .files import expand_path
 
 # The settings that name files or folders, in whatever command they are.
-PATHS = frozenset({"checkpoint", "config", "data", "lecture", "nanogpt", "out", "results", "tokenizer", "vectors"})
+PATHS = frozenset(
+    {"checkpoint", "config", "data", "init_from", "lecture", "nanogpt", "out", "results", "tokenizer", "vectors"}
+)
 _NOT_PATHS = (*SOURCES, "char", "bpe")  # values of --data and --tokenizer that are names
 
 
@@ -44,6 +58,9 @@ class RunSettings:
     data: str | None = None  # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
     out: str | None = None  # the run's folder.
     resume: bool = False  # go on with the run in --out.
+    # train this model further instead of a new one: a run, a checkpoint, a saved model, the folder of a Hugging Face
+    # GPT-2, or its name there, as gpt2. It keeps its shape and its tokenizer.
+    init_from: str | None = None
     backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
     tokenizer: str = "char"  # char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
 
@@ -81,7 +98,7 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
 
     def follow_the_device(self) -> bool:
         """Whether the defaults depend on the device. ConfigError where the settings are wrong on any device."""
-        if self.preset != "auto" or self.resume or self.data is None or self.out is None:
+        if self.preset != "auto" or self.resume or self.init_from or self.data is None or self.out is None:
             return False
         self.train_config(), self.model_config(vocab_size=1)
         return True
@@ -91,7 +108,21 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
         values = dataclasses.asdict(self)
         for name in ("config", "resume", "preset"):
             del values[name]
-        return values | {name: absolute(values[name]) for name in ("data", "tokenizer")}
+        values |= {name: absolute(values[name]) for name in ("data", "tokenizer")}
+        return values | {"init_from": _start(self.init_from)}
+
+    def asked_of_the_start(self) -> dict[str, Any]:
+        """The settings that --init-from would decide, and that were given all the same."""
+        return {name: value for name in OF_THE_START if (value := getattr(self, name)) is not None}
+
+    def with_start(self, kind: str, tokenizer: str, config: GPTConfig) -> TrainSettings:
+        """These settings with what the model that --init-from names decides: its own settings, and those not given."""
+        own = {"model": kind, "tokenizer": tokenizer, **dataclasses.asdict(config)}
+        if tokenizer == "char":
+            own["vocab_size"] = None  # only a bpe tokenizer is given a size
+        if self.lr is None:
+            own["lr"] = fine_tuning_rate(config.n_embd)
+        return dataclasses.replace(self, **own)
 
     def _part(self, kind: type) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
@@ -211,6 +242,8 @@ def with_sources(kind: type, given: dict[str, Any], on_gpu: bool = False) -> Any
         below = getattr(kind, "QUICK", {}) if given.get("quick") else {}
     elif given.get("out") and given.get("resume"):
         below = _of_resumed_run(given)
+    elif given.get("init_from"):
+        return _from_a_start(given)
     else:
         below = _of_preset(given, on_gpu)
     settings = kind(**(below | given))
@@ -234,6 +267,23 @@ def _of_preset(given: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     return {key: value for key, value in (model | train).items() if key != "vocab_size"}
 
 
+OF_THE_START = ("model", "tokenizer", *(field.name for field in dataclasses.fields(GPTConfig)))
+
+
+def _from_a_start(given: dict[str, Any]) -> TrainSettings:
+    """The settings of a run that --init-from starts; None stands for what its model will decide.
+
+    A preset gives the settings of training alone.
+    """
+    name = given.get("preset", "auto")
+    below = FINE_TUNING if name == "auto" else preset(name)[1]
+    settings = TrainSettings(**(below | given))
+    check_types(settings)
+    open_names = OF_THE_START if "lr" in below else (*OF_THE_START, "lr")
+    left: dict[str, Any] = {name: None for name in open_names if name not in given}
+    return dataclasses.replace(settings, **left)
+
+
 def _of_resumed_run(given: dict[str, Any]) -> dict[str, Any]:
     out = given["out"]
     if "preset" in given:
@@ -252,10 +302,11 @@ def check_tokenizer(settings: TrainSettings) -> None:
     """Refuse a size that the tokenizer cannot have, and another tokenizer than that of a run that is resumed."""
     if settings.resume and settings.out:
         run = _settings_of_run(Path(settings.out))
-        for name in ("tokenizer", "vocab_size"):
+        for name in ("tokenizer", "vocab_size", "init_from"):
             was, now = run.get(name, getattr(TrainSettings, name)), getattr(settings, name)
             if absolute(str(now)) != absolute(str(was)):
                 option = f"--{name.replace('_', '-')}"
+                was = "none" if was is None else was
                 raise UsageError(f"{option}: the run in {settings.out} has {was}, not {now}; it cannot be changed")
     if settings.tokenizer == "char" and settings.vocab_size is not None:
         raise UsageError("--vocab-size: the characters of the data are the vocabulary; it goes with --tokenizer bpe")
@@ -299,6 +350,11 @@ def _expanded(name: str, value: Any) -> Any:
 def absolute(path: str) -> str:
     """`path` as an absolute one; the names of texts and of tokenizers stay as they are."""
     return path if path in _NOT_PATHS else str(Path(path).resolve())
+
+
+def _start(path: str | None) -> str | None:
+    """What --init-from names: an absolute path, or a name on the Hugging Face Hub as it is."""
+    return path if path is None or not Path(path).exists() else str(Path(path).resolve())
 
 
 def check_common(settings: Any) -> None:

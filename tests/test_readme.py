@@ -28,6 +28,7 @@ DOCUMENTS = {
 README = DOCUMENTS["README.md"]
 WRITTEN_BY_HAND = ["README.md", "CONTRIBUTING.md", "getting-started.md", "backends.md", "benchmarks.md", "gpu.md"]
 SPEECH = "ROMEO. But soft, what light through yonder window breaks?\nJULIET. It is KING HENRY, 1599!\n\n"
+SPEECH += "ABCDEFGHIJKLMNOPQRSTUVWXYZ: abcdefghijklmnopqrstuvwxyz\n\n"  # all that the examples prompt with
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -55,7 +56,7 @@ QUICKER = {  # what makes a command short enough for a test
 ELSEWHERE = ("parity", "bench")  # they are run by test_parity.py and test_bench_command.py
 COMMANDS_OF = {
     "README.md": ["doctor", "train", "sample", "train", "data", "learn", "study", "study"],
-    "getting-started.md": ["train", "sample", "eval", "train", "data", "train"],
+    "getting-started.md": ["train", "sample", "eval", "train", "data", "train", "sample", "train"],
     "backends.md": ["doctor"],
 }
 
@@ -70,7 +71,7 @@ def small(tmp_path) -> Path:
 def shortened(words: list[str], folder: Path) -> list[str]:
     """The same `fastgpt` command on little text and in few steps; all else stays as the reader would type it."""
     command, options = words[1], words[2:]
-    if "--data" in options:
+    if "--data" in options and not (folder / options[options.index("--data") + 1]).is_file():
         options[options.index("--data") + 1] = str(folder / "shakespeare.txt")
     if "--max-steps" in options:
         del options[(i := options.index("--max-steps")) : i + 2]
@@ -85,6 +86,9 @@ def test_the_commands_of_a_document_run_in_order(document, small):
     text = DOCUMENTS[document]
     for settings in blocks("toml", text):
         (small / "run.toml").write_text(settings.replace('"tinyshakespeare"', '"shakespeare.txt"'))
+    for code in blocks("python", text):
+        if "shouts.jsonl" in code:  # the data of a command
+            run([sys.executable, "-c", code], small)
     commands = [w for w in shell_commands(text) if w[0] == "fastgpt" and w[1] not in ELSEWHERE]
     assert [words[1] for words in commands] == COMMANDS_OF[document]
     for words in commands:
@@ -95,7 +99,9 @@ def test_the_commands_of_a_document_run_in_order(document, small):
             case "train":
                 assert f"step {6 if '--resume' in words else 3}:" in output
             case "sample":
-                assert output.startswith("ROMEO. ") and len(output) == len("ROMEO. ") + 200 + 1
+                prompt = words[words.index("--prompt") + 1]
+                assert output.startswith(prompt)
+                assert "--max-new-tokens" not in words or len(output) == len(prompt) + 200 + 1
             case "eval":
                 assert "bits per byte" in output
             case "doctor":
@@ -274,6 +280,7 @@ DECIMALS = {  # the only ones in the words of a document, and what each is
         "2.11": "PyTorch",
         "0.8": "million parameters of the demo",
         "0.004": "an example of a learning rate",
+        "0.128": "a learning rate times a width",
         "1.88": "nanoGPT's README",
         "1.1": "MB of data",
         "0.6": "the package shakespeare",

@@ -11,10 +11,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..baselines import build_model
 from ..checkpoint import Checkpoint, CheckpointError
 from ..config import GPTConfig, TrainConfig, from_dict
 from ..data.corpus import Corpus
+from ..language_model import LanguageModel
 from .loop import Trainer
 from .run_folder import RunFolder
 
@@ -28,16 +31,22 @@ def start(
     kind: str = "gpt",
     settings: dict[str, Any] | None = None,
     resume_command: str = "",
+    initial: LanguageModel | None = None,
 ) -> Trainer:
-    """Create the folder `out` and a trainer of a new model, ready to `run()`.
+    """Create the folder `out` and a trainer of a new model, or of `initial`, ready to `run()`.
 
     `kind` is a name in `baselines.MODELS`; the weights follow from train_config.seed. `settings` is what config.toml
     records; without it, the kind and both configurations. `resume_command` is shown where the run is interrupted.
+    `initial` is a model that is trained further (see `initial.py`): `config` and `kind` are then its own.
     Raises TrainingError where the folder already holds a run or cannot be written.
     """
     folder = RunFolder(Path(out))
     folder.create(_recorded(kind, config, train_config) if settings is None else settings)
-    return Trainer(build_model(config, train_config.seed, kind), corpus, train_config, folder, resume_command)
+    if initial is None:
+        initial = build_model(config, train_config.seed, kind)
+    else:
+        torch.manual_seed(train_config.seed)  # of dropout, as `build_model` does
+    return Trainer(initial, corpus, train_config, folder, resume_command)
 
 
 def resume(
