@@ -80,6 +80,7 @@ def train(settings: TrainSettings) -> None:
     from .tokenizer_files import read_tokenizer
     from .training import runs
     from .training.muon import who_trains
+    from .training.progress import first_lines
     from .training.step import Precision
 
     model_class(settings.model)
@@ -117,9 +118,10 @@ def train(settings: TrainSettings) -> None:
     }
     with on_backend:
         trainer = runs.start(out, **run, initial=initial) if saved is None else runs.resume(out, saved, **run)
-        n = trainer.model.num_parameters()
-        where = f"{trainer.device}, {trainer.precision}"
-        print(f"{n:,} parameters, {len(corpus.train):,} training tokens, device {where}", flush=True)
+        if (reached := trainer.finished()) is not None:
+            print(f"{out}: this run is finished: it has reached {reached}; a larger --max-steps goes on with it")
+            return
+        print(*first_lines(trainer, settings.origin(device.type), data), sep="\n", flush=True)
         if train_config.optimizer == "muon":
             print(f"optimizer: {who_trains(trainer.optimizer)}", flush=True)
         state = trainer.run()

@@ -96,6 +96,14 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
             f"better with an --lr of its own ({TrainConfig.lr:g} where there is no preset)"
         )
 
+    def origin(self, device_type: str) -> str:
+        """In words, which settings the given ones were added to."""
+        if self.resume:
+            return "settings of the run"
+        if self.preset != "auto":
+            return f"preset {self.preset}"
+        return f"preset {default_preset(device_type == 'cuda')}, the default on {device_type}"
+
     def follow_the_device(self) -> bool:
         """Whether the defaults depend on the device. ConfigError where the settings are wrong on any device."""
         if self.preset != "auto" or self.resume or self.init_from or self.data is None or self.out is None:

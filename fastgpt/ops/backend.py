@@ -246,6 +246,12 @@ def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -
     return "torch", reasons
 
 
+def usual(op: str, device_type: str) -> str:
+    """The backend that most calls of `op` take on a kind of device: the first in its order that works there."""
+    names = PREFERENCE[op].get(device_type, ("torch",)) if requested() == "auto" else (requested(),)
+    return next((name for name in names if unavailable(name, device_type) is None), "torch")
+
+
 _UNTRIED = "it has had no self-test yet, and a CUDA graph is being captured; make such a call once before the capture"
 _MOST_VERDICTS = 4096  # the sizes of a call, of which generation has new ones at every token, are a part of the key
 _verdicts: dict[tuple, str | None] = {}

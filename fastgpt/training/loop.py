@@ -30,6 +30,7 @@ from ..machine import resolve_device
 from . import TrainingError
 from .graph import GraphedStep
 from .muon import Muon
+from .progress import Progress
 from .run_folder import RunFolder, plot_loss
 from .step import Batch, Precision, count_targets, learning_rate, make_optimizer, mean_loss, training_step
 
@@ -161,16 +162,24 @@ class Trainer:
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Train to max_steps or target_loss; returns the final counters. Raises Interrupted or TrainingError."""
-        from tqdm import tqdm
+    def finished(self) -> str | None:
+        """What was reached, in words, where there is nothing left to do: max_steps or target_loss."""
+        cfg, state = self.cfg, self.state
+        if 0 < state["step"] >= cfg.max_steps:
+            return f"step {state['step']} of --max-steps {cfg.max_steps}"
+        best, target = state["best_val"], cfg.target_loss
+        return f"--target-loss {target:g} at step {state['step']}" if target and best and best <= target else None
 
+    def run(self, *, lines: bool = True) -> dict[str, Any]:
+        """Train to max_steps or target_loss; returns the final counters. Raises Interrupted or TrainingError.
+
+        Where there is no terminal for a bar, `lines` prints a line for each interval of cfg.log_interval steps.
+        """
         cfg, state = self.cfg, self.state
         if self._recorder is not None:  # a graph belongs to the tensors that it was recorded with
             self._take = GraphedStep(self._take_eagerly, self.model, self.optimizer, self.precision, self._recorder)
         with self._signals():
-            bar = tqdm(total=cfg.max_steps, initial=state["step"], unit="step", disable=None, dynamic_ncols=True)
-            self._say = bar.write if not bar.disable else lambda text: print(text, flush=True)
+            self._progress = Progress(cfg, state["step"], lines)
             on_cpu = self.device.type == "cpu"
             batches = Prefetcher(
                 self.corpus.examples("train", self.model.cfg.block_size),
@@ -182,10 +191,10 @@ class Trainer:
                 depth=cfg.grad_accum * STEPS_CUT_AT_ONCE if on_cpu else cfg.grad_accum + 1,
                 threaded=not on_cpu,
             )
-            with bar, batches:
+            with self._progress, batches:
                 done = self._evaluate_and_save() if state["step"] == 0 else False
                 while state["step"] < cfg.max_steps and not done:
-                    done = self._interval(iter(batches), bar)
+                    done = self._interval(iter(batches))
                 if state["step"] >= cfg.max_steps and not self.folder.latest.exists():
                     self._save()
         problem = plot_loss(self.folder.metrics_path, self.folder.path / "loss.png")
@@ -193,7 +202,7 @@ class Trainer:
             print(problem)
         return dict(state)
 
-    def _interval(self, batches: Iterator[tuple[Tensor, Tensor]], bar: Any) -> bool:
+    def _interval(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
         """Train up to the next step whose loss is read, which waits for a GPU. Returns True when training is over."""
         cfg, state = self.cfg, self.state
         began = time.perf_counter()
@@ -211,7 +220,7 @@ class Trainer:
             if not layout_class(cfg.layout).equal_targets:
                 counts.append(torch.stack([count_targets(y) for _, y in micro_batches]).sum())
             state["step"] += 1
-            bar.update(1)
+            self._progress.bar.update(1)
         values = torch.stack(losses).tolist() if losses else []
         elapsed = time.perf_counter() - began
         self._check_losses(values, first)
@@ -221,9 +230,9 @@ class Trainer:
             weights = torch.stack(counts).tolist() if counts else [1] * len(values)
             loss = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
             rate = _rate(tokens, elapsed)
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             if state["step"] % cfg.log_interval == 0:
                 self._write("train", loss, rate)
+            self._progress.interval(state["step"], len(values), loss, rate, elapsed)
         done = False
         if state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_steps:
             done = self._evaluate_and_save()
@@ -281,7 +290,7 @@ class Trainer:
         if best:
             link_or_copy(self.folder.latest, self.folder.best)
         skipped = self.skipped_steps()
-        self._say(
+        self._progress.say(
             f"step {state['step']}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {state['elapsed_s']:.1f} s"
             + (f", {skipped} steps skipped, whose float16 gradients overflowed" if skipped else "")
         )
