@@ -119,7 +119,7 @@ def train(settings: TrainSettings) -> None:
     with on_backend:
         trainer = runs.start(out, **run, initial=initial) if saved is None else runs.resume(out, saved, **run)
         if (reached := trainer.finished()) is not None:
-            print(f"{out}: this run is finished: it has reached {reached}; a larger --max-steps goes on with it")
+            print(f"the run in {out} is finished: {reached}")
             return
         print(*first_lines(trainer, settings.origin(device.type), data), sep="\n", flush=True)
         if train_config.optimizer == "muon":

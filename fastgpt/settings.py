@@ -100,6 +100,8 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
         """In words, which settings the given ones were added to."""
         if self.resume:
             return "settings of the run"
+        if self.init_from:
+            return f"starts from {self.init_from}"
         if self.preset != "auto":
             return f"preset {self.preset}"
         return f"preset {default_preset(device_type == 'cuda')}, the default on {device_type}"

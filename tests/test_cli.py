@@ -76,9 +76,14 @@ def test_resume_goes_on_and_keeps_the_new_settings(text_file, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "max_steps: 6 -> 9, which the learning rate's schedule follows" in said and "lr: 0.016 -> 0.002" in said
     assert [r["step"] for r in read_metrics(out / "metrics.jsonl") if r["split"] == "val"] == [0, 3, 6, 9]
-    assert main(["train", "--out", str(out), "--resume"]) == 0, "a finished run is simply done"
-    assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 9
-    capsys.readouterr()
+    before = files(out)
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    finished = (
+        f"the run in {out} is finished: it has reached step 9 of --max-steps 9; a larger --max-steps goes on with it"
+    )
+    assert capsys.readouterr().out == finished + "\n" and files(out) == before
+    assert main(["train", "--out", str(out), "--resume", "--max-steps", "12", "--target-loss", "9"]) == 0
+    assert "is finished: it has reached --target-loss 9; a lower --target-loss goes on" in capsys.readouterr().out
     assert main(["train", "--out", str(out), "--resume", "--n-layer", "2"]) == 1
     assert "field 'n_layer' is 1, not 2: a resumed run keeps it; leave --n-layer out" in capsys.readouterr().err
     same = text_file.with_name("same.txt")

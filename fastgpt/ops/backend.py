@@ -247,9 +247,8 @@ def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -
 
 
 def usual(op: str, device_type: str) -> str:
-    """The backend that most calls of `op` take on a kind of device: the first in its order that works there."""
-    names = PREFERENCE[op].get(device_type, ("torch",)) if requested() == "auto" else (requested(),)
-    return next((name for name in names if unavailable(name, device_type) is None), "torch")
+    """The backend that most calls of `op` take on a kind of device: the first to be tried that works there."""
+    return next(name for name in _candidates(op, device_type) if unavailable(name, device_type) is None)
 
 
 _UNTRIED = "it has had no self-test yet, and a CUDA graph is being captured; make such a call once before the capture"

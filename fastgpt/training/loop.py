@@ -163,12 +163,13 @@ class Trainer:
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def finished(self) -> str | None:
-        """What was reached, in words, where there is nothing left to do: max_steps or target_loss."""
-        cfg, state = self.cfg, self.state
-        if 0 < state["step"] >= cfg.max_steps:
-            return f"step {state['step']} of --max-steps {cfg.max_steps}"
-        best, target = state["best_val"], cfg.target_loss
-        return f"--target-loss {target:g} at step {state['step']}" if target and best and best <= target else None
+        """Where there is nothing left to do, what was reached and how to go on; else None."""
+        step, best, cfg = self.state["step"], self.state["best_val"], self.cfg
+        if 0 < step >= cfg.max_steps:
+            return f"it has reached step {step} of --max-steps {cfg.max_steps}; a larger --max-steps goes on with it"
+        if best is not None and cfg.target_loss is not None and best <= cfg.target_loss:
+            return f"it has reached --target-loss {cfg.target_loss:g}; a lower --target-loss goes on with it"
+        return None
 
     def run(self, *, lines: bool = True) -> dict[str, Any]:
         """Train to max_steps or target_loss; returns the final counters. Raises Interrupted or TrainingError.

@@ -44,7 +44,7 @@ class Progress:
             self.bar.write(text)
 
     def interval(self, step: int, n_steps: int, loss: float, tokens_per_s: float, elapsed_s: float) -> None:
-        """Tell of the `n_steps` up to `step`, which took `elapsed_s` seconds, and once how long the others will take."""
+        """Tell of the `n_steps` up to `step`, which took `elapsed_s` seconds, and once how long the rest will take."""
         self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
         if self._lines and step % self.cfg.log_interval == 0:
             self.say(f"step {step}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s")
