@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import runpy
@@ -54,6 +55,25 @@ def test_own_model_notices_an_op_that_is_wrong(run_example, text_file, monkeypat
     monkeypatch.setattr(torch, "compile", None)  # it is not reached
     with pytest.raises(AssertionError, match="where PyTorch's is"):
         run_example("own_model.py", "--data", text_file, *QUICKLY)
+
+
+def test_finetune_teaches_a_task_to_a_model_that_knows_the_language(run_example, tmp_path):
+    words = itertools.product(("my lord", "good night", "the sun"), ("says", "weeps", "dreams"), ("no more", "of Rome"))
+    speeches = [f"{name}:\n{' '.join(line)}.\n" for line in words for name in ("ROMEO", "QUEEN")]
+    (tmp_path / "plays.txt").write_text("\n".join(speeches * 4), encoding="utf-8")
+    few = ("--examples", 30, "--plays-steps", 15, "--steps", 2)
+    said = run_example("finetune.py", "--data", "plays.txt", "--out", "out", *few)
+
+    (examples, *_) = map(json.loads, (tmp_path / "out" / "examples.jsonl").read_text().splitlines())
+    assert re.fullmatch("(ROMEO|QUEEN) says:", examples["prompt"]) and re.fullmatch(
+        r" [\w ]+\.", examples["completion"]
+    )
+    before = {}  # the validation loss of each run before its first step
+    for name in ("plays", "tuned", "new"):
+        rows = map(json.loads, (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines())
+        before[name] = next(row["loss"] for row in rows if row["split"] == "val")
+        assert len(re.findall(rf"^{name}: '(ROMEO|QUEEN) says:", said, flags=re.MULTILINE)) == 2
+    assert before["tuned"] < before["new"]
 
 
 # ---- the notebook ----
