@@ -141,8 +141,8 @@ def sample(settings: SampleSettings) -> None:
     from .machine import resolve_device
 
     model, tokenizer = load(checkpoint, dropout=0.0)
-    if model.layout == "completions" and settings.prompt == SampleSettings.prompt:
-        raise UsageError("--prompt is missing: this model completes prompts; give one like those of its data")
+    if settings.prompt == SampleSettings.prompt:
+        _check_default_prompt(model.layout, tokenizer)
     device = resolve_device(settings.device)
     model.to(device)
     generator = torch.Generator(device)
@@ -160,6 +160,16 @@ def sample(settings: SampleSettings) -> None:
         except ValueError as error:  # a setting that it cannot have
             raise UsageError(_naming_option(error, settings)) from None
         _print_samples(pieces, settings.prompt, settings.num_samples)
+
+
+def _check_default_prompt(layout: str, tokenizer: Any) -> None:
+    """Refuse a model that cannot go on from the prompt that is taken where none is given."""
+    if layout == "completions":
+        raise UsageError("--prompt is missing: this model completes prompts; give one like those of its data")
+    try:
+        tokenizer.encode(SampleSettings.prompt)
+    except ValueError:
+        raise UsageError("--prompt is missing: the text that the model knows has no line's end to begin with") from None
 
 
 def _naming_option(error: ValueError, settings: Any) -> str:

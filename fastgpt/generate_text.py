@@ -88,7 +88,7 @@ class _Sample:
 
     def __init__(self, number: int, tokenizer: Tokenizer, stop: str | None, end: int | None) -> None:
         self.number, self.ended = number, False
-        self._decoder, self._end = StreamDecoder(tokenizer), end
+        self._decoder, self._vocab_size, self._end = StreamDecoder(tokenizer), tokenizer.vocab_size, end
         self._stop = "" if stop is None else stop.replace("\r\n", "\n")
         self._held = ""  # perhaps the beginning of the stop text
 
@@ -96,7 +96,11 @@ class _Sample:
         """The text that is certain with this token."""
         if self.ended:
             return ""
-        return self.finish() if token_id == self._end else self._certain(self._decoder.push(token_id))
+        if token_id == self._end:
+            return self.finish()
+        if token_id >= self._vocab_size:  # some models have more tokens than their tokenizer, for the sake of alignment
+            return self._certain(self._decoder.flush() + "\ufffd")
+        return self._certain(self._decoder.push(token_id))
 
     def finish(self) -> str:
         """The text that was held back; no token follows."""

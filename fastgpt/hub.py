@@ -24,7 +24,8 @@ _FILES = [
     "added_tokens.json",
     "tokenizer.json",
 ]
-_OWNER_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# "runs" is no owner: runs/demo is sampled from before there is a run, too, and the folder is then what is missing.
+_OWNER_AND_NAME = re.compile(r"(?!runs/)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_place(path: str | Path) -> Path:

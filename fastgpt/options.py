@@ -13,15 +13,15 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .settings import PATHS, UsageError
 
 _METAVARS = {"data": "PATH|NAME", "tokenizer": "NAME|PATH", "prompt": "TEXT", "words": "TEXT", "analogy": "TEXT"}
 _METAVARS |= {name: "PATH" for name in PATHS if name not in _METAVARS}
-# What a word without an option is probably the value of, in the first of these that the command has.
-_MEANT = ("only", "data", "out")
+# What a word without an option is probably the value of: the first of these that the command has and was not given.
+_MEANT = ("only", "checkpoint", "data", "out")
 
 
 class Option(NamedTuple):
@@ -123,7 +123,7 @@ def read(kind: type, words: Sequence[str], prog: str) -> dict[str, Any]:
         words = ["--checkpoint", *words]  # fastgpt sample runs/demo
     given, unknown = _parser(prog, options).parse_known_args([_with_hyphens(word) for word in words])
     for word in unknown:
-        raise UsageError(_about_unknown(word, options, prog))
+        raise UsageError(_about_unknown(word, options, vars(given), prog))
     # Python before 3.13 drops a value that is "--".
     values = {name: "--" if value == [] else value for name, value in vars(given).items()}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -135,9 +135,10 @@ def _with_hyphens(word: str) -> str:
     return flag.replace("_", "-") + equals + value if re.fullmatch(r"--\w[\w-]*", flag) else word
 
 
-def _about_unknown(word: str, options: Sequence[Option], prog: str) -> str:
+def _about_unknown(word: str, options: Sequence[Option], given: Collection[str], prog: str) -> str:
     if not word.startswith("-"):
-        meant = next((name for name in _MEANT for option in options if option.name == name), None)
+        free = {option.name for option in options}.difference(given)
+        meant = next((name for name in _MEANT if name in free), None)
         hint = f"did you mean --{meant} {word}?" if meant else f"see {prog} --help"
         return f"{word!r}: every value belongs to an option; {hint}"
     flag = word.partition("=")[0]

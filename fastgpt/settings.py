@@ -144,8 +144,8 @@ class SampleSettings:
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
-    # a run's folder (its best checkpoint), one .safetensors checkpoint, or the folder of a saved model or of a Hugging
-    # Face GPT-2; the option's name may be left out in first place: fastgpt sample runs/demo.
+    # a run (its best checkpoint is taken), one .safetensors checkpoint, a saved model, the folder of a Hugging Face
+    # GPT-2, or its name there, as gpt2. In first place it needs no option: fastgpt sample runs/demo.
     checkpoint: str | None = None
     prompt: str = "\n"  # the text to continue; a text that begins with "-" is given as --prompt=TEXT.
     max_new_tokens: int = 500  # tokens to add.
@@ -170,8 +170,8 @@ class EvalSettings:
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint", "data")
 
-    # a run's folder (its best checkpoint), one .safetensors checkpoint, or the folder of a saved model or of a Hugging
-    # Face GPT-2; the option's name may be left out in first place: fastgpt eval runs/demo --data FILE.
+    # a run (its best checkpoint is taken), one .safetensors checkpoint, a saved model, the folder of a Hugging Face
+    # GPT-2, or its name there, as gpt2. In first place it needs no option: fastgpt eval runs/demo --data FILE.
     checkpoint: str | None = None
     # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names; for a model of completions, JSON lines. All of it
     # is predicted; give a text that the model was not trained on.

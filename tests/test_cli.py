@@ -68,6 +68,14 @@ def test_samples_end_at_a_text_and_are_printed_one_after_the_other(run, capsys):
     assert all(text.startswith("All") and text.endswith("\n") and "e" not in text for text in parts[2::2])
 
 
+def test_a_model_without_line_ends_needs_a_prompt(tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("to be or not to be " * 99)
+    assert main(["train", "--data", str(tmp_path / "words.txt"), "--out", str(tmp_path / "out"), *SMALL]) == 0
+    assert main(["sample", str(tmp_path / "out"), "--max-new-tokens", "3"]) == 2
+    assert "--prompt is missing: the text that the model knows has no line's end" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / "out"), "--max-new-tokens", "3", "--prompt", "to"]) == 0
+
+
 def test_resume_goes_on_and_keeps_the_new_settings(text_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["train", "--data", str(text_file), "--out", str(out), *SMALL]) == 0

@@ -103,6 +103,13 @@ def test_a_completion_ends_by_itself():
     assert model.n == 3
 
 
+def test_a_model_may_have_more_tokens_than_its_tokenizer():
+    end_of_a_character = BPE.encode("🎉")[:1]
+    model = Recites(BPE, [*end_of_a_character, BPE.vocab_size + 1, *BPE.encode("to")])
+    model.vocab_size += 2
+    assert "".join(text for _, text in stream_text(model, BPE, "t", len(model.ids))) == "��to"
+
+
 def test_a_bigram_has_text_too():
     model = Bigram(GPTConfig(vocab_size=CHARS.vocab_size))
     model.tokenizer = CHARS

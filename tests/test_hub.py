@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from fnmatch import fnmatch
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -64,6 +65,7 @@ def test_what_exists_here_counts_before_a_name(here, fetched):
     (here / "gpt2").mkdir()
     with pytest.warns(UserWarning, match=r"gpt2: the folder .*here.gpt2 is read, not the model of that name"):
         assert hub.model_place("gpt2").samefile(here / "gpt2")
+    assert hub.model_place("runs/demo") == Path("runs/demo"), "a run, before there is one"
     (here / "runs" / "demo").mkdir(parents=True)
     for path in ("runs/demo", here / "runs" / "demo", "runs/typo", "a/b/c", "gpt3", "./a/b", "../gpt2", "/gpt2"):
         assert str(hub.model_place(path)) == str(path).removeprefix("./"), "a path, perhaps one that is missing"

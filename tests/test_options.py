@@ -82,6 +82,7 @@ def test_words_are_read_as_what_their_option_is():
         ("--promt x", "--promt: no such option; did you mean --prompt?"),
         ("--zzz", "--zzz: no such option; see fastgpt sample --help"),
         ("--prom x", "--prom: no such option; did you mean --prompt?"),
+        ("--seed 3 runs/demo", "'runs/demo': every value belongs to an option; did you mean --checkpoint runs/demo?"),
         ("runs/demo more", "'more': every value belongs to an option; see fastgpt sample --help"),
         ("--seed many", "--seed: expected an integer, got 'many'"),
         ("--top-p much", "--top-p: expected a number, got 'much'"),

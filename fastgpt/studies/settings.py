@@ -130,7 +130,8 @@ class AttentionSettings(StudySettings):
     """What does each attention head look at?
 
     Args:
-        checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
+        checkpoint: a run, a checkpoint, a saved model, the folder of a Hugging Face GPT-2, or its name there, as gpt2;
+            without one a small model is trained.
         prompt: the text to look at.
         layer: show this layer only, counted from 1.
         head: show this head only, counted from 1.
@@ -151,7 +152,8 @@ class EmbeddingsSettings(StudySettings):
     """Which tokens have similar embeddings?
 
     Args:
-        checkpoint: a run's folder, a checkpoint, or a Hugging Face GPT-2 folder; without one a small model is trained.
+        checkpoint: a run, a checkpoint, a saved model, the folder of a Hugging Face GPT-2, or its name there, as gpt2;
+            without one a small model is trained.
         vectors: a text file of word vectors (word2vec, GloVe) to look at instead of a model.
         words: whose neighbours to show, with blanks between them (a blank itself is written ␣, a line's end ⏎).
         analogy: "a - b + c", or several of them one after the other; of letters, two of case if not given.
