@@ -87,13 +87,16 @@ def test_a_folder_of_transformers(tmp_path):
 
 def test_every_command_takes_the_same_places(tmp_path, capsys):
     model = gpt(BPETokenizer.train(TEXT, 270))
-    for format in ("fastgpt", "huggingface"):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for format, study in (("fastgpt", "embeddings"), ("huggingface", "attention")):
         model.save_pretrained(tmp_path / format, format=format)
-        path = ["--checkpoint", str(tmp_path / format)]
-        assert main(["sample", *path, "--prompt", "To be", "--max-new-tokens", "3"]) == 0
-        assert "To be" in capsys.readouterr().out
-        for name in ("attention", "embeddings"):
-            assert main(["study", name, *path, "--quick", "--out", str(tmp_path / name / format)]) == 0
+        path = str(tmp_path / format)
+        assert main(["sample", path, "--prompt", "To be", "--max-new-tokens", "3"]) == 0
+        assert capsys.readouterr().out.startswith("To be")
+        assert main(["eval", path, "--data", str(tmp_path / "text.txt")]) == 0
+        prompt = ["--prompt", "to be"] if study == "attention" else []
+        assert main(["study", study, path, *prompt, "--out", str(tmp_path / study)]) == 0
+        capsys.readouterr()
 
 
 def test_a_model_without_a_tokenizer_or_with_anothers(tmp_path):
