@@ -129,6 +129,36 @@ def png(figure: Any) -> bytes:
     return packed.getvalue()
 
 
+# ---- values that a panel does not show ----
+
+ABOVE = "hollow: above, or not finite"
+
+
+def plot_up_to(axes: Any, top: float, x: Sequence[float], y: Sequence[float], **style: Any) -> bool:
+    """A line whose points above `top`, and those that are NaN, are hollow markers on the upper edge of the panel.
+
+    Returns whether there are such points; a legend should then name them ABOVE. The panel is to end at `top`.
+    """
+    outside = [not value <= top for value in y]
+    axes.plot(x, [math.nan if out else value for out, value in zip(outside, y, strict=True)], **style)
+    at = [place for out, place in zip(outside, x, strict=True) if out]
+    hollow = {**style, "linestyle": "none", "label": None, "markerfacecolor": "white"}
+    if at:
+        (line,) = axes.plot(at, [top] * len(at), clip_on=False, zorder=3, **hollow)
+        line.set_in_layout(False)
+    return bool(at)
+
+
+def name_above(axes: Any) -> None:
+    """An entry of the legend for the hollow markers of `plot_up_to`."""
+    axes.plot([], [], "o", color=FAINT, markerfacecolor="white", label=ABOVE)
+
+
+def say(axes: Any, text: str) -> None:
+    """A sentence in the panel, where a reader would look for a curve that is not there."""
+    axes.text(0.03, 0.05, text, transform=axes.transAxes, parse_math=False)
+
+
 # ---- labels ----
 
 

@@ -127,3 +127,17 @@ def test_without_matplotlib_an_error_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(plots.PlotError, match=r"pip install 'fastgpt-kernels\[plot\]'"):
         _ten_lines(3.0)
+
+
+def test_what_is_above_a_panel_is_hollow_on_its_edge():
+    @plots.styled
+    def draw():
+        _, [[axes]] = plots.panels(3.0)
+        told = plots.plot_up_to(axes, 2.0, [1, 2, 3, 4], [1.0, 5.0, math.nan, 2.0], label="a", **plots.line_style(0))
+        return axes, told, plots.plot_up_to(axes, 2.0, [1], [2.0], label="b", **plots.line_style(1))
+
+    axes, told, is_told_of_the_other = draw()
+    line, hollow, other = axes.lines
+    assert told and not is_told_of_the_other and other.get_ydata().tolist() == [2.0]
+    assert [y for y in line.get_ydata() if not math.isnan(y)] == [1.0, 2.0]
+    assert hollow.get_xydata().tolist() == [[2, 2.0], [3, 2.0]] and hollow.get_markerfacecolor() == "white"

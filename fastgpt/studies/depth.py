@@ -22,7 +22,7 @@ from ..data.corpus import Corpus
 from ..data.layouts import random_batch
 from ..machine import resolve_device
 from ..model import GPT
-from ..plots import FAINT, line_style, panels
+from ..plots import FAINT, line_style, name_above, panels, plot_up_to, say
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
 from .page import LEARNED, counted, find_row, frequencies_text, learned_bound, loss_text, or_nan, together
 from .settings import DepthSettings
@@ -141,7 +141,8 @@ def show(results: dict[str, Any], page: Any) -> None:
         )
         page.picture(
             "layers",
-            f"Stream and gradient at each of {counted(depths[-1], 'block')}, before training (lines) and after (dots)",
+            f"Size of the stream, and of the gradient with respect to it, at each of {counted(depths[-1], 'block')}: "
+            f"before training (lines) and after it (dots); sizes below {LEAST:g} or above {MOST:g} are left out",
             lambda: _draw_layers(rows, depths[-1]),
             nothing=_why_no_layers(rows, depths[-1]),
         )
@@ -314,42 +315,55 @@ def _style(norm: str, residual: bool) -> dict[str, Any]:
 def _draw_losses(results: dict[str, Any]) -> Any:
     figure, axes = panels(5.6, rows=2, columns=2, sharex=True, sharey=True)
     depths = sorted({row["depth"] for row in results["rows"]})
+    frequencies = results["data"]["frequency_loss"]
+    # A few networks end at huge losses. An axis that reached them would show all other curves as one line.
+    highest = frequencies + 0.2
+    any_above = False
     for panel, init in zip(axes.flat, INITIALISATIONS, strict=True):
-        panel.axhline(results["data"]["frequency_loss"], color=FAINT, linestyle=":", label="frequencies only")
+        panel.axhline(frequencies, color=FAINT, linestyle=":", label="frequencies only")
         for norm, residual in itertools.product(NORMS, (True, False)):
             losses = [_network(results["rows"], depth, (init, norm, residual))["loss"] for depth in depths]
-            label = _norm_and_residual(norm, residual)
-            panel.plot(range(len(depths)), or_nan(losses), label=label, **_style(norm, residual))
+            style = {"label": _norm_and_residual(norm, residual), **_style(norm, residual)}
+            any_above |= plot_up_to(panel, highest, range(len(depths)), or_nan(losses), **style)
         panel.set_title(init)
         panel.set_xticks(range(len(depths)), [str(depth) for depth in depths])
-    # The huge losses of some networks are cut off: otherwise all other curves would look like one line.
-    highest = results["data"]["frequency_loss"] + 0.2
-    losses = [row["loss"] for row in results["rows"] if row["loss"] is not None]
-    panel.set_ylim(min([*losses, highest]) - 0.1, highest)
+    shown = [row["loss"] for row in results["rows"] if row["loss"] is not None and row["loss"] <= highest]
+    panel.set_ylim(min([*shown, frequencies]) - 0.1, highest)
     for panel in axes[:, 0]:
         panel.set_ylabel("validation loss")
     for panel in axes[-1]:
         panel.set_xlabel("blocks")
+    if any_above:
+        name_above(panel)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+LEAST, MOST = 1e-12, 1e6  # sizes beyond these have vanished or exploded, and get no place on an axis
 
 
 def _draw_layers(rows: list[dict[str, Any]], depth: int) -> Any:
     blocks = range(1, depth + 1)
     figure, axes = panels(9.0, rows=len(INITIALISATIONS), columns=2, sharex=True, sharey=True)
-    for (stream, gradient), init in zip(axes, INITIALISATIONS, strict=True):
-        for norm, residual in itertools.product(NORMS, (True, False)):
-            row, style = _network(rows, depth, (init, norm, residual)), _style(norm, residual)
-            line, dots = {**style, "marker": None}, {**style, "linestyle": "none", "markersize": 3}
-            for panel, key in ((stream, "activation"), (gradient, "gradient")):
+    values: list[float] = []
+    for pair, init in zip(axes, INITIALISATIONS, strict=True):
+        for panel, key, title in zip(pair, ("activation", "gradient"), ("size of the stream", "gradient"), strict=True):
+            missing = []
+            for norm, residual in itertools.product(NORMS, (True, False)):
+                row, style = _network(rows, depth, (init, norm, residual)), _style(norm, residual)
+                line, dots = {**style, "marker": None}, {**style, "linestyle": "none", "markersize": 3}
                 panel.plot(blocks, _positive(row["before"][key]), label=_norm_and_residual(norm, residual), **line)
                 panel.plot(blocks, _positive(row["after"][key]), **dots)
-        stream.set_title(f"{init}: size of the stream")
-        gradient.set_title("norm of the gradient")
-    stream.set(yscale="log", ylim=(1e-12, 1e6))
-    stream.set_xlabel("block")
-    gradient.set_xlabel("block")
-    figure.legend(*stream.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+                found = [value for value in (*row["before"][key], *row["after"][key]) if value]
+                values += [value for value in found if LEAST <= value <= MOST]
+                missing += [] if found else [_norm_and_residual(norm, residual)]
+            panel.set_title(f"{init}: {title}")
+            if missing:
+                say(panel, "\n".join(["not finite, or 0:", *missing]))
+    panel.set(yscale="log", ylim=(min(values) / 3, max(values) * 3) if values else None)
+    for panel in axes[-1]:
+        panel.set_xlabel("block")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

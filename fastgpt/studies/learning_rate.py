@@ -13,7 +13,7 @@ from typing import Any
 from ..config import GPTConfig
 from ..data.corpus import Corpus
 from ..machine import resolve_device
-from ..plots import FAINT, label_ends, line_style, ordered_colours, panels
+from ..plots import FAINT, label_ends, line_style, name_above, ordered_colours, panels, plot_up_to
 from .experiment import at_least, described, finite, load_corpus, new_gpt, numbers, training, validation_loss
 from .page import LEARNED, Row, counted, frequencies_text, learned_bound, listed, or_nan, together
 from .settings import LearningRateSettings
@@ -81,7 +81,7 @@ def show(results: dict[str, Any], page: Any) -> None:
         page.paragraph("The losses are means over the seeds; a dash is a rate at which a seed has no finite loss.")
         for size, rows in sizes.items():
             page.paragraph(f"{size}: {_findings(rows, bound)}")
-        page.picture("curves", "Training loss, one panel a size", lambda: _draw_curves(results), nothing=nothing)
+        page.picture("curves", _caption_of_curves(results), lambda: _draw_curves(results), nothing=nothing)
 
 
 def _sizes(results: dict[str, Any]) -> dict[str, list[Row]]:
@@ -189,14 +189,20 @@ def _rates(rates: list[float]) -> str:
 
 def _draw_final(results: dict[str, Any]) -> Any:
     figure, [[axes]] = panels(3.8)
+    bound = results["data"]["frequency_loss"]
+    losses = [loss for row in results["rows"] for loss in row["losses"] if loss is not None]
+    highest = min(max(losses), bound + 1.0) + 0.1  # a huge loss would press all other curves flat
+    any_above = False
     for number, (size, rows) in enumerate(_sizes(results).items()):
         style = line_style(number)
-        axes.plot([row["lr"] for row in rows], or_nan(map(_mean, rows)), label=size, **style)
+        rates, means = [row["lr"] for row in rows], or_nan(map(_mean, rows))
+        any_above |= plot_up_to(axes, highest, rates, means, label=size, **style)
         seeds = [(row["lr"], loss) for row in rows for loss in row["losses"] if loss is not None]
         axes.plot([rate for rate, _ in seeds], [loss for _, loss in seeds], ".", color=style["color"], alpha=0.5)
-    bound = results["data"]["frequency_loss"]
     axes.axhline(bound, color=FAINT, linestyle=":", label="frequencies only")
-    axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", ylim=(None, bound + 0.6))
+    axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", ylim=(min(losses) - 0.1, highest))
+    if any_above:
+        name_above(axes)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 
@@ -205,7 +211,7 @@ def _draw_curves(results: dict[str, Any]) -> Any:
     sizes = _sizes(results)
     figure, axes = panels(2.4 * len(sizes), rows=len(sizes), sharex=True, sharey=True)
     lowest = min((loss for row in results["rows"] for _, loss in row["curve"] if loss is not None), default=0.0)
-    axes[0][0].set_ylim(lowest - 0.1, results["data"]["frequency_loss"] + 1.5)
+    axes[0][0].set_ylim(lowest - 0.1, _highest_of_curves(results))
     for panel, (size, rows) in zip(axes[:, 0], sizes.items(), strict=True):
         for colour, row in zip(ordered_colours(len(rows)), rows, strict=True):
             steps, losses = zip(*row["curve"], strict=True)
@@ -214,3 +220,15 @@ def _draw_curves(results: dict[str, Any]) -> Any:
         label_ends(panel)
     axes[-1][0].set_xlabel("step")
     return figure
+
+
+def _highest_of_curves(results: dict[str, Any]) -> float:
+    """Where the axis of the training losses ends. Losses that shoot up in the first steps may lie above it."""
+    losses = [loss for row in results["rows"] for _, loss in row["curve"] if loss is not None]
+    return min(max(losses, default=0.0) + 0.1, results["data"]["frequency_loss"] + 1.5)
+
+
+def _caption_of_curves(results: dict[str, Any]) -> str:
+    highest = _highest_of_curves(results)
+    is_cut = any(loss is None or loss > highest for row in results["rows"] for _, loss in row["curve"])
+    return "Training loss by step" + (f"; above {highest:.1f} nats the curves leave the picture" if is_cut else "")

@@ -34,7 +34,7 @@ class LearnSettings:
     device: str = "auto"
     config: str | None = None
 
-    QUICK: ClassVar[dict[str, Any]] = {"steps": 600, "lr": 3e-2}
+    QUICK: ClassVar[dict[str, Any]] = {"steps": 1000, "lr": 2e-2}
 
 
 @dataclass
@@ -78,7 +78,7 @@ class DepthSettings(StudySettings):
     lr: float = 1e-3
     repeats: int = 3
 
-    QUICK: ClassVar[dict[str, Any]] = {"depths": "2,8", "steps": 80, "lr": 2e-3, "repeats": 2}
+    QUICK: ClassVar[dict[str, Any]] = {"depths": "2,8", "steps": 60, "lr": 3e-3, "repeats": 2}
 
 
 @dataclass
@@ -121,7 +121,7 @@ class ParallelismSettings(StudySettings):
     rates: str = "1e-3,3e-3,1e-2"
 
     QUICK: ClassVar[dict[str, Any]] = {
-        "contexts": "16,64,256,1024", "batches": "1", "width": 64, "seconds": 0.2, "steps": 150, "rates": "1e-2",
+        "contexts": "16,64,256", "batches": "1,8", "width": 64, "seconds": 0.2, "steps": 150, "rates": "3e-3",
     }  # fmt: skip
 
 
