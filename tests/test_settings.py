@@ -64,7 +64,7 @@ def test_bad_settings_files(text, message, tmp_path, capsys):
     [
         ("train --preset gpt2 --help", "blocks, L. (default: 12)"),
         ("train --help", "blocks, L. (default: 4; on a GPU 6)"),
-        ("study depth --quick -h", "training steps of each network. (default: 80)"),
+        ("study depth --quick -h", "training steps of each network. (default: 60)"),
     ],
 )
 def test_help_shows_the_values_in_effect(words, shown, capsys):

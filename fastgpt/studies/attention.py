@@ -168,13 +168,17 @@ def show(results: dict[str, Any], page: Any) -> None:
         f"the map of a head, each row is a token, and shows which shares of its attention go to the tokens in the "
         f"columns."
     )
+    large = [
+        (f"The map of {_name(row)}, which looks {row['distance']:.1f} tokens away", row)
+        for row in _telling(results["rows"])
+    ]
+    why_not = _why_no_maps(results)
     if len(results["rows"]) > 1:
-        page.picture(
-            "maps",
-            "Attention maps by layer (down) and head (across)",
-            lambda: _draw_maps(results),
-            nothing=_why_no_maps(results),
-        )
+        all_maps = "Attention maps by layer (down) and head (across)"
+        page.picture("maps", all_maps, lambda: _draw_maps(results), nothing=why_not)
+    else:
+        caption, row = large.pop()
+        page.picture("near", caption, lambda: _draw_head(row, tokens), nothing=why_not)
     page.findings(_distances_in_words(results), _entropies_in_words(results), _habits_in_words(results))
     with page.numbers():
         page.paragraph(
@@ -192,9 +196,9 @@ def show(results: dict[str, Any], page: Any) -> None:
                 for row in results["rows"]
             ],
         )
-        for name, row in zip(("near", "far"), _telling(results["rows"]), strict=False):
-            caption = f"The map of {_name(row)}, which looks {row['distance']:.1f} tokens away"
-            page.picture(name, caption, functools.partial(_draw_head, row, tokens), nothing=_why_no_maps(results))
+        if not why_not:
+            for name, (caption, row) in zip(("near", "far"), large, strict=False):
+                page.picture(name, caption, functools.partial(_draw_head, row, tokens))
 
 
 def _telling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
