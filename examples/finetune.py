@@ -1,7 +1,7 @@
 """Fine-tuning: a model that knows a language learns a task from few examples.
 
     python examples/finetune.py                     # a few minutes on a CPU
-    python examples/finetune.py --data input.txt    # a text of plays: a speaker's name and ":", and below it the lines
+    python examples/finetune.py --data input.txt    # plays: a speaker, as "ROMEO:", and below it the speech
 
 A model that writes whole plays is to answer with one line: after "ROMEO says:" with a line of Romeo's, and then stop.
 It has never seen "says:" after a name, nor an answer that ends. A thousand examples are enough, because it already
@@ -31,7 +31,7 @@ def run(*words: str) -> None:
 
 def write_examples(text: str, path: Path, how_many: int) -> None:
     """Write a line of JSON for each example: the prompt, which is read, and the completion, which is learned."""
-    speeches = re.findall(r"^([A-Z][\w ]*):\n(.+)$", text, flags=re.MULTILINE)  # the speaker, and the first line
+    speeches = re.findall(r"^([A-Z][A-Z ]+)[.:]\n(.+)$", text, flags=re.MULTILINE)  # the speaker, and the first line
     lines = sorted({(speaker, line) for speaker, line in speeches if len(speaker) + len(line) < 50})
     random.Random(1337).shuffle(lines)
     with path.open("w", encoding="utf-8") as file:
@@ -47,7 +47,7 @@ def ask(checkpoint: Path, prompt: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="tinyshakespeare", help="a text file, or a text's name as in fastgpt train")
+    parser.add_argument("--data", default="shakespeare", help="a text file, or a text's name as in fastgpt train")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"), help="the folder for the three runs")
     parser.add_argument("--examples", type=int, default=1000, help="how many there are, a tenth of them for validation")
     parser.add_argument("--plays-steps", type=int, default=400, help="steps on the plays")

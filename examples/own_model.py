@@ -183,7 +183,7 @@ def batch(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="tinyshakespeare", help="a text file, or a text's name as in fastgpt train")
+    parser.add_argument("--data", default="shakespeare", help="a text file, or a text's name as in fastgpt train")
     parser.add_argument("--steps", type=int, default=500, help="steps of training")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each time is taken for")
     parser.add_argument("--compiler", default="inductor", help="the backend of torch.compile")

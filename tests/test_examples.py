@@ -80,7 +80,7 @@ def test_finetune_teaches_a_task_to_a_model_that_knows_the_language(run_example,
 
 NOTEBOOK = EXAMPLES / "shakespeare.ipynb"
 BOOK = json.loads(NOTEBOOK.read_text(encoding="utf-8")) if NOTEBOOK.exists() else {"cells": []}
-SMALLER = {'TEXT = "tinyshakespeare"': "TEXT = {text!r}", "STEPS = 1000": "STEPS = 12"}
+SMALLER = {'TEXT = "shakespeare"': "TEXT = {text!r}", "STEPS = 1000": "STEPS = 12"}
 
 
 def cells(kind: str) -> list[str]:
@@ -89,7 +89,7 @@ def cells(kind: str) -> list[str]:
 
 def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path, capsys):
     text = tmp_path / "text.txt"
-    text.write_text("ROMEO:\nBut, soft! what light\nis the east?\n\n" * 100, encoding="utf-8")
+    text.write_text("ROMEO.\nBut, soft! what light\nis the east?\n\n" * 100, encoding="utf-8")
     plots = pytest.importorskip("matplotlib.pyplot")
     plots.switch_backend("Agg")
     code = "\n".join(cells("code"))
@@ -101,7 +101,7 @@ def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path, capsys):
     exec(compile(code, NOTEBOOK.name, "exec"), names)
     said = capsys.readouterr().out
     assert names["validation"][-1][1] < names["validation"][0][1]
-    assert "ROMEO:\n" in said and "attention: runs on " in said and "linear_cross_entropy: runs on " in said
+    assert "ROMEO.\n" in said and "attention: runs on " in said and "linear_cross_entropy: runs on " in said
     (curves,), panels = (plots.figure(number).axes for number in plots.get_fignums())
     assert {len(line.get_xdata()) for line in curves.lines} == {12, 2}
     assert len(panels) == names["config"].n_head and all(panel.images for panel in panels)
