@@ -48,7 +48,7 @@ def _on_backend(name: str, device: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if name == "auto" else use_backend(name)
 
 
-def _start(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
+def _initial(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
     """The model that --init-from names, its tokenizer, and the settings that it completes."""
     from .training.initial import initial_model
 
@@ -58,7 +58,8 @@ def _start(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
     except ConfigError as error:
         raise UsageError(_naming_option(error, settings)) from None
     completed = settings.with_start(model.kind, tokenizer.kind, model.cfg)
-    print(f"starts from {settings.init_from}: {model.kind}, tokenizer {tokenizer.kind}, lr {completed.lr:g}")
+    if settings.lr is None:
+        print(f"lr: {completed.lr:g}, which follows from the model's width of {model.cfg.n_embd}")
     return model, tokenizer, completed
 
 
@@ -67,7 +68,7 @@ def train(settings: TrainSettings) -> None:
     initial: Any = None
     tokenizer: Any = settings.tokenizer
     if settings.init_from and not settings.resume:
-        initial, tokenizer, settings = _start(settings)
+        initial, tokenizer, settings = _initial(settings)
     train_config = settings.train_config()
     settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
     check_tokenizer(settings)

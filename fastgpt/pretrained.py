@@ -80,7 +80,7 @@ def read(directory: str | Path, changes: dict[str, Any], expected: Expected) -> 
     folder = expand_path(directory)
     config_path = folder / "config.json"
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; only folders on this machine are read, nothing is downloaded")
+        raise CheckpointError(f"{folder}: no such folder on this machine; fastgpt.load fetches models by name")
     if not config_path.exists() and (folder / "checkpoint").is_dir():
         return _read_run(find_checkpoint(folder), changes)
     if not config_path.exists():

@@ -119,7 +119,7 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
         for name in ("config", "resume", "preset"):
             del values[name]
         values |= {name: absolute(values[name]) for name in ("data", "tokenizer")}
-        return values | {"init_from": _start(self.init_from)}
+        return values | {"init_from": _recorded_start(self.init_from)}
 
     def asked_of_the_start(self) -> dict[str, Any]:
         """The settings that --init-from would decide, and that were given all the same."""
@@ -350,11 +350,11 @@ def _expanded(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_expanded(name, part) for part in value)
     if value == "":
-        raise UsageError(f"--{name}: is empty; give a path, or leave it out")
+        raise UsageError(f"--{name.replace('_', '-')}: is empty; give a path, or leave it out")
     try:
         return str(expand_path(value)) if isinstance(value, str) and value.startswith("~") else value
     except ConfigError as error:
-        raise UsageError(f"--{name}: {error}") from None
+        raise UsageError(f"--{name.replace('_', '-')}: {error}") from None
 
 
 def absolute(path: str) -> str:
@@ -362,7 +362,7 @@ def absolute(path: str) -> str:
     return path if path in _NOT_PATHS else str(Path(path).resolve())
 
 
-def _start(path: str | None) -> str | None:
+def _recorded_start(path: str | None) -> str | None:
     """What --init-from names: an absolute path, or a name on the Hugging Face Hub as it is."""
     return path if path is None or not Path(path).exists() else str(Path(path).resolve())
 

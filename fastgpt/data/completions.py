@@ -84,8 +84,12 @@ def _text(values: dict[str, Any], name: str, place: str) -> str:
         raise DataError(f"{place}: field {name!r} is {_kind(text)}; expected a text")
     if not text:
         raise DataError(f"{place}: field {name!r} is empty; give a text, or remove the line")
-    if any("\ud800" <= character <= "\udfff" for character in text):  # which JSON can spell, and UTF-8 cannot
-        raise DataError(f"{place}: field {name!r} has half of a surrogate pair, which is no character: remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell more than UTF-8
+        raise DataError(
+            f"{place}: field {name!r} has half of a surrogate pair, which is no character: remove it"
+        ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

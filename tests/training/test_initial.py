@@ -123,7 +123,7 @@ def test_a_preset_gives_training_alone_and_without_one_the_rate_follows_the_widt
     assert main(tune(folder, "run", tmp_path / "a", "--max-steps", "0")) == 0
     settings = RunFolder(tmp_path / "a").read_settings()
     assert settings["lr"] == 0.128 / 32 and settings["optimizer"] == "adamw"
-    assert "char, lr 0.004" in capsys.readouterr().out
+    assert "lr: 0.004, which follows from the model's width of 32" in capsys.readouterr().out
     preset = ["--preset", "shakespeare-char-cpu", "--max-steps", "0"]
     assert main(tune(folder, "run", tmp_path / "b", *preset)) == 0
     settings = RunFolder(tmp_path / "b").read_settings()
