@@ -42,7 +42,7 @@ ROOFLINE = [
     "Generating one token after another lies far to the left: each token needs every weight, and uses it once. So a "
     "token can hardly be faster than reading the weights.",
     "The pictures show a hollow circle where FastGPT was before the changes below, a filled one where it is now, and "
-    "crosses for its peers. The thick line is the limit of this very work, measured at its sizes.",
+    "another mark for each of its peers. The thick line is the limit of this very work, measured at its sizes.",
 ]
 KINDS = (
     "The milliseconds of one training step by kind of work, as torch.profiler counts them. Products are those of the "
