@@ -64,7 +64,8 @@ def _initial(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
 
 
 def train(settings: TrainSettings) -> None:
-    data, out = required(settings, "train")
+    (out,) = required(settings, "train")
+    data = settings.data
     initial: Any = None
     tokenizer: Any = settings.tokenizer
     if settings.init_from and not settings.resume:

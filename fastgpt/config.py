@@ -16,6 +16,7 @@ NORMS = ("pre", "post", "none")
 LR_DECAYS = ("cosine", "linear")
 LAYOUTS = ("blocks", "windows", "names", "completions")  # data.layouts has a class for each
 SOURCES = ("shakespeare", "tinyshakespeare", "names")  # texts with a name; data.sources reads each
+DEFAULT_TEXT = "shakespeare"  # of every command: whoever could install FastGPT can have it
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
 OPTIMIZERS = ("adamw", "muon")
 BACKENDS = ("torch", "triton", "native")  # of the ops; here, because ops.backend imports PyTorch

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 from .config import (
     BACKENDS,
+    DEFAULT_TEXT,
     FINE_TUNING,
     SOURCES,
     ConfigError,
@@ -55,7 +56,7 @@ class RunSettings:
     config: str | None = None  # a TOML file with any of these settings.
     # gpt, bigram, positional-bigram, rnn, gru or lstm; they take what they need of the settings below.
     model: str = "gpt"
-    data: str | None = None  # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
+    data: str = DEFAULT_TEXT  # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
     out: str | None = None  # the run's folder.
     resume: bool = False  # go on with the run in --out.
     # train this model further instead of a new one: a run, a checkpoint, a saved model, the folder of a Hugging Face
@@ -73,7 +74,7 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
         vocab_size: number of tokens of a bpe tokenizer.
     """
 
-    REQUIRED: ClassVar[tuple[str, ...]] = ("data", "out")
+    REQUIRED: ClassVar[tuple[str, ...]] = ("out",)
 
     vocab_size: int | None = None  # type: ignore[assignment]  # a GPTConfig's is known: it is the tokenizer's
 
@@ -108,7 +109,7 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
 
     def follow_the_device(self) -> bool:
         """Whether the defaults depend on the device. ConfigError where the settings are wrong on any device."""
-        if self.preset != "auto" or self.resume or self.init_from or self.data is None or self.out is None:
+        if self.preset != "auto" or self.resume or self.init_from or self.out is None:
             return False
         self.train_config(), self.model_config(vocab_size=1)
         return True
@@ -378,11 +379,10 @@ def check_common(settings: Any) -> None:
 
 
 def required(settings: Any, command: str) -> list[str]:
-    """The values of the settings that the command needs. A run that is resumed has all of them but its folder."""
+    """The values of the settings that the command needs."""
     names = type(settings).REQUIRED
-    resumes = getattr(settings, "resume", False) and settings.out is None
-    for name in ("out",) if resumes else names:
+    for name in names:
         if getattr(settings, name) is None:
-            why = ", the folder of the run to go on with" if resumes else ""
+            why = ", the folder of the run to go on with" if getattr(settings, "resume", False) else ""
             raise UsageError(f"--{name} is missing{why}; see fastgpt {command} --help")
     return [getattr(settings, name) for name in names]

@@ -199,7 +199,7 @@ def test_help_needs_no_torch(command):
 
 ENCODING = sys.getfilesystemencoding()
 BAD_USAGE = [
-    (["train"], "--data is missing"),
+    (["train"], "--out is missing"),
     (["train", "--data", "x"], "--out is missing"),
     (["train", "--data", "DATA", "--out", "OUT", "--preset", "gpt5"], "preset: expected one of"),
     (["train", "--data", "DATA", "--out", "OUT", "--n-embd", "10", "--n-head", "4"], "n_embd: expected a multiple"),

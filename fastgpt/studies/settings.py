@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..config import DEFAULT_TEXT
+
 
 @dataclass
 class LearnSettings:
@@ -25,7 +27,7 @@ class LearnSettings:
         config: a TOML file with any of these settings.
     """
 
-    data: str = "tinyshakespeare"
+    data: str = DEFAULT_TEXT
     out: str = "runs/learn"
     quick: bool = False
     steps: int = 2000
@@ -51,7 +53,7 @@ class StudySettings:
     """
 
     out: str | None = None
-    data: str = "shakespeare"
+    data: str = DEFAULT_TEXT
     quick: bool = False
     seed: int = 1337
     device: str = "auto"

