@@ -70,6 +70,8 @@ def small(tmp_path) -> Path:
 def shortened(words: list[str], folder: Path) -> list[str]:
     """The same `fastgpt` command on little text and in few steps; all else stays as the reader would type it."""
     command, options = words[1], words[2:]
+    if command in ("learn", "study") and not {"--data", "--checkpoint"} & set(options):
+        options += ["--data", "shakespeare"]  # which is the default
     if "--data" in options and not (folder / options[options.index("--data") + 1]).is_file():
         options[options.index("--data") + 1] = str(folder / "shakespeare.txt")
     if "--max-steps" in options:
