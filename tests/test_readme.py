@@ -110,7 +110,7 @@ def test_the_commands_of_a_document_run_in_order(document, small):
             case "data":
                 assert "blocks: 8 tokens" in output
             case "learn":
-                assert "| scaled up |" in output and (small / "runs/learn/report.html").exists()
+                assert "| scaled up" in output and (small / "runs/learn/report.html").exists()
             case "study":
                 assert (small / f"runs/study-{words[2]}/report.html").exists()
 
