@@ -13,6 +13,7 @@ from . import cells
 from .rows import OURS, CaseKey, Results, Row, by_case, peers_of
 
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # a text that no line runs through
 
 
 @styled
@@ -38,7 +39,8 @@ def ratio_figure(op: str, rows: Sequence[Row]) -> Any:
     left = figure.transFigure.transform((0.01, 0.0))[0]
     for y, text in headings.items():
         x = axes.transAxes.inverted().transform((left, 0.0))[0]
-        axes.text(x, y, text, transform=axes.get_yaxis_transform(), va="center", weight="bold", in_layout=False)
+        place = {"transform": axes.get_yaxis_transform(), "va": "center", "in_layout": False}
+        axes.text(x, y, text, weight="bold", bbox=ON_WHITE, **place)
     return figure
 
 
@@ -50,7 +52,7 @@ def _point(axes: Any, y: float, row: Row, style: Mapping[str, Any]) -> None:
     fill = "white" if is_noise else style["color"]
     axes.plot(row.ratio, y, style["marker"], color=style["color"], markerfacecolor=fill, markersize=6)
     said = f"{row.ratio:.{2 if row.ratio < 10 else 0}f}{' (noise)' if is_noise else ''}"
-    axes.annotate(said, (max(high, row.ratio), y), (6, 0), textcoords="offset points", va="center")
+    axes.annotate(said, (max(high, row.ratio), y), (6, 0), textcoords="offset points", va="center", bbox=ON_WHITE)
 
 
 def _label(case: CaseKey, rows: Sequence[Row]) -> str:
