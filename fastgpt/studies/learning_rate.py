@@ -201,6 +201,8 @@ def _draw_final(results: dict[str, Any]) -> Any:
         axes.plot([rate for rate, _ in seeds], [loss for _, loss in seeds], ".", color=style["color"], alpha=0.5)
     axes.axhline(bound, color=FAINT, linestyle=":", label="frequencies only")
     axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", ylim=(min(losses) - 0.1, highest))
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks([], minor=True)  # which a short axis would name, too
     if any_above:
         name_above(axes)
     figure.legend(loc="outside upper center", ncols=2)

@@ -166,13 +166,13 @@ def sequential_steps(kind: str, n_layer: int, context: int) -> int:
 
 
 def show(results: dict[str, Any], page: Any) -> None:
-    rows = results["rows"]
+    rows, rates = results["rows"], results["settings"]["rates"].split(",")
     contexts, batches = (sorted({row[key] for row in rows}) for key in ("context", "batch"))
     page.paragraph(
         f"A GPT of {results['layers']} layers and recurrent networks with as many layers and parameters took turns at "
         f"the same batches of random tokens, forward and backward, in contexts of {together(contexts)} tokens. Then "
         f"all were trained on the same {_trained_tokens(results):,} tokens of {results['data']['name']}, each at the "
-        f"best of the learning rates {together(results['settings']['rates'].split(','))}."
+        f"best of {counted(len(rates), 'learning rate')} ({together(rates)})."
     )
     page.picture("speed", "Tokens per second by context", lambda: _draw_speed(rows, contexts, batches))
     page.findings(
@@ -387,7 +387,7 @@ def _draw_speed(rows: list[Row], contexts: list[int], batches: list[int]) -> Any
             panel.plot(contexts, speeds, label=f"{kind.upper()}, {direction}", **style)
         panel.set(xscale="log", yscale="log", ylabel="tokens per second", title=counted(batch, "row"))
         panel.set_xticks(contexts, [str(context) for context in contexts])
-        panel.tick_params(which="minor", length=0)
+        panel.set_xticks([], minor=True)  # which a short axis would name, too
     panel.set_xlabel("context")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

@@ -112,7 +112,10 @@ def show(results: dict[str, Any], page: Any) -> None:
     with page.numbers():
         page.paragraph(f"nanoGPT's recipe: {_recipe_text(find_row(rows, name=NANOGPT)['recipe'])}.")
         page.paragraph(f"The preset: {_recipe_text(find_row(rows, name=OURS)['recipe'])}.")
-        page.paragraph(f"The loss is that of {counted(settings['eval_blocks'], 'block')} of the validation text.")
+        page.paragraph(
+            f"The loss is that of {counted(settings['eval_blocks'], 'block')} of the validation text. Other work on "
+            f"the machine makes the seconds longer, and leaves the steps as they are."
+        )
         page.table(
             ["recipe", "steps of each seed", "loss of each seed", "seconds to the loss"],
             [[row["name"], _steps_text(row), _losses_text(row), _seconds_text(row)] for row in rows],
