@@ -53,6 +53,8 @@ def _initial(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
     from .training.initial import initial_model
 
     assert settings.init_from is not None
+    if settings.data is None:  # the default text is probably what it has been trained on
+        raise UsageError("--data is missing: say what the model shall learn now, a file, a folder, or a text's name")
     try:
         model, tokenizer = initial_model(settings.init_from, settings.asked_of_the_start())
     except ConfigError as error:
@@ -65,11 +67,11 @@ def _initial(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
 
 def train(settings: TrainSettings) -> None:
     (out,) = required(settings, "train")
-    data = settings.data
     initial: Any = None
     tokenizer: Any = settings.tokenizer
     if settings.init_from and not settings.resume:
         initial, tokenizer, settings = _initial(settings)
+    data = settings.data
     train_config = settings.train_config()
     settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
     check_tokenizer(settings)

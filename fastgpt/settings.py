@@ -282,7 +282,7 @@ OF_THE_START = ("model", "tokenizer", *(field.name for field in dataclasses.fiel
 
 
 def _from_a_start(given: dict[str, Any]) -> TrainSettings:
-    """The settings of a run that --init-from starts; None stands for what its model will decide.
+    """The settings of a run that --init-from starts; None stands for what its model will decide, or for no data.
 
     A preset gives the settings of training alone.
     """
@@ -290,7 +290,7 @@ def _from_a_start(given: dict[str, Any]) -> TrainSettings:
     below = FINE_TUNING if name == "auto" else preset(name)[1]
     settings = TrainSettings(**(below | given))
     check_types(settings)
-    open_names = OF_THE_START if "lr" in below else (*OF_THE_START, "lr")
+    open_names = (*OF_THE_START, "data", *(() if "lr" in below else ("lr",)))
     left: dict[str, Any] = {name: None for name in open_names if name not in given}
     return dataclasses.replace(settings, **left)
 

@@ -108,6 +108,8 @@ def test_the_command_line_names_the_conflict(folder, tmp_path, capsys):
         assert main(tune(folder, "run", tmp_path / "run", option, value)) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"fastgpt train: {option}: the model in ") and error.count("\n") == 1
+    assert main(["train", "--init-from", str(folder / "run"), "--out", str(tmp_path / "run")]) == 2
+    assert "--data is missing: say what the model shall learn now" in capsys.readouterr().err
     assert main(tune(folder, "nothing", tmp_path / "run")) == 1
     assert "nothing: no such file or folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
