@@ -29,7 +29,7 @@ def test_every_option_has_a_help_text():
             assert option.help.endswith("."), f"{line} {option.flag}: {option.help!r}"
 
 
-@pytest.mark.parametrize(("line", "needs"), [("train", ["--data", "--out"]), ("sample", ["--checkpoint"])])
+@pytest.mark.parametrize(("line", "needs"), [("train", ["--out"]), ("eval", ["--checkpoint", "--data"])])
 def test_what_a_command_needs_comes_first(line, needs, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     assert main([*line.split(), "--help"]) == 0
