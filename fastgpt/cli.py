@@ -253,7 +253,7 @@ def doctor(settings: DoctorSettings) -> None:
 def parity(settings: ParitySettings) -> int:
     from .parity.report import main as run
 
-    return run(settings.device, settings.out)
+    return run(settings.device, settings.out, settings.only)
 
 
 def bench(settings: BenchSettings) -> int:
@@ -276,7 +276,8 @@ def bench(settings: BenchSettings) -> int:
         raise UsageError(f"--device: expected auto, cpu or cuda, got {settings.device!r}")
     for name in settings.only:
         if name not in command.benchmark_names():
-            raise UsageError(f"--only: no benchmark {name!r}; there are {', '.join(command.benchmark_names())}")
+            there = ", ".join(command.benchmark_names())
+            raise UsageError(f"--only: there is no benchmarks/bench_{name}.py; there are {there}")
     paths = {name: getattr(settings, name) for name in ("nanogpt", "lecture", "data")}
     return command.run_suite(settings.only, settings.device, settings.out, settings.quick, paths)
 

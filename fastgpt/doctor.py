@@ -14,7 +14,6 @@ from .machine import device_name, package_version, resolve_device
 from .ops import native, self_test
 from .ops.backend import (
     BACKENDS,
-    OPS,
     BackendError,
     check_preference,
     preferred,
@@ -26,6 +25,7 @@ from .ops.backend import (
 from .ops.decode import reason_against_decode
 from .ops.linear import linear_choice
 from .parity.cases import Draw, parity_cases
+from .parity.complete import can_be_measured, half_added, public_ops
 from .training import graph
 from .training.step import Precision
 
@@ -124,13 +124,16 @@ def example_call(op: str, device: str) -> dict[str, Any]:
 
 
 def _ops(device: str) -> list[str]:
-    """Per op the backend that is taken, and why no faster one is."""
-    lines = []
-    for op in OPS:
+    """Per op the backend that is taken, and why no faster one is; of an op that is being added, what it lacks."""
+    lines, lacks = [], half_added()
+    for op in public_ops():
         try:
-            lines += str(ops.explain(op, **example_call(op, device))).splitlines()
+            if op not in lacks or can_be_measured(op):
+                lines += str(ops.explain(op, **example_call(op, device))).splitlines()
         except ValueError as error:
             lines.append(f"{op}: {error}")
+        if op in lacks:
+            lines.append(f"{op}: {lacks[op]}")
     return lines
 
 

@@ -213,6 +213,7 @@ class DoctorSettings:
 class ParitySettings:
     """Measure every op, backend and dtype against its formula in float64."""
 
+    only: tuple[str, ...] = ()  # some of the ops instead of all: attention, layer_norm, ...
     device: str = "cpu"  # cpu or cuda.
     out: str | None = None  # a JSON file to write the rows to.
     config: str | None = None  # a TOML file with any of these settings.

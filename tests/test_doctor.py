@@ -7,6 +7,7 @@ import torch
 
 from fastgpt import doctor
 from fastgpt.ops import native
+from fastgpt.ops.backend import OPS
 from fastgpt.triton_kernels import tuned
 
 
@@ -86,7 +87,7 @@ def test_a_mac(elsewhere):
     assert "\n--cuda-graph: needs a CUDA device\n" in text
     assert "\n--device auto: mps\n--dtype auto: float32 (half precision is the default on CUDA alone)\n" in text
     on_mps = text.partition("\nOn mps:\n")[2]
-    for op in doctor.OPS:
+    for op in OPS:
         assert f"  {op}: runs on torch\n" in on_mps
     assert "  backend torch: works\n  backend triton: does not work here: not tried\n" in on_mps
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt import parity
 from fastgpt.ops import reference
+from fastgpt.ops.yardsticks import yardstick_for
 
 from .models import ModelShape
 from .peers import Peer
@@ -42,7 +43,8 @@ class PeerCheck:
         drawn = case.arguments(parity.Draw(setting.dtype, setting.device.type))
         exact = {name: parity.exact_copy(tensor) for name, tensor in drawn.items()}
         oracle = parity.outputs_and_gradients(getattr(reference, case.op), case, exact, case.options)
-        torchs = parity.outputs_and_gradients(parity.YARDSTICKS[case.op], case, drawn, case.options)
+        yardstick = yardstick_for(case.op, "torch", setting.device.type, dropout=False)
+        torchs = parity.outputs_and_gradients(yardstick, case, drawn, case.options)
         tolerances = {name: parity.tolerance(setting.dtype, value) for name, value in oracle.items()}
         errors = {name: parity.max_error(torchs[name], oracle[name]) + tol / 2 for name, tol in tolerances.items()}
         return drawn, oracle, errors

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from fastgpt import ops, parity
 from fastgpt.benchmarks.publish.rows import OURS
+from fastgpt.ops import reference
 from fastgpt.ops.backend import PREFERENCE, Explanation
+from fastgpt.parity.complete import half_added
 
 from .accuracy import PeerCheck, op_error_ratio
 from .ceilings import Demand, Product, Traffic
 from .measure import Call
 from .peers import Makers, Peer, make_present
-from .suite import Setting, Work
+from .suite import ParityError, Setting, Work
 
 DIRECTIONS = ("forward", "forward+backward")
 
@@ -38,6 +40,8 @@ class OpShape:
 
     @property
     def function(self) -> Callable[..., Any]:
+        if not hasattr(reference, self.op):
+            raise ParityError(f"{self.op} is {half_added()[self.op]}; without a formula it is not measured")
         return getattr(ops, self.op)
 
     def explain(self, *arguments: Tensor) -> Explanation:

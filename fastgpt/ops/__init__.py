@@ -13,4 +13,4 @@ from .layer_norm import add_layer_norm as add_layer_norm
 from .layer_norm import layer_norm as layer_norm
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
-__all__ = [*OPS, "explain"]
+__all__ = [*(op for op in OPS if op in globals()), "explain"]

@@ -29,7 +29,7 @@ import torch
 from ..config import BACKENDS
 from . import self_test
 from .library import assume_constant_result
-from .variants import FACTS, Call, typical_calls, with_unknown_sizes
+from .variants import CALLS, FACTS, Call, typical_calls, with_unknown_sizes
 
 # The backends of each op on each device, in order of preference: fastest first where it was measured, which on GPUs it
 # is not yet. On a device that is not listed, an op runs on "torch".
@@ -92,6 +92,7 @@ def register(
     or the reason why `run`, which serves them, has not been shown to be the faster one: "auto" then passes it over.
     """
     _registry[op, backend] = _Implementation(run, supports, unproved)
+    PREFERENCE.setdefault(op, {})  # an op that has no line there yet runs on "torch"
 
 
 def register_smoke_test(backend: str, run_once: Callable[[str], None]) -> None:
@@ -235,7 +236,7 @@ def choose(op: str, backend: str, device_type: str, args: tuple, kwargs: dict) -
             if reason is None and not is_strict:
                 if name != first:
                     reason = implementation.unproved(*args, **kwargs)
-                if reason is None and device_type in self_test.SELF_TESTED and op in FACTS:
+                if reason is None and device_type in self_test.SELF_TESTED:
                     reason = _distrusted(op, name, args, kwargs)
         if reason is None:
             return name, reasons
@@ -258,6 +259,8 @@ _verdicts: dict[tuple, str | None] = {}
 
 def _distrusted(op: str, backend: str, args: tuple, kwargs: dict) -> str | None:
     """Why a self-test forbids this call, or None. What is known already takes a look into a dictionary."""
+    if op not in FACTS or op not in CALLS:
+        return "it has no self-test yet: variants.py has no section for it" if self_test.is_on() else None
     facts = FACTS[op](*args, **kwargs)
     device = (args[0] if args else next(iter(kwargs.values()))).device
     if torch.compiler.is_compiling():
@@ -297,7 +300,7 @@ def typical_variants(device: torch.device) -> list[tuple[str, str, Call]]:
     return [
         (op, backend, call)
         for op in FACTS
-        for backend in PREFERENCE[op].get(device.type, ())
+        for backend in PREFERENCE.get(op, {}).get(device.type, ())
         if backend != "torch" and unavailable(backend, device.type) is None
         for call in typical_calls(op)
     ]
@@ -316,7 +319,16 @@ def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
     if reasons:
         for unused, reason in reasons.items():
             _say_once(op, unused, reason)
-    return _registry[op, name].run(*args, **kwargs)
+    try:
+        implementation = _registry[op, name]
+    except KeyError:
+        raise _half_added(op) from None
+    return implementation.run(*args, **kwargs)
+
+
+def _half_added(op: str) -> BackendError:
+    remedy = f"in fastgpt/ops/{op}.py, which fastgpt/ops/__init__.py imports, add register({op!r}, 'torch', ...)"
+    return BackendError(f"{op} is half-added: it has no torch backend, on which any op can run; {remedy}")
 
 
 def _say_once(op: str, backend: str, reason: str) -> None:
@@ -351,17 +363,22 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explan
     computed with; on a GPU the self-test of the call's variant runs, if it has not run yet.
     Raises ValueError for an unknown op and BackendError where a backend asked for by name cannot serve.
     """
-    if op not in OPS:
-        raise ValueError(f"op: unknown op {op!r}; expected one of {', '.join(map(repr, OPS))}")
+    function = getattr(importlib.import_module("fastgpt.ops"), op, None)
+    if not inspect.isfunction(function):
+        if op not in OPS:
+            raise ValueError(f"op: unknown op {op!r}; expected one of {', '.join(map(repr, OPS))}")
+        raise ValueError(f"op: {op!r} is half-added: fastgpt/ops/__init__.py does not export its function")
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     if not tensors:
         raise TypeError(f"explain({op!r}, ...) takes the arguments of {op}, and none of those given is a tensor")
     try:
-        inspect.signature(getattr(importlib.import_module("fastgpt.ops"), op)).bind(*args, **kwargs)
+        inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"explain({op!r}, ...) takes the arguments of {op}: {error}") from None
     device_type = tensors[0].device.type
     taken, reasons = choose(op, backend, device_type, args, kwargs)
+    if not implements(taken, op):
+        raise _half_added(op)
     first = preferred() if backend == "auto" else "auto"
     if first not in ("auto", "torch") and not implements(first, op):
         reasons = {first: f"it has no {op}"} | reasons

@@ -473,4 +473,6 @@ def typical_calls(op: str) -> list[Call]:
         return [Embedding(wide, 768, has_positions, None, (True, has_positions)) for has_positions in (False, True)]
     if op == "cross_entropy":
         return [CrossEntropy(half, classes, False, "mean", False, (True,)) for classes in (65, 50304)]
-    return [LinearCrossEntropy(half, V, False, "mean", False, (True, True, False)) for V in (65, 50304)]
+    if op == "linear_cross_entropy":
+        return [LinearCrossEntropy(half, V, False, "mean", False, (True, True, False)) for V in (65, 50304)]
+    return []

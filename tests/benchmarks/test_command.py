@@ -53,7 +53,7 @@ def test_it_says_what_is_missing(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "fly"], "--only: no benchmark 'fly'; there are activation, attention"),
+        (["--only", "fly"], "--only: there is no benchmarks/bench_fly.py; there are activation, attention"),
         (["--device", "tpu"], "--device: expected auto, cpu or cuda, got 'tpu'"),
         (["--results", "rows.jsonl"], "--results: is what --report reads"),
         (["--report", "--quick"], "--quick: is for measuring"),
