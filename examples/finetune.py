@@ -33,6 +33,8 @@ def write_examples(text: str, path: Path, how_many: int) -> None:
     """Write a line of JSON for each example: the prompt, which is read, and the completion, which is learned."""
     speeches = re.findall(r"^([A-Z][A-Z ]+)[.:]\n(.+)$", text, flags=re.MULTILINE)  # the speaker, and the first line
     lines = sorted({(speaker, line) for speaker, line in speeches if len(speaker) + len(line) < 50})
+    if not lines:
+        raise SystemExit("--data: no line has a speaker's name alone, as ROMEO: or ROMEO., with a speech below it")
     random.Random(1337).shuffle(lines)
     with path.open("w", encoding="utf-8") as file:
         for speaker, line in lines[:how_many]:
@@ -54,10 +56,14 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200, help="steps on the examples")
     given = parser.parse_args()
 
+    try:
+        text = load_text(given.data)
+    except ValueError as error:  # no such file, or one that is no text
+        parser.error(f"--data: {error}")
     given.out.mkdir(parents=True, exist_ok=True)
     plays, tuned, new = (given.out / name for name in ("plays", "tuned", "new"))
     examples = given.out / "examples.jsonl"
-    write_examples(load_text(given.data), examples, given.examples)
+    write_examples(text, examples, given.examples)
 
     # First the model that knows the language.
     small = ("--preset", "shakespeare-char-cpu")

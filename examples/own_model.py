@@ -189,7 +189,10 @@ if __name__ == "__main__":
     parser.add_argument("--compiler", default="inductor", help="the backend of torch.compile")
     given = parser.parse_args()
 
-    text = load_text(given.data)
+    try:
+        text = load_text(given.data)
+    except ValueError as error:  # no such file, or one that is no text
+        parser.error(f"--data: {error}")
     characters = sorted(set(text))
     number = {character: i for i, character in enumerate(characters)}
     tokens = torch.tensor([number[character] for character in text])

@@ -76,6 +76,20 @@ def test_finetune_teaches_a_task_to_a_model_that_knows_the_language(run_example,
     assert before["tuned"] < before["new"]
 
 
+@pytest.mark.parametrize("name", ["own_model.py", "finetune.py"])
+def test_a_text_that_is_not_there_is_said_in_one_line(name, run_example, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_example(name, "--data", "missing.txt")
+    assert stopped.value.code == 2
+    assert "--data: 'missing.txt' does not exist" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_finetune_says_what_its_text_has_to_have(run_example, tmp_path):
+    (tmp_path / "prose.txt").write_text("Once upon a time.\n" * 20)
+    with pytest.raises(SystemExit, match="no line has a speaker's name alone"):
+        run_example("finetune.py", "--data", "prose.txt")
+
+
 # ---- the notebook ----
 
 NOTEBOOK = EXAMPLES / "shakespeare.ipynb"
