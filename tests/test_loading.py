@@ -88,15 +88,14 @@ def test_a_folder_of_transformers(tmp_path):
 def test_every_command_takes_the_same_places(tmp_path, capsys):
     model = gpt(BPETokenizer.train(TEXT, 270))
     (tmp_path / "text.txt").write_text(TEXT)
-    for format, study in (("fastgpt", "embeddings"), ("huggingface", "attention")):
+    for format in ("fastgpt", "huggingface"):
         model.save_pretrained(tmp_path / format, format=format)
         path = str(tmp_path / format)
         assert main(["sample", path, "--prompt", "To be", "--max-new-tokens", "3"]) == 0
         assert capsys.readouterr().out.startswith("To be")
         assert main(["eval", path, "--data", str(tmp_path / "text.txt")]) == 0
-        prompt = ["--prompt", "to be"] if study == "attention" else []
-        assert main(["study", study, path, *prompt, "--out", str(tmp_path / study)]) == 0
         capsys.readouterr()
+    assert main(["study", "attention", path, "--prompt", "to be", "--out", str(tmp_path / "study")]) == 0
 
 
 def test_a_model_without_a_tokenizer_or_with_anothers(tmp_path):
