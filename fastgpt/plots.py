@@ -19,11 +19,12 @@ no setting of matplotlib beyond a call: in a notebook, other figures look as bef
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 WIDTH = 6.0  # inches
@@ -85,10 +86,18 @@ def styled(draw: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         need_matplotlib()
         from matplotlib import style
 
-        with style.context(["default", _STYLE]):
+        with style.context(["default", _STYLE]), _boxes_for_missing_letters():
             return draw(*args, **kwargs)
 
     return in_style
+
+
+@contextlib.contextmanager
+def _boxes_for_missing_letters() -> Iterator[None]:
+    """Where the font lacks a letter, it draws a box; that is no reason for a warning, as the numbers are right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
@@ -120,9 +129,7 @@ def png(figure: Any) -> bytes:
     from PIL import Image  # matplotlib needs it, so it is there
 
     drawn, packed = io.BytesIO(), io.BytesIO()
-    with warnings.catch_warnings():
-        # Where the font lacks a letter, it draws a box; that is no reason for a warning, as the numbers are right.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with _boxes_for_missing_letters():
         figure.savefig(drawn, format="png", dpi=DPI, facecolor="white")
     image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(packed, format="png", optimize=True)
