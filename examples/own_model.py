@@ -1,4 +1,4 @@
-"""A GPT of your own on FastGPT's kernels: is it right, what runs, how fast is it, and does it learn?
+"""A GPT of your own on FastGPT's kernels: what runs, is it right, how fast is it, and does it learn?
 
     python examples/own_model.py                      # about two minutes on a CPU, most of them for torch.compile
     python examples/own_model.py --data input.txt --steps 1000
@@ -150,7 +150,10 @@ def step(model: Any, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> 
 
 
 def measure(vocab_size: int, compiler: str, seconds: float, x: Tensor, y: Tensor) -> None:
-    """The median time of a step. `fullgraph` makes torch.compile fail where it cannot trace an op as it is."""
+    """The median time of a step, of one model after the other; `fastgpt bench` lets them take turns.
+
+    `fullgraph` makes torch.compile fail where it cannot trace an op as it is.
+    """
     threads = torch.get_num_threads()
     for name, functions in (("fastgpt", ops), ("PyTorch", PyTorch)):
         for compiled in (False, True):
