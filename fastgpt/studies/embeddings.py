@@ -269,7 +269,7 @@ def show(results: dict[str, Any], page: Any) -> None:
                     [
                         name,
                         kind["count"],
-                        *(f"{v:.2f}" for v in (kind["within"], kind["between"], _chance(results, kind))),
+                        *(f"{v:z.2f}" for v in (kind["within"], kind["between"], _chance(results, kind))),
                     ]
                     for name, kind in results["kinds"].items()
                 ],
@@ -282,7 +282,7 @@ def show(results: dict[str, Any], page: Any) -> None:
 
 
 def _neighbours_text(neighbours: list[list[Any]]) -> str:
-    return " · ".join(f"{word} {cosine:.2f}" for word, cosine in neighbours)
+    return " · ".join(f"{word} {cosine:z.2f}" for word, cosine in neighbours)
 
 
 def _chance(results: dict[str, Any], kind: dict[str, Any]) -> float:
@@ -295,12 +295,12 @@ def _kinds_in_words(results: dict[str, Any]) -> str:
     if not results["kinds"]:
         closest = max(results["rows"], key=lambda row: row["neighbours"][0][1])
         word, cosine = closest["neighbours"][0]
-        return f"Of the words asked for, {closest['word']} has the nearest neighbour: {word} (cosine {cosine:.2f})."
+        return f"Of the words asked for, {closest['word']} has the nearest neighbour: {word} (cosine {cosine:z.2f})."
     alike: list[str] = []
     others: list[str] = []
     for name, kind in results["kinds"].items():
         is_alike = kind["within"] - kind["between"] > _chance(results, kind)
-        cosines = f"{name} (mean cosine {kind['within']:.2f}, with others {kind['between']:.2f})"
+        cosines = f"{name} (mean cosine {kind['within']:z.2f}, with others {kind['between']:z.2f})"
         (alike if is_alike else others).append(cosines)
     if not alike:
         return f"No kind of character is more similar to itself than chance allows: {together(others)}."

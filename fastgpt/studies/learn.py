@@ -8,6 +8,8 @@ results.json holds the measurements; `learn_page` makes the report from them and
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ from ..training.run_folder import read_metrics
 from ..training.runs import start
 from . import write_results
 from .experiment import at_least, recorded, study_facts
-from .learn_page import HEADERS, findings, learn_report, table_rows
-from .page import duration
+from .learn_page import HEADERS, findings, learn_report, preview_note, table_rows
+from .page import duration, filled
 from .settings import LearnSettings
 from .stages import STAGES, Stage, code_of, config_of
 
@@ -47,7 +49,10 @@ def run(settings: LearnSettings) -> Path:
     results = {**study_facts(settings.device), **measure(settings, out)}
     results["seconds"] = round(time.perf_counter() - began, 1)
     write_results(out, results)
-    print("\n" + "\n".join([markdown_table(HEADERS, table_rows(results)), "", *findings(results)]))
+    said = [preview_note(results)] if settings.quick else []
+    said += [markdown_table(HEADERS, table_rows(results)), *findings(results)]
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    print("\n" + "\n\n".join(part if part.startswith("|") else filled(part, columns) for part in said))
     report = learn_report(results, code).write(out)
     print(f"\n{report}: {duration(results['seconds'])} in all")
     return report

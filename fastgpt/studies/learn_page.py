@@ -61,6 +61,11 @@ def budget(results: dict[str, Any]) -> str:
     )
 
 
+def preview_note(results: dict[str, Any]) -> str:
+    """What stands above the results of --quick."""
+    return preview("fastgpt learn", results["settings"], LearnSettings())
+
+
 def _passes(results: dict[str, Any]) -> float:
     """How many times each stage read as many characters as the training text has."""
     return results["settings"]["steps"] * results["tokens_per_step"] / results["training_tokens"]
@@ -179,7 +184,7 @@ def learn_report(results: dict[str, Any], code: dict[str, list[tuple[str, int, s
     """The report, from the results, and from what `code_of` found in the source for each stage."""
     page = Report("From bigram to GPT", "one idea at a time, each trained with the same budget")
     if results["settings"]["quick"]:
-        page.note(preview("fastgpt learn", results["settings"], LearnSettings()))
+        page.note(preview_note(results))
     page.paragraph(budget(results))
     page.table(HEADERS, table_rows(results))
     for text in findings(results):

@@ -135,25 +135,26 @@ class Page(Report):
 
     def markdown(self) -> list[str]:
         """The parts for a Markdown document, its lines of at most 120 characters."""
-        return [_filled(text, 120) if kind == "words" else text for kind, text in self.blocks]
+        return [filled(text, 120) if kind == "words" else text for kind, text in self.blocks]
 
     def text(self, columns: int | None = None) -> str:
         """What a terminal of so many columns shows: words, and the tables that it is wide enough for."""
-        width = min(columns or 120, 120)
-        parts = [self.title, _filled(self.question, width)]
+        width = columns or 120
+        parts = [self.title, filled(self.question, width)]
         for kind, text in self.blocks:
             if kind == "words":
-                parts.append(_filled(text, width))
+                parts.append(filled(text, width))
             elif kind == "table":
                 wide = text.index("\n")
                 is_too_wide = columns is not None and wide > columns
-                told = _filled(f"(The report has a table here, which is {wide} letters wide.)", width)
+                told = filled(f"(The report has a table here, which is {wide} letters wide.)", width)
                 parts.append(told if is_too_wide else text)
         return "\n\n".join(parts)
 
 
-def _filled(text: str, width: int) -> str:
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+def filled(text: str, width: int) -> str:
+    """The text in lines of at most 120 letters, and of no more than `width`; words stay whole."""
+    return textwrap.fill(text, min(width, 120), break_long_words=False, break_on_hyphens=False)
 
 
 def duration(seconds: float) -> str:
