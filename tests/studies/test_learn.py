@@ -61,7 +61,8 @@ def test_a_stage_whose_code_is_gone_stops_the_command_before_it_trains(monkeypat
 def test_learn_writes_a_report_of_every_stage(out):
     assert {p.name for p in out.iterdir()} == {"report.html", "results.json", "losses.png", "curves.png", "stages"}
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert results["settings"] == {"data": "text.txt", "quick": True, "steps": 2, "lr": 0.03, "seed": 1337}
+    lr = learn.LearnSettings.QUICK["lr"]
+    assert results["settings"] == {"data": "text.txt", "quick": True, "steps": 2, "lr": lr, "seed": 1337}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "2 steps of 128 characters" in page and "Preview: measured with --quick" in page
