@@ -91,15 +91,17 @@ def _check_name(name: str, n_tokens: int, block_size: int) -> None:
 
 
 class Examples:
-    """Numbered examples of T = block_size tokens: x (T,), and y (T,) the token after each, or -100 to leave it out.
+    """Numbered examples of T tokens: x (T,), and y (T,) the token after each, or -100 to leave it out.
 
-    A subclass says how many there are and cuts them. A row is shorter than the block where no example needs all of it.
+    A subclass says how many there are and cuts them. T, the `row_size`, is the block's size, or less where no example
+    needs all of it.
     """
 
     equal_targets = True  # whether all examples have the same number of targets that count
 
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
         self.tokens, self.block_size = tokens, as_int_argument("block_size", block_size, least=1)
+        self.row_size = self.block_size  # T
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -195,7 +197,7 @@ class Completions(Examples):
         super().__init__(tokens, block_size)
         self.prompts, totals = lengths[:, 0], lengths.sum(axis=1)
         self.starts, self.inputs = totals.cumsum() - totals, totals - 1  # the end token is a target, never context
-        self.row_size = int(self.inputs.max())  # T
+        self.row_size = int(self.inputs.max())
         if self.row_size > self.block_size:
             raise DataError(f"tokens: example {int(self.inputs.argmax())} is longer than block_size {self.block_size}")
 

@@ -69,7 +69,7 @@ def first_lines(trainer: Trainer, settings: str, source: str) -> list[str]:
     layers = "" if model.kind.endswith("bigram") else f"{shape.n_layer} layers, width {shape.n_embd}, "
     n = torch.get_num_threads()
     threads = f", {n} thread{'s' * (n > 1)}" if device.type == "cpu" else ""
-    tokens = cfg.batch_size * cfg.grad_accum * shape.block_size
+    tokens = cfg.batch_size * cfg.grad_accum * corpus.examples("train", shape.block_size).row_size
     return [
         f"model: {model.kind} of {model.num_parameters():,} parameters, {layers}block {shape.block_size} ({settings})",
         f"data: {source}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "

@@ -190,7 +190,7 @@ def test_a_run_learns_to_complete_and_to_stop_and_is_resumed_to_the_same_bits(tm
     assert all(torch.equal(tensor, parts.tensors[name]) for name, tensor in whole.tensors.items())
     assert whole.state["tokens"] == 80 * 16 * 5, "rows have 5 tokens: what is counted is what is computed"
     assert whole.state["best_val"] < 0.1
-    capsys.readouterr()
+    assert "each of 80 tokens" in capsys.readouterr().out
     sample = ["sample", "--checkpoint", str(tmp_path / "whole"), "--temperature", "0"]
     for prompt, completion in ANSWERS[20:23]:
         assert main([*sample, "--prompt", prompt]) == 0
