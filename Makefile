@@ -46,10 +46,11 @@ types: install
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
-# Measures FastGPT against PyTorch, torch.compile and transformers, and writes rows to benchmarks/results/. NANOGPT=DIR
-# and LECTURE=FILE add nanoGPT and the lecture's gpt.py. Takes about a quarter of an hour on two cores.
+# Measures FastGPT against PyTorch, torch.compile and transformers, and writes rows to runs/bench/, or with PUBLISH=1 to
+# benchmarks/results/, where they are committed; its last line says where. NANOGPT=DIR and LECTURE=FILE add nanoGPT and the
+# lecture's gpt.py. Takes about a quarter of an hour on two cores.
 bench: install
-	$(BIN)/python -m pytest benchmarks $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(LECTURE),--lecture "$(LECTURE)")
+	$(BIN)/python -m pytest benchmarks $(if $(PUBLISH),--publish) $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(LECTURE),--lecture "$(LECTURE)")
 
 # For a machine with a GPU: parity, sanitizers, tuning, benchmarks and counters, in four steps of under 8 minutes into OUT.
 # It uses the PyTorch that is installed there, needs no network, and builds the extension itself, beside the first tests.

@@ -1,6 +1,6 @@
 """The benchmark suite: FastGPT against what one would use instead, on this machine.
 
-    pytest benchmarks [--quick] [--device cpu|cuda] [--nanogpt DIR] [--lecture FILE] [--rows FILE]    (make bench)
+    pytest benchmarks [--quick] [--device cpu|cuda] [--nanogpt DIR] [--lecture FILE] [--rows FILE | --publish]
 
 There is one file for each op, named like it, and one each for a training step, generation, the time to a loss, a whole
 training run and the import. No time is kept for a wrong result, and every peer that is not measured is listed with the

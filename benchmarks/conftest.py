@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgpt.benchmarks.command import DEFAULT_ROWS
 from fastgpt.benchmarks.harness.suite import OURS, Setting, Suite, Work
 from fastgpt.benchmarks.publish.rows import Row
 from fastgpt.machine import SOURCE_TREE, device_slug
@@ -28,7 +29,8 @@ SUITE = pytest.StashKey[Suite]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastgpt")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    group.addoption("--rows", metavar="FILE", help="JSON lines; default: benchmarks/results/<device>.jsonl")
+    group.addoption("--rows", metavar="FILE", help="JSON lines; default: runs/bench/<device>.jsonl")
+    group.addoption("--publish", action="store_true", help="rows go to benchmarks/results, where they are committed")
     group.addoption("--quick", action="store_true", help="the first shape of each benchmark, few rounds")
     group.addoption("--rehearse", action="store_true", help="a GPU's shapes made small, on the CPU, with a false clock")
     group.addoption("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT, to compare with")
@@ -77,14 +79,18 @@ def setting(pytestconfig: pytest.Config) -> Setting:
 @pytest.fixture(scope="session")
 def suite(pytestconfig: pytest.Config, setting: Setting) -> Suite:
     asked = pytestconfig.option.rows
-    path = Path(asked).absolute() if asked else None if setting.rehearsal else default_rows(setting.device)
+    default = None if setting.rehearsal else default_rows(setting.device, pytestconfig.option.publish)
+    path = Path(asked).absolute() if asked else default
     return pytestconfig.stash.setdefault(SUITE, Suite(setting, path))
 
 
-def default_rows(device: torch.device) -> Path:
-    """benchmarks/results/<device>.jsonl of the source tree; of an installed package, below the working directory."""
-    in_tree = (SOURCE_TREE / "setup.py").is_file()
-    return (SOURCE_TREE if in_tree else Path.cwd()) / "benchmarks" / "results" / f"{device_slug(device)}.jsonl"
+def default_rows(device: torch.device, publish: bool) -> Path:
+    """runs/bench/<device>.jsonl; with `publish` the same file in benchmarks/results, whose rows are committed.
+
+    Both are in the source tree; of an installed package, they are below the working directory.
+    """
+    tree = SOURCE_TREE if (SOURCE_TREE / "setup.py").is_file() else Path.cwd()
+    return tree / ("benchmarks/results" if publish else DEFAULT_ROWS) / f"{device_slug(device)}.jsonl"
 
 
 # --- to pytest-benchmark ---------------------------------------------------------------------------------------------

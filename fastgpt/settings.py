@@ -250,10 +250,11 @@ def with_sources(kind: type, given: dict[str, Any], on_gpu: bool = False) -> Any
     given = {name: _expanded(name, value) for name, value in given.items()}
     path = given.get("config")
     given = (read_toml(path, kind, f"--config {path}") if path else {}) | given
-    if kind is not TrainSettings:
+    out = given.get("out", getattr(kind, "out", None))
+    if given.get("resume") and out:
+        below = _of_resumed_run(kind, given, out)
+    elif kind is not TrainSettings:
         below = getattr(kind, "QUICK", {}) if given.get("quick") else {}
-    elif given.get("out") and given.get("resume"):
-        below = _of_resumed_run(given)
     elif given.get("init_from"):
         return _from_a_start(given)
     else:
@@ -296,18 +297,17 @@ def _from_a_start(given: dict[str, Any]) -> TrainSettings:
     return dataclasses.replace(settings, **left)
 
 
-def _of_resumed_run(given: dict[str, Any]) -> dict[str, Any]:
-    out = given["out"]
+def _of_resumed_run(kind: type, given: dict[str, Any], out: str) -> dict[str, Any]:
     if "preset" in given:
         raise UsageError(f"--preset: the run in {out} has its settings already; leave it out, or start another run")
-    return _settings_of_run(Path(out))
+    return _settings_of_run(Path(out), kind)
 
 
-def _settings_of_run(out: Path) -> dict[str, Any]:
+def _settings_of_run(out: Path, kind: type = TrainSettings) -> dict[str, Any]:
     stored = out / "config.toml"
     if not stored.exists():
         raise RuntimeError(f"{out}: holds no run to resume; leave --resume out to start one")
-    return read_toml(str(stored), TrainSettings, str(stored))
+    return read_toml(str(stored), kind, str(stored))
 
 
 def check_tokenizer(settings: TrainSettings) -> None:

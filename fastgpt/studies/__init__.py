@@ -61,9 +61,11 @@ def write_results(out: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_folder(out: Path) -> None:
-    """Refuse a folder that cannot be written to before anything is measured."""
+    """Refuse a folder that holds a report, or that cannot be written to, before anything is measured."""
     from .experiment import StudyError
 
+    if (out / "results.json").exists():
+        raise StudyError(f"{out}: already holds a report; give another --out, or remove it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()

@@ -59,7 +59,7 @@ def recorded(settings: Any) -> dict[str, Any]:
     for name in ("data", "checkpoint", "vectors"):
         if values.get(name) is not None:
             values[name] = Path(values[name]).name
-    return {name: value for name, value in values.items() if name not in ("out", "config", "device")}
+    return {name: value for name, value in values.items() if name not in ("out", "config", "device", "resume")}
 
 
 # ---- text and models ----

@@ -8,6 +8,7 @@ results.json holds the measurements; `learn_page` makes the report from them and
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import sys
 import time
@@ -21,10 +22,11 @@ from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
 from ..plots import need_matplotlib
 from ..report import markdown_table
+from ..settings import absolute
 from ..training import TrainingError
 from ..training.loop import Trainer
-from ..training.run_folder import read_metrics
-from ..training.runs import start
+from ..training.run_folder import HOW_TO_GO_ON, RunFolder, read_metrics
+from ..training.runs import load_latest, resume, start
 from . import write_results
 from .experiment import at_least, recorded, study_facts
 from .learn_page import HEADERS, findings, learn_report, preview_note, table_rows
@@ -43,8 +45,8 @@ def run(settings: LearnSettings) -> Path:
     need_matplotlib()
     code = {stage.name: code_of(stage) for stage in STAGES}
     out = Path(settings.out)
-    if (out / "results.json").exists() or (out / "stages").exists():
-        raise TrainingError(f"--out {out}: holds a report or its runs already; give another folder, or remove it")
+    if not settings.resume and ((out / "results.json").exists() or (out / "stages").exists()):
+        raise TrainingError(f"{out}: already holds a run; {HOW_TO_GO_ON}")
     began = time.perf_counter()
     results = {**study_facts(settings.device), **measure(settings, out)}
     results["seconds"] = round(time.perf_counter() - began, 1)
@@ -66,6 +68,8 @@ def measure(settings: LearnSettings, out: Path) -> dict[str, Any]:
     configs = [config_of(stage, 1) for stage in STAGES]
     train_configs = [train_config_of(settings, stage, cfg) for stage, cfg in zip(STAGES, configs, strict=True)]
     corpus = Corpus.load(settings.data, block_size=max(cfg.block_size for cfg in configs))
+    stored = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("config", "resume")}
+    RunFolder(out).write_settings(stored | {"data": absolute(settings.data)})
     results: dict[str, Any] = {
         "settings": recorded(settings),
         "tokens_per_step": TOKENS_PER_STEP,
@@ -76,7 +80,7 @@ def measure(settings: LearnSettings, out: Path) -> dict[str, Any]:
     }
     for number, (stage, train_config) in enumerate(zip(STAGES, train_configs, strict=True), 1):
         print(f"stage {number} of {len(STAGES)}: {stage.name}", flush=True)
-        row = _train_stage(stage, train_config, corpus, out / "stages" / _folder_name(stage))
+        row = _train_stage(stage, train_config, corpus, out)
         print(f"validation loss {row['loss']:.3f} after {duration(row['seconds'])} of training", flush=True)
         results["stages"].append(row)
     return results
@@ -102,10 +106,15 @@ def _folder_name(stage: Stage) -> str:
     return "-".join(stage.name.replace("+", "").replace(",", "").split())
 
 
-def _train_stage(stage: Stage, train_config: TrainConfig, corpus: Corpus, folder: Path) -> dict[str, Any]:
+def _train_stage(stage: Stage, train_config: TrainConfig, corpus: Corpus, out: Path) -> dict[str, Any]:
+    """Train a stage in its folder in `out`, or go on where a run in it has stopped."""
+    folder = out / "stages" / _folder_name(stage)
     cfg = config_of(stage, corpus.tokenizer.vocab_size)
-    trainer = start(folder, config=cfg, train_config=train_config, corpus=corpus, kind=stage.model)
-    state = trainer.run()
+    run: dict[str, Any] = {"config": cfg, "train_config": train_config, "corpus": corpus, "kind": stage.model}
+    run["resume_command"] = f"fastgpt learn --out {shlex.quote(str(out))} --resume"
+    has_begun = RunFolder(folder).latest.exists()
+    trainer = resume(folder, load_latest(folder), **run) if has_begun else start(folder, **run)
+    state = trainer.run(lines=False)
     metrics = read_metrics(trainer.folder.metrics_path)
     curve = [[row["step"], round(row["loss"], 4)] for row in metrics if row["split"] == "val"]
     return {

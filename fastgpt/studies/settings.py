@@ -18,7 +18,8 @@ class LearnSettings:
 
     Args:
         data: a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
-        out: the folder for report.html, results.json, the pictures and the runs; it must not hold a report yet.
+        out: the folder for report.html, results.json, the pictures and the runs.
+        resume: go on with the stages in --out, with their settings.
         quick: a preview of 1000 steps at a higher rate, in about two minutes on two cores.
         steps: training steps of each stage, of 1024 tokens each.
         lr: the learning rate; the last stage takes at most 0.003.
@@ -29,6 +30,7 @@ class LearnSettings:
 
     data: str = DEFAULT_TEXT
     out: str = "runs/learn"
+    resume: bool = False
     quick: bool = False
     steps: int = 2000
     lr: float = 1.5e-2

@@ -12,6 +12,8 @@ from ..files import FileError, atomic_path, readable
 from ..plots import BLUE, INK, VERMILION, PlotError, panels, png, styled
 from . import TrainingError
 
+HOW_TO_GO_ON = "add --resume to go on, or give another --out"  # where a folder already holds a run
+
 
 class RunFolder:
     """config.toml, metrics.jsonl, loss.png and checkpoint/ of one run."""
@@ -25,7 +27,7 @@ class RunFolder:
     def create(self, settings: dict[str, Any]) -> None:
         """Start a new run. A folder that already holds one is refused: resuming it, or another folder, is the way."""
         if self.latest.exists() or (self.metrics_path.exists() and self.metrics_path.stat().st_size > 0):
-            raise TrainingError(f"{self.path}: already holds a run; add --resume to go on, or give another --out")
+            raise TrainingError(f"{self.path}: already holds a run; {HOW_TO_GO_ON}")
         try:
             self.latest.parent.mkdir(parents=True, exist_ok=True)
             self.metrics_path.touch()

@@ -97,3 +97,11 @@ def test_a_device_that_is_not_there_is_a_usage_error(tmp_path):
         pytest.skip("there is a CUDA device")
     done = start(tmp_path, "--device", "cuda")
     assert done.returncode == 4 and "finds no CUDA device" in done.stderr
+
+
+def test_rows_are_kept_apart_from_the_committed_ones_unless_they_are_to_be_published():
+    from fastgpt.benchmarks.conftest import default_rows
+
+    usual, published = (default_rows(CPU, publish) for publish in (False, True))
+    assert usual.name == published.name and usual.suffix == ".jsonl"
+    assert usual.parent.parts[-2:] == ("runs", "bench") and published.parent.parts[-2:] == ("benchmarks", "results")

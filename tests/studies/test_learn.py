@@ -7,6 +7,7 @@ import dataclasses
 import html
 import json
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,7 +60,14 @@ def test_a_stage_whose_code_is_gone_stops_the_command_before_it_trains(monkeypat
 
 
 def test_learn_writes_a_report_of_every_stage(out):
-    assert {p.name for p in out.iterdir()} == {"report.html", "results.json", "losses.png", "curves.png", "stages"}
+    assert {p.name for p in out.iterdir()} == {
+        "report.html",
+        "results.json",
+        "losses.png",
+        "curves.png",
+        "stages",
+        "config.toml",
+    }
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     lr = learn.LearnSettings.QUICK["lr"]
     assert results["settings"] == {"data": "text.txt", "quick": True, "steps": 2, "lr": lr, "seed": 1337}
@@ -77,8 +85,28 @@ def test_learn_writes_a_report_of_every_stage(out):
 def test_a_report_is_not_overwritten(out, text_file, capsys):
     before = (out / "report.html").read_bytes()
     assert main(["learn", "--data", str(text_file), "--out", str(out)]) == 1
-    assert "holds a report or its runs already" in capsys.readouterr().err
+    assert "already holds a run; add --resume to go on, or give another --out" in capsys.readouterr().err
     assert (out / "report.html").read_bytes() == before
+
+
+def test_a_resumed_learn_trains_what_is_missing_and_ends_in_the_same_losses(out, text_file, tmp_path, capsys):
+    parts = tmp_path / "parts"
+    shutil.copytree(out, parts)
+    for gone in (parts / "results.json", parts / "report.html"):
+        gone.unlink()
+    shutil.rmtree(parts / "stages" / "scaled-up")
+    capsys.readouterr()
+    assert main(["learn", "--out", str(parts), "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("step 2: train loss") == 1, "the stage that was missing, with the settings of the others"
+    whole, again = (json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (out, parts))
+    assert [row["loss"] for row in whole["stages"]] == [row["loss"] for row in again["stages"]]
+    assert whole["settings"] == again["settings"]
+
+
+def test_a_learn_that_is_resumed_without_a_run_is_refused(tmp_path, capsys):
+    assert main(["learn", "--out", str(tmp_path), "--resume"]) == 1
+    assert "holds no run to resume; leave --resume out to start one" in capsys.readouterr().err
 
 
 def test_a_stage_can_be_sampled_from(out, capsys):
