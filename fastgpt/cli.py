@@ -278,6 +278,9 @@ def bench(settings: BenchSettings) -> int:
         if name not in command.benchmark_names():
             there = ", ".join(command.benchmark_names())
             raise UsageError(f"--only: there is no benchmarks/bench_{name}.py; there are {there}")
+    for name in ("nanogpt", "lecture"):
+        if (path := getattr(settings, name)) is not None and not os.path.exists(path):
+            raise UsageError(f"--{name}: {path} does not exist; give what --help names, or leave it out")
     paths = {name: getattr(settings, name) for name in ("nanogpt", "lecture", "data")}
     return command.run_suite(settings.only, settings.device, settings.out, settings.quick, paths)
 

@@ -34,6 +34,9 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device: expected auto, cpu, cuda, cuda:1, mps, ..., got {name!r}") from None
+    try:
         if device.type == "meta":
             raise RuntimeError("its tensors have shapes but no numbers")
         torch.ones(1, device=device).item()
@@ -41,7 +44,7 @@ def resolve_device(name: str) -> torch.device:
         # For a device that this PyTorch was built without, its message is pages of dispatcher internals.
         unknown = isinstance(error, (NotImplementedError, ImportError)) or "INTERNAL ASSERT" in str(error)
         reason = "this PyTorch was built without it" if unknown else str(error).splitlines()[0]
-        raise DeviceError(f"device: {name!r} cannot be used here: {reason}") from None
+        raise DeviceError(f"device: {name!r} cannot be used here: {reason}; take auto or cpu") from None
     return device
 
 

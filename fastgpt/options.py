@@ -142,7 +142,7 @@ def _about_unknown(word: str, options: Sequence[Option], given: Collection[str],
         hint = f"did you mean --{meant} {word}?" if meant else f"see {prog} --help"
         return f"{word!r}: every value belongs to an option; {hint}"
     flag = word.partition("=")[0]
-    near = difflib.get_close_matches(flag, [option.flag for option in options], n=1)
+    near = difflib.get_close_matches(flag, [option.flag for option in options], n=1) if flag != "--" else []
     hint = f"did you mean {near[0]}? See" if near else "see"
     return f"{flag}: no such option; {hint} {prog} --help"
 

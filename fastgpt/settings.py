@@ -379,11 +379,19 @@ def check_common(settings: Any) -> None:
         raise UsageError(f"--backend: unknown backend {backend!r}; expected one of {expected}")
 
 
+_EXAMPLES = {
+    "checkpoint": "the folder of a run, which fastgpt train makes",
+    "data": "a text file, or shakespeare",
+    "out": "a folder for the run, as runs/first",
+}
+
+
 def required(settings: Any, command: str) -> list[str]:
     """The values of the settings that the command needs."""
     names = type(settings).REQUIRED
     for name in names:
         if getattr(settings, name) is None:
-            why = ", the folder of the run to go on with" if getattr(settings, "resume", False) else ""
-            raise UsageError(f"--{name} is missing{why}; see fastgpt {command} --help")
+            resumes = getattr(settings, "resume", False)
+            what = "the folder of the run to go on with" if resumes else _EXAMPLES[name]
+            raise UsageError(f"--{name} is missing: give {what}; see fastgpt {command} --help")
     return [getattr(settings, name) for name in names]

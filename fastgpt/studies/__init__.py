@@ -30,12 +30,14 @@ def load(name: str) -> ModuleType:
 def run(name: str, settings: Any) -> Path:
     """Measure, write results.json, report.html and the pictures, and print the tables; returns the report's path."""
     from ..plots import need_matplotlib
-    from .experiment import recorded, study_facts
+    from .experiment import StudyError, recorded, study_facts
     from .page import Page, duration
 
     need_matplotlib()  # fails here if it is missing, and not after minutes of measuring
     out = Path(settings.out or f"runs/study-{name}")
-    _check_folder(out)
+    if (out / "results.json").exists():
+        raise StudyError(f"{out}: already holds a report; give another --out, or remove it")
+    check_folder(out)
     results = {"study": name, **study_facts(settings.device), "settings": recorded(settings)}
     began = time.perf_counter()
     results |= load(name).measure(settings)
@@ -60,14 +62,14 @@ def write_results(out: Path, results: dict[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse a folder that holds a report, or that cannot be written to, before anything is measured."""
+def check_folder(out: Path) -> None:
+    """Make the folder. One that cannot be written to is refused before anything is measured."""
     from .experiment import StudyError
 
-    if (out / "results.json").exists():
-        raise StudyError(f"{out}: already holds a report; give another --out, or remove it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise StudyError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        raise StudyError(
+            f"{out}: the output folder cannot be written: {error.strerror or error}; give another --out"
+        ) from None

@@ -27,7 +27,7 @@ from ..training import TrainingError
 from ..training.loop import Trainer
 from ..training.run_folder import HOW_TO_GO_ON, RunFolder, read_metrics
 from ..training.runs import load_latest, resume, start
-from . import write_results
+from . import check_folder, write_results
 from .experiment import at_least, recorded, study_facts
 from .learn_page import HEADERS, findings, learn_report, preview_note, table_rows
 from .page import duration, filled
@@ -69,6 +69,7 @@ def measure(settings: LearnSettings, out: Path) -> dict[str, Any]:
     train_configs = [train_config_of(settings, stage, cfg) for stage, cfg in zip(STAGES, configs, strict=True)]
     corpus = Corpus.load(settings.data, block_size=max(cfg.block_size for cfg in configs))
     stored = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("config", "resume")}
+    check_folder(out)
     RunFolder(out).write_settings(stored | {"data": absolute(settings.data)})
     results: dict[str, Any] = {
         "settings": recorded(settings),

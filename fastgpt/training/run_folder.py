@@ -33,7 +33,7 @@ class RunFolder:
             self.metrics_path.touch()
         except OSError as error:
             raise TrainingError(
-                f"{self.path}: the output folder cannot be written: {error.strerror or error}"
+                f"{self.path}: the output folder cannot be written: {error.strerror or error}; give another --out"
             ) from error
         self.write_settings(settings)
 
