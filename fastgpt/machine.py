@@ -35,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DeviceError(f"device: expected auto, cpu, cuda, cuda:1, mps, ..., got {name!r}") from None
+        raise DeviceError(f"device: {name!r} cannot be used here: expected auto, cpu, cuda, cuda:1, mps, ...") from None
     try:
         if device.type == "meta":
             raise RuntimeError("its tensors have shapes but no numbers")
