@@ -91,7 +91,7 @@ WRONG = [
     ("study attention RUN --out STUDY --layer 9", 1, ["--layer 9: the model has layers 1 to 1"]),
     ("parity --device gpu", 2, ["--device: expected cpu or cuda, got 'gpu'"]),
     ("bench --device tpu", 2, ["--device: expected auto, cpu or cuda"]),
-    ("bench --only atention", 2, ["--only: no benchmark 'atention'", "attention"]),
+    ("bench --only atention", 2, ["--only: there is no benchmarks/bench_atention.py", "attention"]),
     ("bench --report --only attention", 2, ["--only: is for measuring"]),
     ("bench --results x", 2, ["--results: is what --report reads"]),
     # --- prompts, and characters that nobody has seen ---

@@ -38,7 +38,7 @@ def test_studies_of_a_trained_model(tmp_path, text_file):
 def test_studies_of_models_without_attention_or_embedding(tmp_path, text_file, capsys):
     lstm, bigram = (trained(kind, text_file, tmp_path) for kind in ("lstm", "bigram"))
     out = ["--out", str(tmp_path / "out")]
-    assert main(["study", "embeddings", "--checkpoint", lstm, *out]) == 0
+    assert main(["study", "embeddings", "--checkpoint", lstm, "--out", str(tmp_path / "lstm-embeddings")]) == 0
     assert main(["study", "attention", "--checkpoint", lstm, *out]) == 1
     assert "kind 'lstm', which has no attention" in capsys.readouterr().err
     assert main(["study", "embeddings", "--checkpoint", bigram, *out]) == 1
