@@ -281,10 +281,11 @@ def show(results: dict[str, Any], page: Any) -> None:
         page.paragraph(
             f"Coin flips: two blocks, 32 wide, trained for {settings['coin_steps']} steps of one row each; losses on "
             f"{coins[0]['rows']} new rows, one at a time. A causal model reaches ln 2 = {math.log(2):.3f} at best. The "
-            f"target of the last position is no input, so nothing can give it away."
+            f'target of the last position is no input, so nothing can give it away. The columns from "at 1" on are '
+            f"the losses in train mode at each position."
         )
         page.table(
-            ["norm", "train", "eval", *(f"train, position {i}" for i in range(1, COIN_TOKENS + 1))],
+            ["norm", "train", "eval", *(f"at {i}" for i in range(1, COIN_TOKENS + 1))],
             [
                 [row["norm"], loss_text(row["train"]), loss_text(row["eval"]), *map(loss_text, row["by_position"])]
                 for row in coins

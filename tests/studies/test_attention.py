@@ -48,7 +48,7 @@ def test_summary_of_a_head_that_looks_at_the_token_before():
 
 
 def test_a_single_token_and_a_single_head(text_file, tmp_path):
-    arguments = ["--quick", "--data", str(text_file), "--prompt", "B", "--layer", "2", "--head", "4"]
+    arguments = ["--steps", "2", "--data", str(text_file), "--prompt", "B", "--layer", "2", "--head", "4"]
     assert main(["study", "attention", *arguments, "--out", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert (row["layer"], row["head"], row["map"]) == (2, 4, [[1.0]])
