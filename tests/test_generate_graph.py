@@ -230,5 +230,5 @@ def test_without_a_gpu_it_is_refused(text_file, tmp_path, capsys):
     assert main(["train", "--data", str(text_file), "--out", out, "--device", "cpu", *sizes]) == 0
     capsys.readouterr()
     assert main(["sample", "--checkpoint", out, "--device", "cpu", "--cuda-graph"]) == 2
-    expected = "fastgpt sample: cuda_graph: needs a CUDA device, and this is 'cpu'; switch it off\n"
+    expected = "fastgpt sample: --cuda-graph: needs a CUDA device, and this is 'cpu'; switch it off\n"
     assert capsys.readouterr().err == expected

@@ -113,7 +113,8 @@ def keep(device: torch.device, name: str, outcome: Outcome) -> None:
         with atomic_path(_path(of)) as temporary:
             temporary.write_text(json.dumps({"machine": of, "outcomes": as_json}, indent=1) + "\n", encoding="utf-8")
     except (FileError, ConfigError) as error:
-        _say_once(f"fastgpt: the outcomes of self-tests are not kept, and the next process runs them again: {error}")
+        what = "the outcomes of self-tests are not kept, and the next process runs them again"
+        _say_once(f"fastgpt: {what}: {error}; set FASTGPT_CACHE to a writable folder")
 
 
 @functools.cache

@@ -44,7 +44,8 @@ def load(device_type: str) -> ModuleType:
         raise ImportError(f"fastgpt.{name} is not built: {reason}") from None
     except ImportError as error:
         raise ImportError(
-            f"fastgpt.{name} does not load: {error}; it was built for torch {build_info()['torch']}"
+            f"fastgpt.{name} does not load: {error}; it was built for torch {build_info()['torch']}, so install "
+            "fastgpt-kernels again"
         ) from None
 
 

@@ -5,7 +5,7 @@ kernel and on PyTorch's own op, forward and each gradient that is asked for, bot
 float64 by the rule of `fastgpt parity`. The kernel runs twice, and has to give the same bits. The outcome is kept on
 disk (kept_outcomes.py). Where a kernel is wrong, a warning says so with the figures, and PyTorch serves.
 
-A backend that is asked for by name runs without it. FASTGPT_SELF_TEST=0 leaves it out.
+A call that names its backend runs without it. FASTGPT_SELF_TEST=0 leaves it out.
 """
 
 from __future__ import annotations
@@ -235,12 +235,9 @@ def _warn(
     _said.add((name, device))
     facts = ", ".join(f"{what} {value}" for what, value in (machine(device) or {}).items())
     if outcome.is_kept:
-        what = f"SELF-TEST FAILED: {op} on the {backend} backend is not right on this machine; {instead}."
+        what = f"SELF-TEST FAILED: {op} on the {backend} backend is not right on this machine; {instead}"
+        remedy = "please report this line; FASTGPT_BACKEND=torch leaves out all kernels"
     else:
-        what = f"no self-test of {op} on the {backend} backend was possible; in this process {instead}."
-    warnings.warn(
-        f"fastgpt: {what}\n"
-        f"  variant: {variant}\n  {outcome.figures}\n  {facts}\n"
-        f"  {'Please report this text. ' if outcome.is_kept else ''}FASTGPT_BACKEND=torch leaves out all kernels.",
-        stacklevel=2,
-    )
+        what = f"no self-test of {op} on the {backend} backend was possible; in this process {instead}"
+        remedy = "FASTGPT_BACKEND=torch leaves out all kernels"
+    warnings.warn(f"fastgpt: {what}; variant: {variant}; {outcome.figures}; {facts}; {remedy}", stacklevel=2)

@@ -19,9 +19,9 @@ def _smoke_test(device_type: str) -> None:
     except ImportError as error:
         if error.name == "fastgpt.triton_kernels":
             raise RuntimeError("this source tree is not installed; run pip install -e . in it") from error
-        raise RuntimeError(f"Triton cannot be imported: {error}") from error
+        raise RuntimeError(f"Triton cannot be imported: {error}; pip install triton") from error
     if device_type == "cpu" and not INTERPRETING:
-        raise RuntimeError("there is no GPU for these tensors, and Triton's interpreter is off (TRITON_INTERPRET=1)")
+        raise RuntimeError("these tensors are not on a GPU, and Triton's interpreter is off (TRITON_INTERPRET=1)")
     if device_type not in ("cpu", "cuda"):
         raise RuntimeError(f"the Triton kernels run on CUDA devices, not on {device_type}")
     if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
@@ -30,7 +30,7 @@ def _smoke_test(device_type: str) -> None:
     x = torch.tensor([[-1.0, 1.0]], dtype=torch.float32, device=device_type)
     y = layer_norm.forward(x, None, torch.ones_like(x[0]), None, 1e-5, 0.0, None, torch.float32)[0]
     if not torch.allclose(y, x, atol=1e-4):
-        raise RuntimeError("the smallest Triton kernel gave a wrong result")
+        raise RuntimeError("the smallest Triton kernel gave a wrong result; please report it")
 
 
 def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:

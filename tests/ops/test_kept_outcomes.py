@@ -96,7 +96,7 @@ def test_two_processes_that_write_at_once_leave_a_whole_file(empty_cache) -> Non
 
 def test_an_unknown_home_folder_is_said_once(monkeypatch) -> None:
     monkeypatch.setenv("FASTGPT_CACHE", "~nobody-has-this-name/cache")
-    with pytest.warns(UserWarning, match="outcomes of self-tests are not kept"):
+    with pytest.warns(UserWarning, match="outcomes of self-tests are not kept.*; set FASTGPT_CACHE to a writable"):
         keep(CPU, "a", Outcome(True, ""))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
