@@ -386,5 +386,5 @@ def explain(op: str, *args: Any, backend: str = "auto", **kwargs: Any) -> Explan
         for name in BACKENDS:
             if name != "torch" and name not in reasons and implements(name, op):
                 reason = unavailable(name, device_type)
-                reasons[name] = reason or f"on {device_type} it runs only where it is asked for by name"
+                reasons[name] = reason or f"on {device_type} it runs only where it is preferred or asked for"
     return Explanation(op, taken, reasons, first)

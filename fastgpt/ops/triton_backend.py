@@ -21,7 +21,7 @@ def _smoke_test(device_type: str) -> None:
             raise RuntimeError("this source tree is not installed; run pip install -e . in it") from error
         raise RuntimeError(f"Triton cannot be imported: {error}; pip install triton") from error
     if device_type == "cpu" and not INTERPRETING:
-        raise RuntimeError("these tensors are not on a GPU, and Triton's interpreter is off (TRITON_INTERPRET=1)")
+        raise RuntimeError("Triton's kernels need a CUDA GPU; without one TRITON_INTERPRET=1 interprets them, slowly")
     if device_type not in ("cpu", "cuda"):
         raise RuntimeError(f"the Triton kernels run on CUDA devices, not on {device_type}")
     if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):

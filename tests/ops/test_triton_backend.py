@@ -26,5 +26,5 @@ def test_a_device_without_triton_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match="run on CUDA devices, not on mps"):
         triton_backend._smoke_test("mps")
     monkeypatch.setattr(target, "INTERPRETING", False)
-    with pytest.raises(RuntimeError, match="no GPU for these tensors, and Triton's interpreter is off"):
+    with pytest.raises(RuntimeError, match="need a CUDA GPU; without one TRITON_INTERPRET=1"):
         triton_backend._smoke_test("cpu")
