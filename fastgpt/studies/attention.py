@@ -160,7 +160,7 @@ def show(results: dict[str, Any], page: Any) -> None:
     origin = (
         f"trained here for {counted(results['settings']['steps'], 'step')} (validation loss {results['loss']:.3f})"
         if results["loss"] is not None
-        else f"of {results['settings']['checkpoint']}"
+        else f"from {results['settings']['checkpoint']}"
     )
     page.paragraph(
         f"A model of {counted(model['n_layer'], 'layer')} with {counted(model['n_head'], 'head')} each and "

@@ -88,7 +88,11 @@ def _vectors(settings: EmbeddingsSettings) -> tuple[list[str], Tensor, dict[str,
     if table is None:
         raise StudyError(f"--checkpoint {settings.checkpoint}: a model of kind {model.kind!r} has no token embedding")
     words = [label(tokenizer, token) for token in range(tokenizer.vocab_size)]
-    return words, _rows(table.weight, len(words)), {"source": Path(settings.checkpoint).name, "loss": None}
+    return (
+        words,
+        _rows(table.weight, len(words)),
+        {"source": f"the model in {Path(settings.checkpoint).name}", "loss": None},
+    )
 
 
 def _vectors_of_a_small_gpt(settings: EmbeddingsSettings) -> tuple[list[str], Tensor, dict[str, Any]]:
