@@ -241,11 +241,9 @@ def _distances_in_words(results: dict[str, Any]) -> str:
     near, far = min(rows, key=lambda row: row["distance"]), max(rows, key=lambda row: row["distance"])
     if near is far:
         return f"One head is shown, {_name(near)}: it looks {near['distance']:.1f} tokens back on average."
-    text = (
-        f"On average {_name(near)} looks {near['distance']:.1f} tokens away and {_name(far)} {far['distance']:.1f}"
-        if near["distance"] < far["distance"]
-        else f"All heads look {near['distance']:.1f} tokens away on average"
-    )
+    if f"{near['distance']:.1f}" == f"{far['distance']:.1f}":
+        return f"All heads look {near['distance']:.1f} tokens away on average."
+    text = f"On average {_name(near)} looks {near['distance']:.1f} tokens away and {_name(far)} {far['distance']:.1f}"
     layers = sorted({row["layer"] for row in rows})
     if len(layers) == 1:
         return f"{text}."

@@ -283,8 +283,8 @@ def _signals_in_words(rows: list[dict[str, Any]], depth: int) -> str:
 
 
 def times(ratio: float) -> str:
-    """ "0 times", "1.3 times", "119 times"."""
-    return f"{ratio:.0f} times" if ratio >= 100 else f"{ratio:.2g} times"
+    """ "1.3 times", "119 times", "2e-08 times"."""
+    return f"{ratio:,.0f} times" if ratio >= 100 else f"{ratio:.1f} times" if ratio >= 0.1 else f"{ratio:.1g} times"
 
 
 def _why_no_layers(rows: list[dict[str, Any]], depth: int) -> str:

@@ -140,15 +140,21 @@ def _findings(rows: list[Row], bound: float) -> str:
     return f"{text}. Diverged at {_rates(diverged)}." if diverged else f"{text}. None of the rates diverged."
 
 
+def _learned_best(results: dict[str, Any]) -> dict[str, Row | None]:
+    """The best row of each size; None for a size that learned nothing from the context at any rate."""
+    found = {size: _best(rows) for size, rows in _sizes(results).items()}
+    bound = learned_bound(results)
+    return {size: row if row and statistics.fmean(row["losses"]) < bound else None for size, row in found.items()}
+
+
 def _best_in_words(results: dict[str, Any]) -> str:
     """The best rate of each size, and whether the seeds tell it from the others."""
-    parts = []
-    for size, rows in _sizes(results).items():
-        best = _best(rows)
+    parts, sizes = [], _sizes(results)
+    for size, best in _learned_best(results).items():
         if best is None:
-            parts.append(f"none for {size}, where no loss is finite")
+            parts.append(f"none for {size}, which learned nothing from the context")
             continue
-        near = _near(rows, best)
+        near = _near(sizes[size], best)
         parts.append(
             f"{best['lr']:g} for {size} (loss {statistics.fmean(best['losses']):.3f})"
             + (f", not told apart from {_rates(near)}" if near else "")
@@ -159,22 +165,24 @@ def _best_in_words(results: dict[str, Any]) -> str:
 
 def _sizes_in_words(results: dict[str, Any]) -> str:
     """Whether the best rate of the largest model differs from that of the smallest."""
-    sizes = _sizes(results)
+    sizes, best = list(_sizes(results).values()), list(_learned_best(results).values())
     if len(sizes) < 2:
         return "One size was trained, so nothing can be said of others."
-    (_, small), *_, (_, large) = sizes.items()
-    best = _best(small), _best(large)
-    if best[0] is None or best[1] is None:
-        return "The sizes are not compared, as one has no finite loss at any rate."
-    low, high = ([row["lr"], *_near(rows, row)] for rows, row in zip((small, large), best, strict=True) if row)
-    if set(low) & set(high):
+    small, large = best[0], best[-1]
+    if small is None or large is None:
+        return "The largest and the smallest model are not compared, as one of them learned nothing."
+    if small["lr"] == large["lr"]:
+        return f"The largest and the smallest model have the same best rate, {small['lr']:g}."
+    if {small["lr"], *_near(sizes[0], small)} & {large["lr"], *_near(sizes[-1], large)}:
         return "The largest and the smallest model may share their best rate: the seeds do not tell them apart."
-    relation = "below" if high[0] < low[0] else "above"
-    return f"The best rate of the largest model, {high[0]:g}, is {relation} that of the smallest, {low[0]:g}."
+    relation = "below" if large["lr"] < small["lr"] else "above"
+    return f"The best rate of the largest model, {large['lr']:g}, is {relation} that of the smallest, {small['lr']:g}."
 
 
 def _divergence_in_words(results: dict[str, Any]) -> str:
     """Where training diverges, by size."""
+    if not any(_learned_best(results).values()):
+        return "As no model learned anything, nothing can be said of where training diverges."
     bound = learned_bound(results)
     first = {size: _diverged(rows, bound)[:1] for size, rows in _sizes(results).items()}
     if not any(first.values()):

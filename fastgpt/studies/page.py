@@ -163,11 +163,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else counted(rest, "second")
 
 
+NO_SIZES = ("data", "quick", "seed", "prompt")  # settings that make a study neither larger nor smaller
+
+
 def preview(command: str, settings: dict[str, Any], defaults: Any) -> str:
     """The note on top of a page that was measured with --quick: what was made smaller, and what to run instead."""
+    sizes = [name for name in settings if name not in NO_SIZES and getattr(defaults, name) is not None]
     changed = [
         f"{name.replace('_', ' ')} {settings[name]} (in full: {getattr(defaults, name)})"
-        for name in defaults.QUICK
+        for name in sizes
         if settings[name] != getattr(defaults, name)
     ]
     return (

@@ -70,6 +70,8 @@ def test_what_attention_says_follows_the_numbers():
 def test_attention_that_is_spread_evenly_is_not_drawn():
     even = sum(math.log(n) for n in range(1, 5)) / 4
     found = {"tokens": list("abcd"), "is_causal": True, "rows": [head(1, even), head(2, 0.95 * even)]}
+    found["rows"][1]["distance"] = 1.01
+    assert attention._distances_in_words(found) == "All heads look 1.0 tokens away on average."
     assert "the maps say nothing" in attention._entropies_in_words(found)
     assert "each map is one colour" in attention._why_no_maps(found)
     assert "No head gives more than half" in attention._habits_in_words(found)

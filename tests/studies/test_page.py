@@ -86,6 +86,7 @@ def test_a_preview_says_what_is_smaller(results):
     found = results("attention")
     assert "Preview: measured with --quick" in Page(found, pictures=False).text()
     assert f"steps {found['settings']['steps']} (in full: {AttentionSettings().steps})" in Page(found, False).text()
+    assert "prompt BE" not in Page(found, pictures=False).text(), "a prompt is no size"
     found["settings"]["quick"] = False
     assert "Preview" not in Page(found, pictures=False).text()
 
