@@ -38,7 +38,9 @@ def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, stop)
     from .cli import main as run
+    from .threads import choose_waiting
 
+    choose_waiting()
     code = run()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is over, whatever comes while the process is taken down
     return code

@@ -33,6 +33,7 @@ from .settings import (
     with_sources,
 )
 from .studies.settings import STUDIES, LearnSettings, StudySettings, question
+from .threads import use_threads
 
 
 def _on_backend(name: str, device: str) -> contextlib.AbstractContextManager:
@@ -76,6 +77,8 @@ def train(settings: TrainSettings) -> None:
     settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
     check_tokenizer(settings)
 
+    import torch
+
     from .baselines import model_class
     from .cuda_graph import recorder
     from .data.corpus import Corpus
@@ -117,7 +120,8 @@ def train(settings: TrainSettings) -> None:
         "config": settings.model_config(vocab_size),
         "train_config": train_config,
         "corpus": corpus,
-        "settings": settings.recorded(),
+        # PyTorch divides some sums among its threads, so the bits of a run depend on their number.
+        "settings": settings.recorded() | {"threads": torch.get_num_threads()},
         "resume_command": f"fastgpt train --out {shlex.quote(out)} --resume",
     }
     with on_backend:
@@ -443,7 +447,8 @@ def _run(args: Sequence[str]) -> int:
         command, settings = parse(args)
     except SystemExit as error:  # after help
         return int(error.code or 0) if args else 2
-    return command.run(settings) or 0
+    with use_threads(getattr(settings, "threads", None)):
+        return command.run(settings) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from .ops.decode import reason_against_decode
 from .ops.linear import linear_choice
 from .parity.cases import Draw, parity_cases
 from .parity.complete import can_be_measured, half_added, public_ops
+from .threads import describe_load
 from .training import graph
 from .training.step import Precision
 
@@ -61,6 +62,7 @@ def _report(run_self_tests: bool, preference: str) -> str:
         f"CPU: {device_name(torch.device('cpu'))}",
         f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}",
         f"threads: {torch.get_num_threads()}",
+        f"load: {describe_load(torch.get_num_threads())}",
         *_gpu(),
     ]
     auto = resolve_device("auto")

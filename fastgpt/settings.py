@@ -42,6 +42,9 @@ PATHS = frozenset(
 _NOT_PATHS = (*SOURCES, "char", "bpe")  # values of --data and --tokenizer that are names
 
 
+MOST_THREADS = 1024
+
+
 class UsageError(ValueError):
     """Wrong use of a command."""
 
@@ -63,6 +66,7 @@ class RunSettings:
     # GPT-2, or its name there, as gpt2. It keeps its shape and its tokenizer.
     init_from: str | None = None
     backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
+    threads: int | None = None  # of the CPU; by default one for each core.
     tokenizer: str = "char"  # char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
 
 
@@ -160,6 +164,7 @@ class SampleSettings:
     seed: int | None = None  # repeats a sample.
     device: str = "auto"  # auto, cpu, cuda, ...
     backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
+    threads: int | None = None  # of the CPU; by default one for each core.
     # compute tokens by a CUDA graph, after a check against others; has not run on a GPU yet.
     cuda_graph: bool = False
     config: str | None = None  # a TOML file with any of these settings.
@@ -184,6 +189,7 @@ class EvalSettings:
     device: str = "auto"  # auto, cpu, cuda, ...
     dtype: str = "float32"  # of the matrix products: float32, bfloat16, float16, or auto, as in training.
     backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
+    threads: int | None = None  # of the CPU; by default one for each core.
     config: str | None = None  # a TOML file with any of these settings.
 
 
@@ -231,6 +237,7 @@ class BenchSettings:
     # (default: runs/bench-report).
     out: str | None = None
     quick: bool = False  # the first case of each benchmark, few rounds.
+    threads: int | None = None  # of the CPU; by default one for each core.
     nanogpt: str | None = None  # a checkout of karpathy/nanoGPT to compare with.
     lecture: str | None = None  # gpt.py of karpathy/ng-video-lecture to compare with.
     data: str | None = None  # text for the time to a loss, as in fastgpt train.
@@ -370,13 +377,16 @@ def _recorded_start(path: str | None) -> str | None:
 
 
 def check_common(settings: Any) -> None:
-    """The settings that several commands have: a seed of 63 bits, and a backend that exists."""
+    """The settings that several commands have: a seed of 63 bits, a backend that exists, a number of threads."""
     seed, backend = getattr(settings, "seed", None), getattr(settings, "backend", "auto")
     if seed is not None and not 0 <= seed < 2**63:
         raise UsageError(f"--seed: expected an integer in [0, 2**63), got {seed}")
     if backend not in ("auto", *BACKENDS):
         expected = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise UsageError(f"--backend: unknown backend {backend!r}; expected one of {expected}")
+    threads = getattr(settings, "threads", None)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"--threads: expected an integer in [1, {MOST_THREADS}], got {threads}")
 
 
 _EXAMPLES = {

@@ -40,6 +40,7 @@ def test_each_fact_has_a_line():
     assert all(": " in line for line in lines)
     names = [line.partition(":")[0] for line in lines]
     assert names[:3] == ["fastgpt", "Python", "system"] and set(doctor.PACKAGES) < set(names)
+    assert any(line.startswith("load: ") for line in lines)
     assert f"threads: {torch.get_num_threads()}" in lines and f"torch: {torch.__version__}" in lines
 
 

@@ -59,7 +59,8 @@ def recorded(settings: Any) -> dict[str, Any]:
     for name in ("data", "checkpoint", "vectors"):
         if values.get(name) is not None:
             values[name] = Path(values[name]).name
-    return {name: value for name, value in values.items() if name not in ("out", "config", "device", "resume")}
+    left_out = ("out", "config", "device", "resume", "threads")
+    return {name: value for name, value in values.items() if name not in left_out}
 
 
 # ---- text and models ----

@@ -25,6 +25,7 @@ class LearnSettings:
         lr: the learning rate; the last stage takes at most 0.003.
         seed: of weights, data order, dropout and samples.
         device: auto, cpu, cuda, ...
+        threads: of the CPU; by default one for each core.
         config: a TOML file with any of these settings.
     """
 
@@ -36,6 +37,7 @@ class LearnSettings:
     lr: float = 1.5e-2
     seed: int = 1337
     device: str = "auto"
+    threads: int | None = None
     config: str | None = None
 
     QUICK: ClassVar[dict[str, Any]] = {"steps": 1000, "lr": 2e-2}
@@ -51,6 +53,7 @@ class StudySettings:
         quick: a preview at a smaller size, in about half a minute on two cores.
         seed: of weights and data order.
         device: auto, cpu, cuda, ...
+        threads: of the CPU; by default one for each core.
         config: a TOML file with any of these settings.
     """
 
@@ -59,6 +62,7 @@ class StudySettings:
     quick: bool = False
     seed: int = 1337
     device: str = "auto"
+    threads: int | None = None
     config: str | None = None
 
     QUICK: ClassVar[dict[str, Any]] = {}
