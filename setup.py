@@ -202,10 +202,8 @@ def modules() -> tuple[list, type]:
     try:
         import torch
     except ModuleNotFoundError:
-        raise RuntimeError(
-            "torch was not installed when FastGPT was built, or pip hid it from the build; "
-            "pip install --no-build-isolation . builds the extension for the torch that is installed"
-        ) from None
+        # `pip install .` hides the installed torch from the build. What the user is told is made by ops/native.py.
+        raise RuntimeError("it was built apart from PyTorch") from None
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
         raise RuntimeError(f"torch {torch.__version__} is older than 2.11, the first with a complete stable ABI")
     from torch.utils import cpp_extension

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,9 +36,9 @@ def machine(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("cores", "busy", "quota", "expected"),
     [
-        (2, 0, "max 100000", {"GOMP_SPINCOUNT": threads.SPIN_COUNT}),
+        (2, 0, "max 100000", {}),
         (2, 1, "max 100000", {"OMP_WAIT_POLICY": "PASSIVE"}),
-        (8, 6, "200000 100000", {"GOMP_SPINCOUNT": threads.SPIN_COUNT}),
+        (8, 6, "200000 100000", {}),
         (8, 7, "200000 100000", {"OMP_WAIT_POLICY": "PASSIVE"}),
     ],
 )
@@ -58,14 +57,11 @@ def test_how_threads_wait_stays_as_the_user_says(machine, name):
     assert environment == {name: "as the user says"}
 
 
-def test_the_command_line_says_how_threads_wait_before_torch_is_there(tmp_path):
-    code = f"import os, sys; sys.exit('spins ' + str(set(os.environ) & set({threads.WAITING})))"
-    (tmp_path / "torch.py").write_text(code)
-    environment = {name: value for name, value in os.environ.items() if name not in threads.WAITING}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(Path(threads.__file__).parent.parent)])
-    command = [sys.executable, "-m", "fastgpt", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert any(f"spins {{'{name}'}}" in done.stderr for name in threads.WAITING), done.stderr
+def test_the_command_line_chooses_before_torch_is_there():
+    code = "import sys; from fastgpt import __main__, threads; threads.choose_waiting = lambda: print('torch' in sys.modules)"
+    code += "; sys.argv = ['fastgpt', '--version']; __main__.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "False"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -55,6 +56,10 @@ class BackendError(ValueError):
 
 class Absent(str):
     """A reason of `supports` that holds for every call on a device: there is no kernel. Nobody is warned of it."""
+
+
+class SwitchedOff(ImportError):
+    """A backend was left out of the installation because it was not wanted. Nobody is warned of it."""
 
 
 class Slower(str):
@@ -129,7 +134,8 @@ def unavailable(backend: str, device_type: str) -> str | None:
                 _run_smoke_test(backend, device_type)
                 _availability[key] = None
             except Exception as error:  # a driver, a compiler or a loader may raise anything
-                _availability[key] = str(error).strip().split("\n")[0] or type(error).__name__
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                _availability[key] = Absent(reason) if isinstance(error, SwitchedOff) else reason
     return _availability[key]
 
 
@@ -318,7 +324,7 @@ def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
     name, reasons = choose(op, backend, device_type, args, kwargs)
     if reasons:
         for unused, reason in reasons.items():
-            _say_once(op, unused, reason)
+            _say_once("" if reason == _availability.get((unused, device_type)) else op, unused, reason)
     try:
         implementation = _registry[op, name]
     except KeyError:
@@ -332,11 +338,14 @@ def _half_added(op: str) -> BackendError:
 
 
 def _say_once(op: str, backend: str, reason: str) -> None:
+    """Warn that `op` does not take the backend; without a name of an op, that none does. Not in helpers' processes."""
     if torch.compiler.is_compiling() or isinstance(reason, (Absent, Slower)) or (op, backend, reason) in _warned:
         return
     _warned.add((op, backend, reason))
-    remedy = "FASTGPT_BACKEND=torch asks for PyTorch alone"
-    warnings.warn(f"fastgpt: {op} does not take the {backend} backend: {reason}; {remedy}", stacklevel=4)
+    if multiprocessing.parent_process() is not None:
+        return
+    subject = f"{op} does not take the {backend} backend" if op else f"the {backend} backend does not run here"
+    warnings.warn(f"fastgpt: {subject}: {reason}; FASTGPT_BACKEND=torch asks for PyTorch alone", stacklevel=4)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import json
+import shlex
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .backend import Slower, register_smoke_test
+from .backend import Slower, SwitchedOff, register_smoke_test
 from .library import assume_constant_result
 from .source_hash import source_hash
 
@@ -30,6 +35,31 @@ def build_error(module: str) -> str | None:
     return about[0].removeprefix("the extension: ").removeprefix(f"fastgpt.{module}: ") if about else None
 
 
+# What the installation writes down, which has to be told with what to do about it, or not to be told.
+BUILT_APART = "it was built apart from PyTorch"
+SWITCHED_OFF = "switched off by FASTGPT_NATIVE=0"
+
+
+def rebuild_command(distribution: str = "fastgpt-kernels") -> str:
+    """The command that builds the extension from where the package came from, whatever folder it is given in.
+
+    pip notes where it installed a package from (PEP 610). Where that is gone, the sources have to be got again.
+    """
+    command = "pip install --no-build-isolation --no-deps --force-reinstall"
+    try:
+        origin = json.loads(importlib.metadata.distribution(distribution).read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        origin = {}
+    url = origin.get("url", "")
+    if "vcs_info" in origin:
+        return f"{command} {shlex.quote(origin['vcs_info']['vcs'] + '+' + url)}"
+    path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
+    if url.startswith("file:") and (path / "setup.py").is_file():
+        editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+        return f"{command} {editable}{shlex.quote(str(path))}"
+    return f"{command} . in a copy of FastGPT's sources"
+
+
 def load(device_type: str) -> ModuleType:
     """The extension module of `device_type`; loading it registers its ops. ImportError says why it is not there."""
     name = MODULES.get(device_type)
@@ -41,7 +71,10 @@ def load(device_type: str) -> ModuleType:
         return importlib.import_module(f"fastgpt.{name}")
     except ModuleNotFoundError:
         reason = build_error(name) or "this installation was made without it"
-        raise ImportError(f"fastgpt.{name} is not built: {reason}") from None
+        if reason == BUILT_APART:
+            reason += f"; with a C++ compiler, this builds it: {rebuild_command()}"
+        kind = SwitchedOff if reason == SWITCHED_OFF else ImportError
+        raise kind(f"fastgpt.{name} is not built: {reason}") from None
     except ImportError as error:
         raise ImportError(
             f"fastgpt.{name} does not load: {error}; it was built for torch {build_info()['torch']}, so install "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import multiprocessing
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastgpt import doctor
-from fastgpt.ops import native
+from fastgpt import doctor, ops
+from fastgpt.ops import backend, native
 from fastgpt.ops.backend import unavailable
 from fastgpt.triton_kernels import tuned
 from helpers import run_command
@@ -118,6 +121,63 @@ def test_a_missing_module_says_why(tmp_path: Path, monkeypatch) -> None:
         native.load("cpu")
     with pytest.raises(ImportError, match="no kernels for mps"):
         native.load("mps")
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ({"url": "file://{folder}", "dir_info": {}}, "'{path}'"),
+        ({"url": "file://{folder}", "dir_info": {"editable": True}}, "-e '{path}'"),
+        ({"url": "https://example.org/f.git", "vcs_info": {"vcs": "git"}}, "git+https://example.org/f.git"),
+        ({"url": "file://{folder}/gone", "dir_info": {}}, ". in a copy of FastGPT's sources"),
+        ({"url": "https://example.org/f.whl", "archive_info": {}}, ". in a copy of FastGPT's sources"),
+        (None, ". in a copy of FastGPT's sources"),
+    ],
+)
+def test_the_remedy_of_a_build_apart_from_torch_works_from_any_folder(tmp_path, monkeypatch, origin, expected) -> None:
+    sources = tmp_path / "a clone"
+    sources.mkdir()
+    (sources / "setup.py").touch()
+    info = tmp_path / "site" / "a_test-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a-test\nVersion: 1\n")
+    if origin is not None:
+        origin = origin | {"url": origin["url"].replace("{folder}", str(sources).replace(" ", "%20"))}
+        (info / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(info.parent)
+    command = native.rebuild_command("a-test")
+    assert command == "pip install --no-build-isolation --no-deps --force-reinstall " + expected.format(path=sources)
+
+
+def _asked_twice(monkeypatch, tmp_path, error: str) -> list[str]:
+    """What is said where two ops find no extension, for the reason that the installation wrote down."""
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setitem(native.MODULES, "cpu", "_not_there")
+    monkeypatch.setattr(backend, "_availability", {})
+    monkeypatch.setattr(backend, "_warned", set())
+    (tmp_path / "_build_error.txt").write_text(f"the extension: {error}\n")
+    x, ones = torch.ones(2, 64, requires_grad=True), torch.ones(64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ops.activation(x, kind="gelu")
+        ops.add_layer_norm(x, x, ones)
+        ops.embedding(torch.zeros(1, 2, dtype=torch.int64), x)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_build_apart_from_torch_is_told_once_with_the_remedy(monkeypatch, tmp_path) -> None:
+    (said,) = _asked_twice(monkeypatch, tmp_path, native.BUILT_APART)
+    assert said.startswith("fastgpt: the native backend does not run here: ") and native.rebuild_command() in said
+
+
+def test_kernels_that_nobody_wanted_are_not_missed(monkeypatch, tmp_path) -> None:
+    assert _asked_twice(monkeypatch, tmp_path, native.SWITCHED_OFF) == []
+    assert "switched off" in backend.unavailable("native", "cpu")
+
+
+def test_helpers_say_nothing(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "another process")
+    assert _asked_twice(monkeypatch, tmp_path, native.BUILT_APART) == []
 
 
 def test_the_kernels_on_a_gpu_get_the_plans_of_a_table(monkeypatch) -> None:
