@@ -26,9 +26,9 @@ _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 def choose_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
     """Threads sleep at once where other programs need their cores now; PyTorch is to be loaded in this environment.
 
-    On two cores of an AMD EPYC, a step of shakespeare-char-cpu beside a busy program then takes as long as by one thread,
-    and half as long as with threads that spin; beside a program of higher priority, a thirtieth. On a quiet machine it
-    would take a third longer, so there they spin. What a user has set stays.
+    On two cores of an AMD EPYC, a step of shakespeare-char-cpu beside a busy program then takes as long as with one
+    thread, and half as long as with threads that spin; beside a program of higher priority, a thirtieth. On a quiet
+    machine it would take a third longer, so there they spin. What a user has set stays.
     """
     is_set = any(name in environment for name in WAITING)
     if not is_set and busy_cores() + available_cores() > (os.cpu_count() or 1):

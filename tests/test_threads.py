@@ -58,8 +58,8 @@ def test_how_threads_wait_stays_as_the_user_says(machine, name):
 
 
 def test_the_command_line_chooses_before_torch_is_there():
-    code = "import sys; from fastgpt import __main__, threads; threads.choose_waiting = lambda: print('torch' in sys.modules)"
-    code += "; sys.argv = ['fastgpt', '--version']; __main__.main()"
+    code = "import sys; from fastgpt import __main__, threads; sys.argv = ['fastgpt', '--version']"
+    code += "; threads.choose_waiting = lambda: print('torch' in sys.modules); __main__.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0] == "False"
 
