@@ -20,14 +20,14 @@ struct Call {
 
   Call(const Tensor& given, const std::optional<Tensor>& given_bias, int64_t kind)
       : x(packed(given)), storage(storage_of(given, "x")), bias(given_bias) {
-    STD_TORCH_CHECK(kind >= GELU && kind <= RELU2, "kind: expected 0, 1, 2 or 3");
+    FASTGPT_CHECK(kind >= GELU && kind <= RELU2, "kind: expected 0, 1, 2 or 3");
     rows.kind = static_cast<Activation>(kind);
     rows.x = x.const_data_ptr();
     rows.values = x.numel();
     rows.columns = PIECE;
     if (given_bias.has_value()) {
-      STD_TORCH_CHECK(given_bias->dim() == 1 && x.dim() >= 1 && given_bias->size(0) == x.size(x.dim() - 1),
-                      "bias: expected (C), to fit x (..., C)");
+      FASTGPT_CHECK(given_bias->dim() == 1 && x.dim() >= 1 && given_bias->size(0) == x.size(x.dim() - 1),
+                    "bias: expected (C), to fit x (..., C)");
       rows.bias = bias.data();
     }
   }
@@ -53,7 +53,7 @@ Tensor activation(const Tensor& x, const std::optional<Tensor>& bias, int64_t ki
 std::tuple<Tensor, Tensor> activation_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias,
                                                int64_t kind, bool with_x, bool with_bias) {
   Call call(x, bias, kind);
-  STD_TORCH_CHECK(grad.numel() == x.numel() && storage_of(grad, "grad") == call.storage, "grad: expected one like x");
+  FASTGPT_CHECK(grad.numel() == x.numel() && storage_of(grad, "grad") == call.storage, "grad: expected one like x");
   if (bias.has_value() || with_bias) call.by_columns();
   const Tensor upstream = packed(grad);
   Tensor grad_x = with_x ? new_like(x) : new_small({0}, x.scalar_type());

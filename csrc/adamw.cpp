@@ -25,11 +25,11 @@ std::vector<Piece> pieces_of(const std::vector<Tensor>& tensors) {
 }
 
 void check(const std::vector<Tensor>& tensors, const std::vector<Tensor>& like, const char* name) {
-  STD_TORCH_CHECK(tensors.size() == like.size(), name, ": expected as many tensors as weights");
+  FASTGPT_CHECK(tensors.size() == like.size(), name, ": expected as many tensors as weights");
   for (size_t t = 0; t < tensors.size(); ++t)
-    STD_TORCH_CHECK(tensors[t].scalar_type() == ScalarType::Float && tensors[t].is_contiguous() &&
-                        tensors[t].numel() == like[t].numel(),
-                    name, ": expected contiguous float32 of the sizes of weights");
+    FASTGPT_CHECK(tensors[t].scalar_type() == ScalarType::Float && tensors[t].is_contiguous() &&
+                      tensors[t].numel() == like[t].numel(),
+                  name, ": expected contiguous float32 of the sizes of weights");
 }
 
 template <class Task>
@@ -61,9 +61,9 @@ void adamw(const std::vector<Tensor> weights, const std::vector<Tensor> grads, c
            double beta1, double beta2, double eps, double grad_scale) {
   check(weights, weights, "weights"), check(grads, weights, "grads");
   check(exp_avgs, weights, "exp_avgs"), check(exp_avg_sqs, weights, "exp_avg_sqs");
-  STD_TORCH_CHECK(steps.size() == weights.size(), "steps: expected as many tensors as weights");
+  FASTGPT_CHECK(steps.size() == weights.size(), "steps: expected as many tensors as weights");
   for (const Tensor& step : steps)
-    STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float && step.numel() == 1, "steps: expected one float32 each");
+    FASTGPT_CHECK(step.scalar_type() == ScalarType::Float && step.numel() == 1, "steps: expected one float32 each");
   std::vector<AdamWRows> rows;
   for (size_t t = 0; t < weights.size(); ++t) {
     const double step = steps[t].mutable_data_ptr<float>()[0] += 1.0f;

@@ -28,8 +28,8 @@ HeadRows packed_heads_of(const Tensor& x, int64_t part, int64_t n_head, int64_t 
 }
 
 Attention options(const std::optional<Tensor>& seed, bool is_causal, double scale, double dropout_p) {
-  STD_TORCH_CHECK(dropout_p == 0.0 || (seed.has_value() && seed->dim() == 0 && seed->scalar_type() == ScalarType::Long),
-                  "seed: expected a 0-dim int64 tensor");
+  FASTGPT_CHECK(dropout_p == 0.0 || (seed.has_value() && seed->dim() == 0 && seed->scalar_type() == ScalarType::Long),
+                "seed: expected a 0-dim int64 tensor");
   Attention a{};
   a.is_causal = is_causal;
   a.scale = static_cast<float>(scale);
@@ -39,25 +39,25 @@ Attention options(const std::optional<Tensor>& seed, bool is_causal, double scal
 }
 
 void set_sizes(Attention& a, const Tensor& q, const Tensor& k, const Tensor& v) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v: expected (B, H, T, D)");
+  FASTGPT_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v: expected (B, H, T, D)");
   a.batch = q.size(0), a.heads = q.size(1), a.queries = q.size(2), a.width = q.size(3);
   a.key_heads = k.size(1), a.keys = k.size(2);
   bool fits = k.size(0) == a.batch && k.size(3) == a.width;
   for (int64_t d = 0; d < 4; ++d) fits = fits && v.size(d) == k.size(d);
-  STD_TORCH_CHECK(fits, "k, v: expected (B, Hkv, Tk, D) to fit q");
-  STD_TORCH_CHECK(a.heads == 0 ? a.key_heads == 0 : a.key_heads > 0 && a.heads % a.key_heads == 0,
-                  "k: its heads do not divide those of q");
-  STD_TORCH_CHECK(storage_of(k, "k") == storage_of(q, "q") && storage_of(v, "v") == storage_of(q, "q"),
-                  "k, v: expected the dtype of q");
+  FASTGPT_CHECK(fits, "k, v: expected (B, Hkv, Tk, D) to fit q");
+  FASTGPT_CHECK(a.heads == 0 ? a.key_heads == 0 : a.key_heads > 0 && a.heads % a.key_heads == 0,
+                "k: its heads do not divide those of q");
+  FASTGPT_CHECK(storage_of(k, "k") == storage_of(q, "q") && storage_of(v, "v") == storage_of(q, "q"),
+                "k, v: expected the dtype of q");
 }
 
 void set_packed_sizes(Attention& a, const Tensor& qkv, int64_t n_head) {
-  STD_TORCH_CHECK(qkv.dim() == 3 && n_head > 0 && qkv.size(2) % (3 * n_head) == 0, "qkv: expected (B, T, 3 C)");
+  FASTGPT_CHECK(qkv.dim() == 3 && n_head > 0 && qkv.size(2) % (3 * n_head) == 0, "qkv: expected (B, T, 3 C)");
   a.batch = qkv.size(0), a.heads = a.key_heads = n_head, a.queries = a.keys = qkv.size(1);
   a.width = qkv.size(2) / (3 * n_head);
 }
 
-void check_width(const Attention& a) { STD_TORCH_CHECK(a.width > 0 && a.width <= 256, "q: expected a head size in 1..256"); }
+void check_width(const Attention& a) { FASTGPT_CHECK(a.width > 0 && a.width <= 256, "q: expected a head size in 1..256"); }
 
 using Kernel = void (*)(const Attention&, int64_t, int64_t, float*);
 
@@ -95,16 +95,16 @@ Tensor new_heads(const Tensor& like) {  // (B, H, T, D), in memory (B, T, H, D)
 Tensor new_lse(const Attention& a) { return new_small({a.batch, a.heads, a.queries}, ScalarType::Float); }
 
 void set_lse(Attention& a, const Tensor& lse) {
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == a.batch * a.heads * a.queries,
-                  "lse: expected contiguous float32 (B, H, Tq)");
+  FASTGPT_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.numel() == a.batch * a.heads * a.queries,
+                "lse: expected contiguous float32 (B, H, Tq)");
   a.lse = const_cast<float*>(lse.const_data_ptr<float>());
 }
 
 void check_outputs(const Tensor& grad_out, const Tensor& out, const Tensor& like, int64_t count) {
-  STD_TORCH_CHECK(grad_out.dim() == like.dim() && out.dim() == like.dim() && grad_out.numel() == count && out.numel() == count &&
-                      storage_of(grad_out, "grad_out") == storage_of(like, "q") &&
-                      storage_of(out, "out") == storage_of(like, "q"),
-                  "grad_out, out: expected the shape and the dtype of the output");
+  FASTGPT_CHECK(grad_out.dim() == like.dim() && out.dim() == like.dim() && grad_out.numel() == count && out.numel() == count &&
+                    storage_of(grad_out, "grad_out") == storage_of(like, "q") &&
+                    storage_of(out, "out") == storage_of(like, "q"),
+                "grad_out, out: expected the shape and the dtype of the output");
 }
 
 }  // namespace

@@ -21,12 +21,12 @@ struct Call {
   Call(const Tensor& given_logits, const Tensor& given_targets, const std::optional<Tensor>& given_weight,
        int64_t ignore_index, double label_smoothing)
       : logits(given_logits), targets(given_targets), storage(storage_of(given_logits, "logits")) {
-    STD_TORCH_CHECK(logits.dim() == 2 && targets.dim() == 1 && targets.size(0) == logits.size(0),
-                    "logits: expected (N, C) with targets (N,)");
-    STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
+    FASTGPT_CHECK(logits.dim() == 2 && targets.dim() == 1 && targets.size(0) == logits.size(0),
+                  "logits: expected (N, C) with targets (N,)");
+    FASTGPT_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
     n = logits.size(0);
     rows.classes = logits.size(1);
-    STD_TORCH_CHECK(rows.classes > 0, "logits: expected at least one class");
+    FASTGPT_CHECK(rows.classes > 0, "logits: expected at least one class");
     if (rows.classes > 1 && logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
     targets = packed(targets);
     rows.logits = logits.const_data_ptr();
@@ -37,8 +37,8 @@ struct Call {
     rows.class_weight_sum = static_cast<float>(rows.classes);
     if (given_weight.has_value()) {
       weight = packed(*given_weight);
-      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 && weight->size(0) == rows.classes,
-                      "weight: expected float32 (C,)");
+      FASTGPT_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 && weight->size(0) == rows.classes,
+                    "weight: expected float32 (C,)");
       rows.class_weight = weight->const_data_ptr<float>();
       double sum = 0.0;
       for (int64_t c = 0; c < rows.classes; ++c) sum += rows.class_weight[c];
@@ -76,8 +76,8 @@ struct Call {
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
                                          const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
                                          double label_smoothing, bool with_grad) {
-  STD_TORCH_CHECK(reduction == NONE || reduction == MEAN || reduction == SUM, "reduction: expected 0, 1 or 2");
-  STD_TORCH_CHECK(!with_grad || reduction != NONE, "with_grad: a gradient for each loss comes from backward alone");
+  FASTGPT_CHECK(reduction == NONE || reduction == MEAN || reduction == SUM, "reduction: expected 0, 1 or 2");
+  FASTGPT_CHECK(!with_grad || reduction != NONE, "with_grad: a gradient for each loss comes from backward alone");
   Call call(logits, targets, weight, ignore_index, label_smoothing);
   Tensor loss = new_small(reduction == NONE ? std::vector<int64_t>{call.n} : std::vector<int64_t>{}, ScalarType::Float);
   std::unique_ptr<float[]> losses(reduction == NONE ? nullptr : new float[static_cast<size_t>(call.n)]);
@@ -107,8 +107,8 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
                               const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics,
                               int64_t ignore_index, int64_t reduction, double label_smoothing) {
   Call call(logits, targets, weight, ignore_index, label_smoothing);
-  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == (reduction == NONE ? call.n : 1),
-                  "grad_loss: expected float32, one value per loss");
+  FASTGPT_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == (reduction == NONE ? call.n : 1),
+                "grad_loss: expected float32, one value per loss");
   const Tensor grad = packed(grad_loss);
   float shared = 0.0f;
   if (reduction == NONE) {
@@ -121,8 +121,8 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
   }
   std::optional<Tensor> known;
   if (statistics.has_value()) {
-    STD_TORCH_CHECK(statistics->scalar_type() == ScalarType::Float && statistics->numel() == 2 * call.n,
-                    "statistics: expected float32, two per row");
+    FASTGPT_CHECK(statistics->scalar_type() == ScalarType::Float && statistics->numel() == 2 * call.n,
+                  "statistics: expected float32, two per row");
     known = packed(*statistics);
     call.rows.known_statistics = known->const_data_ptr<float>();
   }
@@ -133,10 +133,10 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
 
 Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
                            double label_smoothing, bool with_grad) {
-  STD_TORCH_CHECK(logits.is_contiguous(), "logits: expected a contiguous chunk");
-  STD_TORCH_CHECK(row_scale.scalar_type() == ScalarType::Float && row_scale.is_contiguous() &&
-                      row_scale.numel() == targets.numel(),
-                  "row_scale: expected contiguous float32 (n,)");
+  FASTGPT_CHECK(logits.is_contiguous(), "logits: expected a contiguous chunk");
+  FASTGPT_CHECK(row_scale.scalar_type() == ScalarType::Float && row_scale.is_contiguous() &&
+                    row_scale.numel() == targets.numel(),
+                "row_scale: expected contiguous float32 (n,)");
   Call call(logits, targets, std::nullopt, ignore_index, label_smoothing);
   Tensor losses = new_small({call.n}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();

@@ -498,11 +498,11 @@ struct Call {
   Call(const Tensor& given_logits, const Tensor& given_targets, const std::optional<Tensor>& given_weight,
        int64_t ignore_index, double label_smoothing)
       : logits(given_logits), targets(torch::stable::contiguous(given_targets)), stream(current_stream(given_logits)) {
-    STD_TORCH_CHECK(logits.dim() == 2 && targets.dim() == 1 && targets.size(0) == logits.size(0) && logits.size(1) > 0,
-                    "logits: expected (N, C), at least one class, with targets (N,)");
-    STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
+    FASTGPT_CHECK(logits.dim() == 2 && targets.dim() == 1 && targets.size(0) == logits.size(0) && logits.size(1) > 0,
+                  "logits: expected (N, C), at least one class, with targets (N,)");
+    FASTGPT_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
     n = logits.size(0);
-    STD_TORCH_CHECK(n < (int64_t{1} << 31), "logits: expected fewer than 2^31 rows");
+    FASTGPT_CHECK(n < (int64_t{1} << 31), "logits: expected fewer than 2^31 rows");
     rows.classes = logits.size(1);
     if (rows.classes > 1 && logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
     rows.logits = logits.const_data_ptr();
@@ -512,9 +512,9 @@ struct Call {
     rows.label_smoothing = static_cast<float>(label_smoothing);
     if (given_weight.has_value()) {
       weight = torch::stable::contiguous(*given_weight);
-      STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 &&
-                          weight->size(0) == rows.classes,
-                      "weight: expected float32 (C,)");
+      FASTGPT_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 &&
+                        weight->size(0) == rows.classes,
+                    "weight: expected float32 (C,)");
       weight_sum = torch::stable::sum(*weight);
       rows.class_weight = weight->const_data_ptr<float>();
       rows.class_weight_sum = weight_sum->const_data_ptr<float>();
@@ -546,8 +546,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
                                          const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
                                          double label_smoothing, bool with_grad) {
   const auto guard = guard_device({"logits", logits}, {{"targets", targets}, {"weight", weight}});
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
-  STD_TORCH_CHECK(!with_grad || reduction != NONE, "with_grad: a gradient for each loss comes from backward alone");
+  FASTGPT_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
+  FASTGPT_CHECK(!with_grad || reduction != NONE, "with_grad: a gradient for each loss comes from backward alone");
   Call call(logits, targets, weight, ignore_index, label_smoothing);
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
   Tensor saved = with_grad ? torch::stable::new_empty(logits, {call.n, call.rows.classes})
@@ -577,16 +577,16 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
                                                        {"grad_loss", grad_loss},
                                                        {"statistics", statistics}});
   Call call(logits, targets, weight, ignore_index, label_smoothing);
-  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == (reduction == NONE ? call.n : 1),
-                  "grad_loss: expected float32, one value per loss");
+  FASTGPT_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == (reduction == NONE ? call.n : 1),
+                "grad_loss: expected float32, one value per loss");
   const Tensor grad = torch::stable::contiguous(grad_loss);
   Tensor gradient = torch::stable::new_empty(logits, {call.n, call.rows.classes});
   call.rows.row_scale = grad.const_data_ptr<float>();
   call.rows.row_scale_stride = reduction == NONE ? 1 : 0;
   std::optional<Tensor> known;
   if (statistics.has_value()) {
-    STD_TORCH_CHECK(statistics->scalar_type() == ScalarType::Float && statistics->numel() == 2 * call.n,
-                    "statistics: expected float32, two per row");
+    FASTGPT_CHECK(statistics->scalar_type() == ScalarType::Float && statistics->numel() == 2 * call.n,
+                  "statistics: expected float32, two per row");
     known = torch::stable::contiguous(*statistics);
     call.rows.known_statistics = known->const_data_ptr<float>();
   }
@@ -599,9 +599,9 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
 Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
                            double label_smoothing, bool with_grad) {
   const auto guard = guard_device({"logits", logits}, {{"targets", targets}, {"row_scale", row_scale}});
-  STD_TORCH_CHECK(logits.is_contiguous() && row_scale.scalar_type() == ScalarType::Float && row_scale.is_contiguous() &&
-                      row_scale.numel() == targets.numel(),
-                  "logits, row_scale: expected a contiguous chunk and float32 (n,)");
+  FASTGPT_CHECK(logits.is_contiguous() && row_scale.scalar_type() == ScalarType::Float && row_scale.is_contiguous() &&
+                    row_scale.numel() == targets.numel(),
+                "logits, row_scale: expected a contiguous chunk and float32 (n,)");
   Call call(logits, targets, std::nullopt, ignore_index, label_smoothing);
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();
@@ -614,8 +614,8 @@ Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& r
 
 void scale_gradient(Tensor gradient, const Tensor& scale) {
   const auto guard = guard_device({"gradient", gradient}, {{"scale", scale}});
-  STD_TORCH_CHECK(gradient.is_contiguous() && scale.numel() == 1 && scale.scalar_type() == ScalarType::Float,
-                  "gradient, scale: expected a contiguous gradient and one float32");
+  FASTGPT_CHECK(gradient.is_contiguous() && scale.numel() == 1 && scale.scalar_type() == ScalarType::Float,
+                "gradient, scale: expected a contiguous gradient and one float32");
   const int64_t n = gradient.numel();
   if (n == 0) return;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>((n + 2047) / 2048, 132 * 16));  // a few waves at most
@@ -631,20 +631,20 @@ void scale_gradient(Tensor gradient, const Tensor& scale) {
 // its kind. Without one, default_plan() chooses.
 void set_plans(const Tensor& on, std::vector<int64_t> numbers) {
   const auto guard = guard_device({"on", on}, {});
-  STD_TORCH_CHECK(numbers.size() % PlannedCalls::NUMBERS == 0,
-                  "plans: expected (element_size, passes, most_classes, threads, blocks) for each, got ",
-                  numbers.size(), " numbers");
+  FASTGPT_CHECK(numbers.size() % PlannedCalls::NUMBERS == 0,
+                "plans: expected (element_size, passes, most_classes, threads, blocks) for each, got ",
+                numbers.size(), " numbers");
   std::vector<PlannedCalls> plans;
   for (size_t i = 0; i < numbers.size(); i += PlannedCalls::NUMBERS) {
     const auto small = [&](size_t j) { return static_cast<int>(std::clamp<int64_t>(numbers[i + j], -1, 1 << 20)); };
     const PlannedCalls calls{numbers[i], numbers[i + 1], numbers[i + 2], {small(3), small(4)}};
-    STD_TORCH_CHECK((calls.element_size == 2 || calls.element_size == 4) && (calls.passes == 1 || calls.passes == 2) &&
-                        calls.most_classes > 0 && calls.most_classes < int64_t{1} << 40,
-                    "plans: ", calls.text(), ": expected an element_size of 2 or 4, 1 pass or 2, at least 1 class");
+    FASTGPT_CHECK((calls.element_size == 2 || calls.element_size == 4) && (calls.passes == 1 || calls.passes == 2) &&
+                      calls.most_classes > 0 && calls.most_classes < int64_t{1} << 40,
+                  "plans: ", calls.text(), ": expected an element_size of 2 or 4, 1 pass or 2, at least 1 class");
     const int64_t row_bytes = calls.most_classes * calls.element_size;
     const char* reason = calls.element_size == 2 ? reason_against<__nv_bfloat16>(calls.plan, calls.passes, row_bytes)
                                                  : reason_against<float>(calls.plan, calls.passes, row_bytes);
-    STD_TORCH_CHECK(!reason, "plans: ", calls.text(), ": ", reason);
+    FASTGPT_CHECK(!reason, "plans: ", calls.text(), ": ", reason);
     plans.push_back(calls);
   }
   PlanDevice::current().set(std::move(plans));
@@ -653,7 +653,7 @@ void set_plans(const Tensor& on, std::vector<int64_t> numbers) {
 // The threads and blocks of a call.
 std::vector<int64_t> plan_of(const Tensor& logits, int64_t passes) {
   const auto guard = guard_device({"logits", logits}, {});
-  STD_TORCH_CHECK(logits.dim() == 2 && (passes == 1 || passes == 2), "logits, passes: expected (N, C), and 1 or 2");
+  FASTGPT_CHECK(logits.dim() == 2 && (passes == 1 || passes == 2), "logits, passes: expected (N, C), and 1 or 2");
   Plan plan{};
   by_type(logits, "logits", [&](auto* type) {
     plan = plan_for<std::remove_pointer_t<decltype(type)>>(passes, logits.size(1), logits.size(0));

@@ -48,8 +48,8 @@ void check(const Tensor& tensor, Storage storage, std::initializer_list<int64_t>
   bool fits = tensor.is_contiguous() && tensor.dim() == static_cast<int64_t>(sizes.size());
   int64_t d = 0;
   for (int64_t size : sizes) fits = fits && tensor.size(d++) == size;
-  STD_TORCH_CHECK(fits && storage_of(tensor, "weights") == storage,
-                  "weights: expected contiguous tensors of one dtype, in the order and the shapes of a GPT's");
+  FASTGPT_CHECK(fits && storage_of(tensor, "weights") == storage,
+                "weights: expected contiguous tensors of one dtype, in the order and the shapes of a GPT's");
 }
 
 // The tensors of one layer after the other. A bias that a layer does not have is a tensor without values.
@@ -129,16 +129,16 @@ class Decoding {
 
 Tensor decode(const Tensor& tokens, const std::vector<Tensor>& tensors, Tensor cache, int64_t length, int64_t activation,
               double eps) {
-  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.size(1) == 1 && tokens.scalar_type() == ScalarType::Long,
-                  "tokens: expected int64 (B, 1)");
-  STD_TORCH_CHECK(cache.dim() == 6 && cache.size(0) == 2 && cache.is_contiguous(),
-                  "cache: expected (2, L, B, H, block_size, D), contiguous");
+  FASTGPT_CHECK(tokens.dim() == 2 && tokens.size(1) == 1 && tokens.scalar_type() == ScalarType::Long,
+                "tokens: expected int64 (B, 1)");
+  FASTGPT_CHECK(cache.dim() == 6 && cache.size(0) == 2 && cache.is_contiguous(),
+                "cache: expected (2, L, B, H, block_size, D), contiguous");
   const int64_t L = cache.size(1), B = cache.size(2), H = cache.size(3), T = cache.size(4), D = cache.size(5);
   const int64_t C = H * D;
-  STD_TORCH_CHECK(tokens.size(0) == B && length >= 0 && length < T, "cache: expected one for B sequences, not full");
-  STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == 6 + TENSORS_PER_BLOCK * L && tensors[0].dim() == 2,
-                  "weights: expected ", 6 + TENSORS_PER_BLOCK * L, " tensors");
-  STD_TORCH_CHECK(activation >= GELU && activation <= RELU2, "activation: unknown");
+  FASTGPT_CHECK(tokens.size(0) == B && length >= 0 && length < T, "cache: expected one for B sequences, not full");
+  FASTGPT_CHECK(static_cast<int64_t>(tensors.size()) == 6 + TENSORS_PER_BLOCK * L && tensors[0].dim() == 2,
+                "weights: expected ", 6 + TENSORS_PER_BLOCK * L, " tensors");
+  FASTGPT_CHECK(activation >= GELU && activation <= RELU2, "activation: unknown");
   const Storage storage = storage_of(cache, "cache");
   const Kernels& run = kernels();
   const int64_t V = tensors[0].size(0);
@@ -158,7 +158,7 @@ Tensor decode(const Tensor& tokens, const std::vector<Tensor>& tensors, Tensor c
   embedding.token_table = weights.table(V, C);
   const int64_t P = weights.rows_of_next();
   const void* positions = weights.table(P, C);
-  STD_TORCH_CHECK(length < P, "weights: expected a position table with a row for this token");
+  FASTGPT_CHECK(length < P, "weights: expected a position table with a row for this token");
   const int64_t row_bytes = C * (storage == FLOAT32 ? 4 : 2);
   embedding.position_table = static_cast<const char*>(positions) + length * row_bytes;
   embedding.token_stride = embedding.position_stride = embedding.columns = C;

@@ -21,6 +21,7 @@
 #include <optional>
 #include <tuple>
 
+#include "check.h"
 #include "stable.h"
 
 namespace fastgpt {
@@ -197,8 +198,8 @@ struct Argument {
 inline torch::stable::accelerator::DeviceGuard guard_device(const Argument& first,
                                                             std::initializer_list<Argument> others) {
   for (const Argument& other : others)
-    STD_TORCH_CHECK(!other.tensor || other.tensor->device() == first.tensor->device(), other.name,
-                    ": expected on the device of ", first.name);
+    FASTGPT_CHECK(!other.tensor || other.tensor->device() == first.tensor->device(), other.name,
+                  ": expected on the device of ", first.name);
   return torch::stable::accelerator::DeviceGuard(first.tensor->get_device_index());
 }
 
@@ -219,7 +220,7 @@ void by_type(const Tensor& tensor, const char* name, const Run& run) {
     case ScalarType::Half:
       return run(static_cast<__half*>(nullptr));
     default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+      FASTGPT_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
 }
 

@@ -57,9 +57,9 @@ struct Segments {
 
 Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::optional<Tensor>& position_table,
                  int64_t position_offset) {
-  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
-  STD_TORCH_CHECK(token_table.dim() == 2, "token_table: expected (V, C)");
-  STD_TORCH_CHECK(!position_table.has_value() || position_table->dim() == 2, "position_table: expected (P, C)");
+  FASTGPT_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
+  FASTGPT_CHECK(token_table.dim() == 2, "token_table: expected (V, C)");
+  FASTGPT_CHECK(!position_table.has_value() || position_table->dim() == 2, "position_table: expected (P, C)");
   const Storage storage = storage_of(token_table, "token_table");
   const int64_t B = tokens.size(0), T = tokens.size(1), C = token_table.size(1);
   const Tensor indices = packed(tokens);
@@ -75,9 +75,9 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
   Tensor positions = table;
   if (position_table.has_value()) {
     positions = with_contiguous_rows(*position_table);
-    STD_TORCH_CHECK(storage_of(positions, "position_table") == storage && positions.size(1) == C &&
-                        position_offset >= 0 && position_offset <= positions.size(0) - T,
-                    "position_table: expected rows up to position_offset + T, like those of token_table");
+    FASTGPT_CHECK(storage_of(positions, "position_table") == storage && positions.size(1) == C &&
+                      position_offset >= 0 && position_offset <= positions.size(0) - T,
+                  "position_table: expected rows up to position_offset + T, like those of token_table");
     rows.position_stride = positions.stride(0);
     rows.position_table = static_cast<const char*>(positions.const_data_ptr()) +
                           position_offset * rows.position_stride * static_cast<int64_t>(positions.element_size());
@@ -93,9 +93,9 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
 std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& tokens, int64_t vocab_size,
                                               int64_t n_positions, int64_t position_offset, bool with_tokens,
                                               bool with_positions) {
-  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
-  STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == tokens.size(0) && grad.size(1) == tokens.size(1),
-                  "grad: expected (B, T, C)");
+  FASTGPT_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
+  FASTGPT_CHECK(grad.dim() == 3 && grad.size(0) == tokens.size(0) && grad.size(1) == tokens.size(1),
+                "grad: expected (B, T, C)");
   const Storage storage = storage_of(grad, "grad");
   const auto kernel = kernels().sum_rows[storage];
   const Tensor g = packed(grad);
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> embedding_backward(const Tensor& grad, const Tensor& 
   if (N == 0 || C == 0) return {token_grad, position_grad};
   if (with_tokens) check_range("tokens", indices.const_data_ptr<int64_t>(), N, vocab_size, nullptr);
   if (with_positions)
-    STD_TORCH_CHECK(position_offset >= 0 && position_offset <= n_positions - T, "position_offset: past n_positions");
+    FASTGPT_CHECK(position_offset >= 0 && position_offset <= n_positions - T, "position_offset: past n_positions");
 
   // Each column has sums of its own, so the sums do not depend on how columns are divided among threads.
   const int64_t sum_rows = (with_tokens ? vocab_size : 0) + (with_positions ? T : 0);

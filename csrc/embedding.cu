@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 dim3 grid(int64_t rows, int64_t columns, int width) {
-  STD_TORCH_CHECK(rows < (int64_t{1} << 31), "tokens: expected fewer than 2^31");
+  FASTGPT_CHECK(rows < (int64_t{1} << 31), "tokens: expected fewer than 2^31");
   return {static_cast<unsigned>(rows), static_cast<unsigned>((columns + THREADS * width - 1) / (THREADS * width))};
 }
 
@@ -204,19 +204,19 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
                  int64_t position_offset) {
   const auto guard =
       guard_device({"token_table", token_table}, {{"tokens", tokens}, {"position_table", position_table}});
-  STD_TORCH_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
-  STD_TORCH_CHECK(token_table.dim() == 2, "token_table: expected (V, C)");
-  STD_TORCH_CHECK(!position_table.has_value() || position_table->dim() == 2, "position_table: expected (P, C)");
+  FASTGPT_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long, "tokens: expected int64 (B, T)");
+  FASTGPT_CHECK(token_table.dim() == 2, "token_table: expected (V, C)");
+  FASTGPT_CHECK(!position_table.has_value() || position_table->dim() == 2, "position_table: expected (P, C)");
   const int64_t B = tokens.size(0), T = tokens.size(1), C = token_table.size(1);
   const Tensor indices = torch::stable::contiguous(tokens);
   const Tensor table = with_contiguous_rows(token_table);
   Tensor out = torch::stable::new_empty(token_table, {B, T, C});
   if (out.numel() == 0) return out;
   Tensor positions = position_table.has_value() ? with_contiguous_rows(*position_table) : table;
-  STD_TORCH_CHECK(!position_table.has_value() || (positions.scalar_type() == table.scalar_type() &&
-                                                  positions.size(1) == C && position_offset >= 0 &&
-                                                  position_offset <= positions.size(0) - T),
-                  "position_table: expected rows up to position_offset + T, like those of token_table");
+  FASTGPT_CHECK(!position_table.has_value() || (positions.scalar_type() == table.scalar_type() &&
+                                                positions.size(1) == C && position_offset >= 0 &&
+                                                position_offset <= positions.size(0) - T),
+                "position_table: expected rows up to position_offset + T, like those of token_table");
   const auto counts = {C, table.stride(0), values_before(table), positions.stride(0), values_before(positions)};
   by_width(table, counts, [&](auto* type, auto width) {
     using Value = std::remove_pointer_t<decltype(type)>;
@@ -236,13 +236,13 @@ Tensor embedding(const Tensor& tokens, const Tensor& token_table, const std::opt
 Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order, int64_t vocab_size, int64_t chunk) {
   const auto guard = guard_device({"grad", grad}, {{"sorted", sorted}, {"order", order}});
   const bool is_long = sorted.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.is_contiguous() && sorted.is_contiguous() && order.is_contiguous() &&
-                      (is_long || sorted.scalar_type() == ScalarType::Int) && order.scalar_type() == ScalarType::Long &&
-                      sorted.numel() == grad.size(0) && order.numel() == grad.size(0),
-                  "grad, sorted, order: expected contiguous (N, C), int32 or int64 (N,), and int64 (N,)");
-  STD_TORCH_CHECK(is_long || vocab_size <= INT32_MAX, "sorted: expected int64 for ", vocab_size, " tokens");
-  STD_TORCH_CHECK(chunk > 0 && chunk <= MOST_CHUNK && chunk % AHEAD == 0, "chunk: expected a multiple of ", AHEAD,
-                  " up to ", MOST_CHUNK, ", got ", chunk);
+  FASTGPT_CHECK(grad.dim() == 2 && grad.is_contiguous() && sorted.is_contiguous() && order.is_contiguous() &&
+                    (is_long || sorted.scalar_type() == ScalarType::Int) && order.scalar_type() == ScalarType::Long &&
+                    sorted.numel() == grad.size(0) && order.numel() == grad.size(0),
+                "grad, sorted, order: expected contiguous (N, C), int32 or int64 (N,), and int64 (N,)");
+  FASTGPT_CHECK(is_long || vocab_size <= INT32_MAX, "sorted: expected int64 for ", vocab_size, " tokens");
+  FASTGPT_CHECK(chunk > 0 && chunk <= MOST_CHUNK && chunk % AHEAD == 0, "chunk: expected a multiple of ", AHEAD,
+                " up to ", MOST_CHUNK, ", got ", chunk);
   const int64_t n = grad.size(0), C = grad.size(1), chunks = (n + chunk - 1) / chunk;
   Tensor token_grad = torch::stable::new_zeros(grad, {vocab_size, C});
   if (n == 0 || C == 0) return token_grad;
@@ -275,8 +275,8 @@ Tensor sum_sorted(const Tensor& grad, const Tensor& sorted, const Tensor& order,
 Tensor sum_positions(const Tensor& grad, int64_t n_positions, int64_t position_offset) {
   const auto guard = guard_device({"grad", grad}, {});
   const int64_t B = grad.size(0), T = grad.size(1), C = grad.size(2);
-  STD_TORCH_CHECK(grad.is_contiguous() && position_offset >= 0 && position_offset <= n_positions - T,
-                  "grad: expected contiguous (B, T, C) that fits n_positions");
+  FASTGPT_CHECK(grad.is_contiguous() && position_offset >= 0 && position_offset <= n_positions - T,
+                "grad: expected contiguous (B, T, C) that fits n_positions");
   Tensor position_grad = torch::stable::new_zeros(grad, {n_positions, C});
   if (grad.numel() == 0) return position_grad;
   by_width(grad, {C, values_before(grad)}, [&](auto* type, auto width) {

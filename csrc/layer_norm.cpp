@@ -16,14 +16,14 @@ TypedRows rows_of(const Tensor& tensor, const char* name) {
 
 uint64_t key_of(double dropout_p, const std::optional<Tensor>& seed) {
   if (dropout_p == 0.0) return 0;
-  STD_TORCH_CHECK(seed.has_value() && seed->dim() == 0 && seed->scalar_type() == ScalarType::Long,
-                  "seed: expected a 0-dim int64 tensor, because dropout_p is not 0");
+  FASTGPT_CHECK(seed.has_value() && seed->dim() == 0 && seed->scalar_type() == ScalarType::Long,
+                "seed: expected a 0-dim int64 tensor, because dropout_p is not 0");
   return static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
 }
 
 int64_t width_of(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1) && weight.size(0) > 0,
-                  "weight: expected (C), to fit x (..., C) with C at least 1");
+  FASTGPT_CHECK(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1) && weight.size(0) > 0,
+                "weight: expected (C), to fit x (..., C) with C at least 1");
   return weight.size(0);
 }
 
@@ -39,10 +39,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::option
                                               double dropout_p, const std::optional<Tensor>& seed,
                                               ScalarType out_dtype) {
   const int64_t C = width_of(x, weight), n_rows = x.numel() / C;
-  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == C), "bias: expected (C), like weight");
+  FASTGPT_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == C), "bias: expected (C), like weight");
   const bool adds = residual.has_value();
-  STD_TORCH_CHECK(!adds || (residual->numel() == x.numel() && residual->size(residual->dim() - 1) == C),
-                  "residual: expected the shape of x");
+  FASTGPT_CHECK(!adds || (residual->numel() == x.numel() && residual->size(residual->dim() - 1) == C),
+                "residual: expected the shape of x");
   const Tensor given = packed(x), other = packed(residual.value_or(x));
   const InFloat32 scale(weight), shift(bias);
   const ScalarType wide = given.scalar_type() == other.scalar_type() ? given.scalar_type() : ScalarType::Float;
@@ -72,14 +72,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& grad_y, const std::optional<Tensor>& grad_sum, const Tensor& x, const Tensor& weight,
     const Tensor& stats, double dropout_p, const std::optional<Tensor>& seed, ScalarType residual_dtype,
     ScalarType x_dtype, const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(output_mask.size() == 4, "output_mask: expected x, residual, weight, bias");
+  FASTGPT_CHECK(output_mask.size() == 4, "output_mask: expected x, residual, weight, bias");
   const bool with_x = output_mask[0], with_residual = output_mask[1];
   const bool with_weight = output_mask[2], with_bias = output_mask[3];
   const int64_t C = width_of(x, weight), n_rows = x.numel() / C;
-  STD_TORCH_CHECK(grad_y.numel() == x.numel() && (!grad_sum.has_value() || grad_sum->numel() == x.numel()),
-                  "grad_y, grad_sum: expected the shape of x");
-  STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Float && stats.is_contiguous() && stats.numel() == 2 * n_rows,
-                  "stats: expected contiguous float32 (2, rows)");
+  FASTGPT_CHECK(grad_y.numel() == x.numel() && (!grad_sum.has_value() || grad_sum->numel() == x.numel()),
+                "grad_y, grad_sum: expected the shape of x");
+  FASTGPT_CHECK(stats.scalar_type() == ScalarType::Float && stats.is_contiguous() && stats.numel() == 2 * n_rows,
+                "stats: expected contiguous float32 (2, rows)");
   const bool shared = dropout_p == 0.0 && x_dtype == residual_dtype;
   const Tensor upstream = packed(grad_y), of_sum = packed(grad_sum.value_or(x)), h = packed(x);
   const InFloat32 scale(weight);

@@ -50,14 +50,14 @@ static void few_rows(const Tensor& x, const Tensor& weight, const Tensor* bias, 
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
-                  "x, weight: expected (..., K) and (N, K)");
+  FASTGPT_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
+                "x, weight: expected (..., K) and (N, K)");
   const Storage storage = storage_of(x, "x");
-  STD_TORCH_CHECK(storage_of(weight, "weight") == storage, "weight: expected the dtype of x");
+  FASTGPT_CHECK(storage_of(weight, "weight") == storage, "weight: expected the dtype of x");
   const int64_t N = weight.size(0), K = weight.size(1);
   if (bias.has_value())
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N && storage_of(*bias, "bias") == storage,
-                    "bias: expected (N), like weight");
+    FASTGPT_CHECK(bias->dim() == 1 && bias->size(0) == N && storage_of(*bias, "bias") == storage,
+                  "bias: expected (N), like weight");
   Tensor out = new_buffer(x, sizes_with(x, N), /*zeros=*/false);
   const Tensor inputs = packed(x);
   const Tensor shift = bias.has_value() ? packed(*bias) : weight;
@@ -122,14 +122,14 @@ static Tensor gradient_of_bias(const Tensor& grad) {
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const std::optional<Tensor>& x,
                                                    const std::optional<Tensor>& weight, bool with_bias) {
-  STD_TORCH_CHECK(grad.dim() >= 1 && storage_of(grad, "grad") == FLOAT32, "grad: expected (..., N) in float32");
+  FASTGPT_CHECK(grad.dim() >= 1 && storage_of(grad, "grad") == FLOAT32, "grad: expected (..., N) in float32");
   const int64_t N = grad.size(grad.dim() - 1);
   if (weight.has_value())
-    STD_TORCH_CHECK(weight->dim() == 2 && weight->size(0) == N && storage_of(*weight, "weight") == FLOAT32,
-                    "weight: expected (N, K) in float32");
+    FASTGPT_CHECK(weight->dim() == 2 && weight->size(0) == N && storage_of(*weight, "weight") == FLOAT32,
+                  "weight: expected (N, K) in float32");
   if (x.has_value())
-    STD_TORCH_CHECK(x->dim() == grad.dim() && rows_of(*x) == rows_of(grad) && storage_of(*x, "x") == FLOAT32,
-                    "x: expected (..., K) in float32, with the rows of grad");
+    FASTGPT_CHECK(x->dim() == grad.dim() && rows_of(*x) == rows_of(grad) && storage_of(*x, "x") == FLOAT32,
+                  "x: expected (..., K) in float32, with the rows of grad");
   const Tensor rows = packed(grad);
   const auto none = [&] { return new_small({0}, ScalarType::Float); };
   return {weight.has_value() ? gradient_of_x(rows, *weight) : none(),

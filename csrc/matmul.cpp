@@ -66,13 +66,13 @@ void multiply(const Matmul& whole) {
 }
 
 void matmul(const Tensor& a, const Tensor& b, Tensor out, bool accumulate) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2 && a.size(1) == b.size(0) && a.size(0) == out.size(0) &&
-                      b.size(1) == out.size(1),
-                  "a, b, out: expected (M, K), (K, N) and (M, N)");
-  STD_TORCH_CHECK(a.scalar_type() == ScalarType::Float && b.scalar_type() == ScalarType::Float &&
-                      out.scalar_type() == ScalarType::Float,
-                  "a, b, out: expected float32");
-  STD_TORCH_CHECK(out.size(1) <= 1 || out.stride(1) == 1, "out: expected contiguous rows");
+  FASTGPT_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2 && a.size(1) == b.size(0) && a.size(0) == out.size(0) &&
+                    b.size(1) == out.size(1),
+                "a, b, out: expected (M, K), (K, N) and (M, N)");
+  FASTGPT_CHECK(a.scalar_type() == ScalarType::Float && b.scalar_type() == ScalarType::Float &&
+                    out.scalar_type() == ScalarType::Float,
+                "a, b, out: expected float32");
+  FASTGPT_CHECK(out.size(1) <= 1 || out.stride(1) == 1, "out: expected contiguous rows");
   Matmul whole{};
   whole.a = a.const_data_ptr<float>();
   whole.b = b.const_data_ptr<float>();

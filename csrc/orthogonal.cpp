@@ -48,7 +48,7 @@ void multiply_symmetric(const float* left, const float* right, float* product, i
 }  // namespace
 
 Tensor orthogonal(const Tensor& x, double a, double b, double c, int64_t iterations) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.scalar_type() == ScalarType::Float, "x: expected (N, rows, columns) in float32");
+  FASTGPT_CHECK(x.dim() == 3 && x.scalar_type() == ScalarType::Float, "x: expected (N, rows, columns) in float32");
   const int64_t count = x.size(0), rows = x.size(1), columns = x.size(2);
   Tensor out = new_buffer(x, {count, rows, columns}, /*zeros=*/false);
   const float* inputs = x.const_data_ptr<float>();

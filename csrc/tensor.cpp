@@ -20,7 +20,7 @@ static std::vector<int64_t> packed_strides(const std::vector<int64_t>& sizes) {
 static int64_t bytes_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
   int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   for (int64_t size : sizes)
-    STD_TORCH_CHECK(!__builtin_mul_overflow(bytes, size, &bytes), "a result of more bytes than an int64 counts");
+    FASTGPT_CHECK(!__builtin_mul_overflow(bytes, size, &bytes), "a result of more bytes than an int64 counts");
   return bytes;
 }
 
@@ -31,7 +31,7 @@ Tensor new_small(const std::vector<int64_t>& sizes, ScalarType dtype) {
   const auto error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type,
                                               aoti_torch_device_type_cpu(), 0, &handle);
   // The stable ABI does not say why the allocation failed. For sizes that are valid, the reason is a lack of memory.
-  STD_TORCH_CHECK(error == 0, "not enough memory: cannot allocate ", bytes_of(sizes, dtype), " bytes");
+  FASTGPT_CHECK(error == 0, "not enough memory: cannot allocate ", bytes_of(sizes, dtype), " bytes");
   return Tensor(handle);
 }
 

@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "kernels.h"
 
 namespace fastgpt {
@@ -32,7 +33,7 @@ inline Storage storage_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half:
       return FLOAT16;
     default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+      FASTGPT_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
 }
 

@@ -235,7 +235,7 @@ def test_the_registered_op_names_what_is_wrong() -> None:
     for arguments, message in (
         ((None, -100, 0, 0.0, True), "with_grad: a gradient for each loss comes from backward alone"),
         ((None, -100, 7, 0.0, False), "reduction: expected 0, 1 or 2"),
-        ((torch.ones(6, 1), -100, 1, 0.0, False), r"csrc/cross_entropy\.cpp:\d+, weight: expected float32 \(C,\)"),
+        ((torch.ones(6, 1), -100, 1, 0.0, False), r"^weight: expected float32 \(C,\)"),
     ):
         with pytest.raises(RuntimeError, match=message) as caught:
             op(logits, targets, *arguments)
