@@ -189,7 +189,8 @@ class TrainConfig:
         compile: run the loss through torch.compile.
         layout: blocks (every prefix is an example), windows (whole contexts only), names (each line by itself), or
             completions (of prompts, in JSON lines).
-        cuda_graph: take steps by a CUDA graph, after a check against eager ones; has not run on a GPU yet.
+        cuda_graph: take steps by a CUDA graph, after a check against eager ones. Without a value: on a CUDA device,
+            unless compile is on.
     """
 
     batch_size: int = 64
@@ -215,7 +216,7 @@ class TrainConfig:
     dtype: str = "auto"
     compile: bool = False
     layout: str = "blocks"
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -164,7 +164,7 @@ def stream(
     likely tokens all three take those with the lowest ids. generator: a random generator on the device of idx, which
     makes the sample repeatable. use_cache=False computes the whole context at each step, to compare with. cuda_graph:
     while the cache serves a token, launch its kernels at once (see generate_graph.py); the model's tensors must then
-    stay where they are until the last token. It has not run on a GPU yet.
+    stay where they are until the last token.
 
     stride: how many of the oldest tokens leave a full context at once, 1 to `block_size`. The keys and values of those
     that stay are computed anew, once, and the cache serves the next tokens until it is full again. By default one token

@@ -165,7 +165,7 @@ class SampleSettings:
     device: str = "auto"  # auto, cpu, cuda, ...
     backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
     threads: int | None = None  # of the CPU; by default one for each core.
-    # compute tokens by a CUDA graph, after a check against others; has not run on a GPU yet.
+    # compute tokens by a CUDA graph, after a check against others.
     cuda_graph: bool = False
     config: str | None = None  # a TOML file with any of these settings.
 

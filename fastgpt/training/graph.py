@@ -28,6 +28,11 @@ CHECKED_STEPS = 3
 TOLERANCE = 0.05
 
 
+def is_graphed(cfg: TrainConfig, device_type: str) -> bool:
+    """Whether steps are to be taken by a graph: as `cuda_graph` says, else on CUDA, where `compile` is off."""
+    return cfg.cuda_graph if cfg.cuda_graph is not None else device_type == "cuda" and not cfg.compile
+
+
 class GraphedStep:
     """`step(micro_batches, lr)`, which updates `model` by `optimizer`, taken by a graph once that was checked.
 

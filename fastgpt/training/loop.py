@@ -28,7 +28,7 @@ from ..files import link_or_copy
 from ..language_model import LanguageModel
 from ..machine import resolve_device
 from . import TrainingError
-from .graph import GraphedStep
+from .graph import GraphedStep, is_graphed
 from .muon import Muon
 from .progress import Progress
 from .run_folder import RunFolder, plot_loss
@@ -59,7 +59,7 @@ class Trainer:
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "best_val": None}
         self.precision = Precision(self.device, cfg.dtype)
         self.loss = torch.compile(self.model.loss) if cfg.compile else self.model.loss
-        self._recorder = cuda_graph.recorder(self.device) if cfg.cuda_graph else None
+        self._recorder = cuda_graph.recorder(self.device) if is_graphed(cfg, self.device.type) else None
         self._take: Callable[[Sequence[Batch], float], Tensor] = self._take_eagerly
         self._signal: int | None = None
 

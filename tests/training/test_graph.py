@@ -14,7 +14,7 @@ from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
 from fastgpt.config import ConfigError
 from fastgpt.training import graph, step
-from fastgpt.training.graph import CHECKED_STEPS
+from fastgpt.training.graph import CHECKED_STEPS, is_graphed
 from fastgpt.training.loop import Interrupted, Trainer
 from fastgpt.training.run_folder import read_metrics
 from small_runs import TRAIN, assert_same_checkpoint, signal_at, trainer
@@ -208,6 +208,15 @@ def test_a_model_with_hooks_is_trained_eagerly(corpus, tmp_path, use_recorder):
     with pytest.warns(UserWarning, match="a CUDA graph: blocks.1: it has hooks, which a graph would not run"):
         run.run()
     assert len(seen) > TRAIN.max_steps
+
+
+def test_steps_are_graphed_on_cuda_unless_something_else_is_asked_for():
+    default = dataclasses.replace(TRAIN, cuda_graph=None)
+    assert is_graphed(default, "cuda")
+    assert not is_graphed(default, "cpu") and not is_graphed(default, "mps")
+    assert not is_graphed(dataclasses.replace(default, compile=True), "cuda")
+    assert not is_graphed(dataclasses.replace(default, cuda_graph=False), "cuda")
+    assert is_graphed(dataclasses.replace(GRAPHED, compile=True), "cuda")
 
 
 def test_without_a_gpu_it_is_refused_before_anything_is_written(corpus, text_file, tmp_path, capsys):
