@@ -88,31 +88,28 @@ NOT_MEASURED = "On GPUs: not measured yet, because no GPU has run these kernels.
 
 
 def gpu_ops(results: Results) -> str:
-    """Every case of every op against its fastest peer, and how much of a call's time is the host's."""
-    ours = [row for row in results.rows if row.op in GPU_OPS and row.implementation == OURS]
+    """Every case of every op against its fastest peer: the kernels alone, in CUDA graphs, and calls from Python."""
+    ours, body = [], []
+    for op in GPU_OPS:
+        for case, found in by_case(results.of_op(op)).items():
+            if OURS in found:
+                ours.append(found[OURS])
+                compared = (_against_fastest(found, time) for time in ("graph_ms", "median_ms"))
+                body.append([f"{op} {case.direction}", case.shape, *(cell for cells in compared for cell in cells)])
     if not ours:
         raise ResultsError("these results have no row of FastGPT's for any op")
-    body = []
-    for row in ours:
-        times = [cell(cells.short(row.median_ms)), row.best_peer, cells.ratio(row)]
-        body.append(
-            [
-                f"{row.op} {row.direction}",
-                row.shape,
-                *times,
-                *map(cells.percent, (row.roofline_fraction, row.host_share)),
-            ]
-        )
-    headers = [
-        "op",
-        "shape",
-        "fastgpt, ms",
-        "fastest peer",
-        "its ratio",
-        "of the roofline",
-        "host's share of an eager call",
-    ]
-    return _table(headers, body, ours)
+    of_each = ["fastgpt, ms", "fastest peer", "its ratio"]
+    return _table(["op", "shape", *(f"{how}: {name}" for how in ("graph", "call") for name in of_each)], body, ours)
+
+
+def _against_fastest(found: dict[str, Row], time: str) -> list[Any]:
+    """FastGPT's time of a case, the fastest peer and its time as a multiple; `time` names the field of both."""
+    times = {name: value for name, row in found.items() if (value := getattr(row, time)) is not None}
+    ours = times.pop(OURS, None)
+    if ours is None or not times:
+        return [cells.short(ours), None, None]
+    peer = min(times, key=lambda name: times[name])
+    return [cells.short(ours), peer, cells.factor(times[peer] / ours)]
 
 
 def gpu_models(results: Results) -> str:

@@ -216,7 +216,8 @@ def test_the_description_says_what_is_in_use(monkeypatch, tmp_path):
 
 def test_an_entry_serves_its_bucket_and_no_other_call():
     forward = (64, 2, 1024, True, False, 90)
-    default = configs.forward_config(*forward)
+    with tuned.use(Table()):
+        default = configs.forward_config(*forward)
     with tuned.use(table_of(row("attention.forward"))):
         assert configs.forward_config(*forward) == default | TILE
         assert configs.forward_programs(*forward) == 1
@@ -228,7 +229,8 @@ def test_an_entry_serves_its_bucket_and_no_other_call():
             chosen = configs.forward_config(*other), configs.forward_programs(*other)
             with tuned.use(Table()):
                 assert chosen == (configs.forward_config(*other), configs.forward_programs(*other))
-    assert configs.forward_config(*forward) == default and configs.forward_programs(*forward) == 2
+    with tuned.use(Table()):
+        assert configs.forward_config(*forward) == default and configs.forward_programs(*forward) == 2
 
 
 def test_a_table_that_a_chip_refuses_does_not_stay(monkeypatch):
