@@ -72,8 +72,9 @@ def test_settings_come_from_a_file_too(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(command, "run_suite", lambda *arguments: asked.update(all=arguments) or 0)
     (tmp_path / "bench.toml").write_text('only = ["embedding", "attention"]\ndevice = "cpu"\nquick = true\n')
-    assert main(["bench", "--config", str(tmp_path / "bench.toml"), "--nanogpt", "there", "--out", "x"]) == 0
-    paths = {"nanogpt": "there", "lecture": None, "data": None}
+    there = str(tmp_path)
+    assert main(["bench", "--config", str(tmp_path / "bench.toml"), "--nanogpt", there, "--out", "x"]) == 0
+    paths = {"nanogpt": there, "lecture": None, "data": None}
     assert asked["all"] == (("embedding", "attention"), "cpu", "x", True, paths)
 
 
