@@ -48,10 +48,12 @@ def _quotas() -> list[int]:
     """The quotas of this process's control groups, versions 1 and 2, in cores; none where there is no limit."""
     found = []
     with contextlib.suppress(OSError, ValueError):  # no such file; "max", which is no limit
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
         found.append(math.ceil(int(quota) / int(period)))
     with contextlib.suppress(OSError, ValueError):
-        quota, period = ((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        quota, period = (
+            (_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period")
+        )
         if int(quota) > 0:
             found.append(math.ceil(int(quota) / int(period)))
     return found
@@ -64,7 +66,9 @@ def busy_cores(samples: int = 5, pause_s: float = 0.002) -> int:
         if number:
             time.sleep(pause_s)
         try:
-            running = int((_PROC / "loadavg").read_text().split()[3].partition("/")[0]) - 1  # without this one
+            running = (
+                int((_PROC / "loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]) - 1
+            )  # without this one
         except (OSError, ValueError, IndexError):
             return 0
         fewest = running if fewest is None else min(fewest, running)

@@ -136,6 +136,8 @@ def takes_the_locales_encoding(call: ast.Call) -> bool:
     if name == "open" and isinstance(call.func, ast.Name):
         mode = given.get("mode", call.args[1] if len(call.args) > 1 else ast.Constant("r"))
         return "encoding" not in given and "b" not in ast.literal_eval(mode)
+    if name == "read_text" and call.args:  # of importlib.metadata: the name of a file, which is UTF-8
+        return False
     text_output = "text" in given or "universal_newlines" in given
     return "encoding" not in given and (name in ("read_text", "write_text") or text_output)
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.ops import backend
-from fastgpt.triton_kernels import offline, target
+from fastgpt.triton_kernels import offline, target, tuned
 
 MULTIPROCESSORS = 132  # of an H100
 
@@ -88,7 +88,7 @@ def record(arch: int, name: str) -> list[dict]:
     backend._availability["triton", "cpu"] = None
     backend._availability["native", "cpu"] = "on CUDA a token of generation does not take the CPU's op"
     compiled = target.compile_launches(arch, MULTIPROCESSORS)
-    with _WithoutProducts():
+    with _WithoutProducts(), tuned.use(tuned.Table()):  # entries of a table are compiled by test_tuned_offline.py
         _launch(RUNS[name])
     rows = []
     count: Counter[str] = Counter()

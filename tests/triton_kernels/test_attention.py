@@ -13,6 +13,7 @@ from fastgpt.ops import reference
 from triton_checks import DEVICE, check_against_oracle, outputs_and_gradients
 
 kernels = pytest.importorskip("fastgpt.triton_kernels.attention")
+tuned = pytest.importorskip("fastgpt.triton_kernels.tuned")
 decode, persistent_programs = kernels._decode, kernels.persistent_programs
 
 # name: (B, H, Hkv, Tq, Tk, D, causal, dropout, dtype)
@@ -90,7 +91,8 @@ def test_forward_and_backward(name, monkeypatch):
     inputs = [heads(B, H, Tq, D, dtype, layout), *(heads(B, Hkv, Tk, D, dtype, layout) for _ in "kv")]
     seed = -(2**40) - 12345 if dropout_p else None
     options = {"is_causal": causal, "dropout_p": dropout_p, "seed": seed}
-    check_against_oracle("attention", inputs, [heads(B, H, Tq, D, dtype)], dtype, **options)
+    with tuned.use(tuned.Table()):  # without the entries that were measured on a GPU of 132 multiprocessors
+        check_against_oracle("attention", inputs, [heads(B, H, Tq, D, dtype)], dtype, **options)
     assert bool(decoded) == (name.startswith("decode") and dropout_p == 0.0)
     if DEVICE == "cpu":
         assert not decoded or (set(decoded) == {1}) == (
