@@ -306,5 +306,9 @@ def test_the_commands_of_the_readme_run_after_each_install(install, tmp_path, re
         if words[1] == "train" and isolated:
             (said,) = [line for line in done.stderr.splitlines() if "warning" in line]
             assert f"--no-build-isolation --no-deps --force-reinstall '{source}'" in said
+        elif words[1] == "learn":
+            assert "| scaled up" in done.stdout and (away / "runs/learn/report.html").exists()
+        elif words[1] == "study":
+            assert (away / f"runs/study-{words[2]}/report.html").exists()
         elif words[1] == "doctor":
             assert ("it was built apart from PyTorch" in done.stdout) == isolated
