@@ -53,11 +53,6 @@ CXX_FLAGS.append(f"-fmacro-prefix-map={ROOT}/=")
 if platform.machine().lower() in ("x86_64", "amd64"):
     # With MMX, GCC may move data through registers that long double arithmetic shares, and breaks it process-wide.
     CXX_FLAGS.append("-mno-mmx")
-LINK_FLAGS = ["-s"]
-if platform.system() == "Linux":
-    # PyTorch's C++ library, also where the compiler would link its own one statically: with two of them in a process,
-    # an error of a kernel ended it while the message was written.
-    LINK_FLAGS.append("-lstdc++")
 CPU_SOURCES = [
     "adamw",
     "bindings",
@@ -227,7 +222,7 @@ def modules() -> tuple[list, type]:
     header.write_text("".join(quoted), encoding="utf-8")
 
     def module(kind, name: str, sources: list[str], flags, **more):
-        made = kind(f"fastgpt.{name}", sources, extra_compile_args=flags, extra_link_args=LINK_FLAGS, **more)
+        made = kind(f"fastgpt.{name}", sources, extra_compile_args=flags, extra_link_args=["-s"], **more)
         made.optional = NATIVE != "require"  # an editable installation then accepts a missing file
         return made
 

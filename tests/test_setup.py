@@ -99,15 +99,3 @@ def test_source_distribution_holds_the_sources(source: Path) -> None:
     for folder in ("csrc", "examples"):
         there = {f"{folder}/{file.name}" for file in (ROOT / folder).iterdir() if file.is_file()}
         assert there and there <= names
-
-
-@in_source_tree
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("c++") is None, reason="needs a C++ compiler on Linux")
-def test_pytorchs_c_plus_plus_library_is_used_where_the_compiler_would_link_its_own(tmp_path: Path) -> None:
-    code = "import runpy, setuptools; setuptools.setup = lambda **_: None; "
-    flags = run_command(sys.executable, "-c", code + "print(*runpy.run_path('setup.py')['LINK_FLAGS'])", cwd=ROOT)
-    source, library = tmp_path / "message.cpp", tmp_path / "message.so"
-    source.write_text("#include <sstream>\nstd::string text(int n) { std::ostringstream s; s << n; return s.str(); }\n")
-    compiler = ("c++", "-shared", "-fPIC", "-static-libstdc++")
-    run_command(*compiler, str(source), "-o", str(library), *flags.stdout.split(), cwd=tmp_path)
-    assert b"libstdc++.so" in library.read_bytes()
