@@ -129,9 +129,18 @@ def _curve(rows: list[dict[str, Any]], key: str, split: str) -> tuple[list[int],
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """The mean around each value: of a fifteenth of them all, as many on its left as on its right."""
-    means = []
-    for i in range(len(values)):
-        n = min(i, len(values) - 1 - i, len(values) // 30)
-        means.append(statistics.fmean(values[i - n : i + n + 1]))
-    return means
+    """The mean around each value, of a fifteenth of them all. The ends, where values are missing on one side, lie on
+    the straight line through the last such part: a mean of fewer values would follow their noise."""
+    half = len(values) // 30
+    if half == 0:
+        return values
+    width = 2 * half + 1
+    means = [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
+    return _straightened(values[:width])[:half] + means + _straightened(values[-width:])[-half:]
+
+
+def _straightened(values: list[float]) -> list[float]:
+    """The straight line through the values, by least squares, at the place of each."""
+    places = range(len(values))
+    slope, intercept = statistics.linear_regression(places, values)
+    return [intercept + slope * place for place in places]

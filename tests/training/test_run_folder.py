@@ -97,6 +97,14 @@ def test_the_loss_curve_begins_at_the_first_evaluation():
     assert list(rates.lines[0].get_ydata()) == [row["lr"] for row in train[9:]] and rates.get_ylim()[0] == 0
 
 
+def test_the_smoothed_loss_does_not_end_in_one_steps_noise():
+    rows = [_row(step, "train", 4.0 - step / 1000) for step in range(10, 3010, 10)]
+    rows[-1]["loss"] += 0.1
+    smooth = loss_figure("run", rows).axes[0].lines[1].get_ydata()
+    assert all(after < before for before, after in pairwise(smooth)), "it falls, as all losses but the last do"
+    assert smooth[-1] == pytest.approx(1.0, abs=0.03)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
