@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from .config import DTYPES, ConfigError
@@ -334,14 +334,20 @@ def _find(args: Sequence[str]) -> tuple[Command | Group, int]:
             return found, n_words
         if word not in found.commands:
             near = difflib.get_close_matches(word, found.commands, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(found.commands)}"
+            hint = f"did you mean {near[0]!r}?" if near else _there_are(found.commands)
             raise UsageError(f"unknown command {word!r}; {hint}")
         found = found.commands[word]
     return found, len(args)
 
 
+def _there_are(commands: Collection[str]) -> str:
+    return f"there {'is' if len(commands) == 1 else 'are'} {', '.join(commands)}"
+
+
 def parse(args: Sequence[str]) -> tuple[Command, Any]:
     """The command in `args`, and its settings, an instance of its dataclass. Raises SystemExit after help."""
+    if args and args[0] == "help":  # fastgpt help train
+        args = [*args[1:], "--help"]
     found, n_words = _find(args)
     prog, words = " ".join(["fastgpt", *args[:n_words]]), list(args[n_words:])
     asks_help = not {"-h", "--help"}.isdisjoint(words)
@@ -381,7 +387,7 @@ def _print_about_commands(group: Group, prog: str, words: list[str], asks_help: 
     text = commands_help(prog, group.about, {name: command.about for name, command in group.commands.items()})
     if asks_help or prog == "fastgpt":
         _print_and_exit(text)
-    raise UsageError(f"{prog.split()[-1]!r} needs a command after it; there are {', '.join(group.commands)}")
+    raise UsageError(f"{prog.split()[-1]!r} needs a command after it; {_there_are(group.commands)}")
 
 
 def _words_after(commands: Mapping[str, Command | Group], prefix: str = "") -> dict[str, list[str]]:

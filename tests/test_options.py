@@ -46,6 +46,12 @@ def test_help_has_no_type_of_python(capsys):
         assert not [word for word in ("None", "STR", "INT", "FLOAT", "{") if word in said], line
 
 
+def test_help_says_what_is_free_text(capsys):
+    assert main(["sample", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--prompt TEXT" in said and "--stop TEXT" in said
+
+
 def test_help_names_the_benchmarks(capsys):
     (only,) = (option for option in options_of(BenchSettings) if option.name == "only")
     assert only.help.rstrip(".").partition(": ")[2].split(", ") == benchmark_names()
