@@ -158,7 +158,9 @@ def filled(text: str, width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "28 seconds", "6 min 28 s"."""
+    """ "less than a second", "28 seconds", "6 min 28 s"."""
+    if seconds < 0.5:
+        return "less than a second"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else counted(rest, "second")
 

@@ -58,7 +58,7 @@ def test_a_study_prints_its_table(text_file, tmp_path, capsys):
     assert main(["study", "learning-rate", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "| learning rate |" in printed and "the lowest loss" in printed
-    assert re.search(r"report\.html: \d+ seconds? of measuring", printed)
+    assert re.search(r"report\.html: (less than a second|\d+ seconds?) of measuring", printed)
 
 
 def test_the_committed_page_is_that_of_the_committed_results():
@@ -107,7 +107,8 @@ def test_a_table_that_is_wider_than_the_terminal_is_left_to_the_report(results):
 
 
 def test_numbers_in_words():
-    assert [duration(seconds) for seconds in (0.6, 28.4, 60.0, 388.0)] == [
+    assert [duration(seconds) for seconds in (0.0, 0.6, 28.4, 60.0, 388.0)] == [
+        "less than a second",
         "1 second", "28 seconds", "1 min 0 s", "6 min 28 s",
     ]  # fmt: skip
     assert together([2]) == "2" and together([2, 6, 16]) == "2, 6 and 16"
