@@ -16,6 +16,7 @@ Source of byte-level BPE: Radford et al., "Language Models are Unsupervised Mult
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
 import re
@@ -72,6 +73,8 @@ class CharTokenizer(Tokenizer):
     kind = "char"
 
     def __init__(self, chars: str) -> None:
+        if not isinstance(chars, str):
+            raise ValueError(f"chars: expected a text of all characters, got {type(chars).__name__}")
         if not chars:
             raise ValueError("chars: a character tokenizer needs at least one character, got an empty text")
         if len(set(chars)) != len(chars):
@@ -136,8 +139,15 @@ class BPETokenizer(Tokenizer):
     def __init__(self, vocab: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int] | None = None):
         """`vocab` lists the tokens by id, in GPT-2's spelling of bytes; `merges` are in order of priority."""
         self.vocab, self.merges, self.special_tokens = vocab, merges, dict(special_tokens or {})
+        if not isinstance(vocab, list) or not all(isinstance(token, str) for token in vocab):
+            raise ValueError("vocab: expected a list of texts, the tokens by their ids")
         if len(set(vocab)) != len(vocab):
             raise ValueError("vocab: every token may occur only once")
+        for token, i in self.special_tokens.items():
+            if not _is_id(i) or i >= len(vocab) or vocab[i] != token:
+                raise ValueError(
+                    f"special_tokens: {token!r} has the id {i!r}, which is not its place in the vocabulary"
+                )
         missing = set(_BYTE_OF) - set(vocab)
         if missing:
             raise ValueError(
@@ -163,7 +173,7 @@ class BPETokenizer(Tokenizer):
         )
         encoder.train_from_iterator(_pieces(text), trainer)
         model = json.loads(encoder.to_str())["model"]
-        return cls(_tokens_by_id(model["vocab"], "the trained vocabulary"), _merge_pairs(model["merges"]))
+        return cls(tokens_by_id(model["vocab"]), _merge_pairs(model["merges"]))
 
     @classmethod
     def from_gpt2_files(cls, folder: str | Path) -> BPETokenizer:
@@ -188,19 +198,22 @@ class BPETokenizer(Tokenizer):
     def _from_vocab_and_merges(cls, vocab_file: Path, merges_file: Path) -> BPETokenizer:
         added_file = vocab_file.with_name("added_tokens.json")  # of models that were tuned with more special tokens
         added = read_json(added_file) if added_file.is_file() else {}
-        vocab = _tokens_by_id({**read_json(vocab_file), **added}, str(vocab_file))
+        with naming(vocab_file):
+            vocab = tokens_by_id(read_json(vocab_file), added)
         lines = _read_text(merges_file).split("\n")
         # Only the first line is a comment: "# #" further down is a merge like any other.
         lines = lines[1:] if lines[0].startswith("#version") else lines
-        merges = _merge_pairs([line.rstrip("\r") for line in lines if line.strip()])
         if _END_OF_TEXT in vocab:
             added[_END_OF_TEXT] = vocab.index(_END_OF_TEXT)
-        return cls(vocab, merges, added)
+        with naming(merges_file):
+            merges = _merge_pairs([line.rstrip("\r") for line in lines if line.strip()])
+        with naming(vocab_file):
+            return cls(vocab, merges, added)
 
     @classmethod
     def _from_single_file(cls, file: Path) -> BPETokenizer:
         data = read_json(file)
-        model, splitter = data.get("model") or {}, data.get("pre_tokenizer") or {}
+        model, splitter = json_object(data, "model"), json_object(data, "pre_tokenizer")
         is_gpt2 = (
             model.get("type", "BPE") == "BPE"
             and splitter.get("type") == "ByteLevel"
@@ -212,8 +225,9 @@ class BPETokenizer(Tokenizer):
             raise ValueError(
                 f"{str(file)!r}: not a GPT-2 tokenizer; only byte-level BPE split by GPT-2's pattern is read"
             )
-        added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-        return cls(_tokens_by_id({**model["vocab"], **added}, str(file)), _merge_pairs(model["merges"]), added)
+        with naming(file):
+            added = _added_tokens(data.get("added_tokens", []))
+            return cls(tokens_by_id(model["vocab"], added), _merge_pairs(model["merges"]), added)
 
     def with_end(self) -> BPETokenizer:
         """This tokenizer with one token more where it has no `end_of_text`."""
@@ -281,7 +295,7 @@ def tokenizer_from_json(text: str) -> CharTokenizer | BPETokenizer:
     """The tokenizer that `to_json` wrote."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer: not JSON ({error}); expected what to_json() wrote") from None
     kind = data.get("kind") if isinstance(data, dict) else None
     try:
@@ -289,6 +303,8 @@ def tokenizer_from_json(text: str) -> CharTokenizer | BPETokenizer:
             return CharTokenizer(data["chars"])
         if kind == BPETokenizer.kind:
             return BPETokenizer(data["vocab"], _merge_pairs(data["merges"]), data["special_tokens"])
+    except TypeError:
+        raise ValueError("tokenizer: a field has another type than to_json() gives it") from None
     except KeyError as error:
         raise ValueError(f"tokenizer: the field {error} is missing; expected what to_json() wrote") from None
     raise ValueError(f"tokenizer: kind is {kind!r}; expected 'char' or 'bpe'")
@@ -357,21 +373,53 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def _tokens_by_id(ids: Any, where: str) -> list[str]:
-    if not isinstance(ids, dict) or sorted(ids.values()) != list(range(len(ids))):
-        raise ValueError(f"{where}: the ids of a vocabulary must be 0, 1, 2, ... without a gap")
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0  # a bool is an int, too
+
+
+def tokens_by_id(ids: Any, added: dict[str, int] | None = None) -> list[str]:
+    """The tokens in the order of their ids, as files have them: {token: id}."""
+    if not isinstance(ids, dict):
+        raise ValueError(f"a vocabulary is an object of tokens with their ids, got {type(ids).__name__}")
+    ids = {**ids, **(added or {})}
+    if not all(map(_is_id, ids.values())) or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError("the ids of a vocabulary must be 0, 1, 2, ... without a gap")
     return sorted(ids, key=ids.__getitem__)
 
 
-def _merge_pairs(merges: list[Any]) -> list[tuple[str, str]]:
+def _added_tokens(tokens: Any) -> dict[str, int]:
+    """The added tokens of a tokenizer.json, which are tokens of their own, with their ids."""
+    try:
+        found = [(token["content"], token["id"]) for token in tokens or []]
+    except (TypeError, KeyError):
+        found = [(None, None)]
+    if not all(isinstance(token, str) and _is_id(i) for token, i in found):
+        raise ValueError("added_tokens: expected a list of objects with a text as 'content' and a number as 'id'")
+    return dict(found)
+
+
+def _merge_pairs(merges: Any) -> list[tuple[str, str]]:
     """Merges as pairs; files have them as "a b" or as ["a", "b"]."""
+    if not isinstance(merges, list):
+        raise ValueError(f"merges: expected a list, got {type(merges).__name__}")
     pairs = []
     for number, merge in enumerate(merges):
-        parts = merge.split(" ") if isinstance(merge, str) else list(merge)
-        if len(parts) != 2:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
             raise ValueError(f"merge {number}: expected two tokens, got {merge!r}")
         pairs.append((parts[0], parts[1]))
     return pairs
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Say in which file of a tokenizer something is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(repr(str(file))):
+            raise
+        raise ValueError(f"{str(file)!r}: {error}") from None
 
 
 def _read_text(file: Path) -> str:
@@ -384,13 +432,20 @@ def _read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    text = _read_text(file)
     try:
-        data = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, thousands of brackets
         raise ValueError(f"{str(file)!r}: not JSON ({error}); download it again") from None
     if not isinstance(data, dict):
         raise ValueError(f"{str(file)!r}: expected a JSON object, got {type(data).__name__}")
     return data
+
+
+def json_object(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """The object called `name` in `data`; an empty one where there is none, or something else."""
+    found = data.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _codepoints(text: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import atomic_path, expand_path
-from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer, read_json
+from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer, json_object, naming, read_json, tokens_by_id
 
 _ANY_CHARACTER = r"[\s\S]"
 _OTHER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")  # these say the same as tokenizer.json
@@ -46,10 +46,19 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     file = expand_path(folder) / "tokenizer.json"
     if file.is_file():
         data = read_json(file)
-        model, splitter = data.get("model") or {}, data.get("pre_tokenizer") or {}
+        model, splitter = json_object(data, "model"), json_object(data, "pre_tokenizer")
         if model.get("type") == "WordLevel" and splitter.get("pattern") == {"Regex": _ANY_CHARACTER}:
-            return CharTokenizer("".join(sorted(model["vocab"], key=model["vocab"].__getitem__)))
+            with naming(file):
+                return _read_characters(model.get("vocab"))
     return BPETokenizer.from_gpt2_files(folder)
+
+
+def _read_characters(vocab: Any) -> CharTokenizer:
+    characters = tokens_by_id(vocab)
+    longer = next((token for token in characters if len(token) != 1), None)
+    if longer is not None:
+        raise ValueError(f"the token {longer!r} is not one character, as each token of this tokenizer is")
+    return CharTokenizer("".join(characters))
 
 
 def _as_json(tokenizer: Tokenizer) -> dict[str, Any]:

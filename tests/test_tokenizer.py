@@ -193,6 +193,16 @@ def test_json_round_trip_and_fingerprints() -> None:
         ('{"kind": "char", "chars": "aa"}', "only once"),
         ('{"kind": "bpe", "vocab": ["a"], "merges": [], "special_tokens": {}}', "255 of the 256"),
         ('{"kind": "bpe", "vocab": [], "merges": [["a"]], "special_tokens": {}}', "merge 0"),
+        ('{"kind": "bpe", "vocab": [], "merges": [["a", 1]], "special_tokens": {}}', "merge 0"),
+        ('{"kind": "bpe", "vocab": [], "merges": 1, "special_tokens": {}}', "merges: expected a list, got int"),
+        ('{"kind": "bpe", "vocab": [1], "merges": [], "special_tokens": {}}', "vocab: expected a list of texts"),
+        (
+            '{"kind": "bpe", "vocab": ["a"], "merges": [], "special_tokens": {"a": 1}}',
+            "special_tokens: 'a' has the id 1",
+        ),
+        ('{"kind": "bpe", "vocab": ["a"], "merges": [], "special_tokens": 1}', "a field has another type"),
+        ('{"kind": "char", "chars": ["a"]}', "chars: expected a text of all characters, got list"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_bad_json(text: str, message: str) -> None:

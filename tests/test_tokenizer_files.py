@@ -71,6 +71,38 @@ def test_foreign_files_are_named(tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps(data))
         with pytest.raises(ValueError, match=r"tokenizer\.json': not a GPT-2 tokenizer"):
             read_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json': not JSON"):
+    for text in ("{", "[" * 100_000, '{"model": ' + "9" * 5_000 + "}"):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json': not JSON"):
+            read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("char", lambda d: d.update(model=[1]), "not a GPT-2 tokenizer"),
+        ("char", lambda d: d.update(pre_tokenizer="Split"), "not a GPT-2 tokenizer"),
+        ("char", lambda d: d["model"].pop("vocab"), "a vocabulary is an object of tokens with their ids, got NoneType"),
+        ("char", lambda d: d["model"].update(vocab=[1, 2]), "a vocabulary is an object of tokens with their ids"),
+        ("char", lambda d: d["model"].update(vocab={"a": 0, "b": "1"}), "must be 0, 1, 2, ... without a gap"),
+        ("char", lambda d: d["model"].update(vocab={"a": 0, "b": 5}), "must be 0, 1, 2, ... without a gap"),
+        ("char", lambda d: d["model"].update(vocab={"a": False, "b": True}), "must be 0, 1, 2, ... without a gap"),
+        ("char", lambda d: d["model"].update(vocab={"ab": 0, "c": 1}), "the token 'ab' is not one character"),
+        ("bpe", lambda d: d.update(pre_tokenizer="ByteLevel"), "not a GPT-2 tokenizer"),
+        ("bpe", lambda d: d.update(added_tokens=[1]), "added_tokens: expected a list of objects"),
+        ("bpe", lambda d: d.update(added_tokens=[{"id": 300}]), "added_tokens: expected a list of objects"),
+        ("bpe", lambda d: d.update(added_tokens=[{"id": "300", "content": "x"}]), "added_tokens: expected a list"),
+        ("bpe", lambda d: d["model"].update(vocab=["a"]), "a vocabulary is an object of tokens with their ids"),
+        ("bpe", lambda d: d["model"].update(merges=None), "merges: expected a list, got NoneType"),
+        ("bpe", lambda d: d["model"].update(merges=[["a", 5]]), "merge 0: expected two tokens"),
+        ("bpe", lambda d: d["model"]["vocab"].update({"é日": 300}), "not a byte-level vocabulary: '日' in token"),
+    ],
+)
+def test_a_broken_file_is_named(name, change, message, tmp_path):
+    write_tokenizer(tmp_path, TOKENIZERS[name], block_size=32)
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    change(data)
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"^'.*tokenizer\.json': {message}"):
         read_tokenizer(tmp_path)
