@@ -8,16 +8,21 @@ one is there, whole. Tensors are called ``model.<parameter or buffer>``; ``step.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .config import LAYOUTS, ConfigError, GPTConfig, from_dict
 from .files import FileError, atomic_path, expand_path
+
+if TYPE_CHECKING:  # a model without a tokenizer does without that module
+    from .tokenizer import Tokenizer
 
 FORMAT = "fastgpt-checkpoint-1"
 _JSON_FIELDS = ("model_config", "train_config", "state")
@@ -86,13 +91,39 @@ class Checkpoint:
         for name in _JSON_FIELDS:
             try:
                 fields[name] = json.loads(metadata[name])
-            except (KeyError, ValueError) as error:
+            except (KeyError, ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}: field {name!r} is missing or is not JSON") from error
+            if not isinstance(fields[name], dict):
+                raise CheckpointError(f"{path}: field {name!r} is no JSON object")
         if "tokenizer" not in metadata:
             raise CheckpointError(f"{path}: field 'tokenizer' is missing")
         return cls(
             **fields, tokenizer=metadata["tokenizer"], tensors=tensors, path=path, model=metadata.get("model", "gpt")
         )
+
+    def config(self, **changes: Any) -> GPTConfig:
+        """The settings of the model with `changes` made to them; ConfigError where it is these that are wrong."""
+        try:
+            own: GPTConfig = from_dict(GPTConfig, self.model_config)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        return from_dict(GPTConfig, {**dataclasses.asdict(own), **changes})
+
+    @property
+    def layout(self) -> str:
+        """That of the data that the model was trained on. Older checkpoints do not say."""
+        layout = self.train_config.get("layout", "blocks")
+        if layout not in LAYOUTS:
+            raise CheckpointError(f"{self.path}: field 'layout' is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+        return layout
+
+    def read_tokenizer(self) -> Tokenizer:
+        from .tokenizer import tokenizer_from_json
+
+        try:
+            return tokenizer_from_json(self.tokenizer)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors called ``prefix.*``, by the rest of their names."""

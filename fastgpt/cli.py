@@ -83,7 +83,6 @@ def train(settings: TrainSettings) -> None:
     from .cuda_graph import recorder
     from .data.corpus import Corpus
     from .machine import resolve_device
-    from .tokenizer import tokenizer_from_json
     from .tokenizer_files import read_tokenizer
     from .training import runs
     from .training.muon import who_trains
@@ -102,7 +101,7 @@ def train(settings: TrainSettings) -> None:
         print(f"data: {data} is read as plain text; --layout completions learns the completions in JSON lines")
     saved = runs.load_latest(out) if settings.resume else None
     if saved is not None:
-        tokenizer = tokenizer_from_json(saved.tokenizer)
+        tokenizer = saved.read_tokenizer()
     elif initial is None and tokenizer not in ("char", "bpe"):
         tokenizer = read_tokenizer(tokenizer)
     corpus = Corpus.load(
@@ -114,7 +113,7 @@ def train(settings: TrainSettings) -> None:
     if initial is not None:  # which may have more than its tokenizer needs
         vocab_size = initial.cfg.vocab_size
     elif saved is not None:
-        vocab_size = saved.model_config["vocab_size"]
+        vocab_size = saved.config().vocab_size
     run: dict[str, Any] = {
         "kind": settings.model,
         "config": settings.model_config(vocab_size),

@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .baselines import model_class
+from .baselines import MODELS
 from .checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_parameters
-from .config import GPTConfig, from_dict
 from .hub import model_place
 from .language_model import LanguageModel
 from .model import GPT
-from .tokenizer import Tokenizer, tokenizer_from_json
+from .tokenizer import Tokenizer
 from .tokenizer_files import read_tokenizer
 
 
@@ -43,7 +42,8 @@ def load(path: str | Path, **changes: Any) -> tuple[LanguageModel, Tokenizer]:
 def find_model(path: str | Path) -> Path:
     """The file or folder that a model is read from: a saved model's weights stand for their folder."""
     place = model_place(path)
-    return place.parent if place.name == "model.safetensors" else place
+    is_saved = place.name == "model.safetensors" and (place.parent / "config.json").is_file()
+    return place.parent if is_saved else place
 
 
 def _saved_model(folder: Path, changes: dict[str, Any]) -> LanguageModel:
@@ -59,8 +59,9 @@ def _saved_model(folder: Path, changes: dict[str, Any]) -> LanguageModel:
 
 def _checkpoint(path: Path, changes: dict[str, Any]) -> LanguageModel:
     saved = Checkpoint.load(find_checkpoint(path))
-    model = model_class(saved.model)(from_dict(GPTConfig, {**saved.model_config, **changes}))
+    if saved.model not in MODELS:
+        raise CheckpointError(f"{saved.path}: field 'model' is {saved.model!r}, expected one of {', '.join(MODELS)}")
+    model = MODELS[saved.model](saved.config(**changes))
     load_parameters(model, saved.part("model"), saved.path)
-    model.tokenizer = tokenizer_from_json(saved.tokenizer)
-    model.layout = saved.train_config.get("layout", model.layout)
+    model.tokenizer, model.layout = saved.read_tokenizer(), saved.layout
     return model.eval()

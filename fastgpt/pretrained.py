@@ -130,8 +130,7 @@ def _read_run(path: Path, changes: dict[str, Any]) -> Found:
     saved = Checkpoint.load(path)
     if saved.model != "gpt":
         raise CheckpointError(f"{path}: field 'model' is {saved.model!r}, not 'gpt'; fastgpt.load takes every model")
-    cfg: GPTConfig = from_dict(GPTConfig, {**saved.model_config, **changes})
-    return Found(cfg, saved.part("model"), path, saved.train_config.get("layout", "blocks"))
+    return Found(saved.config(**changes), saved.part("model"), path, saved.layout)
 
 
 @contextlib.contextmanager

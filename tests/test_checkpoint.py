@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from fastgpt import checkpoint as checkpoint_module
 from fastgpt import files
 from fastgpt.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_parameters
+from fastgpt.config import ConfigError
 from fastgpt.files import link_or_copy
 
 
@@ -74,6 +75,22 @@ def test_missing_or_broken_field_is_named(tmp_path, field):
         save_file({"w": torch.ones(1)}, path, {**metadata, field: "{"})
         with pytest.raises(CheckpointError, match=f"field '{field}'"):
             Checkpoint.load(path)
+        save_file({"w": torch.ones(1)}, path, {**metadata, field: "[]"})
+        with pytest.raises(CheckpointError, match=f"field '{field}' is no JSON object"):
+            Checkpoint.load(path)
+
+
+def test_what_a_field_cannot_hold_is_named_with_the_file(tmp_path):
+    saved = Checkpoint({"n_layer": "1"}, {"layout": "spirals"}, {}, '{"kind": "word"}', {}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: n_layer: expected an integer, got '1'"):
+        saved.config()
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: field 'layout' is 'spirals', expected one of blocks"):
+        _ = saved.layout
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: tokenizer: kind is 'word'"):
+        saved.read_tokenizer()
+    saved.model_config = {"n_layer": 1}
+    with pytest.raises(ConfigError, match=r"^n_layer: expected an integer, got '2'"):  # the caller's
+        saved.config(n_layer="2")
 
 
 @pytest.mark.parametrize(

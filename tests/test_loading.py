@@ -112,6 +112,18 @@ def test_a_model_without_a_tokenizer_or_with_anothers(tmp_path):
         fastgpt.load(tmp_path)
 
 
+def test_a_checkpoint_under_any_name(run, tmp_path):
+    shutil.copy(run / "checkpoint" / "latest.safetensors", tmp_path / "model.safetensors")
+    assert isinstance(fastgpt.load(tmp_path / "model.safetensors")[0], LSTM)
+    with pytest.raises(CheckpointError, match=r"run.model\.safetensors: no such file or folder"):
+        fastgpt.load(run / "model.safetensors")  # and not the run that is there
+    saved = Checkpoint.load(run / "checkpoint" / "latest.safetensors")
+    saved.model = "llama"
+    saved.save(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: field 'model' is 'llama', expected one of gpt"):
+        fastgpt.load(tmp_path / "other.safetensors")
+
+
 def test_a_place_without_a_model(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such file or folder; expected the folder of a run"):
         fastgpt.load(tmp_path / "nowhere")

@@ -15,7 +15,7 @@ import torch
 
 from ..baselines import build_model
 from ..checkpoint import Checkpoint, CheckpointError
-from ..config import GPTConfig, TrainConfig, from_dict
+from ..config import GPTConfig, TrainConfig
 from ..data.corpus import Corpus
 from ..language_model import LanguageModel
 from .loop import Trainer
@@ -95,7 +95,7 @@ def _check_unchanged(saved: Checkpoint, kind: str, config: GPTConfig, train_conf
     """A resumed run keeps its model, layout and optimizer. What an older checkpoint does not say has its default."""
     kept = ("layout", "optimizer")
     was = {"model": saved.model} | {name: saved.train_config.get(name, getattr(TrainConfig, name)) for name in kept}
-    was |= dataclasses.asdict(from_dict(GPTConfig, saved.model_config))
+    was |= dataclasses.asdict(saved.config())
     now = {"model": kind} | {name: getattr(train_config, name) for name in kept} | dataclasses.asdict(config)
     for name, value in now.items():
         if was[name] != value:
