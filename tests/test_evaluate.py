@@ -107,6 +107,9 @@ def test_names_and_windows_and_completions_against_a_direct_computation(tmp_path
     assert (found.tokens, found.bytes) == (5, 4), "an end costs nats, and is no text"
     assert found.nats == pytest.approx(rows(f"a=é{end}", 2) + rows(f"ab=de{end}", 3), rel=1e-5)
 
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a=", "completion": "é"}', encoding="utf-8")
+    assert measured(model, str(tmp_path / "one.jsonl")).nats == pytest.approx(rows(f"a=é{end}", 2), rel=1e-5)
+
     model = model_of(tokenizer, "windows", block_size=4)
     found = measured(model, str(tmp_path / "names"))
     ids = tokenizer.encode("abé\ncad\nbead\n")

@@ -55,24 +55,36 @@ def load_pairs(source: str | os.PathLike[str]) -> list[Pair]:
         for number, line in enumerate(text.split("\n"), 1)  # not splitlines: JSON may have U+2028 in a text
         if line.strip()
     ]
-    if len(pairs) < 2:
-        raise DataError(
-            f"{os.fspath(source)!r} has too few examples, {len(pairs)}: give one to train on, and one to validate"
-        )
+    if not pairs:
+        raise DataError(f"{os.fspath(source)!r} has no example; expected lines of {_EXPECTED}")
     return by_hash(pairs, key=lambda pair: json.dumps(pair[:2]))
 
 
 def _prompt_and_completion(line: str, place: str) -> tuple[str, str]:
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_without_doubles)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at character {error.colno}"
         raise DataError(f"{place}: is not JSON ({problem}); expected {_EXPECTED}") from None
+    except _TwiceError as error:
+        raise DataError(f"{place}: has the field {error} twice: remove one") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         raise DataError(f"{place}: cannot be read as JSON ({error}); expected {_EXPECTED}") from None
     if not isinstance(values, dict):
         raise DataError(f"{place}: is {_kind(values)}; expected {_EXPECTED}")
     return _text(values, "prompt", place), _text(values, "completion", place)
+
+
+class _TwiceError(Exception):
+    """A field that an object has twice. The json module would take the last one."""
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in ("prompt", "completion"):
+        if names.count(name) > 1:
+            raise _TwiceError(repr(name))
+    return dict(pairs)
 
 
 def _text(values: dict[str, Any], name: str, place: str) -> str:

@@ -54,10 +54,10 @@ class Corpus:
         """
         block_size = as_int_argument("block_size", block_size, least=1)
         layouts.layout_class(layout)
-        if layout == "completions":
-            return cls._load_completions(load_pairs(source), tokenizer, vocab_size, block_size)
-        text = load_text(source)
         shown = repr(os.fspath(source))
+        if layout == "completions":
+            return cls._load_completions(load_pairs(source), shown, tokenizer, vocab_size, block_size)
+        text = load_text(source)
         layouts.check_varied(text, shown)
         if layout == "names":
             return cls._load_names(layouts.names_of(text, shown), shown, tokenizer, vocab_size, block_size)
@@ -86,8 +86,10 @@ class Corpus:
 
     @classmethod
     def _load_completions(
-        cls, pairs: list[Pair], tokenizer: str | Tokenizer, vocab_size: int | None, block_size: int
+        cls, pairs: list[Pair], shown: str, tokenizer: str | Tokenizer, vocab_size: int | None, block_size: int
     ) -> Corpus:
+        if len(pairs) < 2:
+            raise DataError(f"{shown} has one example, and needs one to train on and one to validate: give more lines")
         text = "\n".join(pair.prompt + pair.completion for pair in pairs)
         made = _make_tokenizer(tokenizer, text, vocab_size, with_end=True)
         tokens, lengths = encoded(pairs, made, block_size)

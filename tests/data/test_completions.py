@@ -69,7 +69,8 @@ BAD = [
     ('{"prompt": "a", "completion": "b\\u0003"}', "line 2: field 'completion' has the character that ends"),
     ('{"prompt": "a", "completion": "b\\ud800"}', "line 2: field 'completion' has half of a surrogate pair"),
     ('{"prompt": "aaaaa", "completion": "bbbb"}', "line 2: prompt and completion have 9 tokens, and block_size is 8"),
-    ("", "has too few examples, 1: give one to train on, and one to validate"),
+    ('{"prompt": "a", "completion": "b", "prompt": "c"}', "line 2: has the field 'prompt' twice: remove one"),
+    ("", "has one example, and needs one to train on and one to validate: give more lines"),
 ]
 
 
