@@ -157,8 +157,6 @@ def sample(settings: SampleSettings) -> None:
     options: dict[str, Any] = {"layout": model.layout, "device": device, "generator": generator}
     for name in ("num_samples", "stop", "temperature", "top_k", "top_p", "stride"):
         options[name] = getattr(settings, name)
-    if settings.cuda_graph and model.layout == "names":
-        raise UsageError("--cuda-graph: a graph belongs to one text, and each name is a text of its own; leave it out")
     if settings.cuda_graph:
         options["cuda_graph"] = True
     with on_backend:

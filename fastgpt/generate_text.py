@@ -42,6 +42,9 @@ def stream_text(
     tokenizer; and while sampling as `generate.stream` does.
     """
     n = as_int_argument("num_samples", num_samples, 1)
+    for name, text in (("prompt", prompt), ("stop", "" if stop is None else stop)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: expected a text, got {type(text).__name__}")
     idx = prompt_tokens(tokenizer, prompt, layout).to(device)
     if stop is not None:
         _encode(tokenizer, "stop", stop)  # a text that the tokenizer cannot write would never come
@@ -49,6 +52,8 @@ def stream_text(
     samples = [_Sample(number, tokenizer, stop, end) for number in range(n)]
     if layout != "names":
         return _pieces(stream(model, idx.repeat(n, 1), max_new_tokens, **options), samples)
+    if options.pop("cuda_graph", False):
+        raise ValueError("cuda_graph: a graph belongs to one text, and each name is a text of its own; leave it out")
     boundary = boundary_token(tokenizer)
     streams = [stream_names(model, idx, max_new_tokens, boundary, **options) for _ in samples]
     return (piece for tokens, sample in zip(streams, samples, strict=True) for piece in _pieces(tokens, [sample]))
@@ -65,9 +70,14 @@ def _encode(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
     if not text:
         raise ValueError(f"{name}: is empty; give at least one character")
     try:
-        return tokenizer.encode(text.replace("\r\n", "\n"))  # as in the training data
+        return tokenizer.encode(_as_data(text))
     except ValueError as error:  # a character that the tokenizer does not know
         raise ValueError(f"{name}: {error}") from None
+
+
+def _as_data(text: str) -> str:
+    """Line ends become "\\n", as in the training data."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _pieces(tokens: Iterator[Tensor], samples: list[_Sample]) -> Iterator[tuple[int, str]]:
@@ -89,7 +99,7 @@ class _Sample:
     def __init__(self, number: int, tokenizer: Tokenizer, stop: str | None, end: int | None) -> None:
         self.number, self.ended = number, False
         self._decoder, self._vocab_size, self._end = StreamDecoder(tokenizer), tokenizer.vocab_size, end
-        self._stop = "" if stop is None else stop.replace("\r\n", "\n")
+        self._stop = "" if stop is None else _as_data(stop)
         self._held = ""  # perhaps the beginning of the stop text
 
     def push(self, token_id: int) -> str:

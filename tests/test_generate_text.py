@@ -89,10 +89,12 @@ def test_samples_of_a_batch_end_each_for_itself():
 
 def test_a_model_of_names_starts_at_a_boundary():
     assert CHARS.decode(prompt_tokens(CHARS, "be\nto", "names")[0]) == "\nto"
-    assert CHARS.decode(prompt_tokens(CHARS, "be\r\nto")[0]) == "be\nto"
+    assert CHARS.decode(prompt_tokens(CHARS, "be\r\nto\rbe")[0]) == "be\nto\nbe"
     pieces = list(stream_text(gpt(CHARS, "names"), CHARS, "be", 30, layout="names", num_samples=2, generator=seeded()))
     assert [number for number, _ in pieces] == [0] * 30 + [1] * 30, "names are drawn one sample after the other"
-    assert gpt(CHARS, "names").generate_text("be", 5).startswith("be")
+    assert gpt(CHARS, "names").generate_text("be", 5, cuda_graph=False).startswith("be")
+    with pytest.raises(ValueError, match="cuda_graph: a graph belongs to one text"):
+        gpt(CHARS, "names").generate_text("be", 5, cuda_graph=True)
 
 
 def test_a_completion_ends_by_itself():
@@ -124,6 +126,8 @@ def test_what_cannot_be_continued_is_named():
         ({"prompt": "t", "stop": ""}, "stop: is empty"),
         ({"prompt": "t", "stop": "ö"}, "stop: character 'ö' at position 0"),
         ({"prompt": "t", "top_k": 0}, "top_k: expected"),
+        ({"prompt": 5}, "prompt: expected a text, got int"),
+        ({"prompt": "t", "stop": ["o"]}, "stop: expected a text, got list"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate_text(**options)
