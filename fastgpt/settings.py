@@ -257,6 +257,7 @@ def with_sources(kind: type, given: dict[str, Any], on_gpu: bool = False) -> Any
     given = {name: _expanded(name, value) for name, value in given.items()}
     path = given.get("config")
     given = (read_toml(path, kind, f"--config {path}") if path else {}) | given
+    check_types(kind(**given))  # a file may give a number for a path, which is looked into below
     out = given.get("out", getattr(kind, "out", None))
     if given.get("resume") and out:
         below = _of_resumed_run(kind, given, out)

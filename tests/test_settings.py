@@ -40,6 +40,8 @@ def test_settings_come_from_command_line_then_file_then_preset(text_file, tmp_pa
         ('lr = "fast"\n', "lr: expected a number, got 'fast'"),
         ("bias = 1\n", "bias: expected true or false"),
         ("data = 3\n", "data: expected text"),
+        ("preset = [[1]]\n", "preset: expected text, got ([1],)"),
+        ("tokenizer = 3\n", "tokenizer: expected text"),
         ("seed = 2024-01-01\n", "seed: expected an integer, got datetime.date(2024, 1, 1)"),
         ("seed = 1e400\n", "seed: expected an integer, got inf"),
         ("lr = nan\n", "lr: expected a finite number"),
