@@ -60,7 +60,9 @@ def _initial(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
         model, tokenizer = initial_model(settings.init_from, settings.asked_of_the_start())
     except ConfigError as error:
         raise UsageError(_naming_option(error, settings)) from None
-    completed = settings.with_start(model.kind, tokenizer.kind, model.cfg)
+    completed = settings.with_start(model.kind, tokenizer.kind, model.layout, model.cfg)
+    if settings.layout != completed.layout != TrainSettings.layout:
+        print(f"layout: {completed.layout}, that of the model's data; --layout {TrainSettings.layout} takes plain text")
     if settings.lr is None:
         print(f"lr: {completed.lr:g}, which follows from the model's width of {model.cfg.n_embd}")
     return model, tokenizer, completed

@@ -130,11 +130,13 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
         """The settings that --init-from would decide, and that were given all the same."""
         return {name: value for name in OF_THE_START if (value := getattr(self, name)) is not None}
 
-    def with_start(self, kind: str, tokenizer: str, config: GPTConfig) -> TrainSettings:
+    def with_start(self, kind: str, tokenizer: str, layout: str, config: GPTConfig) -> TrainSettings:
         """These settings with what the model that --init-from names decides: its own settings, and those not given."""
         own = {"model": kind, "tokenizer": tokenizer, **dataclasses.asdict(config)}
         if tokenizer == "char":
             own["vocab_size"] = None  # only a bpe tokenizer is given a size
+        if self.layout is None:
+            own["layout"] = layout
         if self.lr is None:
             own["lr"] = fine_tuning_rate(config.n_embd)
         return dataclasses.replace(self, **own)
@@ -300,7 +302,7 @@ def _from_a_start(given: dict[str, Any]) -> TrainSettings:
     below = FINE_TUNING if name == "auto" else preset(name)[1]
     settings = TrainSettings(**(below | given))
     check_types(settings)
-    open_names = (*OF_THE_START, "data", *(() if "lr" in below else ("lr",)))
+    open_names = (*OF_THE_START, "data", "layout", *(() if "lr" in below else ("lr",)))
     left: dict[str, Any] = {name: None for name in open_names if name not in given}
     return dataclasses.replace(settings, **left)
 

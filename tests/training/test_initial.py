@@ -79,6 +79,19 @@ def test_fine_tuning_learns_is_resumed_to_the_same_bits_and_sampled(folder, tmp_
     assert capsys.readouterr().out == "cm?CM!\n"
 
 
+def test_the_layout_is_that_of_the_model_unless_another_is_given(folder, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("the\nfox\ndog\nlazy\nover\njumps\n")
+    named = ["--data", str(tmp_path / "names.txt"), *QUICK.split(), "--max-steps", "0"]
+    first = ["train", *named, *SHAPE.split(), "--layout", "names", "--out", str(tmp_path / "first")]
+    assert main(first) == 0
+    tuned = ["train", "--init-from", str(tmp_path / "first"), *named]
+    assert main([*tuned, "--out", str(tmp_path / "names")]) == 0
+    assert "layout: names, that of the model's data; --layout blocks takes plain text" in capsys.readouterr().out
+    assert main([*tuned, "--out", str(tmp_path / "blocks"), "--layout", "blocks", "--block-size", "2"]) == 0
+    assert "layout:" not in capsys.readouterr().out
+    assert [fastgpt.load(tmp_path / layout)[0].layout for layout in ("names", "blocks")] == ["names", "blocks"]
+
+
 def test_the_context_may_become_shorter_and_the_dropout_another(folder):
     whole, tokenizer = initial_model(folder / "run", {"n_embd": 32, "tokenizer": "char"})
     part, _ = initial_model(folder / "run", {"block_size": 7, "dropout": 0.5})
