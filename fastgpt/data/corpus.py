@@ -6,6 +6,8 @@ x, y = corpus.examples("train", 256).batch(64, seed=1, step=0)       # (64, 256)
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from .cache import cached_bpe, cached_tokens
 from .completions import Pair, encoded, load_pairs
 from .layouts import Completions, Examples, Names
 from .sources import DataError, load_text
+
+_HASHED_AT_ONCE = 1 << 20  # tokens: a corpus may be larger than the memory
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,16 @@ class Corpus:
         middle = int(lengths[:n_train].sum())
         by_split = {"train": lengths[:n_train], "val": lengths[n_train:]}
         return cls(made, tokens[:middle], tokens[middle:], "completions", by_split)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that is learned from, by which a resumed run knows its data."""
+        digest = hashlib.sha256(self.layout.encode())
+        for numbers in (self.train, self.val, *(self.lengths[split].ravel() for split in sorted(self.lengths))):
+            digest.update(f" {len(numbers)} ".encode())
+            for first in range(0, len(numbers), _HASHED_AT_ONCE):
+                digest.update(numbers[first : first + _HASHED_AT_ONCE].astype("<u4").tobytes())
+        return digest.hexdigest()
 
     def examples(self, split: str, block_size: int) -> Examples:
         """The examples of "train" or "val", in this corpus's layout."""

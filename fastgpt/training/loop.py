@@ -83,7 +83,7 @@ class Trainer:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type != "cpu":
             tensors[f"rng.{self.device.type}"] = torch.get_device_module(self.device).get_rng_state(self.device)
-        state = {**self.state, "train_tokens": len(self.corpus.train)}
+        state = {**self.state, "train_tokens": len(self.corpus.train), "data": self.corpus.fingerprint}
         if self.precision.scaler.is_enabled():
             state["scaler"] = self.precision.scaler.state_dict()
         return Checkpoint(
@@ -103,6 +103,11 @@ class Trainer:
             raise CheckpointError(
                 f"{saved.path}: field 'train_tokens' is {saved.state.get('train_tokens')}, but the data given has "
                 f"{len(self.corpus.train)}: resume with the data the run was started with"
+            )
+        if saved.state.get("data", self.corpus.fingerprint) != self.corpus.fingerprint:  # older ones do not say
+            raise CheckpointError(
+                f"{saved.path}: field 'data' is not the fingerprint of the data given, which is as long, but not the "
+                f"same: resume with the data the run was started with"
             )
         for key in self.state:
             if key not in saved.state:

@@ -51,3 +51,15 @@ def test_too_short_texts(tmp_path) -> None:
 def test_unknown_character_in_a_corpus(text_file) -> None:
     with pytest.raises(ValueError, match="'t' at position 0"):
         Corpus.load(text_file, CharTokenizer.train("abc"))
+
+
+def test_the_fingerprint_is_that_of_the_data(tmp_path) -> None:
+    def fingerprint(text: str, layout: str = "blocks") -> str:
+        (tmp_path / "data").write_text(text, encoding="utf-8")
+        return Corpus.load(tmp_path / "data", CharTokenizer("abc\n\x03"), block_size=6, layout=layout).fingerprint
+
+    text = "abc\n" * 20
+    assert fingerprint(text) == fingerprint(text) != fingerprint(text[:-2] + "b\n"), "the end counts, too"
+    lines = ['{"prompt": "a", "completion": "bc"}', '{"prompt": "ab", "completion": "c"}']
+    one, other = (fingerprint(f"{line}\n{line}\n", "completions") for line in lines)
+    assert one != other, "where a prompt ends"

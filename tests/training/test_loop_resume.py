@@ -149,6 +149,7 @@ def test_the_random_state_of_any_gpu_is_kept(corpus, tmp_path, monkeypatch):
         (lambda c: c.tensors.update({"step.ln_f.weight": torch.zeros(2)}), r"step.ln_f.weight has shape \(2,\)"),
         (lambda c: c.tensors.pop("rng.cpu"), "tensor rng.cpu is missing"),
         (lambda c: c.state.update(train_tokens=5), "field 'train_tokens' is 5"),
+        (lambda c: c.state.update(data="0" * 64), "field 'data' is not the fingerprint of the data given"),
         (lambda c: c.state.pop("tokens"), "field 'state'"),
         (lambda c: c.tensors.update({"rng.cpu": torch.zeros(3, dtype=torch.uint8)}), "tensor rng.cpu"),
     ],
