@@ -6,6 +6,7 @@ print(model.generate_text("ROMEO. ", max_new_tokens=100))
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def load(path: str | Path, **changes: Any) -> tuple[LanguageModel, Tokenizer]:
     Raises CheckpointError, or ValueError for a tokenizer, naming the file and what is wrong with it.
     """
     place = find_model(path)
+    if (place / "config.json").is_file() and (place / "checkpoint").is_dir():
+        warnings.warn(
+            f"{place}: holds a saved model and a run: the saved model is read; name {place / 'checkpoint'} for the run",
+            stacklevel=2,
+        )
     model = _saved_model(place, changes) if (place / "config.json").is_file() else _checkpoint(place, changes)
     assert model.tokenizer is not None
     if model.tokenizer.vocab_size > model.cfg.vocab_size:

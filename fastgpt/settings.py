@@ -315,6 +315,10 @@ def _of_resumed_run(kind: type, given: dict[str, Any], out: str) -> dict[str, An
 
 def _settings_of_run(out: Path, kind: type = TrainSettings) -> dict[str, Any]:
     stored = out / "config.toml"
+    if not stored.exists() and (out / "checkpoint").is_dir():
+        raise RuntimeError(
+            f"{stored}: is missing, and has the settings of the run; --init-from {out} starts another run"
+        )
     if not stored.exists():
         raise RuntimeError(f"{out}: holds no run to resume; leave --resume out to start one")
     return read_toml(str(stored), kind, str(stored))

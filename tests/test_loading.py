@@ -112,6 +112,14 @@ def test_a_model_without_a_tokenizer_or_with_anothers(tmp_path):
         fastgpt.load(tmp_path)
 
 
+def test_a_folder_that_holds_a_run_and_a_saved_model(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    gpt(CharTokenizer.train(TEXT)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="the saved model is read; name .*checkpoint for the run"):
+        assert isinstance(fastgpt.load(tmp_path)[0], GPT)
+    assert isinstance(fastgpt.load(tmp_path / "checkpoint")[0], LSTM)
+
+
 def test_a_checkpoint_under_any_name(run, tmp_path):
     shutil.copy(run / "checkpoint" / "latest.safetensors", tmp_path / "model.safetensors")
     assert isinstance(fastgpt.load(tmp_path / "model.safetensors")[0], LSTM)

@@ -191,3 +191,11 @@ def test_a_rate_that_the_preset_chose_for_another_optimizer_is_said(options, is_
     assert main([*words, *SMALL, "--max-steps", "1", *options]) == 0
     said = "lr: 0.016 is the preset's, chosen for muon; --optimizer adamw learns better with an --lr of its own"
     assert (said in capsys.readouterr().out) == is_said
+
+
+def test_a_run_without_its_settings_is_not_said_to_be_none(tmp_path, capsys):
+    (tmp_path / "checkpoint").mkdir()
+    assert main(["train", "--out", str(tmp_path), "--resume"]) == 1
+    assert (
+        f"config.toml: is missing, and has the settings of the run; --init-from {tmp_path}" in capsys.readouterr().err
+    )

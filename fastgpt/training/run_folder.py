@@ -26,7 +26,7 @@ class RunFolder:
 
     def create(self, settings: dict[str, Any]) -> None:
         """Start a new run. A folder that already holds one is refused: resuming it, or another folder, is the way."""
-        if self.latest.exists() or (self.metrics_path.exists() and self.metrics_path.stat().st_size > 0):
+        if self.has_begun():
             raise TrainingError(f"{self.path}: already holds a run; {HOW_TO_GO_ON}")
         try:
             self.latest.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +36,9 @@ class RunFolder:
                 f"{self.path}: the output folder cannot be written: {error.strerror or error}; give another --out"
             ) from error
         self.write_settings(settings)
+
+    def has_begun(self) -> bool:
+        return self.latest.exists() or (self.metrics_path.exists() and self.metrics_path.stat().st_size > 0)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         import tomli_w
@@ -77,10 +80,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise TrainingError(f"{path}: line {number} is not JSON") from None
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif number < len(lines):
+            raise TrainingError(f"{path}: line {number} is not a JSON object with a step")
     return rows
 
 

@@ -81,10 +81,11 @@ def resume(
 
 def load_latest(out: str | Path) -> Checkpoint:
     """The checkpoint from which the run in the folder `out` is resumed."""
-    latest = RunFolder(Path(out)).latest
-    if not latest.exists():
-        raise CheckpointError(f"{latest}: no such checkpoint to resume from; leave --resume out to start")
-    return Checkpoint.load(latest)
+    folder = RunFolder(Path(out))
+    if not folder.latest.exists():
+        remedy = "give another --out" if folder.has_begun() else "leave --resume out"
+        raise CheckpointError(f"{folder.latest}: no such checkpoint to resume from; {remedy} to start")
+    return Checkpoint.load(folder.latest)
 
 
 def _recorded(kind: str, config: GPTConfig, train_config: TrainConfig) -> dict[str, Any]:

@@ -28,9 +28,10 @@ def test_metrics_reader(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2')
     assert read_metrics(path) == [{"step": 1}]
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(TrainingError, match="line 2 is not JSON"):
-        read_metrics(path)
+    for line in ("nonsense", "5", "{}"):
+        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(TrainingError, match="line 2 is not a JSON object with a step"):
+            read_metrics(path)
 
 
 def test_a_full_disk_while_a_row_is_written_names_the_file(corpus, tmp_path, monkeypatch):

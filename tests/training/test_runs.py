@@ -91,5 +91,8 @@ def test_a_resumed_run_keeps_its_model_and_its_layout(run, parts, changes, messa
 
 
 def test_there_must_be_something_to_resume(tmp_path):
-    with pytest.raises(CheckpointError, match=r"latest\.safetensors: no such checkpoint to resume from"):
+    with pytest.raises(CheckpointError, match=r"latest\.safetensors: no such .* from; leave --resume out to start"):
+        load_latest(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')  # without --resume this folder is refused
+    with pytest.raises(CheckpointError, match=r"latest\.safetensors: no such .* from; give another --out to start"):
         load_latest(tmp_path)
