@@ -15,6 +15,7 @@ above it is the option's help. REQUIRED names the settings that the command cann
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,7 +356,9 @@ def read_toml(path: str, kind: type, shown: str) -> dict[str, Any]:
         if isinstance(value, dict):
             raise UsageError(f"{shown}: [{name}] is a table; write the settings themselves, without tables")
         if name not in known:
-            raise UsageError(f"{shown}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise UsageError(f"{shown}: unknown setting {name!r}; {hint}")
     return {name: _expanded(name, tuple(v) if isinstance(v, list) else v) for name, v in values.items()}
 
 

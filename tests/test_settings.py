@@ -35,7 +35,8 @@ def test_settings_come_from_command_line_then_file_then_preset(text_file, tmp_pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("batchsize = 3\n", "unknown setting 'batchsize'"),
+        ("batchsize = 3\n", "unknown setting 'batchsize'; did you mean batch_size?"),
+        ("zzz = 3\n", "unknown setting 'zzz'; known: activation, "),
         ("lr = \n", "not a TOML file"),
         ('lr = "fast"\n', "lr: expected a number, got 'fast'"),
         ("bias = 1\n", "bias: expected true or false"),

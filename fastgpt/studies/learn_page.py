@@ -54,7 +54,7 @@ def budget(results: dict[str, Any]) -> str:
     settings, n, each = results["settings"], results["training_tokens"], results["tokens_per_step"]
     return (
         f"All stages have the same budget: {counted(settings['steps'], 'step')} of {each} characters, which is "
-        f"{_passes(results):.1f} times the training text of {n:,} characters; seed {settings['seed']}; "
+        f"{_passes(results)} the training text of {n:,} characters; seed {settings['seed']}; "
         f"AdamW with a warm-up and a cosine. The learning rate is {settings['lr']:g}, and "
         f"{results['stages'][-1]['lr']:g} in the last stage. Losses are in nats per character, on text that was not "
         f"trained on."
@@ -66,9 +66,10 @@ def preview_note(results: dict[str, Any]) -> str:
     return preview("fastgpt learn", results["settings"], LearnSettings())
 
 
-def _passes(results: dict[str, Any]) -> float:
-    """How many times each stage read as many characters as the training text has."""
-    return results["settings"]["steps"] * results["tokens_per_step"] / results["training_tokens"]
+def _passes(results: dict[str, Any]) -> str:
+    """How many times each stage read as many characters as the training text has: "2.0 times"."""
+    times = results["settings"]["steps"] * results["tokens_per_step"] / results["training_tokens"]
+    return f"{times:.1f} times" if times >= 0.05 else "less than 0.1 times"
 
 
 def findings(results: dict[str, Any]) -> list[str]:
@@ -108,10 +109,10 @@ def _norms_in_words(losses: dict[str, float]) -> str:
 
 def _dropout_in_words(results: dict[str, Any], losses: dict[str, float]) -> str:
     cost = losses["+ dropout"] - losses["+ layer norm, pre"]
-    read = f"{_passes(results):.1f} times"
+    read = _passes(results)
     if cost > 0:
         return f"Dropout costs {cost:.3f} here, where the text was read {read}; it is for texts read many times over."
-    return f"Dropout gains {-cost:.3f}, although the text was read only {read}."
+    return f"Dropout gains {-cost:.3f}, although the text was read {read}."
 
 
 def _scaling_in_words(results: dict[str, Any]) -> str:
@@ -124,7 +125,7 @@ def _scaling_in_words(results: dict[str, Any]) -> str:
         return f"{larger}, has a loss that is {best['loss'] - last['loss']:.3f} lower."
     return (
         f"{larger}, has a loss that is {last['loss'] - best['loss']:.3f} higher: a larger model needs more than "
-        f"{results['settings']['steps']:,} steps to get ahead."
+        f"{counted(results['settings']['steps'], 'step')} to get ahead."
     )
 
 

@@ -52,7 +52,7 @@ class Progress:
         if not self._is_estimated and left:
             self._is_estimated = True
             seconds = elapsed_s / n_steps
-            self.say(f"{left:,} steps to go, {duration(left * seconds)} at {1000 * seconds:,.0f} ms a step")
+            self.say(f"{_counted(left, 'step')} to go, {duration(left * seconds)} at {1000 * seconds:,.0f} ms a step")
 
 
 def duration(seconds: float) -> str:
@@ -62,13 +62,17 @@ def duration(seconds: float) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
 
 
+def _counted(n: int, noun: str) -> str:
+    """ "1 layer", "4 layers"."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def first_lines(trainer: Trainer, settings: str, source: str) -> list[str]:
     """What is trained, from which settings, on which text, on what, and how long. `source` is the name of the text."""
     model, cfg, corpus, device = trainer.model, trainer.cfg, trainer.corpus, trainer.device
     shape = model.cfg
-    layers = "" if model.kind.endswith("bigram") else f"{shape.n_layer} layers, width {shape.n_embd}, "
-    n = torch.get_num_threads()
-    threads = f", {n} thread{'s' * (n > 1)}" if device.type == "cpu" else ""
+    layers = "" if model.kind.endswith("bigram") else f"{_counted(shape.n_layer, 'layer')}, width {shape.n_embd}, "
+    threads = f", {_counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     tokens = cfg.batch_size * cfg.grad_accum * corpus.examples("train", shape.block_size).row_size
     return [
         f"model: {model.kind} of {model.num_parameters():,} parameters, {layers}block {shape.block_size} ({settings})",

@@ -147,6 +147,11 @@ def test_findings_follow_the_numbers():
     assert "the loss of post-norm is 0.500 lower than that of pre-norm" in said[2]
     assert "Dropout costs 0." in findings(RESULTS)[3] and "Dropout gains 0.250" in said[3]
     assert " lower." in findings(RESULTS)[4] and "higher: a larger model needs more than" in said[4]
+    other["settings"]["steps"] = 1
+    said = findings(other)
+    assert "although the text was read less than 0.1 times." in said[3] and said[4].endswith(
+        "needs more than 1 step to get ahead."
+    )
 
 
 def test_on_tinyshakespeare_the_ladder_falls_to_the_gpt():

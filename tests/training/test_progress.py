@@ -26,6 +26,8 @@ def test_the_first_lines_name_model_data_device_and_steps(corpus, tmp_path):
     )
     assert re.match(r"device: cpu, \d+ threads?, float32; (ops: \d by|every op by PyTorch)", device)
     assert steps == "steps: 12, each of 64 tokens, with an evaluation every 4"
+    one_layer = first_lines(trainer(corpus, tmp_path / "one", n_layer=1), "preset small", "text.txt")
+    assert ", 1 layer, width 16," in one_layer[0]
 
 
 def test_the_backends_in_a_phrase_follow_what_was_asked_for(monkeypatch):
