@@ -1,22 +1,21 @@
-"""The command line: a function for each command, and the table of them. Exit codes: 0 done, 2 bad usage, 1 failed.
+"""The command line: the table of commands, and how one is found and run. Exit codes: 0 done, 2 bad usage, 1 failed.
 
-settings.py has the options of each command, options.py reads and shows them.
+What a command does is in commands.py, and which options it has in settings.py; options.py reads and shows them.
 """
 
 from __future__ import annotations
 
 import codecs
-import contextlib
 import difflib
 import io
 import os
-import shlex
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from .config import DTYPES, ConfigError
+from .commands import bench, data_show, doctor, evaluate, learn, parity, sample, study, train
+from .config import ConfigError
 from .options import commands_help, completion, help_text, options_of, read
 from .settings import (
     BenchSettings,
@@ -28,267 +27,10 @@ from .settings import (
     TrainSettings,
     UsageError,
     check_common,
-    check_tokenizer,
-    required,
     with_sources,
 )
-from .studies.settings import STUDIES, LearnSettings, StudySettings, question
+from .studies.settings import STUDIES, LearnSettings, question
 from .threads import use_threads
-
-
-def _on_backend(name: str, device: str) -> contextlib.AbstractContextManager:
-    """Ops prefer the backend called `name`; with "auto" the environment's FASTGPT_BACKEND still counts.
-
-    Refuses one that can serve nothing on `device`, before anything is read.
-    """
-    from .machine import resolve_device
-    from .ops.backend import check_preference, preferred, use_backend
-
-    source = "FASTGPT_BACKEND" if name == "auto" else "--backend"
-    check_preference(preferred() if name == "auto" else name, source, resolve_device(device).type)
-    return contextlib.nullcontext() if name == "auto" else use_backend(name)
-
-
-def _initial(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
-    """The model that --init-from names, its tokenizer, and the settings that it completes."""
-    from .training.initial import initial_model
-
-    assert settings.init_from is not None
-    if settings.data is None:  # the default text is probably what it has been trained on
-        raise UsageError("--data is missing: say what the model shall learn now, a file, a folder, or a text's name")
-    try:
-        model, tokenizer = initial_model(settings.init_from, settings.asked_of_the_start())
-    except ConfigError as error:
-        raise UsageError(_naming_option(error, settings)) from None
-    completed = settings.with_start(model.kind, tokenizer.kind, model.layout, model.cfg)
-    if settings.layout != completed.layout != TrainSettings.layout:
-        print(f"layout: {completed.layout}, that of the model's data; --layout {TrainSettings.layout} takes plain text")
-    if settings.lr is None:
-        print(f"lr: {completed.lr:g}, which follows from the model's width of {model.cfg.n_embd}")
-    return model, tokenizer, completed
-
-
-def train(settings: TrainSettings) -> None:
-    (out,) = required(settings, "train")
-    initial: Any = None
-    tokenizer: Any = settings.tokenizer
-    if settings.init_from and not settings.resume:
-        initial, tokenizer, settings = _initial(settings)
-    data = settings.data
-    train_config = settings.train_config()
-    settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
-    check_tokenizer(settings)
-
-    import torch
-
-    from .baselines import model_class
-    from .cuda_graph import recorder
-    from .data.corpus import Corpus
-    from .machine import resolve_device
-    from .tokenizer_files import read_tokenizer
-    from .training import runs
-    from .training.muon import who_trains
-    from .training.progress import first_lines
-    from .training.step import Precision
-
-    model_class(settings.model)
-    device = resolve_device(train_config.device)
-    Precision(device, train_config.dtype)  # refused before anything is written
-    on_backend = _on_backend(settings.backend, train_config.device)
-    if train_config.cuda_graph:
-        recorder(device)
-    if advice := settings.rate_of_another_optimizer():
-        print(advice)
-    if settings.layout != "completions" and data.endswith(".jsonl"):
-        print(f"data: {data} is read as plain text; --layout completions learns the completions in JSON lines")
-    saved = runs.load_latest(out) if settings.resume else None
-    if saved is not None:
-        tokenizer = saved.read_tokenizer()
-    elif initial is None and tokenizer not in ("char", "bpe"):
-        tokenizer = read_tokenizer(tokenizer)
-    corpus = Corpus.load(
-        data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size, layout=settings.layout
-    )
-    vocab_size = corpus.tokenizer.vocab_size
-    if tokenizer == "bpe" and vocab_size < (settings.vocab_size or 0):
-        print(f"vocab_size: {vocab_size} tokens, not {settings.vocab_size}: no further pair occurs twice in the text")
-    if initial is not None:  # which may have more than its tokenizer needs
-        vocab_size = initial.cfg.vocab_size
-    elif saved is not None:
-        vocab_size = saved.config().vocab_size
-    run: dict[str, Any] = {
-        "kind": settings.model,
-        "config": settings.model_config(vocab_size),
-        "train_config": train_config,
-        "corpus": corpus,
-        # PyTorch divides some sums among its threads, so the bits of a run depend on their number.
-        "settings": settings.recorded() | {"threads": torch.get_num_threads()},
-        "resume_command": f"fastgpt train --out {shlex.quote(out)} --resume",
-    }
-    with on_backend:
-        trainer = runs.start(out, **run, initial=initial) if saved is None else runs.resume(out, saved, **run)
-        if (reached := trainer.finished()) is not None:
-            print(f"the run in {out} is finished: {reached}")
-            return
-        print(*first_lines(trainer, settings.origin(device.type), data), sep="\n", flush=True)
-        if train_config.optimizer == "muon":
-            print(f"optimizer: {who_trains(trainer.optimizer)}", flush=True)
-        state = trainer.run()
-    print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
-
-
-def sample(settings: SampleSettings) -> None:
-    (checkpoint,) = required(settings, "sample")
-    for name in ("prompt", "stop"):
-        if getattr(settings, name) == "":
-            raise UsageError(f"--{name}: is empty; give at least one character")
-    on_backend = _on_backend(settings.backend, settings.device)
-    import torch
-
-    from .generate_text import stream_text
-    from .loading import load
-    from .machine import resolve_device
-
-    model, tokenizer = load(checkpoint, dropout=0.0)
-    if settings.prompt == SampleSettings.prompt:
-        _check_default_prompt(model.layout, tokenizer)
-    device = resolve_device(settings.device)
-    model.to(device)
-    generator = torch.Generator(device)
-    generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
-    options: dict[str, Any] = {"layout": model.layout, "device": device, "generator": generator}
-    for name in ("num_samples", "stop", "temperature", "top_k", "top_p", "stride"):
-        options[name] = getattr(settings, name)
-    if settings.cuda_graph:
-        options["cuda_graph"] = True
-    with on_backend:
-        try:
-            pieces = stream_text(model, tokenizer, settings.prompt, settings.max_new_tokens, **options)
-        except ValueError as error:  # a setting that it cannot have
-            raise UsageError(_naming_option(error, settings)) from None
-        _print_samples(pieces, settings.prompt, settings.num_samples)
-
-
-def _check_default_prompt(layout: str, tokenizer: Any) -> None:
-    """Refuse a model that cannot go on from the prompt that is taken where none is given."""
-    if layout == "completions":
-        raise UsageError("--prompt is missing: this model completes prompts; give one like those of its data")
-    try:
-        tokenizer.encode(SampleSettings.prompt)
-    except ValueError:
-        raise UsageError("--prompt is missing: the text that the model knows has no line's end to begin with") from None
-
-
-def _naming_option(error: ValueError, settings: Any) -> str:
-    """The text of an error that begins with an argument's name, with the name of the option in its place."""
-    name, colon, rest = str(error).partition(": ")
-    return f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(settings) else str(error)
-
-
-def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, n: int) -> None:
-    """Print the first sample while it is drawn; the others are drawn beside it, and wait until it is complete."""
-    waiting = [prompt] * n
-    for number in range(n):
-        if n > 1:
-            print(f"--- sample {number + 1} of {n} ---")
-        print(waiting[number], end="", flush=True)
-        for of, text in pieces:  # all of them come while the first sample is printed
-            if of == number:
-                print(text, end="", flush=True)
-            else:
-                waiting[of] += text
-        print()
-
-
-def evaluate(settings: EvalSettings) -> None:
-    checkpoint, data = required(settings, "eval")
-    if settings.dtype not in DTYPES:
-        raise UsageError(f"--dtype: expected one of {', '.join(DTYPES)}, got {settings.dtype!r}")
-    on_backend = _on_backend(settings.backend, settings.device)
-    import json
-
-    from .evaluate import evaluate, examples_of, results, table
-    from .loading import load
-    from .machine import resolve_device
-    from .training.step import Precision
-
-    model, tokenizer = load(checkpoint, dropout=0.0)
-    try:
-        examples = examples_of(model, tokenizer, data, settings.stride)
-    except ConfigError as error:
-        raise UsageError(_naming_option(error, settings)) from None
-    precision = Precision(resolve_device(settings.device), settings.dtype)
-    model.to(precision.device)
-    with on_backend:
-        found = results(evaluate(model, tokenizer, examples, precision), model, examples)
-    found = {"checkpoint": checkpoint, "data": data, **found}
-    found |= {"device": str(precision.device), "dtype": precision.name}
-    print(json.dumps(found, indent=2) if settings.json else table(found))
-
-
-def data_show(settings: DataShowSettings) -> None:
-    from .data.show import show_layouts
-
-    print(show_layouts(settings.data, settings.layout, settings.block_size, settings.tokenizer, settings.seed))
-
-
-def learn(settings: LearnSettings) -> None:
-    from .studies.learn import run
-
-    with _on_backend("auto", settings.device):
-        run(settings)
-
-
-def study(settings: StudySettings) -> None:
-    from .studies import run
-
-    (name,) = (name for name, kind in STUDIES.items() if kind is type(settings))
-    with _on_backend("auto", settings.device):
-        run(name, settings)
-
-
-def doctor(settings: DoctorSettings) -> None:
-    from .doctor import report
-
-    print(report(settings.self_test, settings.backend))
-
-
-def parity(settings: ParitySettings) -> int:
-    from .parity.report import main as run
-
-    return run(settings.device, settings.out, settings.only)
-
-
-def bench(settings: BenchSettings) -> int:
-    try:
-        from .benchmarks import command
-    except ModuleNotFoundError as error:
-        if error.name != "fastgpt.benchmarks":
-            raise
-        raise ImportError("this source tree is not installed; run pip install -e . in it") from None
-
-    if settings.report:
-        for name in ("only", "quick", "nanogpt", "lecture", "data"):
-            if getattr(settings, name):
-                raise UsageError(f"--{name}: is for measuring; leave it out, or --report")
-        command.write_report(settings.results, settings.out)
-        return 0
-    if settings.results:
-        raise UsageError("--results: is what --report reads; add --report, or name a file to write to with --out")
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device: expected auto, cpu or cuda, got {settings.device!r}")
-    for name in settings.only:
-        if name not in command.benchmark_names():
-            there = ", ".join(command.benchmark_names())
-            raise UsageError(f"--only: there is no benchmarks/bench_{name}.py; there are {there}")
-    for name in ("nanogpt", "lecture"):
-        if (path := getattr(settings, name)) is not None and not os.path.exists(path):
-            raise UsageError(f"--{name}: {path} does not exist; give what --help names, or leave it out")
-    paths = {name: getattr(settings, name) for name in ("nanogpt", "lecture", "data")}
-    return command.run_suite(settings.only, settings.device, settings.out, settings.quick, paths)
-
-
-# ---- the table of commands ----
 
 
 class Command(NamedTuple):

@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .settings import PATHS, UsageError
+from .settings import PATHS, UsageError, flag
 
 _METAVARS = {"data": "PATH|NAME", "tokenizer": "NAME|PATH"}
 _METAVARS |= dict.fromkeys(("prompt", "stop", "words", "analogy"), "TEXT")
@@ -35,7 +35,7 @@ class Option(NamedTuple):
 
     @property
     def flag(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
+        return flag(self.name)
 
     @property
     def metavar(self) -> str:

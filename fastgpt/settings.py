@@ -41,13 +41,16 @@ PATHS = frozenset(
     {"checkpoint", "config", "data", "init_from", "lecture", "nanogpt", "out", "results", "tokenizer", "vectors"}
 )
 _NOT_PATHS = (*SOURCES, "char", "bpe")  # values of --data and --tokenizer that are names
-
-
 MOST_THREADS = 1024
 
 
 class UsageError(ValueError):
     """Wrong use of a command."""
+
+
+def flag(name: str) -> str:
+    """The setting `name` as the command line spells it: max_steps is --max-steps."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class RunSettings:
     # train this model further instead of a new one: a run, a checkpoint, a saved model, the folder of a Hugging Face
     # GPT-2, or its name there, as gpt2. It keeps its shape and its tokenizer.
     init_from: str | None = None
-    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
+    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: see fastgpt doctor.
     threads: int | None = None  # of the CPU; by default one for each core.
     tokenizer: str = "char"  # char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
 
@@ -166,7 +169,7 @@ class SampleSettings:
     stride: int | None = None
     seed: int | None = None  # repeats a sample.
     device: str = "auto"  # auto, cpu, cuda, ...
-    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
+    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: see fastgpt doctor.
     threads: int | None = None  # of the CPU; by default one for each core.
     # compute tokens by a CUDA graph, after a check against others.
     cuda_graph: bool = False
@@ -191,7 +194,7 @@ class EvalSettings:
     json: bool = False  # print the figures as one JSON object.
     device: str = "auto"  # auto, cpu, cuda, ...
     dtype: str = "float32"  # of the matrix products: float32, bfloat16, float16, or auto, as in training.
-    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: the fastest.
+    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: see fastgpt doctor.
     threads: int | None = None  # of the CPU; by default one for each core.
     config: str | None = None  # a TOML file with any of these settings.
 
@@ -332,9 +335,8 @@ def check_tokenizer(settings: TrainSettings) -> None:
         for name in ("tokenizer", "vocab_size", "init_from"):
             was, now = run.get(name, getattr(TrainSettings, name)), getattr(settings, name)
             if absolute(str(now)) != absolute(str(was)):
-                option = f"--{name.replace('_', '-')}"
                 was = "none" if was is None else was
-                raise UsageError(f"{option}: the run in {settings.out} has {was}, not {now}; it cannot be changed")
+                raise UsageError(f"{flag(name)}: the run in {settings.out} has {was}, not {now}; it cannot be changed")
     if settings.tokenizer == "char" and settings.vocab_size is not None:
         raise UsageError("--vocab-size: the characters of the data are the vocabulary; it goes with --tokenizer bpe")
     if settings.tokenizer == "bpe" and settings.vocab_size is None:
@@ -369,11 +371,11 @@ def _expanded(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_expanded(name, part) for part in value)
     if value == "":
-        raise UsageError(f"--{name.replace('_', '-')}: is empty; give a path, or leave it out")
+        raise UsageError(f"{flag(name)}: is empty; give a path, or leave it out")
     try:
         return str(expand_path(value)) if isinstance(value, str) and value.startswith("~") else value
     except ConfigError as error:
-        raise UsageError(f"--{name.replace('_', '-')}: {error}") from None
+        raise UsageError(f"{flag(name)}: {error}") from None
 
 
 def absolute(path: str) -> str:
@@ -397,21 +399,3 @@ def check_common(settings: Any) -> None:
     threads = getattr(settings, "threads", None)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"--threads: expected an integer in [1, {MOST_THREADS}], got {threads}")
-
-
-_EXAMPLES = {
-    "checkpoint": "the folder of a run, which fastgpt train makes",
-    "data": "a text file, or shakespeare",
-    "out": "a folder for the run, as runs/first",
-}
-
-
-def required(settings: Any, command: str) -> list[str]:
-    """The values of the settings that the command needs."""
-    names = type(settings).REQUIRED
-    for name in names:
-        if getattr(settings, name) is None:
-            resumes = getattr(settings, "resume", False)
-            what = "the folder of the run to go on with" if resumes else _EXAMPLES[name]
-            raise UsageError(f"--{name} is missing: give {what}; see fastgpt {command} --help")
-    return [getattr(settings, name) for name in names]

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..plots import styled
 from ..report import Report, markdown_table
+from ..settings import flag
 from . import load
 from .settings import STUDIES, question
 
@@ -213,9 +214,10 @@ def _command(results: dict[str, Any]) -> str:
     words = ["fastgpt", "study", results["study"]]
     for name, value in results["settings"].items():
         if value != getattr(defaults, name):
-            option = f"--{name.replace('_', '-')}"
             value = downloads.get(value, value) if isinstance(value, str) else value
-            words += [option] if value is True else [option, json.dumps(value) if " " in str(value) else str(value)]
+            words += (
+                [flag(name)] if value is True else [flag(name), json.dumps(value) if " " in str(value) else str(value)]
+            )
     return " ".join(words)
 
 

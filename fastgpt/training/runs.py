@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint, CheckpointError
 from ..config import GPTConfig, TrainConfig
 from ..data.corpus import Corpus
 from ..language_model import LanguageModel
+from ..settings import flag
 from .loop import Trainer
 from .run_folder import RunFolder
 
@@ -100,10 +101,9 @@ def _check_unchanged(saved: Checkpoint, kind: str, config: GPTConfig, train_conf
     now = {"model": kind} | {name: getattr(train_config, name) for name in kept} | dataclasses.asdict(config)
     for name, value in now.items():
         if was[name] != value:
-            option = f"--{name.replace('_', '-')}"
             raise CheckpointError(
                 f"{saved.path}: field {name!r} is {was[name]!r}, not {value!r}: a resumed run keeps it; "
-                f"leave {option} out, or start another run"
+                f"leave {flag(name)} out, or start another run"
             )
 
 
