@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,17 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make the folder of --out. Raises FileError where it cannot be made, or no file can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise FileError(
+            f"{folder}: the output folder cannot be written: {error.strerror or error}; give another --out"
+        ) from error
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from fastgpt import files
 from fastgpt.config import ConfigError
-from fastgpt.files import FileError, atomic_path, expand_path, link_or_copy
+from fastgpt.files import FileError, atomic_path, expand_path, link_or_copy, make_output_folder
 
 
 def test_a_really_full_disk(tmp_path):
@@ -58,6 +58,15 @@ def test_link_falls_back_to_a_copy(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("x")
     link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "x"
+
+
+def test_an_output_folder_is_made_or_refused_with_the_remedy(tmp_path):
+    make_output_folder(tmp_path / "a" / "b")
+    make_output_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == [], "what tried whether it can be written to is gone"
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=r"file: the output folder cannot be written: .*; give another --out"):
+        make_output_folder(tmp_path / "file")
 
 
 def test_home_folders_are_expanded(monkeypatch, tmp_path) -> None:

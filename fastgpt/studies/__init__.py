@@ -13,13 +13,12 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shutil
-import sys
-import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ..files import atomic_path, make_output_folder
 
 
 def load(name: str) -> ModuleType:
@@ -31,20 +30,19 @@ def run(name: str, settings: Any) -> Path:
     """Measure, write results.json, report.html and the pictures, and print the tables; returns the report's path."""
     from ..plots import need_matplotlib
     from .experiment import StudyError, recorded, study_facts
-    from .page import Page, duration
+    from .page import Page, duration, terminal_width
 
     need_matplotlib()  # fails here if it is missing, and not after minutes of measuring
     out = Path(settings.out or f"runs/study-{name}")
     if (out / "results.json").exists():
         raise StudyError(f"{out}: already holds a report; give another --out, or remove it")
-    check_folder(out)
+    make_output_folder(out)
     results = {"study": name, **study_facts(settings.device), "settings": recorded(settings)}
     began = time.perf_counter()
     results |= load(name).measure(settings)
     results["seconds"] = round(time.perf_counter() - began, 1)
     page = Page(write_results(out, results))
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print("\n" + page.text(columns), end="\n\n")
+    print("\n" + page.text(terminal_width()), end="\n\n")
     report = page.write(out)
     print(f"{report}: {duration(results['seconds'])} of measuring")
     return report
@@ -52,24 +50,9 @@ def run(name: str, settings: Any) -> Path:
 
 def write_results(out: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Write out/results.json, each list of numbers on one line; returns the results as they are read from the file."""
-    from ..files import atomic_path
-
     text = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False)
     # A line break is never inside a JSON string.
     text = re.sub(r"\[\n([-+.,\deE\s]+)\n\s*\]", lambda match: "[" + " ".join(match[1].split()) + "]", text)
     with atomic_path(out / "results.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return json.loads(text)
-
-
-def check_folder(out: Path) -> None:
-    """Make the folder. One that cannot be written to is refused before anything is measured."""
-    from .experiment import StudyError
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise StudyError(
-            f"{out}: the output folder cannot be written: {error.strerror or error}; give another --out"
-        ) from None

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 
 from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
+from ..files import make_output_folder
 from ..plots import need_matplotlib
 from ..report import markdown_table
 from ..settings import absolute
@@ -27,10 +26,10 @@ from ..training import TrainingError
 from ..training.loop import Trainer
 from ..training.run_folder import HOW_TO_GO_ON, RunFolder, read_metrics
 from ..training.runs import load_latest, resume, start
-from . import check_folder, write_results
+from . import write_results
 from .experiment import at_least, recorded, study_facts
 from .learn_page import HEADERS, findings, learn_report, preview_note, table_rows
-from .page import duration, filled
+from .page import duration, filled, terminal_width
 from .settings import LearnSettings
 from .stages import STAGES, Stage, code_of, config_of
 
@@ -53,8 +52,8 @@ def run(settings: LearnSettings) -> Path:
     write_results(out, results)
     said = [preview_note(results)] if settings.quick else []
     said += [markdown_table(HEADERS, table_rows(results)), *findings(results)]
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
-    print("\n" + "\n\n".join(part if part.startswith("|") else filled(part, columns) for part in said))
+    width = terminal_width() or 120
+    print("\n" + "\n\n".join(part if part.startswith("|") else filled(part, width) for part in said))
     report = learn_report(results, code).write(out)
     print(f"\n{report}: {duration(results['seconds'])} in all")
     return report
@@ -69,7 +68,7 @@ def measure(settings: LearnSettings, out: Path) -> dict[str, Any]:
     train_configs = [train_config_of(settings, stage, cfg) for stage, cfg in zip(STAGES, configs, strict=True)]
     corpus = Corpus.load(settings.data, block_size=max(cfg.block_size for cfg in configs))
     stored = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("config", "resume")}
-    check_folder(out)
+    make_output_folder(out)
     RunFolder(out).write_settings(stored | {"data": absolute(settings.data)})
     results: dict[str, Any] = {
         "settings": recorded(settings),

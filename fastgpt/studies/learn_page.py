@@ -18,7 +18,7 @@ from ..data.show import show_layouts
 from ..files import atomic_path
 from ..plots import BLUE, FAINT, label_ends, line_style, panels, png, styled
 from ..report import Report, markdown_table
-from .page import counted, duration, preview, provenance
+from .page import counted, duration, filled, preview, provenance
 from .settings import LearnSettings
 from .stages import LADDER, STAGES, find_stage
 
@@ -235,7 +235,7 @@ def _results_in_markdown(results: dict[str, Any]) -> str:
         for name in ("bigram", "scaled up")
     ]
     words = [budget(results), " ".join(findings(results)), _provenance(results)]
-    above, below, source = (textwrap.fill(part, 120, break_on_hyphens=False) for part in words)
+    above, below, source = (filled(part, 120) for part in words)
     return "\n\n".join([above, markdown_table(HEADERS, table_rows(results)), below, *samples, source])
 
 

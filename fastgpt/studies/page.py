@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -151,6 +152,11 @@ class Page(Report):
                 told = filled(f"(The report has a table here, which is {wide} letters wide.)", width)
                 parts.append(told if is_too_wide else text)
         return "\n\n".join(parts)
+
+
+def terminal_width() -> int | None:
+    """How many columns the terminal has; None where what is printed goes to a file or a program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def filled(text: str, width: int) -> str:

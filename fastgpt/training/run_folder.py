@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, atomic_path, readable
+from ..files import FileError, atomic_path, make_output_folder, readable
 from ..plots import BLUE, INK, VERMILION, PlotError, panels, png, styled
 from . import TrainingError
 
@@ -28,13 +28,9 @@ class RunFolder:
         """Start a new run. A folder that already holds one is refused: resuming it, or another folder, is the way."""
         if self.has_begun():
             raise TrainingError(f"{self.path}: already holds a run; {HOW_TO_GO_ON}")
-        try:
-            self.latest.parent.mkdir(parents=True, exist_ok=True)
-            self.metrics_path.touch()
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path}: the output folder cannot be written: {error.strerror or error}; give another --out"
-            ) from error
+        make_output_folder(self.path)
+        self.latest.parent.mkdir(exist_ok=True)
+        self.metrics_path.touch()
         self.write_settings(settings)
 
     def has_begun(self) -> bool:

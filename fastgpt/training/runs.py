@@ -39,7 +39,7 @@ def start(
     `kind` is a name in `baselines.MODELS`; the weights follow from train_config.seed. `settings` is what config.toml
     records; without it, the kind and both configurations. `resume_command` is shown where the run is interrupted.
     `initial` is a model that is trained further (see `initial.py`): `config` and `kind` are then its own.
-    Raises TrainingError where the folder already holds a run or cannot be written.
+    Raises TrainingError where the folder already holds a run, and FileError where it cannot be written.
     """
     folder = RunFolder(Path(out))
     folder.create(_recorded(kind, config, train_config) if settings is None else settings)
