@@ -171,10 +171,16 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Any]]]:
         *rates,
         ("of the roofline", lambda row: cells.percent(row.roofline_fraction)),
         ("its limit", lambda row: row.ceiling),
-        ("peak MB", lambda row: cells.short(row.peak_bytes and row.peak_bytes / 1e6)),
+        ("peak MB", _peak_mb),
         ("error ratio", lambda row: cells.short(row.parity_error_ratio, 2)),
         ("verdict", _verdict),
     ]
+
+
+def _peak_mb(row: Row) -> Any:
+    """None for a CUDA graph, too: its memory is taken when it is recorded, and none when it is launched."""
+    known = row.peak_bytes is not None and not row.shape.endswith("CUDA graph")
+    return cells.short(row.peak_bytes / 1e6) if known else None
 
 
 def _extra(key: str, factor: int, row: Row) -> Any:

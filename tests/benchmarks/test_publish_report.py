@@ -52,6 +52,15 @@ def test_the_markdown_says_what_the_rows_say(tmp_path):
     assert "![" in text and "![" not in report.markdown(some_results(tmp_path), pictures=None)
 
 
+def test_a_graph_has_no_peak_of_memory(tmp_path):
+    eager, graph = row(peak_bytes=12_300_000), row(shape="B4 T64, CUDA graph", peak_bytes=512)
+    text = report.markdown(rows.read([write(tmp_path / "rows.jsonl", run_line(), eager, graph)]))
+    lines = cells_of(text)
+    header = next(cells for cells in lines if "peak MB" in cells)
+    peaks = {cells[0]: cells[header.index("peak MB")] for cells in lines if len(cells) == len(header)}
+    assert peaks["B4 T64"] == "12.3" and peaks["B4 T64, CUDA graph"] == "–"
+
+
 def test_the_page_and_its_pictures(tmp_path):
     found = some_results(tmp_path)
     html = report.write(found, tmp_path / "out").read_text(encoding="utf-8")
