@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..generate_text import prompt_tokens
 from ..loading import load
 from ..machine import resolve_device
 from ..model import GPT, CausalSelfAttention
@@ -30,8 +31,6 @@ LEGIBLE = {True: 36, False: 28}  # names of tokens on an axis: where they are si
 
 
 def measure(settings: AttentionSettings) -> dict[str, Any]:
-    if not settings.prompt:
-        raise StudyError("--prompt: is empty; give at least one token")
     at_least(settings, steps=1)
     corpus, loss = None, None
     if settings.checkpoint is not None:
@@ -80,14 +79,14 @@ def _chosen(name: str, asked: int | None, n: int) -> list[int]:
 def encode(model: GPT, tokenizer: Tokenizer, prompt: str) -> Tensor:
     """The prompt's tokens (1, T), which must fit the model's context."""
     try:
-        ids = tokenizer.encode(prompt.replace("\r\n", "\n"))
+        idx = prompt_tokens(tokenizer, prompt)
     except ValueError as error:
-        raise StudyError(f"--prompt: {error}") from None
-    if len(ids) > model.cfg.block_size:
+        raise StudyError(f"--{error}") from None
+    if idx.shape[1] > model.cfg.block_size:
         raise StudyError(
-            f"--prompt: {len(ids)} tokens do not fit the model's context of {model.cfg.block_size}; shorten it"
+            f"--prompt: {idx.shape[1]} tokens do not fit the model's context of {model.cfg.block_size}; shorten it"
         )
-    return torch.tensor([ids])
+    return idx
 
 
 @torch.no_grad()
