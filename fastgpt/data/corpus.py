@@ -66,7 +66,7 @@ class Corpus:
         if layout == "names":
             return cls._load_names(layouts.names_of(text, shown), shown, tokenizer, vocab_size, block_size)
         made = _make_tokenizer(tokenizer, text, vocab_size)
-        tokens = cached_tokens(text, made)
+        tokens = _tokens(text, made, shown)
         n_train = len(tokens) * 9 // 10
         train, val = tokens[:n_train], tokens[n_train:]
         layouts.check_block(shown, tokens, block_size)
@@ -82,7 +82,7 @@ class Corpus:
             raise DataError(f"{shown} has one name, and needs one to train on and one to validate: give more lines")
         text = layouts.join_names(names)
         made = _make_tokenizer(tokenizer, text, vocab_size)
-        tokens = cached_tokens(text, made)
+        tokens = _tokens(text, made, shown)
         layouts.check_names_fit(names, tokens, layouts.boundary_token(made), block_size, shown)
         (boundaries,) = np.nonzero(tokens == layouts.boundary_token(made))
         middle = boundaries[len(names) * 9 // 10]  # the end of the last name to train on, the start of the first other
@@ -120,6 +120,14 @@ class Corpus:
         if self.layout == "completions":
             return Completions(tokens, block_size, self.lengths[split])
         return layouts.layout_class(self.layout)(tokens, block_size)
+
+
+def _tokens(text: str, tokenizer: Tokenizer, shown: str) -> np.ndarray:
+    """The tokens of the text; `shown` names it where it has a character that the tokenizer of another run lacks."""
+    try:
+        return cached_tokens(text, tokenizer)
+    except ValueError as error:
+        raise DataError(f"{shown}: {error}") from None
 
 
 def _make_tokenizer(tokenizer: str | Tokenizer, text: str, vocab_size: int | None, with_end: bool = False) -> Tokenizer:

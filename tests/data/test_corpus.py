@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -49,8 +51,9 @@ def test_too_short_texts(tmp_path) -> None:
 
 
 def test_unknown_character_in_a_corpus(text_file) -> None:
-    with pytest.raises(ValueError, match="'t' at position 0"):
-        Corpus.load(text_file, CharTokenizer.train("abc"))
+    for layout in ("blocks", "names"):
+        with pytest.raises(DataError, match=f"^{re.escape(repr(str(text_file)))}: character '.*' at position "):
+            Corpus.load(text_file, CharTokenizer.train("abc\n"), layout=layout)
 
 
 def test_the_fingerprint_is_that_of_the_data(tmp_path) -> None:
