@@ -319,6 +319,9 @@ def _of_resumed_run(kind: type, given: dict[str, Any], out: str) -> dict[str, An
 
 def _settings_of_run(out: Path, kind: type = TrainSettings) -> dict[str, Any]:
     stored = out / "config.toml"
+    folder, other = ("stages", "learn") if kind is TrainSettings else ("checkpoint", "train")
+    if (out / folder).is_dir():
+        raise UsageError(f"--resume: {out} holds a run of fastgpt {other}; resume it by that command")
     if not stored.exists() and (out / "checkpoint").is_dir():
         raise RuntimeError(
             f"{stored}: is missing, and has the settings of the run; --init-from {out} starts another run"

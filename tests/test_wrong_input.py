@@ -134,6 +134,10 @@ WRONG = [
     ("learn --data DATA --out LEARNED", 1, ["already holds a run; add --resume to go on, or give another --out"]),
     ("study depth --data DATA --out LEARNED", 1, ["already holds a report; give another --out"]),
     (f"{TRAIN} --resume", 1, ["holds no run to resume; leave --resume out to start one"]),
+    ("learn --data DATA --out RUN", 1, ["already holds a run; add --resume to go on, or give another --out"]),
+    ("learn --out RUN --resume", 2, ["--resume: RUN holds a run of fastgpt train; resume it by that command"]),
+    ("train --data DATA --out STAGED --block-size 16", 1, ["already holds a run; add --resume to go on"]),
+    ("train --out STAGED --resume", 2, ["--resume: STAGED holds a run of fastgpt learn; resume it by that command"]),
     ("learn --out OUT --resume", 1, ["holds no run to resume; leave --resume out to start one"]),
     ("train --out RUN --resume --n-layer 3", 1, ["field 'n_layer' is 1, not 3", "leave --n-layer out"]),
     ("train --out RUN --resume --preset gpt2", 2, ["--preset: the run in", "leave it out, or start another run"]),
@@ -162,7 +166,9 @@ def places(run, text_file, tmp_path, monkeypatch) -> dict[str, Path]:
     here.mkdir()
     monkeypatch.chdir(here)
     found = {"DATA": text_file, "RUN": run, "FOLDER": here}
-    found |= {name.upper(): tmp_path / name for name in ("out", "study", "learned", "empty", "short", "binary", "snow")}
+    names = ("out", "study", "learned", "staged", "empty", "short", "binary", "snow")
+    found |= {name.upper(): tmp_path / name for name in names}
+    (found["STAGED"] / "stages").mkdir(parents=True)
     found["LEARNED"].mkdir()
     (found["LEARNED"] / "results.json").write_text("{}")
     found["EMPTY"].write_text("")

@@ -44,7 +44,7 @@ def run(settings: LearnSettings) -> Path:
     need_matplotlib()
     code = {stage.name: code_of(stage) for stage in STAGES}
     out = Path(settings.out)
-    if not settings.resume and ((out / "results.json").exists() or (out / "stages").exists()):
+    if not settings.resume and ((out / "results.json").exists() or RunFolder(out).has_begun()):
         raise TrainingError(f"{out}: already holds a run; {HOW_TO_GO_ON}")
     began = time.perf_counter()
     results = {**study_facts(settings.device), **measure(settings, out)}

@@ -34,7 +34,8 @@ class RunFolder:
         self.write_settings(settings)
 
     def has_begun(self) -> bool:
-        return self.latest.exists() or (self.metrics_path.exists() and self.metrics_path.stat().st_size > 0)
+        has_rows = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
+        return has_rows or self.latest.exists() or (self.path / "stages").is_dir()  # those of fastgpt learn
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         import tomli_w
