@@ -28,8 +28,8 @@ def test_metrics_reader(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2')
     assert read_metrics(path) == [{"step": 1}]
-    for line in ("nonsense", "5", "{}"):
-        path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    for line in (b"nonsense", b"5", b"{}", b"\xff"):
+        path.write_bytes(b'{"step": 1}\n%s\n{"step": 2}\n' % line)
         with pytest.raises(TrainingError, match="line 2 is not a JSON object with a step"):
             read_metrics(path)
 
