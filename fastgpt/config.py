@@ -15,6 +15,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2")
 NORMS = ("pre", "post", "none")
 LR_DECAYS = ("cosine", "linear")
 LAYOUTS = ("blocks", "windows", "names", "completions")  # data.layouts has a class for each
+ORDERS = ("random", "epochs")  # of the examples in training; data.order has the second
 SOURCES = ("shakespeare", "tinyshakespeare", "names")  # texts with a name; data.sources reads each
 DEFAULT_TEXT = "shakespeare"  # of every command: whoever could install FastGPT can have it
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
@@ -189,6 +190,7 @@ class TrainConfig:
         compile: run the loss through torch.compile.
         layout: blocks (every prefix is an example), windows (whole contexts only), names (each line by itself), or
             completions (of prompts, in JSON lines).
+        order: random (examples are drawn anew for each step) or epochs (each example once, shuffled, before any again).
         cuda_graph: take steps by a CUDA graph, after a check against eager ones. Without a value: on a CUDA device,
             unless compile is on.
     """
@@ -216,6 +218,7 @@ class TrainConfig:
     dtype: str = "auto"
     compile: bool = False
     layout: str = "blocks"
+    order: str = "random"
     cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
@@ -234,6 +237,7 @@ class TrainConfig:
         _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _expect(self.lr_decay in LR_DECAYS, "lr_decay", self.lr_decay, f"one of {', '.join(LR_DECAYS)}")
         _expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
+        _expect(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:

@@ -5,7 +5,11 @@ There are four, each a class below. In `Blocks` of a text the model predicts eve
 start and an end token. In `Completions` each row is a prompt, which is only context, and the completion to predict.
 
 A batch is a pure function of (seed, step): Philox is keyed by the two, so a resumed run draws the batches that an
-uninterrupted one would have drawn, and a checkpoint holds no state of a random generator.
+uninterrupted one would have drawn, and a checkpoint holds no state of a random generator. So is a batch of the order
+"epochs", which takes every example once before any comes again (see `order.py`).
+
+Blocks and windows are cut out of tokens that may be memory-mapped from files of any size. Names and completions keep an
+array of where each example lies in memory, and their text is read whole.
 """
 
 from __future__ import annotations
@@ -17,12 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import LAYOUTS, as_int_argument
+from ..config import LAYOUTS, ORDERS, as_int_argument
 from ..tokenizer import Tokenizer
+from .order import epoch_size, of_epochs, philox
 from .sources import DataError, by_hash
-
-_UINT64 = 2**64 - 1
-
 
 # One token is both start and end: at the start it is never a target, and at the end never context. It is the newline,
 # which every tokenizer has and no line contains; so sampled names are printed one a line.
@@ -98,6 +100,7 @@ class Examples:
     """
 
     equal_targets = True  # whether all examples have the same number of targets that count
+    epoch_stride = 1  # from one example to the next that has no target in common with it
 
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
         self.tokens, self.block_size = tokens, as_int_argument("block_size", block_size, least=1)
@@ -110,12 +113,24 @@ class Examples:
         """The examples numbered `which` (B,): x (B, T) and y (B, T), int64."""
         raise NotImplementedError
 
-    def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Examples at random. They follow from the arguments alone, so step 1000 needs none of the steps before it."""
+    @property
+    def epoch_size(self) -> int:
+        """Examples in an epoch of the order "epochs"."""
+        return epoch_size(len(self), self.epoch_stride)
+
+    def batch(self, batch_size: int, seed: int, step: int, order: str = "random") -> tuple[Tensor, Tensor]:
+        """Examples at random, or the next of an epoch's with the order "epochs".
+
+        They follow from the arguments alone, so step 1000 needs none of the steps before it.
+        """
         batch_size = as_int_argument("batch_size", batch_size, least=1)
-        key = [as_int_argument(name, value) & _UINT64 for name, value in (("seed", seed), ("step", step))]
-        generator = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
-        return self.cut(generator.integers(0, len(self), size=batch_size))
+        seed, step = as_int_argument("seed", seed), as_int_argument("step", step)
+        if order not in ORDERS:
+            raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
+        if order == "epochs":
+            places = step * batch_size + np.arange(batch_size)
+            return self.cut(of_epochs(places, len(self), self.epoch_stride, seed))
+        return self.cut(philox(seed, step).integers(0, len(self), size=batch_size))
 
     def evenly_spaced(self, n: int) -> tuple[Tensor, Tensor]:
         """The same n examples every time, first and last included.
@@ -132,6 +147,7 @@ class Blocks(Examples):
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
         check_block("tokens", tokens, block_size)
         super().__init__(tokens, block_size)
+        self.epoch_stride = self.block_size  # blocks that touch, each token once a target
 
     def __len__(self) -> int:
         return len(self.tokens) - self.block_size
@@ -143,6 +159,10 @@ class Blocks(Examples):
 
 class Windows(Blocks):
     """A window of T tokens slid over the text, one place at a time: one example each, the whole window its context."""
+
+    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+        super().__init__(tokens, block_size)
+        self.epoch_stride = 1  # a window has one target
 
     def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
         x, after = super().cut(which)

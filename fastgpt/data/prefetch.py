@@ -37,8 +37,9 @@ class Prefetcher:
         device: str | torch.device = "cpu",
         depth: int = 2,
         threaded: bool = True,
+        order: str = "random",
     ) -> None:
-        self._examples, self._seed = examples, as_int_argument("seed", seed)
+        self._examples, self._seed, self._order = examples, as_int_argument("seed", seed), order
         self._batch_size = as_int_argument("batch_size", batch_size, least=1)
         self._next_step = as_int_argument("start_step", start_step)
         self._steps_per_call = as_int_argument("steps_per_call", steps_per_call, least=1)
@@ -111,7 +112,7 @@ class Prefetcher:
 
     def _make(self) -> tuple[Tensor, Tensor]:
         steps = range(self._next_step, self._next_step + self._steps_per_call)
-        batches = [self._examples.batch(self._batch_size, self._seed, step) for step in steps]
+        batches = [self._examples.batch(self._batch_size, self._seed, step, self._order) for step in steps]
         self._next_step = steps.stop
         x, y = batches[0] if len(batches) == 1 else (torch.stack(part) for part in zip(*batches, strict=True))
         if self._device.type != "cuda":

@@ -196,6 +196,7 @@ class Trainer:
                 # The micro-batches of a step and one more ahead, or those of several steps.
                 depth=cfg.grad_accum * STEPS_CUT_AT_ONCE if on_cpu else cfg.grad_accum + 1,
                 threaded=not on_cpu,
+                order=cfg.order,
             )
             with self._progress, batches:
                 done = self._evaluate_and_save() if state["step"] == 0 else False

@@ -63,9 +63,10 @@ def resume(
 ) -> Trainer:
     """A trainer that goes on with the run in `out` from `saved`, which `load_latest(out)` gave, ready to `run()`.
 
-    The other arguments are those of `start`. The model, its settings, the layout and the optimizer must be those of the
-    run; what else differs from the run so far is printed and recorded in config.toml. Raises CheckpointError, and
-    changes nothing, where the checkpoint does not fit.
+    The other arguments are those of `start`. The model, its settings, the layout, the order of the data and the
+    optimizer must be those of the run, and in the order "epochs" also the seed and the size of a batch; what else
+    differs from the run so far is printed and recorded in config.toml. Raises CheckpointError, and changes nothing,
+    where the checkpoint does not fit.
     """
     _check_unchanged(saved, kind, config, train_config)
     folder = RunFolder(Path(out))
@@ -94,8 +95,14 @@ def _recorded(kind: str, config: GPTConfig, train_config: TrainConfig) -> dict[s
 
 
 def _check_unchanged(saved: Checkpoint, kind: str, config: GPTConfig, train_config: TrainConfig) -> None:
-    """A resumed run keeps its model, layout and optimizer. What an older checkpoint does not say has its default."""
-    kept = ("layout", "optimizer")
+    """A resumed run keeps its model, layout, order and optimizer. An older checkpoint lacks some: it has the defaults.
+
+    In the order of epochs, the step says which examples come next for one seed and one size of a batch. With another,
+    some examples of the epoch would come twice, and others not at all.
+    """
+    kept: tuple[str, ...] = ("layout", "optimizer", "order")
+    if train_config.order == "epochs":
+        kept += ("seed", "batch_size", "grad_accum")
     was = {"model": saved.model} | {name: saved.train_config.get(name, getattr(TrainConfig, name)) for name in kept}
     was |= dataclasses.asdict(saved.config())
     now = {"model": kind} | {name: getattr(train_config, name) for name in kept} | dataclasses.asdict(config)

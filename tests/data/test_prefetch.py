@@ -44,9 +44,9 @@ def test_it_runs_no_further_ahead_than_depth(monkeypatch) -> None:
     steps: list[int] = []
     batch = Blocks.batch
 
-    def counted(self, batch_size, seed, step):
+    def counted(self, batch_size, seed, step, *more):
         steps.append(step)
-        return batch(self, batch_size, seed, step)
+        return batch(self, batch_size, seed, step, *more)
 
     monkeypatch.setattr(Blocks, "batch", counted)
     with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, depth=2) as batches:
@@ -59,7 +59,9 @@ def test_without_the_thread_several_are_cut_when_none_is_left(monkeypatch) -> No
     steps: list[int] = []
     batch = Blocks.batch
     expected = [random_batch(TOKENS, 8, 4, 3, step)[0] for step in range(5, 12)]
-    monkeypatch.setattr(Blocks, "batch", lambda self, n, seed, step: steps.append(step) or batch(self, n, seed, step))
+    monkeypatch.setattr(
+        Blocks, "batch", lambda self, n, seed, step, *_: steps.append(step) or batch(self, n, seed, step)
+    )
     n_threads = threading.active_count()
     with Prefetcher(Blocks(TOKENS, 8), 4, seed=3, start_step=5, depth=3, threaded=False) as batches:
         assert threading.active_count() == n_threads and not steps
@@ -97,7 +99,7 @@ def test_close_wakes_a_waiting_consumer(monkeypatch) -> None:
 @pytest.mark.parametrize("threaded", [True, False])
 def test_an_error_reaches_the_consumer_after_the_batches_before_it(threaded: bool) -> None:
     class Failing(Blocks):
-        def batch(self, batch_size, seed, step):
+        def batch(self, batch_size, seed, step, *more):
             if step == 2:
                 raise OSError("the disk is gone")
             return super().batch(batch_size, seed, step)

@@ -26,6 +26,9 @@ def test_the_first_lines_name_model_data_device_and_steps(corpus, tmp_path):
     )
     assert re.match(r"device: cpu, \d+ threads?, float32; (ops: \d by|every op by PyTorch)", device)
     assert steps == "steps: 12, each of 64 tokens, with an evaluation every 4"
+    by_epochs = trainer(corpus, tmp_path / "epochs", dataclasses.replace(TRAIN, order="epochs"))
+    n_blocks = len(corpus.train) // 16 - 1
+    assert first_lines(by_epochs, "", "text.txt")[3] == f"{steps}; {n_blocks / 4:.1f} steps are an epoch"
     one_layer = first_lines(trainer(corpus, tmp_path / "one", n_layer=1), "preset small", "text.txt")
     assert ", 1 layer, width 16," in one_layer[0]
 

@@ -90,6 +90,37 @@ def test_a_resumed_run_keeps_its_model_and_its_layout(run, parts, changes, messa
     assert (run / "config.toml").read_bytes() == before
 
 
+EPOCHS = dataclasses.replace(CONFIG, order="epochs")
+
+
+def test_a_run_in_the_order_of_epochs_is_resumed_to_the_same_bits(parts, tmp_path):
+    for name, steps in (("whole", [4]), ("parts", [2, 4])):
+        for max_steps in steps:
+            given = parts | {"train_config": dataclasses.replace(EPOCHS, max_steps=max_steps)}
+            out = tmp_path / name
+            (start(out, **given) if max_steps == steps[0] else resume(out, load_latest(out), **given)).run()
+    whole, again = (
+        Checkpoint.load(tmp_path / name / "checkpoint" / "latest.safetensors") for name in ("whole", "parts")
+    )
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        (CONFIG, {"order": "epochs"}, "'order' is 'random', not 'epochs'.*leave --order out"),
+        (EPOCHS, {"order": "random"}, "'order' is 'epochs'"),
+        (EPOCHS, {"batch_size": 2}, "'batch_size' is 4, not 2"),
+        (EPOCHS, {"grad_accum": 2}, "'grad_accum' is 1, not 2"),
+        (EPOCHS, {"seed": 5}, "'seed' is 1337, not 5"),
+    ],
+)
+def test_a_resumed_run_repeats_no_data(parts, tmp_path, before, after, named):
+    start(tmp_path, **parts | {"train_config": dataclasses.replace(before, max_steps=1)}).run()
+    with pytest.raises(CheckpointError, match=named):
+        resume(tmp_path, load_latest(tmp_path), **parts | {"train_config": dataclasses.replace(before, **after)})
+
+
 def test_there_must_be_something_to_resume(tmp_path):
     with pytest.raises(CheckpointError, match=r"latest\.safetensors: no such .* from; leave --resume out to start"):
         load_latest(tmp_path)
