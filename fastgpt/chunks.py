@@ -1,7 +1,7 @@
-"""How many rows of logits `ops.linear_cross_entropy` holds at a time. Importing this needs no PyTorch: `plan.py` asks, too.
+"""How many rows of logits `ops.linear_cross_entropy` holds at a time. `plan.py` asks, too, so this needs no PyTorch.
 
-The bounds of a chunk do not depend on the cache sizes that a system reports: the last cache of a virtual machine belongs
-to a whole socket, which other machines use, too.
+The bounds of a chunk do not depend on the cache sizes that a system reports: the last cache of a virtual machine
+belongs to a whole socket, which other machines use, too.
 """
 
 from __future__ import annotations

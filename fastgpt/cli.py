@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from .commands import bench, data_show, doctor, evaluate, learn, parity, sample, study, train
+from .commands import bench, data_show, doctor, evaluate, learn, parity, plan, sample, study, train
 from .config import ConfigError
 from .options import commands_help, completion, help_text, options_of, read
 from .settings import (
@@ -23,6 +23,7 @@ from .settings import (
     DoctorSettings,
     EvalSettings,
     ParitySettings,
+    PlanSettings,
     SampleSettings,
     TrainSettings,
     UsageError,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Command | Group] = {
         {"show": Command(DataShowSettings, data_show, "print one example of each layout of the data")},
         "show: one example of each layout of the data",
     ),
+    "plan": Command(PlanSettings, plan, "what training on many GPUs will take: memory, bytes moved, time"),
     "learn": Command(LearnSettings, learn, "from bigram to GPT: train every stage, write a report"),
     "study": Group(
         {name: Command(kind, study, question(name)) for name, kind in STUDIES.items()},
@@ -176,7 +178,15 @@ def _flush_or_drop() -> None:
 # What a user's input or machine can cause. Anything else is a fault of this package, and shows its traceback.
 _FAILURES = (ValueError, RuntimeError, OSError, IndexError, TypeError, ArithmeticError, MemoryError, ImportError)
 # These commands only print, so they have succeeded when the reader of their output closes the pipe.
-_ONLY_PRINT = ("fastgpt", "fastgpt --version", "fastgpt sample", "fastgpt eval", "fastgpt data", "fastgpt doctor")
+_ONLY_PRINT = (
+    "fastgpt",
+    "fastgpt --version",
+    "fastgpt sample",
+    "fastgpt eval",
+    "fastgpt data",
+    "fastgpt doctor",
+    "fastgpt plan",
+)
 
 
 def _run(args: Sequence[str]) -> int:

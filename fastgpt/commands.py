@@ -8,13 +8,15 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from .config import DTYPES, ConfigError
+from .config import DTYPES, ConfigError, GPTConfig
+from .plan import Cluster, Job, Plan
 from .settings import (
     BenchSettings,
     DataShowSettings,
     DoctorSettings,
     EvalSettings,
     ParitySettings,
+    PlanSettings,
     SampleSettings,
     TrainSettings,
     UsageError,
@@ -235,6 +237,19 @@ def data_show(settings: DataShowSettings) -> None:
     from .data.show import show_layouts
 
     print(show_layouts(settings.data, settings.layout, settings.block_size, settings.tokenizer, settings.seed))
+
+
+def plan(settings: PlanSettings) -> None:
+    try:
+        found = Plan(settings.part(GPTConfig), settings.part(Job), settings.part(Cluster))
+    except ConfigError as error:
+        raise UsageError(_naming_option(error, settings)) from None
+    if settings.json:
+        import json
+
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print(found)
 
 
 def learn(settings: LearnSettings) -> None:

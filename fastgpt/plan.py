@@ -5,7 +5,8 @@ of 1024 GPUs takes a moment on a laptop. Importing this needs no PyTorch.
 
 A function below has one formula and its source. The counts (parameters, bytes that are kept for the backward pass,
 operations, bytes of a collective) are tested against those of real models and processes; docs/scale.md has both. The
-times are bounds: they take the machine's rates as given, and neither the latency of a collective nor the memory's speed.
+times are bounds: they take the machine's rates as given, and leave out the latency of a collective and the speed of
+memory.
 
 B sequences of T tokens in one process, C channels, H heads, V tokens in the vocabulary, L blocks, P parameters,
 N processes, each with a GPU of its own. A gigabyte is 10**9 bytes.
@@ -228,17 +229,17 @@ def memory(cfg: GPTConfig, job: Job) -> dict[str, int]:
         "gradients": FLOAT32 * shard,
         "moments": 2 * FLOAT32 * shard,
         "activations": activations(cfg, job.sequences, size, job.activation_checkpointing),
-        "logits chunk": logits_chunk(cfg, job.sequences, size),
-        "gradients of the head": head_gradients(cfg, job.sequences, size),
+        "logits_chunk": logits_chunk(cfg, job.sequences, size),
+        "head_gradients": head_gradients(cfg, job.sequences, size),
     }
     if job.is_sharded:
         block, root = count(block_shapes(cfg)), count(root_shapes(cfg))
-        parts["gathered weights"] = size * (root + 2 * block)
-        parts["whole gradients"] = size * (root + block)
-        parts["communication"] = size * block + FLOAT32 * max(root, block)  # gathered; gradients to be reduced
+        parts["gathered_weights"] = size * (root + 2 * block)
+        parts["whole_gradients"] = size * (root + block)
+        parts["communication_buffers"] = size * block + FLOAT32 * max(root, block)  # gathered; gradients to be reduced
     else:
-        parts["half-precision weights"] = half_copies(cfg, size)
-        parts["communication"] = 0  # gradients are views of DDP's buckets
+        parts["half_precision_weights"] = half_copies(cfg, size)
+        parts["communication_buffers"] = 0  # gradients are views of DDP's buckets
     return parts
 
 
@@ -326,12 +327,12 @@ def collectives(cfg: GPTConfig, job: Job) -> list[Collective]:
         return []
     if not job.is_sharded:
         gradients = FLOAT32 * count(all_shapes(cfg))
-        return [Collective("all-reduce of gradients", gradients, ring_all_reduce(gradients, n), "backward")]
+        return [Collective("all_reduce", gradients, ring_all_reduce(gradients, n), "backward")]
     blocks, root = (n * count(shapes, n) for shapes in (block_shapes(cfg) * cfg.n_layer, root_shapes(cfg)))
     made = (
-        ("all-gather in forward", job.size * (blocks + root), "forward"),
-        ("all-gather in backward", job.size * blocks, "backward"),
-        ("reduce-scatter of gradients", FLOAT32 * (blocks + root), "backward"),
+        ("all_gather_forward", job.size * (blocks + root), "forward"),
+        ("all_gather_backward", job.size * blocks, "backward"),
+        ("reduce_scatter", FLOAT32 * (blocks + root), "backward"),
     )
     steps = job.grad_accum
     return [Collective(name, steps * n_bytes, ring_half(steps * n_bytes, n), phase) for name, n_bytes, phase in made]
@@ -343,8 +344,8 @@ def collectives(cfg: GPTConfig, job: Job) -> list[Collective]:
 def link(job: Job, cluster: Cluster) -> float:
     """Bytes per second at which each process sends.
 
-    A ring over several nodes leaves and enters each node once, and its parts use the adapters of a node side by side: it
-    is as fast as the slower of a GPU's link in the node and all the adapters of a node.
+    A ring over several nodes leaves and enters each node once, and its parts use the adapters of a node side by side:
+    it is as fast as the slower of a GPU's link in the node and all the adapters of a node.
     """
     inside = job.gpus <= cluster.gpus_per_node
     return GB * (cluster.bandwidth_gb_s if inside else min(cluster.bandwidth_gb_s, cluster.network_gb_s))
@@ -353,7 +354,7 @@ def link(job: Job, cluster: Cluster) -> float:
 def seconds(cfg: GPTConfig, job: Job, cluster: Cluster) -> dict[str, float]:
     """Of one step: computing, communicating, one after the other, and with all hidden that can be.
 
-    DDP's exchange can hide behind the backward pass of the last micro-step alone, FSDP's behind the pass that it is for.
+    DDP's exchange can hide behind the backward pass of the last micro-step alone, FSDP's behind the pass it belongs to.
     """
     of_step = flops(cfg, job.sequences, job.activation_checkpointing)
     rate = cluster.flops * cluster.efficiency
@@ -368,7 +369,7 @@ def seconds(cfg: GPTConfig, job: Job, cluster: Cluster) -> dict[str, float]:
     return {
         "compute": compute,
         "communication": communication,
-        "not overlapped": compute + communication,
+        "not_overlapped": compute + communication,
         "overlapped": compute + exposed,
     }
 
@@ -489,4 +490,4 @@ def _lines(plan: Plan) -> list[str]:
 def _table(cells: Mapping[str, str]) -> list[str]:
     """Names on the left, values below each other on the right."""
     left, right = (max(map(len, column)) for column in (cells.keys(), cells.values()))
-    return [f"  {name.ljust(left)}  {value.rjust(right)}" for name, value in cells.items()]
+    return [f"  {name.replace('_', ' ').ljust(left)}  {value.rjust(right)}" for name, value in cells.items()]

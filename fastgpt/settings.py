@@ -35,6 +35,7 @@ from .config import (
     preset,
 )
 from .files import expand_path
+from .plan import Cluster, Job
 
 # The settings that name files or folders, in whatever command they are.
 PATHS = frozenset(
@@ -214,6 +215,32 @@ class DataShowSettings:
 
 
 @dataclass(frozen=True)
+class PlanSettings(Cluster, GPTConfig, Job):
+    """What training on many GPUs will take, by arithmetic: memory, operations, bytes moved, time.
+
+    Args:
+        vocab_size: number of tokens, V; where neither this nor the preset says, that of Shakespeare's characters.
+        batch_size: sequences of a micro-step over all GPUs; without a value, the preset's on each GPU.
+    """
+
+    batch_size: int | None = None  # type: ignore[assignment]  # a Job's is known
+    # the model: shakespeare-char, shakespeare-char-cpu, gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+    preset: str = "gpt2"  # type: ignore[assignment]  # a GPTConfig's is a method
+    json: bool = False  # print the plan as one JSON object, in bytes, operations and seconds.
+    config: str | None = None  # a TOML file with any of these settings.
+
+    def __post_init__(self) -> None:
+        """Values are checked by the methods below, when all sources have given theirs."""
+
+    def part(self, kind: type) -> Any:
+        """The settings that are a GPTConfig's, a Job's or a Cluster's, as one."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
+        if values.get("batch_size", 0) is None:
+            values["batch_size"] = self.gpus * preset(self.preset)[1].get("batch_size", TrainConfig.batch_size)
+        return from_dict(kind, values)
+
+
+@dataclass(frozen=True)
 class DoctorSettings:
     """Show what runs here: device, versions, and for each op the backend and why not each faster one."""
 
@@ -267,6 +294,8 @@ def with_sources(kind: type, given: dict[str, Any], on_gpu: bool = False) -> Any
     out = given.get("out", getattr(kind, "out", None))
     if given.get("resume") and out:
         below = _of_resumed_run(kind, given, out)
+    elif kind is PlanSettings:
+        below = preset(given.get("preset", PlanSettings.preset))[0]
     elif kind is not TrainSettings:
         below = getattr(kind, "QUICK", {}) if given.get("quick") else {}
     elif given.get("init_from"):
