@@ -1,0 +1,70 @@
+"""What is known of a file's content, kept until the file changes, so that a later start need not read the file.
+
+    digest = known(Path("corpus.txt"), sha256_of)["sha256"]     # reads the file once
+
+A file counts as unchanged while its path, size, time of modification and inode are the same. That is not trusted for a
+file that was modified shortly before it was read: a clock that is too coarse could give a later change the same time
+(git's documentation calls this racy).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .cache import cached
+
+_COARSEST_CLOCK_NS = 2 * 10**9  # FAT keeps times in steps of 2 s
+_READ_AT_ONCE = 1 << 20  # bytes
+
+
+def known(path: Path, find: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What `find` gives for the content of the file `path`, or gave when the file was the same. It is JSON.
+
+    Raises OSError where the file cannot be read.
+    """
+    real = path.resolve()
+    stamp = _stamp(real)
+
+    def make() -> dict[str, Any]:
+        read_at = time.time_ns()
+        return {"stamp": stamp, "read_at": read_at, "found": find(path)}
+
+    def read(kept: Path) -> dict[str, Any] | None:
+        try:
+            content = json.loads(kept.read_text(encoding="utf-8"))
+            is_same = content["stamp"] == stamp and stamp["mtime_ns"] < content["read_at"] - _COARSEST_CLOCK_NS
+            return content if is_same and isinstance(content["found"], dict) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    name = hashlib.sha256(
+        f"{find.__module__}.{find.__qualname__} {real}".encode("utf-8", "surrogateescape")
+    ).hexdigest()
+    kept = cached(
+        f"stamp-{name}.json",
+        read=read,
+        make=make,
+        parts=lambda content: [json.dumps(content).encode()],
+        consequence="the files of the data are read anew at each start",
+    )
+    return kept["found"]
+
+
+def sha256_of(path: Path) -> dict[str, str]:
+    """The hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_READ_AT_ONCE):
+            digest.update(piece)
+    return {"sha256": digest.hexdigest()}
+
+
+def _stamp(path: Path) -> dict[str, Any]:
+    status = os.stat(path)
+    return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}

@@ -1,0 +1,125 @@
+"""Folders of tokens that other programs have written, as memory maps: nanoGPT's and llm.c's.
+
+- nanoGPT (data/*/prepare.py) writes train.bin and val.bin, each nothing but uint16.
+- llm.c (dev/data/data_common.py) writes shards, NAME_train_000001.bin and NAME_val_000000.bin: a header of 256 int32,
+  which has a magic number, a version and the number of tokens, and then the tokens, uint16 for GPT-2 or uint32 for
+  Llama 3.
+
+Neither says which tokenizer made the tokens, so one has to be given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..tokenizer import Tokenizer
+from .sources import DataError
+from .stamps import known
+
+_HEADER = 256  # int32
+_DTYPES: dict[tuple[int, int], np.dtype] = {
+    (20240520, 1): np.dtype("<u2"),
+    (20240801, 7): np.dtype("<u4"),
+}  # by llm.c's magic number and version
+_TOKENS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """The shards of each split, in the order of their names, and a hash of all of them."""
+
+    train: list[np.ndarray]
+    val: list[np.ndarray]
+    sha256: str
+
+
+def is_token_folder(folder: Path) -> bool:
+    """Whether a folder has tokens of nanoGPT or of llm.c, of either split."""
+    return any(_files(folder, split) for split in ("train", "val"))
+
+
+def open_token_files(folder: Path, tokenizer: str | Tokenizer) -> TokenFiles:
+    """The tokens in `folder`, which `tokenizer` has made.
+
+    Each file is read once, for its largest token and its hash, and again only when it has changed. DataError names a
+    file that cannot be used, and a token that the tokenizer does not have.
+    """
+    shown = repr(str(folder))
+    if (folder / "meta.pkl").exists():
+        raise DataError(
+            f"{str(folder / 'meta.pkl')!r}: is a pickle, which may run any program when it is read, so it is not: "
+            f"tokenize the text itself, --data FILE; or where these are GPT-2's tokens, remove meta.pkl and give "
+            f"--tokenizer FOLDER"
+        )
+    if isinstance(tokenizer, str):
+        raise DataError(
+            f"{shown} holds tokens, not text, so the tokenizer {tokenizer!r} cannot be trained on it: give the one "
+            f"that made them, as --tokenizer FOLDER with GPT-2's vocab.json and merges.txt"
+        )
+    splits, digest = {}, hashlib.sha256()
+    for split in ("train", "val"):
+        files = _files(folder, split)
+        if not files:
+            raise DataError(f"{shown} has no file of the {split} split, {split}.bin or NAME_{split}_000001.bin: add it")
+        splits[split] = [_open(file) for file in files]
+        digest.update(f" {split}".encode())
+        for file in files:
+            found = known(file, _content)
+            digest.update(found["sha256"].encode())
+            if found["largest"] >= tokenizer.vocab_size:
+                raise DataError(
+                    f"{str(file)!r}: has the token {found['largest']}, and the tokenizer has {tokenizer.vocab_size}: "
+                    f"give the tokenizer that made these tokens, --tokenizer FOLDER"
+                )
+    if len({shard.dtype for shards in splits.values() for shard in shards}) > 1:
+        raise DataError(f"{shown} has files of GPT-2's tokens and of Llama 3's: put each kind into a folder of its own")
+    return TokenFiles(splits["train"], splits["val"], digest.hexdigest())
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """nanoGPT's file of the split, or else llm.c's, which have numbers where there are several."""
+    own = folder / f"{split}.bin"
+    return [own] if own.is_file() else sorted({*folder.glob(f"*_{split}.bin"), *folder.glob(f"*_{split}_*.bin")})
+
+
+def _open(path: Path) -> np.ndarray:
+    """The tokens of one file, memory-mapped."""
+    shown = repr(str(path))
+    try:
+        size = path.stat().st_size
+        if path.stem in ("train", "val"):
+            if size == 0 or size % 2:
+                raise DataError(f"{shown}: has {size:,} bytes, and tokens of nanoGPT are uint16: write the file again")
+            return np.memmap(path, np.dtype("<u2"), mode="r")
+        header = np.fromfile(path, np.dtype("<i4"), count=_HEADER)
+        dtype = _DTYPES.get((int(header[0]), int(header[1]))) if len(header) == _HEADER else None
+        if dtype is None:
+            kinds = " or ".join(f"{magic}, version {version}" for magic, version in _DTYPES)
+            raise DataError(
+                f"{shown}: does not begin as llm.c's files of tokens do (magic number {kinds}): write it by llm.c's "
+                f"dev/data scripts, or remove it"
+            )
+        n_tokens = int(header[2])
+        if n_tokens < 1 or size != header.nbytes + n_tokens * dtype.itemsize:
+            raise DataError(
+                f"{shown}: has {size:,} bytes, and its header tells of {n_tokens:,} tokens of {dtype.itemsize} bytes: "
+                f"it is not whole; fetch or write it again"
+            )
+        return np.memmap(path, dtype, mode="r", offset=header.nbytes, shape=(n_tokens,))
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror}; check its permissions") from None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The largest token of a file and the hash of all of them."""
+    tokens, digest, largest = _open(path), hashlib.sha256(), 0
+    for first in range(0, len(tokens), _TOKENS_AT_ONCE):
+        piece = tokens[first : first + _TOKENS_AT_ONCE]
+        digest.update(piece.data)
+        largest = max(largest, int(piece.max()))
+    return {"sha256": digest.hexdigest(), "largest": largest}
