@@ -1,16 +1,17 @@
 """Training state on disk: one safetensors file per checkpoint, its settings as JSON in the header. No pickle anywhere.
 
 A file is written beside its place, flushed to the disk and renamed onto it: whatever happens, the old one or the new
-one is there, whole. Tensors are called ``model.<parameter or buffer>``; ``step.<parameter>``, ``exp_avg.<parameter>``,
-``exp_avg_sq.<parameter>`` (AdamW's state); ``momentum_buffer.<parameter>`` (Muon's); and ``rng.cpu`` / ``rng.cuda`` /
-``rng.mps``.
+one is there, whole. A run of several processes writes a directory in its place (sharded.py). Tensors are called
+``model.<parameter or buffer>``; ``step.<parameter>``, ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>`` (AdamW's
+state); ``momentum_buffer.<parameter>`` (Muon's); and ``rng.cpu`` / ``rng.cuda`` / ``rng.mps``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import sharded
 from .config import LAYOUTS, ConfigError, GPTConfig, from_dict
 from .files import FileError, atomic_path, expand_path
 
@@ -38,13 +40,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except Exception as error:
         why = "a pointer to a file in Git LFS: run git lfs pull in its folder" if _is_lfs_pointer(path) else error
         raise CheckpointError(f"{path}: not a complete safetensors file ({why})") from error
@@ -63,7 +71,8 @@ def _is_lfs_pointer(path: Path) -> bool:
 class Checkpoint:
     """What a run needs to go on, or to be sampled from. `state` is the trainer's counters.
 
-    `model` is the name of the model in `baselines.MODELS`; a file that does not say holds a GPT.
+    `model` is the name of the model in `baselines.MODELS`; a file that does not say holds a GPT. The tensors of a
+    sharded checkpoint are on the meta device, names and shapes alone: `read` and `read_into` give their numbers.
     """
 
     model_config: dict[str, Any]
@@ -79,27 +88,26 @@ class Checkpoint:
         metadata |= {name: json.dumps(getattr(self, name)) for name in _JSON_FIELDS}
         write_tensors(expand_path(path), self.tensors, metadata)
 
+    def settings(self) -> dict[str, Any]:
+        """All but the tensors, for the checkpoint.json of a sharded checkpoint."""
+        fields = {name: getattr(self, name) for name in (*_JSON_FIELDS, "tokenizer", "model")}
+        return {"format": sharded.FORMAT, **fields}
+
     @classmethod
     def load(cls, path: str | Path) -> Checkpoint:
+        """Read a file, or the settings of a sharded checkpoint. Raises CheckpointError naming the file or the field."""
         path = expand_path(path)
+        if sharded.is_sharded(path):
+            return cls._load_sharded(path)
         tensors, metadata = read_tensors(path)
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}: not a FastGPT checkpoint"
-            )
-        fields: dict[str, Any] = {}
-        for name in _JSON_FIELDS:
-            try:
-                fields[name] = json.loads(metadata[name])
-            except (KeyError, ValueError, RecursionError) as error:
-                raise CheckpointError(f"{path}: field {name!r} is missing or is not JSON") from error
-            if not isinstance(fields[name], dict):
-                raise CheckpointError(f"{path}: field {name!r} is no JSON object")
-        if "tokenizer" not in metadata:
-            raise CheckpointError(f"{path}: field 'tokenizer' is missing")
-        return cls(
-            **fields, tokenizer=metadata["tokenizer"], tensors=tensors, path=path, model=metadata.get("model", "gpt")
-        )
+        return cls(**_fields_of(metadata, path), tensors=tensors, path=path)
+
+    @classmethod
+    def _load_sharded(cls, path: Path) -> Checkpoint:
+        settings = sharded.read_settings(path)
+        fields = _checked(settings, path / sharded.SETTINGS)
+        sharded.check_shards(path, settings["shards"])
+        return cls(**fields, tensors=sharded.empty_tensors(path), path=path)
 
     def config(self, **changes: Any) -> GPTConfig:
         """The settings of the model with `changes` made to them; ConfigError where it is these that are wrong."""
@@ -128,6 +136,49 @@ class Checkpoint:
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors called ``prefix.*``, by the rest of their names."""
         return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """As `part`, with numbers in all of them."""
+        found = self.part(prefix)
+        on_meta = {name: torch.empty_like(t, device="cpu") for name, t in found.items() if t.is_meta}
+        self.read_into({f"{prefix}.{name}": tensor for name, tensor in on_meta.items()})
+        return found | on_meta
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of these names into `targets`, which have their shapes; of a DTensor, its own shard."""
+        on_meta = {name: target for name, target in targets.items() if self.tensors[name].is_meta}
+        if on_meta:
+            assert self.path is not None
+            sharded.read_into(self.path, on_meta)
+        with torch.no_grad():
+            for name in targets.keys() - on_meta.keys():
+                sharded.copy_whole(targets[name], self.tensors[name])
+
+
+def _fields_of(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """The fields of a Checkpoint in the header of the file `path`."""
+    found = metadata.get("format")
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: format is {found!r}, expected {FORMAT!r}: not a FastGPT checkpoint")
+    fields: dict[str, Any] = dict(metadata)
+    for name in _JSON_FIELDS:
+        try:
+            fields[name] = json.loads(metadata[name])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: field {name!r} is missing or is not JSON") from error
+    return _checked(fields, path)
+
+
+def _checked(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a Checkpoint, without others that a file has."""
+    for name in _JSON_FIELDS:
+        if name not in fields:
+            raise CheckpointError(f"{path}: field {name!r} is missing")
+        if not isinstance(fields[name], dict):
+            raise CheckpointError(f"{path}: field {name!r} is no JSON object")
+    if not isinstance(fields.get("tokenizer"), str):
+        raise CheckpointError(f"{path}: field 'tokenizer' is missing")
+    return {name: fields[name] for name in (*_JSON_FIELDS, "tokenizer")} | {"model": fields.get("model", "gpt")}
 
 
 def check_same(path: Path | None, prefix: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -158,6 +209,32 @@ def load_parameters(model: torch.nn.Module, found: dict[str, Tensor], path: Path
             parameter.copy_(found[name])
 
 
+def newest(folder: Path, name: str) -> Path | None:
+    """The "latest" or "best" checkpoint in a run's folder `checkpoint`.
+
+    A run may have been one process at first, which writes files, and several later, which write directories, or the
+    other way round: the checkpoint of the larger step counts.
+    """
+    file = folder / f"{name}.safetensors"
+    directories = sharded.step_directories(folder)
+    if name == "best":
+        directories = [path for path in directories if sharded.read_settings(path).get("is_best")]
+    if not directories:
+        return file if file.exists() else None
+    last = directories[-1]
+    return file if file.exists() and _step_of(file) > sharded.step_of(last) else last
+
+
+def _step_of(file: Path) -> int:
+    """The step of a checkpoint in one file, from its header alone."""
+    with _opened(file) as opened:
+        metadata = opened.metadata() or {}
+    step = _fields_of(metadata, file)["state"].get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{file}: field 'state' has no 'step'")
+    return step
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint to take weights from: `path` itself, or the best (else the latest) of a run's folder."""
     path = expand_path(path)
@@ -166,11 +243,11 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{path}: no such file or folder; expected the folder of a run, as fastgpt train writes it, or of a "
             f"saved model"
         )
-    if not path.is_dir():
+    if not path.is_dir() or sharded.is_sharded(path):
         return path
     for folder in (path / "checkpoint", path):
         for name in ("best", "latest"):
-            if (found := folder / f"{name}.safetensors").exists():
+            if (found := newest(folder, name)) is not None:
                 return found
     if (path / "config.toml").exists():
         raise CheckpointError(f"{path}: this run has no checkpoint yet; it writes one at its first evaluation")

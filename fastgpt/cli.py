@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from .commands import bench, data_show, doctor, evaluate, learn, parity, plan, sample, study, train
+from .commands import bench, data_show, doctor, evaluate, export, learn, parity, plan, sample, study, train
 from .config import ConfigError
 from .options import commands_help, completion, help_text, options_of, read
 from .settings import (
@@ -22,6 +22,7 @@ from .settings import (
     DataShowSettings,
     DoctorSettings,
     EvalSettings,
+    ExportSettings,
     ParitySettings,
     PlanSettings,
     SampleSettings,
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Command | Group] = {
     "train": Command(TrainSettings, train, "train a GPT, or another model, on text"),
     "sample": Command(SampleSettings, sample, "continue a prompt with a trained model"),
     "eval": Command(EvalSettings, evaluate, "measure how well a model predicts a text"),
+    "export": Command(ExportSettings, export, "write a model as a plain folder, for transformers too"),
     "data": Group(
         {"show": Command(DataShowSettings, data_show, "print one example of each layout of the data")},
         "show: one example of each layout of the data",

@@ -15,6 +15,7 @@ from .settings import (
     DataShowSettings,
     DoctorSettings,
     EvalSettings,
+    ExportSettings,
     ParitySettings,
     PlanSettings,
     SampleSettings,
@@ -29,6 +30,7 @@ _EXAMPLES = {
     "checkpoint": "the folder of a run, which fastgpt train makes",
     "data": "a text file, or shakespeare",
     "out": "a folder for the run, as runs/first",
+    "export out": "a folder for the model, as models/first",
 }
 
 
@@ -38,7 +40,11 @@ def _required(settings: Any, command: str) -> list[str]:
     for name in names:
         if getattr(settings, name) is None:
             resumes = getattr(settings, "resume", False)
-            what = "the folder of the run to go on with" if resumes else _EXAMPLES[name]
+            what = (
+                "the folder of the run to go on with"
+                if resumes
+                else _EXAMPLES.get(f"{command} {name}", _EXAMPLES[name])
+            )
             raise UsageError(f"--{name} is missing: give {what}; see fastgpt {command} --help")
     return [getattr(settings, name) for name in names]
 
@@ -231,6 +237,25 @@ def evaluate(settings: EvalSettings) -> None:
     found = {"checkpoint": checkpoint, "data": data, **found}
     found |= {"device": str(precision.device), "dtype": precision.name}
     print(json.dumps(found, indent=2) if settings.json else table(found))
+
+
+def export(settings: ExportSettings) -> None:
+    checkpoint, out = _required(settings, "export")
+    if settings.format not in ("fastgpt", "huggingface"):
+        raise UsageError(f"--format: expected fastgpt or huggingface, got {settings.format!r}")
+    for name in ("config.json", "model.safetensors", "config.toml", "checkpoint"):
+        if os.path.exists(os.path.join(out, name)):
+            raise UsageError(f"--out: {out} already holds a model or a run; give another folder")
+    from .files import expand_path, make_output_folder
+    from .loading import load
+    from .model import GPT
+
+    model, _ = load(checkpoint)
+    if not isinstance(model, GPT):
+        raise UsageError(f"--checkpoint: {checkpoint} holds a {model.kind}; only a gpt can be exported")
+    make_output_folder(expand_path(out))
+    model.save_pretrained(out, settings.format)
+    print(f"{out}: a GPT of {model.num_parameters():,} parameters, in the format {settings.format}")
 
 
 def data_show(settings: DataShowSettings) -> None:

@@ -76,7 +76,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.chmod(temporary, mode)  # safetensors writes files that only their owner can read
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except Exception as error:  # safetensors reports a full disk with an exception type of its own
         reason = getattr(error, "strerror", None) or error  # an OSError's text names the temporary file
         raise FileError(f"{path}: cannot be written: {reason}; what was there before is untouched") from error
@@ -100,7 +100,7 @@ def _mode_to_keep(path: Path, probe: Path) -> int:
     return mode
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put the folder's new entry on the disk, too: otherwise a power cut may undo the rename."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

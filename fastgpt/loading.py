@@ -68,6 +68,6 @@ def _checkpoint(path: Path, changes: dict[str, Any]) -> LanguageModel:
     if saved.model not in MODELS:
         raise CheckpointError(f"{saved.path}: field 'model' is {saved.model!r}, expected one of {', '.join(MODELS)}")
     model = MODELS[saved.model](saved.config(**changes))
-    load_parameters(model, saved.part("model"), saved.path)
+    load_parameters(model, saved.read("model"), saved.path)
     model.tokenizer, model.layout = saved.read_tokenizer(), saved.layout
     return model.eval()

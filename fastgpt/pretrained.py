@@ -23,6 +23,7 @@ from . import huggingface
 from .checkpoint import Checkpoint, CheckpointError, check_same, find_checkpoint, read_tensors, write_tensors
 from .config import LAYOUTS, ConfigError, GPTConfig, from_dict
 from .files import atomic_path, expand_path
+from .sharded import is_sharded
 
 if TYPE_CHECKING:  # a model without a tokenizer does without that module
     from .tokenizer import Tokenizer
@@ -81,7 +82,7 @@ def read(directory: str | Path, changes: dict[str, Any], expected: Expected) -> 
     config_path = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder on this machine; fastgpt.load fetches models by name")
-    if not config_path.exists() and (folder / "checkpoint").is_dir():
+    if not config_path.exists() and ((folder / "checkpoint").is_dir() or is_sharded(folder)):
         return _read_run(find_checkpoint(folder), changes)
     if not config_path.exists():
         raise CheckpointError(
@@ -130,7 +131,7 @@ def _read_run(path: Path, changes: dict[str, Any]) -> Found:
     saved = Checkpoint.load(path)
     if saved.model != "gpt":
         raise CheckpointError(f"{path}: field 'model' is {saved.model!r}, not 'gpt'; fastgpt.load takes every model")
-    return Found(saved.config(**changes), saved.part("model"), path, saved.layout)
+    return Found(saved.config(**changes), saved.read("model"), path, saved.layout)
 
 
 @contextlib.contextmanager

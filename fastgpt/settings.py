@@ -156,7 +156,7 @@ class SampleSettings:
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
-    # a run (its best checkpoint is taken), one .safetensors checkpoint, a saved model, the folder of a Hugging Face
+    # a run (its best checkpoint is taken), one checkpoint, a saved model, the folder of a Hugging Face
     # GPT-2, or its name there, as gpt2. In first place it needs no option: fastgpt sample runs/demo.
     checkpoint: str | None = None
     prompt: str = "\n"  # the text to continue; a text that begins with "-" is given as --prompt=TEXT.
@@ -183,7 +183,7 @@ class EvalSettings:
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint", "data")
 
-    # a run (its best checkpoint is taken), one .safetensors checkpoint, a saved model, the folder of a Hugging Face
+    # a run (its best checkpoint is taken), one checkpoint, a saved model, the folder of a Hugging Face
     # GPT-2, or its name there, as gpt2. In first place it needs no option: fastgpt eval runs/demo --data FILE.
     checkpoint: str | None = None
     # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names; for a model of completions, JSON lines. All of it
@@ -197,6 +197,20 @@ class EvalSettings:
     dtype: str = "float32"  # of the matrix products: float32, bfloat16, float16, or auto, as in training.
     backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: see fastgpt doctor.
     threads: int | None = None  # of the CPU; by default one for each core.
+    config: str | None = None  # a TOML file with any of these settings.
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Write a model as a plain folder: config.json, model.safetensors and the files of its tokenizer."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint", "out")
+
+    # a run (its best checkpoint is taken), one checkpoint, a saved model, the folder of a Hugging Face GPT-2, or its
+    # name there, as gpt2. In first place it needs no option: fastgpt export runs/demo --out models/demo.
+    checkpoint: str | None = None
+    out: str | None = None  # the folder to write.
+    format: str = "fastgpt"  # fastgpt, which fastgpt.load reads, or huggingface, which transformers reads, too.
     config: str | None = None  # a TOML file with any of these settings.
 
 

@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastgpt
 from command_line import SMALL
+from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
 from fastgpt.ops.backend import OPS
 from fastgpt.training.run_folder import read_metrics
+from sharded_checkpoints import write_sharded
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,33 @@ def test_sample_takes_a_file_and_every_sampling_option(run, capsys):
     arguments = "--max-new-tokens 5 --temperature 0 --top-k 3 --top-p 0.9".split()
     assert main(["sample", "--checkpoint", str(file), *arguments]) == 0
     assert len(capsys.readouterr().out) == 1 + 5 + 1
+
+
+@pytest.mark.parametrize("form", ["file", "directory"])
+@pytest.mark.parametrize("format", ["fastgpt", "huggingface"])
+def test_export_writes_a_folder_with_the_same_model(run, tmp_path, capsys, form, format):
+    best = run / "checkpoint" / "best.safetensors"
+    if form == "directory":
+        best = write_sharded(Checkpoint.load(best), tmp_path / "checkpoint" / "step-00000006", is_best=True)
+    source, out = best.parent.parent, tmp_path / "model"
+    assert main(["export", str(source), "--out", str(out), "--format", format]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: a GPT of ")
+    assert files(out).keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
+    (before, letters), (after, same_letters) = fastgpt.load(run), fastgpt.load(out)
+    assert same_letters.to_json() == letters.to_json()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+    assert main(["export", str(source), "--out", str(out)]) == 2
+    assert "--out: " in capsys.readouterr().err
+
+
+def test_only_a_gpt_is_exported(text_file, tmp_path, capsys):
+    bigram = tmp_path / "bigram"
+    assert main(["train", "--data", str(text_file), "--out", str(bigram), "--model", "bigram", *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["export", str(bigram), "--out", str(tmp_path / "model")]) == 2
+    assert "--checkpoint: " in (said := capsys.readouterr().err) and "only a gpt can be exported" in said
+    assert not (tmp_path / "model").exists()
 
 
 def test_samples_end_at_a_text_and_are_printed_one_after_the_other(run, capsys):

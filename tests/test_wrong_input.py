@@ -54,6 +54,7 @@ WRONG = [
     ("sample", 2, ["--checkpoint is missing: give the folder of a run, which fastgpt train makes"]),
     ("eval", 2, ["--checkpoint is missing"]),
     ("eval RUN", 2, ["--data is missing: give a text file"]),
+    ("export RUN", 2, ["--out is missing: give a folder for the model", "see fastgpt export --help"]),
     # --- values that a setting cannot have ---
     (f"{TRAIN} --preset gpt5", 2, ["preset: expected one of", "shakespeare-char-cpu"]),
     (f"{TRAIN} --model gtp", 2, ["model: expected one of gpt"]),
@@ -78,6 +79,8 @@ WRONG = [
     ("sample RUN --temperature -1", 2, ["--temperature: expected a number of at least 0"]),
     ("sample RUN --stride 99", 2, ["--stride: expected at most 16"]),
     ("sample RUN --backend cudnn", 2, ["--backend: unknown backend 'cudnn'"]),
+    ("export RUN --out OUT --format onnx", 2, ["--format: expected fastgpt or huggingface, got 'onnx'"]),
+    ("export RUN --out RUN", 2, ["--out: ", "already holds a model or a run; give another folder"]),
     ("eval RUN --data DATA --dtype fp8", 2, ["--dtype: expected one of auto, float32"]),
     ("data show --layout x", 2, ["layout: expected one of blocks"]),
     ("learn --data DATA --out OUT --steps 0", 2, ["steps: expected at least 1"]),

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from .. import cuda_graph
-from ..checkpoint import Checkpoint, CheckpointError, check_same, load_parameters, model_tensors
+from ..checkpoint import Checkpoint, CheckpointError, check_same, model_tensors
 from ..config import TrainConfig
 from ..data.corpus import Corpus
 from ..data.layouts import layout_class
 from ..data.prefetch import Prefetcher
-from ..files import link_or_copy
 from ..language_model import LanguageModel
 from ..machine import resolve_device
 from . import TrainingError
@@ -32,6 +31,7 @@ from .graph import GraphedStep, is_graphed
 from .muon import Muon
 from .progress import Progress
 from .run_folder import RunFolder, plot_loss
+from .saving import saver
 from .step import Batch, Precision, count_targets, learning_rate, make_optimizer, mean_loss, training_step
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, by AdamW's own names
@@ -59,6 +59,7 @@ class Trainer:
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "best_val": None}
         self.precision = Precision(self.device, cfg.dtype)
         self.loss = torch.compile(self.model.loss) if cfg.compile else self.model.loss
+        self._saver = saver(folder)
         self._recorder = cuda_graph.recorder(self.device) if is_graphed(cfg, self.device.type) else None
         self._take: Callable[[Sequence[Batch], float], Tensor] = self._take_eagerly
         self._signal: int | None = None
@@ -97,8 +98,8 @@ class Trainer:
 
     def restore(self, saved: Checkpoint) -> None:
         """Take up where `saved` left off. Everything is checked before anything is changed."""
-        weights = saved.part("model")
-        check_same(saved.path, "model", weights, model_tensors(self.model))
+        weights = model_tensors(self.model)
+        check_same(saved.path, "model", saved.part("model"), weights)
         if saved.state.get("train_tokens") != len(self.corpus.train):
             raise CheckpointError(
                 f"{saved.path}: field 'train_tokens' is {saved.state.get('train_tokens')}, but the data given has "
@@ -112,38 +113,44 @@ class Trainer:
         for key in self.state:
             if key not in saved.state:
                 raise CheckpointError(f"{saved.path}: field 'state' has no {key!r}")
-        moments = self._checked_moments(saved)
+        moments = self._empty_moments()
+        saved = self._with_checked_moments(saved, moments)
         scaler = self._checked_scaler(saved)
         self._restore_random_state(saved)
-        load_parameters(self.model, weights, saved.path)
+        targets = {f"model.{name}": tensor for name, tensor in weights.items()}
+        if saved.state["step"] > 0:  # else the optimizer makes its zeros itself
+            targets |= {f"{kind}.{name}": t for name, kinds in moments.items() for kind, t in kinds.items()}
+        saved.read_into(targets)
         self.precision.scaler.load_state_dict(scaler)
         self.state = {key: saved.state[key] for key in self.state}
-        if self.state["step"] == 0:
-            return  # the optimizer makes its zeros itself
-        step_device = self.device if self.optimizer.param_groups[-1]["fused"] else torch.device("cpu")  # AdamW's rule
-        for name, parameter in self._trained().items():
-            self.optimizer.state[parameter] = {
-                moment: moments[moment][name].to(step_device, torch.float32, copy=True)
-                if moment == "step"
-                else torch.empty_like(parameter.detach()).copy_(moments[moment][name])
-                for moment in self._moments_of(parameter)
-            }
+        if self.state["step"] > 0:
+            self.optimizer.state.update({p: moments[name] for name, p in self._trained().items()})
 
-    def _checked_moments(self, saved: Checkpoint) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's state by kind and parameter. What older checkpoints have of frozen ones is left out."""
-        trained = self._trained()
-        frozen = {name for name, _ in self.model.named_parameters()} - trained.keys()
-        kinds = MOMENTS + MUON_MOMENTS
-        moments = {m: {n: t for n, t in saved.part(m).items() if n not in frozen} for m in kinds}
-        expected: dict[str, dict[str, Tensor]] = {moment: {} for moment in kinds}
-        for name, parameter in trained.items():
-            for moment in self._moments_of(parameter):
-                expected[moment][name] = torch.zeros((), dtype=torch.float32) if moment == "step" else parameter
-        if not moments["step"]:  # an older checkpoint, whose parameters all took every step
-            moments["step"] = dict.fromkeys(expected["step"], torch.tensor(saved.state["step"], dtype=torch.float32))
-        for moment in kinds:
-            check_same(saved.path, moment, moments[moment], expected[moment])
-        return moments
+    def _empty_moments(self) -> dict[str, dict[str, Tensor]]:
+        """Memory for the optimizer's state: the tensors of each parameter by their kind."""
+        step_device = self.device if self.optimizer.param_groups[-1]["fused"] else torch.device("cpu")  # AdamW's rule
+        return {
+            name: {
+                kind: torch.empty((), dtype=torch.float32, device=step_device)
+                if kind == "step"
+                else torch.empty_like(parameter.detach())
+                for kind in self._moments_of(parameter)
+            }
+            for name, parameter in self._trained().items()
+        }
+
+    def _with_checked_moments(self, saved: Checkpoint, moments: dict[str, dict[str, Tensor]]) -> Checkpoint:
+        """`saved`, whose optimizer state fits `moments`. What older checkpoints have of frozen parameters may stay."""
+        frozen = {name for name, _ in self.model.named_parameters()} - moments.keys()
+        if not saved.part("step"):  # an older checkpoint, whose parameters all took every step
+            step = torch.tensor(saved.state["step"], dtype=torch.float32)
+            steps = {f"step.{name}": step for name, kinds in moments.items() if "step" in kinds}
+            saved = dataclasses.replace(saved, tensors=saved.tensors | steps)
+        for kind in MOMENTS + MUON_MOMENTS:
+            expected = {name: kinds[kind] for name, kinds in moments.items() if kind in kinds}
+            found = {name: tensor for name, tensor in saved.part(kind).items() if name not in frozen}
+            check_same(saved.path, kind, found, expected)
+        return saved
 
     def _checked_scaler(self, saved: Checkpoint) -> dict[str, Any]:
         """The saved state of the gradient scaler, or its present state where the checkpoint has none."""
@@ -155,15 +162,15 @@ class Trainer:
 
     def _restore_random_state(self, saved: Checkpoint) -> None:
         """Set the random generators' states. A state from another kind of device is left out."""
-        if "rng.cpu" not in saved.tensors:
+        states, name, device = saved.read("rng"), "cpu", self.device
+        if name not in states:
             raise CheckpointError(f"{saved.path}: tensor rng.cpu is missing")
-        name, device = "rng.cpu", self.device
         try:
-            torch.set_rng_state(saved.tensors[name])
-            if device.type != "cpu" and (name := f"rng.{device.type}") in saved.tensors:
-                torch.get_device_module(device).set_rng_state(saved.tensors[name], device)
+            torch.set_rng_state(states[name])
+            if device.type != "cpu" and (name := device.type) in states:
+                torch.get_device_module(device).set_rng_state(states[name], device)
         except (RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{saved.path}: tensor {name} is not a random state ({error})") from None
+            raise CheckpointError(f"{saved.path}: tensor rng.{name} is not a random state ({error})") from None
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -202,8 +209,10 @@ class Trainer:
                 done = self._evaluate_and_save() if state["step"] == 0 else False
                 while state["step"] < cfg.max_steps and not done:
                     done = self._interval(iter(batches))
-                if state["step"] >= cfg.max_steps and not self.folder.latest.exists():
+                self._saver.wait()
+                if state["step"] >= cfg.max_steps and self.folder.last_checkpoint() is None:
                     self._save()
+                    self._saver.wait()
         problem = plot_loss(self.folder.metrics_path, self.folder.path / "loss.png")
         if problem:
             print(problem)
@@ -248,17 +257,23 @@ class Trainer:
         if self._signal is not None and not done:
             name = signal.Signals(self._signal).name
             hint = f" Resume with: {self.resume_command}" if self.resume_command else ""
-            raise Interrupted(f"{name}: stopped at step {state['step']} and saved {self.folder.latest}.{hint}")
+            self._saver.wait()
+            saved = self.folder.last_checkpoint()
+            raise Interrupted(f"{name}: stopped at step {state['step']} and saved {saved}.{hint}")
         return done
 
     def _check_losses(self, values: list[float], first: int) -> None:
         """Raise TrainingError for a loss that is not finite, or where float16 gradients overflow at any scale."""
         for step, value in enumerate(values, first + 1):
             if not math.isfinite(value):
-                raise self.folder.failure(f"step {step}: the loss is {value}", "Try a lower --lr")
+                raise self._failure(f"step {step}: the loss is {value}", "Try a lower --lr")
         if self.precision.scaler.get_scale() < 1.0:
             problem = f"step {self.state['step']}: the gradients overflow float16 even unscaled"
-            raise self.folder.failure(problem, "Try a lower --lr, or --dtype float32")
+            raise self._failure(problem, "Try a lower --lr, or --dtype float32")
+
+    def _failure(self, problem: str, remedy: str = "") -> TrainingError:
+        self._saver.wait()  # so that it can name the last checkpoint
+        return self.folder.failure(problem, remedy)
 
     def _step(self, micro_batches: Sequence[Batch]) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""
@@ -288,14 +303,12 @@ class Trainer:
         state, target = self.state, self.cfg.target_loss
         train_loss, val_loss = self.evaluate("train"), self.evaluate("val")
         if not math.isfinite(val_loss):
-            raise self.folder.failure(f"step {state['step']}: the validation loss is {val_loss}")
+            raise self._failure(f"step {state['step']}: the validation loss is {val_loss}")
         self._write("val", val_loss, _rate(state["tokens"], state["elapsed_s"]))
         best = state["best_val"] is None or val_loss < state["best_val"]
         if best:
             state["best_val"] = val_loss
-        self._save()
-        if best:
-            link_or_copy(self.folder.latest, self.folder.best)
+        self._save(best)
         skipped = self.skipped_steps()
         self._progress.say(
             f"step {state['step']}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {state['elapsed_s']:.1f} s"
@@ -303,8 +316,8 @@ class Trainer:
         )
         return target is not None and val_loss <= target
 
-    def _save(self) -> None:
-        self.checkpoint().save(self.folder.latest)
+    def _save(self, is_best: bool = False) -> None:
+        self._saver.save(self.checkpoint(), is_best)
 
     def _write(self, split: str, loss: float, tokens_per_s: float) -> None:
         state = self.state

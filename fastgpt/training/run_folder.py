@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import newest
 from ..files import FileError, atomic_path, make_output_folder, readable
 from ..plots import BLUE, INK, VERMILION, PlotError, panels, png, styled
+from ..sharded import step_directories
 from . import TrainingError
 
 HOW_TO_GO_ON = "add --resume to go on, or give another --out"  # where a folder already holds a run
@@ -21,21 +24,47 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
-        self.latest = path / "checkpoint" / "latest.safetensors"
-        self.best = path / "checkpoint" / "best.safetensors"
+        self.checkpoints = path / "checkpoint"
+        self.latest = self.checkpoints / "latest.safetensors"  # of a run of one process, as `best`
+        self.best = self.checkpoints / "best.safetensors"
 
     def create(self, settings: dict[str, Any]) -> None:
         """Start a new run. A folder that already holds one is refused: resuming it, or another folder, is the way."""
         if self.has_begun():
             raise TrainingError(f"{self.path}: already holds a run; {HOW_TO_GO_ON}")
         make_output_folder(self.path)
-        self.latest.parent.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
         self.metrics_path.touch()
         self.write_settings(settings)
 
     def has_begun(self) -> bool:
         has_rows = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
-        return has_rows or self.latest.exists() or (self.path / "stages").is_dir()  # those of fastgpt learn
+        return (
+            has_rows or self.last_checkpoint() is not None or (self.path / "stages").is_dir()
+        )  # those of fastgpt learn
+
+    def last_checkpoint(self) -> Path | None:
+        """The file or directory from which the run is resumed."""
+        return newest(self.checkpoints, "latest")
+
+    def hidden(self, checkpoint: Path) -> Path:
+        """The name of a directory that is being written or removed."""
+        return checkpoint.with_name(f".{checkpoint.name}.tmp")
+
+    def remove_leftovers(self) -> None:
+        """Remove the directories that a killed run was writing or removing."""
+        for path in self.checkpoints.glob(".step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def remove_superseded(self) -> None:
+        """Remove all checkpoints but the latest and the best, those of the other form too."""
+        kept = newest(self.checkpoints, "latest"), newest(self.checkpoints, "best")
+        for directory in step_directories(self.checkpoints):
+            if directory not in kept:  # renamed first: what has a checkpoint's name is whole
+                shutil.rmtree(directory.rename(self.hidden(directory)), ignore_errors=True)
+        for file in (self.latest, self.best):
+            if file not in kept:
+                file.unlink(missing_ok=True)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         import tomli_w
@@ -59,8 +88,9 @@ class RunFolder:
 
     def failure(self, problem: str, remedy: str = "") -> TrainingError:
         """The error that ends a run: the problem, the last good checkpoint, and what to try."""
-        last = self.latest if self.latest.exists() else "none"
-        return TrainingError(f"{problem}; last good checkpoint: {last}{remedy and '. '}{remedy}")
+        return TrainingError(
+            f"{problem}; last good checkpoint: {self.last_checkpoint() or 'none'}{remedy and '. '}{remedy}"
+        )
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: the resumed run writes them again."""

@@ -84,10 +84,11 @@ def resume(
 def load_latest(out: str | Path) -> Checkpoint:
     """The checkpoint from which the run in the folder `out` is resumed."""
     folder = RunFolder(Path(out))
-    if not folder.latest.exists():
+    last = folder.last_checkpoint()
+    if last is None:
         remedy = "give another --out" if folder.has_begun() else "leave --resume out"
         raise CheckpointError(f"{folder.latest}: no such checkpoint to resume from; {remedy} to start")
-    return Checkpoint.load(folder.latest)
+    return Checkpoint.load(last)
 
 
 def _recorded(kind: str, config: GPTConfig, train_config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""Checkpoints that several processes write and read: the same numbers on any number of them, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sharded_processes as processes
+from fastgpt.checkpoint import Checkpoint, newest
+from sharded_processes import WHOLE
+
+
+def _child(rank: int, n: int, store: str, results: Any, function: Callable, args: tuple) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, n), rank=rank, world_size=n)
+    results.put((rank, function(rank, n, *args)))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def gloo(tmp_path) -> Callable[..., list[Any]]:
+    """Runs `function(rank, n, *args)` in n processes of one group; returns the results of those that had one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "fastgpt"])
+
+    def run(n: int, function: Callable, *args: Any) -> list[Any]:
+        store, results = str(tmp_path / f"store-{os.urandom(4).hex()}"), context.SimpleQueue()
+        children = [context.Process(target=_child, args=(rank, n, store, results, function, args)) for rank in range(n)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+            child.kill()
+        found = {}
+        while not results.empty():
+            rank, result = results.get()
+            found[rank] = result
+        return [found[rank] for rank in sorted(found)]
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+
+
+def test_two_processes_write_what_one_and_four_read(gloo, tmp_path):
+    gloo(2, processes.save_some, str(tmp_path))
+    assert names(tmp_path) == ["step-00000002", "step-00000004"], "the best and the latest stay"
+    folder = tmp_path / "checkpoint"
+    assert [newest(folder, name).name for name in ("best", "latest")] == ["step-00000002", "step-00000004"]
+    saved = Checkpoint.load(folder / "step-00000004")
+    assert torch.equal(saved.read("model")["w"], WHOLE + 4), "as it was when save returned, not as it became"
+    assert saved.read("model")["b"] == 0 and torch.equal(saved.read("rng")["cpu"], torch.arange(9, dtype=torch.uint8))
+    assert saved.read("exp_avg")["w"].dtype == torch.bfloat16
+    assert gloo(4, processes.read_own_part, str(tmp_path)) == [(True, True, 0.0)] * 4
+
+
+def test_a_full_disk_in_one_process_is_every_ones_error_and_older_checkpoints_stay(gloo, tmp_path):
+    gloo(2, processes.save_some, str(tmp_path))
+    errors = gloo(2, processes.fail_in_the_last, str(tmp_path))
+    problem = f"{tmp_path / 'checkpoint' / 'step-00000005'}: cannot be written: No space left on device; "
+    assert errors == [problem + "the checkpoints before it are untouched"] * 2
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+
+
+def test_killed_during_the_write_leaves_the_checkpoint_before(gloo, tmp_path):
+    gloo(2, processes.save_some, str(tmp_path))
+    assert gloo(2, processes.die_while_writing, str(tmp_path)) == []
+    assert names(tmp_path) == [".step-00000005.tmp", "step-00000002", "step-00000004"]
+    latest = newest(tmp_path / "checkpoint", "latest")
+    assert Checkpoint.load(latest).state == {"step": 4} and torch.equal(
+        Checkpoint.load(latest).read("model")["w"], WHOLE + 4
+    )
+    gloo(2, processes.save_some, str(tmp_path))
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+
+
+def test_several_processes_take_their_parts_of_a_file_of_one(gloo, tmp_path):
+    file = tmp_path / "latest.safetensors"
+    processes.checkpoint(1, {"model.w": WHOLE}).save(file)
+    assert gloo(2, processes.read_own_part_of_a_file, str(file)) == [True, True]
+
+
+def test_the_files_of_one_process_that_are_older_go(gloo, tmp_path):
+    folder = tmp_path / "checkpoint"
+    whole = processes.checkpoint(1, {"model.w": WHOLE})
+    whole.save(folder / "latest.safetensors")
+    dataclasses.replace(whole, state={"step": 1}).save(folder / "best.safetensors")
+    gloo(2, processes.save_some, str(tmp_path))
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
