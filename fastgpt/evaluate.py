@@ -32,7 +32,9 @@ from .data.layouts import (
     join_names,
     names_of,
 )
+from .data.shards import Tokens
 from .data.sources import DataError, load_text
+from .data.stored import check_is_text, is_stored, open_stored
 from .language_model import LanguageModel
 from .tokenizer import Tokenizer
 from .training.step import Precision, mean_loss
@@ -46,7 +48,7 @@ class Strided(Examples):
     Of the first window all T targets count, of each other one the last `stride`: together every token but the first.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, stride: int) -> None:
+    def __init__(self, tokens: Tokens, block_size: int, stride: int) -> None:
         super().__init__(tokens, block_size)
         self.stride = stride
         if not 1 <= stride <= block_size:
@@ -89,7 +91,8 @@ class Evaluation:
 
 
 def examples_of(model: LanguageModel, tokenizer: Tokenizer, data: str, stride: int | None = None) -> Examples:
-    """All that is to be predicted of `data`, in the layout that the model was trained on.
+    """All that is to be predicted of `data`, in the layout that the model was trained on; of a folder of tokens, which
+    has two splits, the val split.
 
     stride: of the windows over a text; half of the model's context if None. In the other layouts the context of a token
     is given: the whole window before it, the name, or the prompt and the completion up to there.
@@ -103,6 +106,10 @@ def examples_of(model: LanguageModel, tokenizer: Tokenizer, data: str, stride: i
         raise ConfigError(
             f"stride: is for windows over a text, and this model's layout is {model.layout}; leave it out"
         )
+    if model.layout in ("names", "completions"):
+        check_is_text(data, model.layout)
+    elif is_stored(data):
+        return _over_a_text(open_stored(data, tokenizer).val, model, f"the val split of {data!r}", stride)
     if model.layout == "completions":
         tokens, lengths = encoded(load_pairs(data), tokenizer, block_size)
         return Completions(tokens, block_size, lengths)
@@ -112,12 +119,16 @@ def examples_of(model: LanguageModel, tokenizer: Tokenizer, data: str, stride: i
         tokens = _encode(tokenizer, join_names(names), data)
         check_names_fit(names, tokens, boundary_token(tokenizer), block_size, repr(data))
         return Names(tokens, block_size, boundary_token(tokenizer))
-    tokens = _encode(tokenizer, text, data)
+    return _over_a_text(_encode(tokenizer, text, data), model, repr(data), stride)
+
+
+def _over_a_text(tokens: Tokens, model: LanguageModel, shown: str, stride: int | None) -> Examples:
+    block_size = model.cfg.block_size
     if model.layout == "windows":
-        check_block(repr(data), tokens, block_size)
+        check_block(shown, tokens, block_size)
         return Windows(tokens, block_size)
     if len(tokens) < 2:
-        raise DataError(f"{data!r} has one token, and the first token is only context: give a longer text")
+        raise DataError(f"{shown} has one token, and the first token is only context: give a longer text")
     return Strided(tokens, block_size, max(1, block_size // 2) if stride is None else stride)
 
 

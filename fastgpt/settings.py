@@ -64,7 +64,7 @@ class RunSettings:
     config: str | None = None  # a TOML file with any of these settings.
     # gpt, bigram, positional-bigram, rnn, gru or lstm; they take what they need of the settings below.
     model: str = "gpt"
-    data: str = DEFAULT_TEXT  # a UTF-8 file or folder, or shakespeare, tinyshakespeare, names.
+    data: str = DEFAULT_TEXT  # a UTF-8 file or folder, a folder of tokens, or shakespeare, tinyshakespeare, names.
     out: str | None = None  # the run's folder.
     resume: bool = False  # go on with the run in --out.
     # train this model further instead of a new one: a run, a checkpoint, a saved model, the folder of a Hugging Face

@@ -20,14 +20,17 @@ from . import layouts
 from .cache import cached_bpe, cached_tokens
 from .completions import Pair, encoded, load_pairs
 from .layouts import Completions, Examples, Names
+from .shards import Tokens, pieces
 from .sources import DataError, load_text
-
-_HASHED_AT_ONCE = 1 << 20  # tokens: a corpus may be larger than the memory
+from .stored import check_is_text, is_stored, open_stored
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A tokenized text: its first 90 % of tokens to train on, the rest to validate.
+
+    Of a folder of tokens, the splits are those of its files, and `digest` is a hash of them: the tokens then lie in
+    memory maps, and are not read to know whether they are the same.
 
     With the layout "names" it is 90 % of the names, and both splits are lines between newline tokens. With
     "completions" it is 90 % of the prompts with their completions, and `lengths` has those of each (see
@@ -35,10 +38,11 @@ class Corpus:
     """
 
     tokenizer: Tokenizer
-    train: np.ndarray
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     layout: str = "blocks"
     lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
+    digest: str | None = None
 
     @classmethod
     def load(
@@ -59,6 +63,13 @@ class Corpus:
         block_size = as_int_argument("block_size", block_size, least=1)
         layouts.layout_class(layout)
         shown = repr(os.fspath(source))
+        if layout in ("names", "completions"):
+            check_is_text(source, layout)
+        elif is_stored(source):
+            stored = open_stored(source, tokenizer)
+            for split in ("train", "val"):
+                layouts.check_block(f"the {split} split of {shown}", getattr(stored, split), block_size)
+            return cls(stored.tokenizer, stored.train, stored.val, layout, digest=stored.digest)
         if layout == "completions":
             return cls._load_completions(load_pairs(source), shown, tokenizer, vocab_size, block_size)
         text = load_text(source)
@@ -104,12 +115,24 @@ class Corpus:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of all that is learned from, by which a resumed run knows its data."""
+        """A sha256 that follows from all that is learned from, by which a resumed run knows its data."""
+        if self.digest is not None:
+            return hashlib.sha256(f"{self.layout} {self.digest}".encode()).hexdigest()
+        return self._hash_of_tokens()
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Whether a run whose data had this fingerprint has learned from this corpus.
+
+        The run may have read the tokens from elsewhere. Then they have to be hashed, all of them, to know.
+        """
+        return fingerprint == self.fingerprint or (self.digest is not None and fingerprint == self._hash_of_tokens())
+
+    def _hash_of_tokens(self) -> str:
         digest = hashlib.sha256(self.layout.encode())
         for numbers in (self.train, self.val, *(self.lengths[split].ravel() for split in sorted(self.lengths))):
             digest.update(f" {len(numbers)} ".encode())
-            for first in range(0, len(numbers), _HASHED_AT_ONCE):
-                digest.update(numbers[first : first + _HASHED_AT_ONCE].astype("<u4").tobytes())
+            for piece in pieces(numbers):
+                digest.update(piece.astype("<u4").tobytes())
         return digest.hexdigest()
 
     def examples(self, split: str, block_size: int) -> Examples:

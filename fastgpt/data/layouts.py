@@ -24,6 +24,7 @@ from torch import Tensor
 from ..config import LAYOUTS, ORDERS, as_int_argument
 from ..tokenizer import Tokenizer
 from .order import epoch_size, of_epochs, philox
+from .shards import Tokens
 from .sources import DataError, by_hash
 
 # One token is both start and end: at the start it is never a target, and at the end never context. It is the newline,
@@ -72,7 +73,7 @@ def check_varied(text: str, shown: str) -> None:
         raise DataError(f"{shown} has one distinct character, {text[0]!r}: give a text with something to predict")
 
 
-def check_block(name: str, tokens: np.ndarray, block_size: int) -> None:
+def check_block(name: str, tokens: Tokens, block_size: int) -> None:
     block_size = as_int_argument("block_size", block_size, least=1)
     if len(tokens) <= block_size:
         raise DataError(
@@ -102,7 +103,7 @@ class Examples:
     equal_targets = True  # whether all examples have the same number of targets that count
     epoch_stride = 1  # from one example to the next that has no target in common with it
 
-    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+    def __init__(self, tokens: Tokens, block_size: int) -> None:
         self.tokens, self.block_size = tokens, as_int_argument("block_size", block_size, least=1)
         self.row_size = self.block_size  # T
 
@@ -144,7 +145,7 @@ class Examples:
 class Blocks(Examples):
     """Blocks of a text at any place. Each prefix is an example, so a block has T contexts, of 1 to T tokens."""
 
-    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+    def __init__(self, tokens: Tokens, block_size: int) -> None:
         check_block("tokens", tokens, block_size)
         super().__init__(tokens, block_size)
         self.epoch_stride = self.block_size  # blocks that touch, each token once a target
@@ -160,7 +161,7 @@ class Blocks(Examples):
 class Windows(Blocks):
     """A window of T tokens slid over the text, one place at a time: one example each, the whole window its context."""
 
-    def __init__(self, tokens: np.ndarray, block_size: int) -> None:
+    def __init__(self, tokens: Tokens, block_size: int) -> None:
         super().__init__(tokens, block_size)
         self.epoch_stride = 1  # a window has one target
 
@@ -180,7 +181,8 @@ class Names(Examples):
 
     equal_targets = False
 
-    def __init__(self, tokens: np.ndarray, block_size: int, boundary: int) -> None:
+    def __init__(self, tokens: Tokens, block_size: int, boundary: int) -> None:
+        tokens = np.asarray(tokens)
         super().__init__(tokens, block_size)
         (ends,) = np.nonzero(tokens == boundary)
         if len(ends) < 2 or ends[0] != 0 or ends[-1] != len(tokens) - 1:
@@ -213,7 +215,7 @@ class Completions(Examples):
 
     equal_targets = False
 
-    def __init__(self, tokens: np.ndarray, block_size: int, lengths: np.ndarray) -> None:
+    def __init__(self, tokens: Tokens, block_size: int, lengths: np.ndarray) -> None:
         super().__init__(tokens, block_size)
         self.prompts, totals = lengths[:, 0], lengths.sum(axis=1)
         self.starts, self.inputs = totals.cumsum() - totals, totals - 1  # the end token is a target, never context
@@ -249,11 +251,11 @@ def _tensors(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
 # ---- batches ----
 
 
-def random_batch(tokens: np.ndarray, block_size: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+def random_batch(tokens: Tokens, block_size: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Blocks at random places: x (B, T) and y (B, T), int64, where y[b, t] is the token after x[b, t]."""
     return Blocks(tokens, block_size).batch(batch_size, seed, step)
 
 
-def evaluation_blocks(tokens: np.ndarray, block_size: int, n_blocks: int) -> tuple[Tensor, Tensor]:
+def evaluation_blocks(tokens: Tokens, block_size: int, n_blocks: int) -> tuple[Tensor, Tensor]:
     """The same evenly spaced blocks every time, first and last included: x (n, T) and y (n, T), int64."""
     return Blocks(tokens, block_size).evenly_spaced(n_blocks)

@@ -52,6 +52,14 @@ def read_files(source: str | os.PathLike[str], pattern: str) -> dict[str, str]:
 
     One of them has a text that is not empty.
     """
+    texts = {str(file): _read_utf8(file) for file in find_files(source, pattern)}
+    if not any(texts.values()):
+        raise DataError(f"{os.fspath(source)!r} is empty: give a file with text in it")
+    return texts
+
+
+def find_files(source: str | os.PathLike[str], pattern: str) -> list[Path]:
+    """The file `source`, or the files of that folder and of those in it whose name fits `pattern`, by their paths."""
     shown, known = repr(os.fspath(source)), f"a file, a folder, or one of {', '.join(SOURCES)}"
     if not os.fspath(source):
         raise DataError(f"data source is empty: give {known}")
@@ -61,21 +69,17 @@ def read_files(source: str | os.PathLike[str], pattern: str) -> dict[str, str]:
             files = sorted(file for file in path.rglob(pattern) if file.is_file())
             if not files:
                 raise DataError(f"{shown} holds no files named {pattern}: put some there, or give one file's path")
-        elif path.is_file():
-            files = [path]
-        elif path.exists():
+            return files
+        if path.is_file():
+            return [path]
+        if path.exists():
             raise DataError(
                 f"{shown} is a pipe or a device, neither a file nor a folder, and a run that is resumed reads its text "
                 f"again: write it to a file and give that"
             )
-        else:
-            raise DataError(f"{shown} does not exist: give {known}")
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror}; check the path and its permissions") from None
-    texts = {str(file): _read_utf8(file) for file in files}
-    if not any(texts.values()):
-        raise DataError(f"{shown} is empty: give a file with text in it")
-    return texts
+    raise DataError(f"{shown} does not exist: give {known}")
 
 
 def _read_utf8(path: Path) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..tokenizer import Tokenizer
+from .shards import pieces
 from .sources import DataError
 from .stamps import known
 
@@ -26,7 +27,6 @@ _DTYPES: dict[tuple[int, int], np.dtype] = {
     (20240520, 1): np.dtype("<u2"),
     (20240801, 7): np.dtype("<u4"),
 }  # by llm.c's magic number and version
-_TOKENS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,8 @@ def _open(path: Path) -> np.ndarray:
 
 def _content(path: Path) -> dict[str, Any]:
     """The largest token of a file and the hash of all of them."""
-    tokens, digest, largest = _open(path), hashlib.sha256(), 0
-    for first in range(0, len(tokens), _TOKENS_AT_ONCE):
-        piece = tokens[first : first + _TOKENS_AT_ONCE]
+    digest, largest = hashlib.sha256(), 0
+    for piece in pieces(_open(path)):
         digest.update(piece.data)
         largest = max(largest, int(piece.max()))
     return {"sha256": digest.hexdigest(), "largest": largest}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import ConfigError, GPTConfig, TrainConfig, preset
 from ..data.corpus import Corpus
 from ..data.layouts import evaluation_blocks, random_batch
+from ..data.shards import pieces
 from ..machine import facts, resolve_device, short_commit
 from ..model import GPT
 from ..tokenizer import VISIBLE, Tokenizer
@@ -163,7 +164,9 @@ def frequency_loss(corpus: Corpus, block_size: int) -> float:
     One is added to each count, so that a token that does not occur there has a probability.
     """
     _, targets = evaluation_blocks(corpus.val, block_size, VALIDATION_BLOCKS)
-    counts = np.bincount(corpus.train, minlength=corpus.tokenizer.vocab_size) + 1.0
+    counts = np.ones(corpus.tokenizer.vocab_size)
+    for piece in pieces(corpus.train):
+        counts += np.bincount(piece, minlength=len(counts))
     return float(-np.log(counts / counts.sum())[targets.numpy()].mean())
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from ..config import ConfigError, GPTConfig, TrainConfig
 from ..data.corpus import Corpus
+from ..data.shards import Tokens, pieces
 from ..files import make_output_folder
 from ..plots import need_matplotlib
 from ..report import markdown_table
@@ -136,7 +138,7 @@ def _sample(trainer: Trainer, corpus: Corpus, seed: int) -> str:
     try:
         first = corpus.tokenizer.encode("\n")
     except ValueError:  # a text of one line has no line break among its characters
-        first = corpus.train[:1].tolist()
+        first = [int(corpus.train[0])]
     idx = torch.tensor([first], device=trainer.device)
     generator = torch.Generator(trainer.device).manual_seed(seed)
     out = trainer.model.generate(idx, SAMPLE_TOKENS, temperature=0.8, generator=generator)
@@ -150,6 +152,13 @@ def counted_bigram(corpus: Corpus) -> float:
     """
     V = corpus.tokenizer.vocab_size
     counts = np.ones((V, V))
-    np.add.at(counts, (corpus.train[:-1], corpus.train[1:]), 1)
+    for before, after in _neighbours(corpus.train):
+        np.add.at(counts, (before, after), 1)
     log_p = np.log(counts / counts.sum(axis=1, keepdims=True))
-    return round(float(-log_p[corpus.val[:-1], corpus.val[1:]].mean()), 4)
+    nats = sum(-log_p[before, after].sum() for before, after in _neighbours(corpus.val))
+    return round(float(nats / (len(corpus.val) - 1)), 4)
+
+
+def _neighbours(tokens: Tokens) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each token and the one after it, about a million at a time."""
+    return zip(pieces(tokens[:-1]), pieces(tokens[1:]), strict=True)

@@ -105,7 +105,7 @@ class Trainer:
                 f"{saved.path}: field 'train_tokens' is {saved.state.get('train_tokens')}, but the data given has "
                 f"{len(self.corpus.train)}: resume with the data the run was started with"
             )
-        if saved.state.get("data", self.corpus.fingerprint) != self.corpus.fingerprint:  # older ones do not say
+        if "data" in saved.state and not self.corpus.has_fingerprint(saved.state["data"]):  # older ones do not say
             raise CheckpointError(
                 f"{saved.path}: field 'data' is not the fingerprint of the data given, which is as long, but not the "
                 f"same: resume with the data the run was started with"

@@ -118,10 +118,10 @@ def test_files_are_read_for_their_largest_token_once_only(nanogpt, monkeypatch) 
     for path in nanogpt.iterdir():
         os.utime(path, (1e9, 1e9))
     first = open_token_files(nanogpt, TOKENIZER)
-    monkeypatch.setattr("fastgpt.data.token_files._TOKENS_AT_ONCE", None)  # what reads the tokens cannot do without
+    monkeypatch.setattr("fastgpt.data.token_files.pieces", lambda _: pytest.fail("read again"))
     assert open_token_files(nanogpt, TOKENIZER).sha256 == first.sha256
     (nanogpt / "val.bin").write_bytes(TRAIN.astype("<u2").tobytes())
-    with pytest.raises(TypeError):
+    with pytest.raises(pytest.fail.Exception, match="read again"):
         open_token_files(nanogpt, TOKENIZER)
 
 

@@ -1,0 +1,76 @@
+"""Tokens in several files as one sequence, of any size: memory maps, of which only what is asked for is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+_TOKENS_AT_ONCE = 1 << 20
+
+
+class ShardedTokens:
+    """Arrays of tokens (n,) of one dtype, one after the other, read as one array of one dimension.
+
+    A slice is such a sequence again, of views. An array of integers, of any shape, gathers an array of that shape.
+    `numpy.asarray` copies all tokens into memory.
+    """
+
+    ndim = 1
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self.shards = [shard for shard in shards if len(shard)] or list(shards[:1])
+        if not self.shards or len({shard.dtype for shard in self.shards}) > 1:
+            raise ValueError("shards: expected arrays of one dtype, at least one")
+        self.dtype = self.shards[0].dtype
+        self._ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (len(self),)
+
+    def __getitem__(self, which: Any) -> Any:
+        if isinstance(which, slice):
+            return self._slice(*which.indices(len(self)))
+        places = np.asarray(which)
+        if places.dtype.kind not in "iu":
+            raise IndexError(f"tokens: expected integers or a slice as the index, got {places.dtype}")
+        places = np.where(places < 0, places + len(self), places)
+        if places.size and not 0 <= places.min() <= places.max() < len(self):
+            raise IndexError(f"tokens: an index is outside of the {len(self)} tokens")
+        if len(self.shards) == 1:
+            return self.shards[0][places]
+        return self._gather(places)
+
+    def _slice(self, start: int, stop: int, step: int) -> ShardedTokens:
+        if step != 1:
+            raise IndexError(f"tokens: expected a slice of step 1, got {step}; numpy.asarray(tokens) has any")
+        starts = self._ends - [len(shard) for shard in self.shards]
+        parts = zip(self.shards, starts.tolist(), strict=True)
+        return ShardedTokens([shard[max(start - first, 0) : max(stop - first, 0)] for shard, first in parts])
+
+    def _gather(self, places: np.ndarray) -> np.ndarray:
+        of = np.searchsorted(self._ends, places, side="right")
+        found = np.empty(places.shape, self.dtype)
+        for number in np.unique(of).tolist():
+            here, shard = of == number, self.shards[number]
+            found[here] = shard[places[here] - (int(self._ends[number]) - len(shard))]
+        return found[()]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("copy: tokens in several files cannot be one array without a copy")
+        return np.concatenate(self.shards).astype(dtype or self.dtype, copy=False)
+
+
+Tokens = np.ndarray | ShardedTokens
+
+
+def pieces(tokens: Tokens) -> Iterator[np.ndarray]:
+    """The tokens in their order, about a million at a time: they may not fit into the memory."""
+    for first in range(0, len(tokens), _TOKENS_AT_ONCE):
+        yield np.asarray(tokens[first : first + _TOKENS_AT_ONCE])
