@@ -51,6 +51,11 @@ void set_sizes(Attention& a, const Tensor& q, const Tensor& k, const Tensor& v) 
                 "k, v: expected the dtype of q");
 }
 
+// The mask's row of the first query, in a batch of which this call has the sequences from `first_sequence` on.
+void set_first_row(Attention& a, int64_t first_sequence) {
+  a.first_row = static_cast<uint64_t>(first_sequence * a.heads * a.queries);
+}
+
 void set_packed_sizes(Attention& a, const Tensor& qkv, int64_t n_head) {
   FASTGPT_CHECK(qkv.dim() == 3 && n_head > 0 && qkv.size(2) % (3 * n_head) == 0, "qkv: expected (B, T, 3 C)");
   a.batch = qkv.size(0), a.heads = a.key_heads = n_head, a.queries = a.keys = qkv.size(1);
@@ -110,9 +115,10 @@ void check_outputs(const Tensor& grad_out, const Tensor& out, const Tensor& like
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed,
-                                     bool is_causal, double scale, double dropout_p) {
+                                     bool is_causal, double scale, double dropout_p, int64_t first_sequence) {
   Attention a = options(seed, is_causal, scale, dropout_p);
   set_sizes(a, q, k, v);
+  set_first_row(a, first_sequence);
   const Tensor q_rows = with_rows_of_heads(q), k_rows = with_rows_of_heads(k), v_rows = with_rows_of_heads(v);
   Tensor out = new_heads(q), lse = new_lse(a);
   a.q = heads_of(q_rows), a.k = heads_of(k_rows), a.v = heads_of(v_rows), a.out = heads_of(out);
@@ -124,9 +130,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& out, const Tensor& lse,
                                                       const std::optional<Tensor>& seed, bool is_causal, double scale,
-                                                      double dropout_p, bool needs_q, bool needs_k, bool needs_v) {
+                                                      double dropout_p, int64_t first_sequence, bool needs_q, bool needs_k,
+                                                      bool needs_v) {
   Attention a = options(seed, is_causal, scale, dropout_p);
   set_sizes(a, q, k, v);
+  set_first_row(a, first_sequence);
   check_outputs(grad_out, out, q, q.numel());
   const Tensor q_rows = with_rows_of_heads(q), k_rows = with_rows_of_heads(k), v_rows = with_rows_of_heads(v);
   const Tensor grad_rows = with_rows_of_heads(grad_out), out_rows = with_rows_of_heads(out);
@@ -145,9 +153,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
 }
 
 std::tuple<Tensor, Tensor> attention_packed(const Tensor& qkv, int64_t n_head, const std::optional<Tensor>& seed,
-                                            bool is_causal, double scale, double dropout_p) {
+                                            bool is_causal, double scale, double dropout_p, int64_t first_sequence) {
   Attention a = options(seed, is_causal, scale, dropout_p);
   set_packed_sizes(a, qkv, n_head);
+  set_first_row(a, first_sequence);
   const Tensor rows = with_rows_of_heads(qkv);
   Tensor out = new_buffer(qkv, {a.batch, a.queries, n_head * a.width}, /*zeros=*/false), lse = new_lse(a);
   a.q = packed_heads_of(rows, 0, n_head, a.width), a.k = packed_heads_of(rows, 1, n_head, a.width);
@@ -159,9 +168,10 @@ std::tuple<Tensor, Tensor> attention_packed(const Tensor& qkv, int64_t n_head, c
 
 Tensor attention_packed_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                  int64_t n_head, const std::optional<Tensor>& seed, bool is_causal, double scale,
-                                 double dropout_p) {
+                                 double dropout_p, int64_t first_sequence) {
   Attention a = options(seed, is_causal, scale, dropout_p);
   set_packed_sizes(a, qkv, n_head);
+  set_first_row(a, first_sequence);
   check_outputs(grad_out, out, qkv, qkv.numel() / 3);
   const Tensor rows = with_rows_of_heads(qkv), grad_rows = with_rows_of_heads(grad_out), out_rows = with_rows_of_heads(out);
   Tensor grad = new_buffer(qkv, {a.batch, a.queries, 3 * n_head * a.width}, /*zeros=*/false);

@@ -165,7 +165,7 @@ void attend(const Attention& a, int64_t batch, int64_t head, int64_t begin, int6
   float* const v = take(workspace, block * width);
   float* const out = take(workspace, rounded_up(end - begin, TALL) * width);
   RowState* const states = reinterpret_cast<RowState*>(workspace);
-  const Dropout dropout(a.seed, a.dropout_p);
+  const Dropout dropout(a.seed, a.dropout_p, a.first_row);
   const uint64_t first_row = static_cast<uint64_t>((batch * a.heads + head) * a.queries);
   for (int64_t i = 0; i < end - begin; ++i) states[i] = {-INFINITY, 0.0f};
   const int64_t seen = keys_seen(a, end - 1);
@@ -270,7 +270,7 @@ void differentiate(const Attention& a, int64_t batch, int64_t key_head, float* w
   float* const grad_v = take(workspace, block * width);
   float* const grad_q = workspace;  // of a strip, or where there are several blocks of keys, of all queries
   const bool one_block = block >= a.keys, with_scores = a.grad_q.data || a.grad_k.data;
-  const Dropout dropout(a.seed, a.dropout_p);
+  const Dropout dropout(a.seed, a.dropout_p, a.first_row);
   int64_t key = 0;
   do {
     const int64_t keys = most(0, least(block, a.keys - key));

@@ -79,7 +79,7 @@ struct LayerNormRows {
   float *mean, *rstd;          // (rows), written
   float eps;
   double dropout_p;
-  uint64_t seed;  // the key of the dropout mask, see philox.h
+  uint64_t seed, first_row;  // the key of the dropout mask, see philox.h, and its row for row 0
   int64_t columns;
 };
 
@@ -90,7 +90,7 @@ struct LayerNormGradients {
   const float *mean, *rstd;
   float *weight_sums, *bias_sums;  // (columns): the gradients of the rows are added
   double dropout_p;
-  uint64_t seed;
+  uint64_t seed, first_row;
   int64_t columns;
 };
 
@@ -181,7 +181,7 @@ struct Attention {
   bool is_causal;
   float scale;
   double dropout_p;
-  uint64_t seed;
+  uint64_t seed, first_row;
 };
 
 // The row kernels of one instruction set; those in arrays are one for each Storage.

@@ -21,6 +21,11 @@ uint64_t key_of(double dropout_p, const std::optional<Tensor>& seed) {
   return static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
 }
 
+// The mask's row of row 0, in a batch of which x (B, ..., C) has the sequences from `first_sequence` on.
+uint64_t first_row_of(const Tensor& x, int64_t n_rows, int64_t first_sequence) {
+  return static_cast<uint64_t>(n_rows == 0 ? 0 : first_sequence * (n_rows / x.size(0)));
+}
+
 int64_t width_of(const Tensor& x, const Tensor& weight) {
   FASTGPT_CHECK(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1) && weight.size(0) > 0,
                 "weight: expected (C), to fit x (..., C) with C at least 1");
@@ -37,7 +42,7 @@ Tensor new_if(bool wanted, const Tensor& like, ScalarType dtype) {
 std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::optional<Tensor>& residual,
                                               const Tensor& weight, const std::optional<Tensor>& bias, double eps,
                                               double dropout_p, const std::optional<Tensor>& seed,
-                                              ScalarType out_dtype) {
+                                              int64_t first_sequence, ScalarType out_dtype) {
   const int64_t C = width_of(x, weight), n_rows = x.numel() / C;
   FASTGPT_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == C), "bias: expected (C), like weight");
   const bool adds = residual.has_value();
@@ -61,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::option
   rows.columns = C;
   rows.dropout_p = adds ? dropout_p : 0.0;
   rows.seed = key_of(rows.dropout_p, seed);
+  rows.first_row = first_row_of(x, n_rows, first_sequence);
   torch::stable::parallel_for(0, n_rows, rows_per_task(C), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * C)]);
     kernels().layer_norm(rows, begin, end, scratch.get());
@@ -70,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::option
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& grad_y, const std::optional<Tensor>& grad_sum, const Tensor& x, const Tensor& weight,
-    const Tensor& stats, double dropout_p, const std::optional<Tensor>& seed, ScalarType residual_dtype,
-    ScalarType x_dtype, const std::vector<bool>& output_mask) {
+    const Tensor& stats, double dropout_p, const std::optional<Tensor>& seed, int64_t first_sequence,
+    ScalarType residual_dtype, ScalarType x_dtype, const std::vector<bool>& output_mask) {
   FASTGPT_CHECK(output_mask.size() == 4, "output_mask: expected x, residual, weight, bias");
   const bool with_x = output_mask[0], with_residual = output_mask[1];
   const bool with_weight = output_mask[2], with_bias = output_mask[3];
@@ -97,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
   rows.columns = C;
   rows.dropout_p = dropout_p;
   rows.seed = key_of(dropout_p, seed);
+  rows.first_row = first_row_of(x, n_rows, first_sequence);
   SumsOfBlocks sums(n_rows, C, int{with_weight} + int{with_bias});
   sums.for_each_block([&](int64_t begin, int64_t end, float* of_block) {
     const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(4 * C)]);

@@ -73,7 +73,7 @@ inline void over_mask(const Dropout& dropout, int64_t row, int64_t columns, cons
 
 template <bool DROPS>
 void layer_norm_forward(const LayerNormRows& a, int64_t begin, int64_t end, float* scratch) {
-  const Dropout dropout(a.seed, a.dropout_p);
+  const Dropout dropout(a.seed, a.dropout_p, a.first_row);
   const int64_t C = a.columns;
   for (int64_t row = begin; row < end; ++row) {
     const float* h = read_row(a.x, row, C, scratch);
@@ -133,7 +133,7 @@ inline void row_means(const LayerNormGradients& a, const float* grad, const floa
 }
 
 void layer_norm_gradients(const LayerNormGradients& a, int64_t begin, int64_t end, float* scratch) {
-  const Dropout dropout(a.seed, a.dropout_p);
+  const Dropout dropout(a.seed, a.dropout_p, a.first_row);
   const int64_t C = a.columns;
   const auto means_of = a.weight_sums ? (a.bias_sums ? row_means<true, true> : row_means<true, false>)
                                       : (a.bias_sums ? row_means<false, true> : row_means<false, false>);

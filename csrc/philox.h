@@ -37,9 +37,10 @@ inline Words interleave(Words a, Words b, std::integer_sequence<int, I...>) {
 
 class Dropout {
  public:
-  // Drops with probability p in [0, 1).
-  Dropout(uint64_t seed, double p)
+  // Drops with probability p in [0, 1). Row 0 of the caller is `first_row` of the mask.
+  Dropout(uint64_t seed, double p, uint64_t first_row)
       : scale(static_cast<float>(1.0 / (1.0 - p))),
+        first_row(first_row),
         // The sum with 2^52 is rounded to an integer, ties to even, as Python's round() does.
         last_dropped(static_cast<int32_t>(static_cast<int64_t>(p * 0x1p31 + 0x1p52 - 0x1p52) - 1)) {
     uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
@@ -51,6 +52,7 @@ class Dropout {
 
   // The random words of the columns [column, column + 2 * LANES) of a row; `column` is a multiple of four.
   void draw(uint64_t row, uint64_t column, Bits words[2]) const {
+    row += first_row;
     Words c0 = group_of_lane + column / 4, c1 = Words{} + (row & 0xffffffffu), c2 = Words{} + (row >> 32), c3{};
 #pragma GCC unroll 10
     for (int round = 0; round < ROUNDS; ++round) {
@@ -76,6 +78,7 @@ class Dropout {
 
  private:
   static constexpr int ROUNDS = 10;
+  const uint64_t first_row;
   const int32_t last_dropped;  // the largest 31-bit word whose element is dropped; -1 where none is
   uint64_t keys[ROUNDS][2];
   Words group_of_lane;

@@ -1,5 +1,6 @@
 """What only a GPU can show: the kernels as compiled, in every dtype and at real sizes. `pytest -m gpu`."""
 
+import contextlib
 from functools import partial
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.ops import reference, self_test
+from fastgpt.ops.attention import self_attention
 from fastgpt.ops.backend import self_test_typical_variants, unavailable
 from fastgpt.ops.cross_entropy import cuda_plan, set_cuda_plans
+from fastgpt.ops.dropout import dropout, rows_from
 from triton_checks import check_against_oracle
 
 pytestmark = [
@@ -241,6 +244,28 @@ def test_cuda_graph_replays_with_new_dropout():
     first = [y.clone() for y in outputs]
     graph.replay()
     assert all(y.isfinite().all() and not torch.equal(y, z) for y, z in zip(outputs, first, strict=True))
+
+
+def test_parts_of_a_batch_are_dropped_as_the_whole_is():
+    x, weight = (
+        torch.randn(4, 64, 3 * 64, dtype=torch.bfloat16, device="cuda"),
+        torch.ones(64, device="cuda").bfloat16(),
+    )
+
+    def results(part, rows):
+        leaf = part.clone().requires_grad_()
+        torch.manual_seed(0)
+        with rows:
+            branch = self_attention(leaf, 2, dropout_p=0.2, backend="triton")
+            y, h = ops.add_layer_norm(branch, branch, weight, dropout_p=0.2, backend="triton")
+            out = dropout(y + h, 0.2)
+        out.sum().backward()
+        return out.detach(), leaf.grad
+
+    whole = results(x, contextlib.nullcontext())
+    for first, n in ((0, 2), (2, 2), (3, 1)):
+        ours = results(x[first : first + n], rows_from(first, 4))
+        assert all(torch.equal(a, b[first : first + n]) for a, b in zip(ours, whole, strict=True))
 
 
 def test_autocast_gives_the_torch_ops_dtypes():

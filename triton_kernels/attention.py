@@ -133,6 +133,7 @@ def forward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    first_sequence: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): out (B, H, Tq, D), laid out as (B, Tq, H, D); lse (B, H, Tq) float32, in base 2, +inf for no key."""
     B, H, Tq, D = q.shape
@@ -154,7 +155,7 @@ def forward(
         _decode(q, k, v, out, lse, n_splits, split_size, score_scale, constants | config)
         return out, lse
     key = lse if seed is None else seed  # a kernel without dropout does not read it, but it has to be a tensor
-    factors = (score_scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p))
+    factors = (score_scale, first_sequence * H * Tq, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p))
     constants["DROPOUT"] = dropout_p > 0.0
     config = one_tile_forward_config(D, q.element_size(), max(Tq, Tk), dropout_p > 0.0, architecture(q))
     if config is not None:
@@ -226,6 +227,7 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
     output_mask: Sequence[bool],
+    first_sequence: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, laid out as (B, T, H, D) like `out`; empty where they are not asked for."""
     needs_q, needs_k, needs_v = output_mask
@@ -234,7 +236,8 @@ def backward(
         empty_heads(k, k.shape[1], k.shape[2]) if needs_k else k.new_empty(0),
         empty_heads(v, v.shape[1], v.shape[2]) if needs_v else v.new_empty(0),
     )
-    _write_gradients(grads, grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, output_mask, False)
+    options = (is_causal, scale, dropout_p, seed, first_sequence)
+    _write_gradients(grads, grad_out, q, k, v, out, lse, *options, output_mask, False)
     return grads
 
 
@@ -247,6 +250,7 @@ def packed_backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    first_sequence: int = 0,
 ) -> Tensor:
     """The gradient of qkv (B, T, 3, H, D), which holds q, k and v: written by the kernels, joined by no copy.
 
@@ -254,8 +258,8 @@ def packed_backward(
     """
     grad_qkv = qkv.new_empty(qkv.shape)
     q, k, v = unpack(qkv)
-    every = (True, True, True)
-    _write_gradients(unpack(grad_qkv), grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, every, True)
+    options = (is_causal, scale, dropout_p, seed, first_sequence)
+    _write_gradients(unpack(grad_qkv), grad_out, q, k, v, out, lse, *options, (True, True, True), True)
     return grad_qkv
 
 
@@ -264,7 +268,9 @@ def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
-def _write_gradients(grads, grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, output_mask, packed):
+def _write_gradients(
+    grads, grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, first_sequence, output_mask, packed
+):
     """Fills `grads`, of q, k and v: (B, H, T, D) each, views of (B, T, H, D) or, `packed`, of one (B, T, 3, H, D).
 
     In two passes, the gradient of q needs the first and that of v the second. The gradient of k needs both, because the
@@ -284,7 +290,8 @@ def _write_gradients(grads, grad_out, q, k, v, out, lse, is_causal, scale, dropo
     strides = _strides(grad_out, q, k, v)
     group = H // Hkv
     section = _section(Tk, D, q.element_size())
-    factors = (scale * math.log2(math.e), scale, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p))
+    rows_before = first_sequence * H * Tq
+    factors = (scale * math.log2(math.e), scale, rows_before, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p))
     constants = {"HEAD_SIZE": D, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0.0, "PRECISION": _precision(q.dtype)}
     size, longest = q.element_size(), max(Tq, Tk)
     with device_of(q):

@@ -78,14 +78,17 @@ def _row_stride(n_heads, HEAD_SIZE: tl.constexpr, PACKED: tl.constexpr):
     return n_heads * (3 * HEAD_SIZE if PACKED else HEAD_SIZE)
 
 
-@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "last_dropped"])
+@triton.jit(
+    do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "rows_before", "last_dropped"]
+)
 def grad_q_kernel(
     GradOut, Q, K, V, Out, Lse, Delta, GradQ, Seed,
     grad_batch_stride, grad_head_stride, grad_stride,
     q_batch_stride, q_head_stride, q_stride,
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride, grad_q_stride,
-    batch_size, n_heads, group, n_queries, n_keys, section, score_scale, scale, last_dropped, keep_scale,
+    batch_size, n_heads, group, n_queries, n_keys, section,
+    score_scale, scale, rows_before: tl.int64, last_dropped, keep_scale,
     GRAD_Q: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -134,7 +137,7 @@ def grad_q_kernel(
                 weights = tl.where(seen, weights, 0.0)
             grad_weights = dot(grad_out, tl.trans(v), PRECISION)
             if DROPOUT:
-                keep = keep_tile(seed, mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
+                keep = keep_tile(seed, rows_before + mask_row, first_key, last_dropped, BLOCK_M, BLOCK_N)
                 grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
             grad_scores = weights * (grad_weights - delta[:, None])
             grad_q = dot_add(round_to(grad_scores, k.dtype), k, grad_q, PRECISION)
@@ -142,14 +145,17 @@ def grad_q_kernel(
         store_tile(GradQ, grad_q, batch, head, first_query, grad_q_stride, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "last_dropped"])
+@triton.jit(
+    do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "rows_before", "last_dropped"]
+)
 def grad_kv_kernel(
     GradOut, Q, K, V, Lse, Delta, GradK, GradV, Seed,
     grad_batch_stride, grad_head_stride, grad_stride,
     q_batch_stride, q_head_stride, q_stride,
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
-    batch_size, n_heads, group, n_queries, n_keys, section, score_scale, scale, last_dropped, keep_scale,
+    batch_size, n_heads, group, n_queries, n_keys, section,
+    score_scale, scale, rows_before: tl.int64, last_dropped, keep_scale,
     GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, PACKED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -195,7 +201,7 @@ def grad_kv_kernel(
             seen = seen_mask(first_query, first_key, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
             keep = None
             if DROPOUT:
-                keep = keep_tile(seed, mask_row + first_query, first_key, last_dropped, BLOCK_M, BLOCK_N)
+                keep = keep_tile(seed, rows_before + mask_row + first_query, first_key, last_dropped, BLOCK_M, BLOCK_N)
             grad_k, grad_v, _ = _add_to_grad_kv(
                 grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
                 GRAD_K, GRAD_V, False, CAUSAL, DROPOUT, PRECISION,
@@ -207,14 +213,14 @@ def grad_kv_kernel(
         store_tile(GradV, grad_v, batch, key_head, first_key, stride, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_queries", "n_keys", "last_dropped"])
+@triton.jit(do_not_specialize=["n_heads", "n_queries", "n_keys", "rows_before", "last_dropped"])
 def one_tile_backward_kernel(
     GradOut, Q, K, V, Out, Lse, GradQ, GradK, GradV, Seed,
     grad_batch_stride, grad_head_stride, grad_stride,
     q_batch_stride, q_head_stride, q_stride,
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
-    n_heads, group, n_queries, n_keys, score_scale, scale, last_dropped, keep_scale,
+    n_heads, group, n_queries, n_keys, score_scale, scale, rows_before: tl.int64, last_dropped, keep_scale,
     GRAD_Q: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, PACKED: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -249,7 +255,7 @@ def one_tile_backward_kernel(
         seen = seen_mask(0, 0, n_queries, n_keys, CAUSAL, BLOCK_M, BLOCK_N)
         keep = None
         if DROPOUT:
-            keep = keep_tile(seed, mask_row, 0, last_dropped, BLOCK_M, BLOCK_N)
+            keep = keep_tile(seed, rows_before + mask_row, 0, last_dropped, BLOCK_M, BLOCK_N)
         grad_k, grad_v, grad_scores = _add_to_grad_kv(
             grad_k, grad_v, q, k, v, grad_out, lse, delta, seen, keep, score_scale, keep_scale,
             GRAD_K, GRAD_V, GRAD_Q, True, DROPOUT, PRECISION,

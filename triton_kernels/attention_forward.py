@@ -93,13 +93,16 @@ def _store_forward(
     tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=queries < n_queries)
 
 
-@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "last_dropped"])
+@triton.jit(
+    do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "rows_before", "last_dropped"]
+)
 def forward_kernel(
     Q, K, V, Out, Lse, Seed,
     q_batch_stride, q_head_stride, q_stride,
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
-    batch_size, n_heads, group, n_queries, n_keys, section, score_scale, last_dropped, keep_scale,
+    batch_size, n_heads, group, n_queries, n_keys, section,
+    score_scale, rows_before: tl.int64, last_dropped, keep_scale,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -131,7 +134,7 @@ def forward_kernel(
         for first_key in range(0, end, BLOCK_N):
             accumulator, largest, total = _forward_tile(
                 accumulator, largest, total, q, k_source, v_source, batch, head // group, first_query, first_key,
-                first_key >= unmasked_end, n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+                first_key >= unmasked_end, n_queries, n_keys, score_scale, seed, rows_before + mask_row, last_dropped,
                 HEAD_SIZE, CAUSAL, DROPOUT, PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         _store_forward(
@@ -140,13 +143,13 @@ def forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "last_dropped"])
+@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "rows_before", "last_dropped"])
 def one_tile_forward_kernel(
     Q, K, V, Out, Lse, Seed,
     q_batch_stride, q_head_stride, q_stride,
     k_batch_stride, k_head_stride, k_stride,
     v_batch_stride, v_head_stride, v_stride,
-    batch_size, n_heads, group, n_queries, n_keys, score_scale, last_dropped, keep_scale,
+    batch_size, n_heads, group, n_queries, n_keys, score_scale, rows_before: tl.int64, last_dropped, keep_scale,
     HEAD_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -162,13 +165,13 @@ def one_tile_forward_kernel(
     for index in range(tl.program_id(0), batch_size * n_heads, tl.num_programs(0)):
         batch, head = index // n_heads, index % n_heads
         q = load_tile(q_source, batch, head, 0, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
-        mask_row = first_row_of_head(batch, n_heads, head, n_queries)
+        mask_row = tl.cast(index, tl.int64) * n_queries
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         largest = tl.full((BLOCK_M,), _NO_SCORE, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         accumulator, largest, total = _forward_tile(
             accumulator, largest, total, q, k_source, v_source, batch, head // group, 0, 0, True,
-            n_queries, n_keys, score_scale, seed, mask_row, last_dropped,
+            n_queries, n_keys, score_scale, seed, rows_before + mask_row, last_dropped,
             HEAD_SIZE, CAUSAL, DROPOUT, PRECISION, False, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         _store_forward(

@@ -57,10 +57,10 @@ WIDE_CONFIG = {"BLOCK": 4096, "num_warps": 8, **_OPTIONS}
 AFFINE_GRAD_CONFIG = {"ROWS": 16, "BLOCK": 128, "STAGES": 2, "num_warps": 4, **_OPTIONS}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_before"])
 def forward_kernel(
     X, Residual, Weight, Bias, Y, Sum, Stats, Seed,
-    n_rows, width, x_stride, residual_stride, eps, last_dropped, keep_scale,
+    n_rows, width, x_stride, residual_stride, eps, rows_before: tl.int64, last_dropped, keep_scale,
     ADD: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS rows. Sum is h, written where ADD; Stats (2, n_rows) float32 is mean and rstd."""
@@ -71,7 +71,7 @@ def forward_kernel(
     x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         if DROPOUT:
-            keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
+            keep = keep_tile(tl.load(Seed), rows_before + first_row, 0, last_dropped, ROWS, BLOCK)
             x = tl.where(keep, x * keep_scale, 0.0)
         x += tl.load(Residual + rows * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
         stored = round_to(x, Sum.dtype.element_ty)
@@ -89,10 +89,10 @@ def forward_kernel(
     tl.store(Stats + n_rows + row, rstd, mask=row < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_before"])
 def backward_kernel(
     GradY, GradSum, X, Weight, Stats, Seed, GradResidual, GradX, Partial,
-    n_rows, width, grad_y_stride, grad_sum_stride, x_stride, last_dropped, keep_scale,
+    n_rows, width, grad_y_stride, grad_sum_stride, x_stride, rows_before: tl.int64, last_dropped, keep_scale,
     HAS_GRAD_SUM: tl.constexpr, WRITE_GRAD_RESIDUAL: tl.constexpr, WRITE_GRAD_X: tl.constexpr,
     WRITE_GRAD_WEIGHT: tl.constexpr, WRITE_GRAD_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -136,7 +136,7 @@ def backward_kernel(
                 tl.store(GradResidual + out, round_to(grad, GradResidual.dtype.element_ty), mask=mask)
             if WRITE_GRAD_X:
                 if DROPOUT:
-                    keep = keep_tile(tl.load(Seed), first_row, 0, last_dropped, ROWS, BLOCK)
+                    keep = keep_tile(tl.load(Seed), rows_before + first_row, 0, last_dropped, ROWS, BLOCK)
                     grad = tl.where(keep, grad * keep_scale, 0.0)
                 tl.store(GradX + out, round_to(grad, GradX.dtype.element_ty), mask=mask)
     out = tl.program_id(0).to(tl.int64) * width + columns
@@ -147,10 +147,10 @@ def backward_kernel(
         tl.store(Partial + out, tl.sum(grad_bias, axis=0)[None, :], mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_before"])
 def wide_backward_kernel(
     GradY, GradSum, X, Weight, Stats, Seed, GradResidual, GradX,
-    n_rows, width, grad_y_stride, grad_sum_stride, x_stride, last_dropped, keep_scale,
+    n_rows, width, grad_y_stride, grad_sum_stride, x_stride, rows_before: tl.int64, last_dropped, keep_scale,
     HAS_GRAD_SUM: tl.constexpr, WRITE_GRAD_RESIDUAL: tl.constexpr, WRITE_GRAD_X: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +188,7 @@ def wide_backward_kernel(
             tl.store(GradResidual + out, round_to(grad, GradResidual.dtype.element_ty), mask=mask)
         if WRITE_GRAD_X:
             if DROPOUT:
-                keep = keep_tile(tl.load(Seed), row, start, last_dropped, 1, BLOCK)
+                keep = keep_tile(tl.load(Seed), rows_before + row, start, last_dropped, 1, BLOCK)
                 grad = tl.where(tl.reshape(keep, (BLOCK,)), grad * keep_scale, 0.0)
             tl.store(GradX + out, round_to(grad, GradX.dtype.element_ty), mask=mask)
 
@@ -282,6 +282,7 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     out_dtype: torch.dtype,
+    first_sequence: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, stats): y (..., C) in `out_dtype`; h is empty without `residual`; stats (2, rows) float32: mean, rstd."""
     C = x.shape[-1]
@@ -301,7 +302,8 @@ def forward(
         forward_kernel[(cdiv(n_rows, config["ROWS"]),)](
             rows, residual_rows, weight.contiguous(), weight if bias is None else bias.contiguous(),
             y, h, stats, stats if seed is None else seed,
-            n_rows, C, rows.stride(0), residual_rows.stride(0), eps, last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
+            n_rows, C, rows.stride(0), residual_rows.stride(0), eps,
+            first_sequence * (n_rows // x.shape[0]), last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
             ADD=residual is not None, DROPOUT=dropout_p > 0.0, HAS_BIAS=bias is not None, **config,
         )  # fmt: skip
     return y, h, stats
@@ -318,6 +320,7 @@ def backward(
     residual_dtype: torch.dtype,
     x_dtype: torch.dtype,
     output_mask: Sequence[bool],
+    first_sequence: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_residual, grad_x, grad_affine) of `forward`. `x` is what was normalised: x itself, or the sum h.
 
@@ -340,7 +343,7 @@ def backward(
     sources = (grad_rows, grad_sum_rows, rows, weight.contiguous(), stats, stats if seed is None else seed)
     shared = (
         n_rows, C, grad_rows.stride(0), grad_sum_rows.stride(0), rows.stride(0),
-        last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
+        first_sequence * (n_rows // x.shape[0]), last_dropped(dropout_p), 1.0 / (1.0 - dropout_p),
     )  # fmt: skip
     flags = {
         "HAS_GRAD_SUM": grad_sum is not None,

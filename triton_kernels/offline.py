@@ -34,7 +34,7 @@ _TYPES = (
     dict.fromkeys(_COUNTS, "i32")
     | dict.fromkeys(("score_scale", "scale", "keep_scale", "eps"), "fp32")
     | dict.fromkeys(("Lse", "Delta", "PartialOut", "PartialLse", "Stats", "Partial"), "*fp32")
-    | {"Seed": "*i64", "Length": "*i64"}
+    | {"Seed": "*i64", "Length": "*i64", "rows_before": "i64"}
 )
 _ALIGNED = ("stride", "width")  # compiled as multiples of 16, which they are for every usual width
 

@@ -20,7 +20,7 @@ from ..config import MAX_HEAD_SIZE
 from . import native
 from .arguments import as_dropout, as_number, autocast_dtype, check_bool, check_float, check_like
 from .backend import Absent, Slower, choose, dispatch, register
-from .dropout import dropout, philox_keep_mask
+from .dropout import dropout, first_sequence_of, philox_keep_mask, within_rows
 from .library import define_op, inside_transform, refuse_forward_mode
 from .reference import causal_mask
 from .triton_backend import seed_tensor
@@ -125,6 +125,8 @@ def attention_on_torch(
             rows = q[:, :, n_without_keys:]
             seen = attention_on_torch(rows, k, v, is_causal=True, scale=scale, dropout_p=dropout_p, seed=None)
             return F.pad(seen, (0, 0, n_without_keys, 0))
+    if dropout_p > 0.0 and q.device.type != "cpu" and within_rows():  # that kernel cannot draw a part of a mask
+        seed = seed_tensor(dropout_p, seed, q.device)
     if dropout_p > 0.0 and (seed is not None or q.device.type == "cpu"):
         if autocast_dtype(q) is None:
             return _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed)
@@ -163,7 +165,8 @@ def _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed):
     if seed is None:
         weights = dropout(weights, dropout_p)
     else:
-        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device).view(B, H, Tq, Tk)
+        first_row = first_sequence_of(q, dropout_p) * H * Tq
+        keep = philox_keep_mask(seed, dropout_p, B * H * Tq, Tk, q.device, first_row).view(B, H, Tq, Tk)
         weights = weights * keep.to(weights.dtype) * (1.0 / (1.0 - dropout_p))
     return (weights @ v).to(out_dtype)
 
@@ -171,23 +174,24 @@ def _with_explicit_dropout(q, k, v, is_causal, scale, dropout_p, seed):
 # --- the triton backend: triton_kernels/attention.py ------------------------------------------------------------------
 
 
-def _forward(q, k, v, seed, is_causal, scale, dropout_p):
+def _forward(q, k, v, seed, is_causal, scale, dropout_p, first_sequence):
     from ..triton_kernels import attention
 
-    return attention.forward(q, k, v, is_causal, scale, dropout_p, seed)
+    return attention.forward(q, k, v, is_causal, scale, dropout_p, seed, first_sequence)
 
 
-def _forward_fake(q, k, v, seed, is_causal, scale, dropout_p):
+def _forward_fake(q, k, v, seed, is_causal, scale, dropout_p, first_sequence):
     return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _gradients(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, output_mask):
+def _gradients(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, first_sequence, output_mask):
     from ..triton_kernels import attention
 
-    return attention.backward(grad_out, q, k, v, out, lse, is_causal, scale, dropout_p, seed, output_mask)
+    options = (is_causal, scale, dropout_p, seed)
+    return attention.backward(grad_out, q, k, v, out, lse, *options, output_mask, first_sequence)
 
 
-def _gradients_fake(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, output_mask):
+def _gradients_fake(grad_out, q, k, v, out, lse, seed, is_causal, scale, dropout_p, first_sequence, output_mask):
     return tuple(_empty_heads(x) if asked else x.new_empty(0) for x, asked in zip((q, k, v), output_mask, strict=True))
 
 
@@ -206,11 +210,11 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(gradients: Callable[..., tuple], ctx: Any, grad_out: Tensor | None, *unused: Tensor | None) -> tuple:
     if grad_out is None:
-        return (None,) * 7
+        return (None,) * 8
     q, k, v, out, lse, seed = ctx.saved_tensors
     asked = ctx.needs_input_grad[:3]
     grads = gradients(grad_out, q, k, v, out, lse, seed, *ctx.options, asked)
-    return *(grad if needed else None for grad, needed in zip(grads, asked, strict=True)), None, None, None, None
+    return *(grad if needed else None for grad, needed in zip(grads, asked, strict=True)), *(None,) * 5
 
 
 def _flops(q: Any, k: Any, *rest: Any, **options: Any) -> Any:
@@ -226,15 +230,16 @@ def _backward_flops(grad_out: Any, q: Any, k: Any, *rest: Any, **options: Any) -
 
 _attention_triton_backward = define_op(
     "attention_triton_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, "
-    "bool is_causal, float scale, float dropout_p, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    "bool is_causal, float scale, float dropout_p, int first_sequence, bool[3] output_mask) "
+    "-> (Tensor, Tensor, Tensor)",
     forward=_gradients,
     fake=_gradients_fake,
     is_gradient=True,
     flops=_backward_flops,
 )
 _attention_triton = define_op(
-    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p) "
-    "-> (Tensor, Tensor)",
+    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p, "
+    "int first_sequence) -> (Tensor, Tensor)",
     forward=_forward,
     fake=_forward_fake,
     save=_save,
@@ -247,9 +252,9 @@ def attention_on_triton(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    key = seed_tensor(dropout_p, seed, q.device)
+    key, first = seed_tensor(dropout_p, seed, q.device), first_sequence_of(q, dropout_p)
     refuse_forward_mode("attention", q, k, v)
-    return _attention_triton(q, k, v, key, is_causal, scale, dropout_p)[0]
+    return _attention_triton(q, k, v, key, is_causal, scale, dropout_p, first)[0]
 
 
 # q, k and v side by side: the same kernels, whose gradients are one tensor
@@ -260,25 +265,26 @@ def _heads_side_by_side(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _packed_forward(qkv, n_head, seed, is_causal, scale, dropout_p):
-    out, lse = _forward(*split_heads(qkv, n_head), seed, is_causal, scale, dropout_p)
+def _packed_forward(qkv, n_head, seed, is_causal, scale, dropout_p, first_sequence):
+    out, lse = _forward(*split_heads(qkv, n_head), seed, is_causal, scale, dropout_p, first_sequence)
     return _heads_side_by_side(out), lse
 
 
-def _packed_forward_fake(qkv, n_head, seed, is_causal, scale, dropout_p):
+def _packed_forward_fake(qkv, n_head, seed, is_causal, scale, dropout_p, first_sequence):
     B, T, width = qkv.shape
     return qkv.new_empty((B, T, width // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
-def _packed_gradient(grad_out, qkv, out, lse, n_head, seed, is_causal, scale, dropout_p):
+def _packed_gradient(grad_out, qkv, out, lse, n_head, seed, is_causal, scale, dropout_p, first_sequence):
     from ..triton_kernels import attention
 
     grad_out, out = (x.unflatten(2, (n_head, -1)).transpose(1, 2) for x in (grad_out, out))
     packed = qkv.unflatten(2, (3, n_head, -1))
-    return attention.packed_backward(grad_out, packed, out, lse, is_causal, scale, dropout_p, seed).flatten(2)
+    options = (is_causal, scale, dropout_p, seed, first_sequence)
+    return attention.packed_backward(grad_out, packed, out, lse, *options).flatten(2)
 
 
-def _packed_gradient_fake(grad_out, qkv, out, lse, n_head, seed, is_causal, scale, dropout_p):
+def _packed_gradient_fake(grad_out, qkv, out, lse, n_head, seed, is_causal, scale, dropout_p, first_sequence):
     return qkv.new_empty(qkv.shape)
 
 
@@ -294,10 +300,10 @@ def _packed_backward(
     gradient: Callable[..., Tensor], ctx: Any, grad_out: Tensor | None, *unused: Tensor | None
 ) -> tuple:
     if grad_out is None or not ctx.needs_input_grad[0]:
-        return (None,) * 6
+        return (None,) * 7
     qkv, out, lse, seed = ctx.saved_tensors
     grad = gradient(grad_out, qkv, out, lse, ctx.n_head, seed, *ctx.options)
-    return grad, None, None, None, None, None
+    return grad, *(None,) * 6
 
 
 def _packed_flops(qkv: Any, *rest: Any, **options: Any) -> Any:
@@ -311,15 +317,15 @@ def _packed_backward_flops(grad_out: Any, qkv: Any, *rest: Any, **options: Any) 
 
 _attention_packed_backward = define_op(
     "attention_packed_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, Tensor? seed, "
-    "bool is_causal, float scale, float dropout_p) -> Tensor",
+    "bool is_causal, float scale, float dropout_p, int first_sequence) -> Tensor",
     forward=_packed_gradient,
     fake=_packed_gradient_fake,
     is_gradient=True,
     flops=_packed_backward_flops,
 )
 _attention_packed = define_op(
-    "attention_packed(Tensor qkv, int n_head, Tensor? seed, bool is_causal, float scale, float dropout_p) "
-    "-> (Tensor, Tensor)",
+    "attention_packed(Tensor qkv, int n_head, Tensor? seed, bool is_causal, float scale, float dropout_p, "
+    "int first_sequence) -> (Tensor, Tensor)",
     forward=_packed_forward,
     fake=_packed_forward_fake,
     save=_packed_save,
@@ -332,9 +338,9 @@ def self_attention_on_triton(
     qkv: Tensor, n_head: int, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
     scale = 1.0 / math.sqrt(qkv.shape[2] // 3 // n_head) if scale is None else float(scale)
-    key = seed_tensor(dropout_p, seed, qkv.device)
+    key, first = seed_tensor(dropout_p, seed, qkv.device), first_sequence_of(qkv, dropout_p)
     refuse_forward_mode("attention", qkv)
-    return _attention_packed(qkv, n_head, key, is_causal, scale, dropout_p)[0]
+    return _attention_packed(qkv, n_head, key, is_causal, scale, dropout_p, first)[0]
 
 
 def _triton_serves(q: Tensor, *rest: Any, scale: float | None = None, **options: Any) -> str | None:
@@ -357,16 +363,16 @@ def _triton_unproved(q: Tensor, *rest: Any, **options: Any) -> str | None:
 
 
 def _native_gradients_fake(*args):
-    return _gradients_fake(*args[:10], args[10:])
+    return _gradients_fake(*args[:11], args[11:])
 
 
 def _native_backward_flops(*args, **options):
-    return _backward_flops(*args[:10], args[10:])
+    return _backward_flops(*args[:11], args[11:])
 
 
 _attention_native_backward = define_op(
     "attention_native_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seed, "
-    "bool is_causal, float scale, float dropout_p, bool needs_q, bool needs_k, bool needs_v) "
+    "bool is_causal, float scale, float dropout_p, int first_sequence, bool needs_q, bool needs_k, bool needs_v) "
     "-> (Tensor, Tensor, Tensor)",
     forward=native.load_at_first_call("attention_native_backward"),
     fake=_native_gradients_fake,
@@ -374,8 +380,8 @@ _attention_native_backward = define_op(
     flops=_native_backward_flops,
 )
 _attention_native = define_op(
-    "attention_native(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p) "
-    "-> (Tensor, Tensor)",
+    "attention_native(Tensor q, Tensor k, Tensor v, Tensor? seed, bool is_causal, float scale, float dropout_p, "
+    "int first_sequence) -> (Tensor, Tensor)",
     forward=native.load_at_first_call("attention_native"),
     fake=_forward_fake,
     save=_save,
@@ -384,15 +390,15 @@ _attention_native = define_op(
 )
 _attention_packed_native_backward = define_op(
     "attention_packed_native_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, Tensor? seed, "
-    "bool is_causal, float scale, float dropout_p) -> Tensor",
+    "bool is_causal, float scale, float dropout_p, int first_sequence) -> Tensor",
     forward=native.load_at_first_call("attention_packed_native_backward"),
     fake=_packed_gradient_fake,
     is_gradient=True,
     flops=_packed_backward_flops,
 )
 _attention_packed_native = define_op(
-    "attention_packed_native(Tensor qkv, int n_head, Tensor? seed, bool is_causal, float scale, float dropout_p) "
-    "-> (Tensor, Tensor)",
+    "attention_packed_native(Tensor qkv, int n_head, Tensor? seed, bool is_causal, float scale, float dropout_p, "
+    "int first_sequence) -> (Tensor, Tensor)",
     forward=native.load_at_first_call("attention_packed_native"),
     fake=_packed_forward_fake,
     save=_packed_save,
@@ -405,18 +411,18 @@ def attention_on_native(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    key = seed_tensor(dropout_p, seed, q.device)
+    key, first = seed_tensor(dropout_p, seed, q.device), first_sequence_of(q, dropout_p)
     refuse_forward_mode("attention", q, k, v)
-    return _attention_native(q, k, v, key, is_causal, scale, dropout_p)[0]
+    return _attention_native(q, k, v, key, is_causal, scale, dropout_p, first)[0]
 
 
 def self_attention_on_native(
     qkv: Tensor, n_head: int, is_causal: bool, scale: float | None, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:
     scale = 1.0 / math.sqrt(qkv.shape[2] // 3 // n_head) if scale is None else float(scale)
-    key = seed_tensor(dropout_p, seed, qkv.device)
+    key, first = seed_tensor(dropout_p, seed, qkv.device), first_sequence_of(qkv, dropout_p)
     refuse_forward_mode("attention", qkv)
-    return _attention_packed_native(qkv, n_head, key, is_causal, scale, dropout_p)[0]
+    return _attention_packed_native(qkv, n_head, key, is_causal, scale, dropout_p, first)[0]
 
 
 def _native_serves(q: Tensor, *rest: Any, scale: float | None = None, **options: Any) -> str | None:

@@ -7,9 +7,16 @@ The mask is part of the ops' definition, so every backend draws the same one and
     element (row, column) reads output word column % 4 as u, and is dropped when (u >> 1) < round(p * 2**31)
 
 Kept elements are scaled by 1 / (1 - p). Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+Several processes that share a batch draw the masks of the whole batch, each for its own sequences: see `rows_from`.
 """
 
 from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +24,63 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+
+_rows: tuple[int, int] | None = None  # what `rows_from` was given, where a call is inside of it
+
+
+@contextlib.contextmanager
+def rows_from(first_sequence: int, n_sequences: int) -> Iterator[None]:
+    """Inside, dropout treats the sequences of every call as a part of a larger batch.
+
+    Sequence 0 of a call is sequence `first_sequence` of a batch of `n_sequences`. Dropout then draws the masks that
+    the whole batch would have for these sequences, and leaves torch's generator where the whole batch would leave it.
+    So processes that divide a batch, and whose generators have the same state, drop what one process would drop. Only
+    PyTorch's own attention on a GPU has other masks inside than outside, because its kernel cannot draw a part.
+
+    The backward pass of an op uses the rows of its forward pass, wherever it runs; what is computed anew in a backward
+    pass (`torch.utils.checkpoint`) has to be inside, too. It holds for all threads of the process, because autograd
+    runs backward passes in threads of its own. The first dimension of every tensor has to be that of the sequences.
+
+    Raises: TypeError, ValueError naming the argument; at a call, ValueError where its sequences exceed the batch.
+    """
+    first_sequence, n_sequences = operator.index(first_sequence), operator.index(n_sequences)
+    if not 0 <= first_sequence < n_sequences:
+        raise ValueError(f"first_sequence: expected a number in 0..{n_sequences - 1}, got {first_sequence}")
+    with _within((first_sequence, n_sequences)):
+        yield
+
+
+def without_rows() -> contextlib.AbstractContextManager[None]:
+    """Inside, every call is a batch of its own, also where that is inside of `rows_from`."""
+    return _within(None)
+
+
+@contextlib.contextmanager
+def _within(rows: tuple[int, int] | None) -> Iterator[None]:
+    global _rows
+    before, _rows = _rows, rows
+    try:
+        yield
+    finally:
+        _rows = before
+
+
+def within_rows() -> bool:
+    """Whether this is inside of `rows_from`."""
+    return _rows is not None
+
+
+def first_sequence_of(x: Tensor, p: float) -> int:
+    """The number of sequence 0 of x (B, ..., C) in the batch of `rows_from`; 0 outside of it, and without dropout."""
+    if _rows is None or p == 0.0:
+        return 0
+    first_sequence, n_sequences = _rows
+    if x.ndim < 2 or first_sequence + x.shape[0] > n_sequences:
+        raise ValueError(
+            f"x: dropout inside rows_from({first_sequence}, {n_sequences}) expected (B, ..., C) with B at most "
+            f"{n_sequences - first_sequence}, got {tuple(x.shape)}"
+        )
+    return first_sequence
 
 
 def philox_4x32(counter: tuple, key: tuple) -> tuple:
@@ -60,11 +124,17 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     """
     if p == 0.0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and _rows is None:
         return torch.nn.functional.dropout(x, p)
+    first = first_sequence_of(x, p)
+    shape = x.shape if _rows is None else (_rows[1], *x.shape[1:])
+    if x.device.type != "cpu":  # the mask that this function draws for a tensor of the whole batch
+        keep = torch.nn.functional.dropout(x.new_ones(shape), p)[first : first + x.shape[0]] != 0.0
+        return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
     dropped_lanes = max(1, min(round(p * 2**16), 2**16 - 1))
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    numel = math.prod(shape)
+    draws = torch.empty((numel + 3) // 4, dtype=torch.int64, device=x.device)
     draws.random_(-(2**63), None, generator=generator)
-    lanes = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    lanes = draws.view(torch.int16)[:numel].view(shape)[first : first + x.shape[0]]
     scale = 2**16 / (2**16 - dropped_lanes)
     return x * (lanes >= dropped_lanes - 2**15).to(x.dtype).mul_(scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from . import native
 from .arguments import as_dropout, as_number, autocast_dtype, check_float, check_like
 from .backend import Absent, Slower, dispatch, register
-from .dropout import dropout, philox_keep_mask
+from .dropout import dropout, first_sequence_of, philox_keep_mask
 from .library import define_op, inside_transform, refuse_forward_mode
 from .triton_backend import seed_tensor
 
@@ -134,7 +135,8 @@ def layer_norm_on_torch(
 def add_layer_norm_on_torch(x, residual, weight, bias, eps, *, dropout_p, seed, read_as=None) -> tuple[Tensor, Tensor]:
     if dropout_p > 0.0 and seed is not None:
         C = x.shape[-1]
-        keep = philox_keep_mask(seed, dropout_p, x.numel() // C, C, x.device).view(x.shape)
+        first_row = first_sequence_of(x, dropout_p) * math.prod(x.shape[1:-1])
+        keep = philox_keep_mask(seed, dropout_p, x.numel() // C, C, x.device, first_row).view(x.shape)
         x = x * keep.to(x.dtype) * (1.0 / (1.0 - dropout_p))
     else:
         x = dropout(x, dropout_p)
@@ -147,7 +149,7 @@ def add_layer_norm_on_torch(x, residual, weight, bias, eps, *, dropout_p, seed, 
 # On each backend one op serves both: without `residual` it is layer_norm, and its second result is empty.
 
 
-def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
+def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, first_sequence, out_dtype):
     n_rows = x.numel() // x.shape[-1]
     h = x.new_empty(0)
     if residual is not None:
@@ -155,7 +157,9 @@ def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype), h, x.new_empty((2, n_rows), dtype=torch.float32)
 
 
-def _gradients_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
+def _gradients_fake(
+    grad_y, grad_sum, x, weight, stats, dropout_p, seed, first_sequence, residual_dtype, x_dtype, output_mask
+):
     needs_x, needs_residual, needs_weight, needs_bias = output_mask
     x_is_residual = dropout_p == 0.0 and x_dtype == residual_dtype
     grad_residual = x.new_empty(x.shape if needs_residual or (needs_x and x_is_residual) else 0, dtype=residual_dtype)
@@ -164,7 +168,7 @@ def _gradients_fake(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residua
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, residual, weight, _, _, dropout_p, seed, ctx.out_dtype = inputs
+    x, residual, weight, _, _, dropout_p, seed, ctx.first_sequence, ctx.out_dtype = inputs
     _, h, stats = output
     ctx.mark_non_differentiable(*((h, stats) if residual is None else (stats,)))
     ctx.set_materialize_grads(False)  # where only one of y and h is used, the kernel reads no gradient of zeros
@@ -180,11 +184,11 @@ def _backward_by(gradients: Callable[..., tuple]) -> Callable[..., tuple]:
     def backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, *unused: Tensor | None) -> tuple:
         x, weight, stats, seed = ctx.saved_tensors
         if grad_y is None and grad_h is None:
-            return (None,) * 8
+            return (None,) * 9
         if grad_y is None:
             grad_y = torch.zeros(x.shape, dtype=ctx.out_dtype, device=x.device)
         asked = ctx.needs_input_grad[:4]
-        options = ctx.dropout_p, seed, ctx.residual_dtype, ctx.x_dtype
+        options = ctx.dropout_p, seed, ctx.first_sequence, ctx.residual_dtype, ctx.x_dtype
         grad_residual, grad_x, grad_affine = gradients(grad_y, grad_h, x, weight, stats, *options, asked)
         needs_x, needs_residual, needs_weight, needs_bias = asked
         if ctx.dropout_p == 0.0 and ctx.x_dtype == ctx.residual_dtype:
@@ -194,7 +198,7 @@ def _backward_by(gradients: Callable[..., tuple]) -> Callable[..., tuple]:
             grad_residual if needs_residual else None,
             grad_affine[0] if needs_weight else None,
             grad_affine[-1] if needs_bias else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
     return backward
@@ -203,15 +207,15 @@ def _backward_by(gradients: Callable[..., tuple]) -> Callable[..., tuple]:
 def _define(backend: str, forward: Callable[..., tuple], gradients: Callable[..., tuple]) -> Callable[..., tuple]:
     by_op = define_op(
         f"layer_norm_{backend}_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor stats, "
-        "float dropout_p, Tensor? seed, ScalarType residual_dtype, ScalarType x_dtype, bool[4] output_mask) "
-        "-> (Tensor, Tensor, Tensor)",
+        "float dropout_p, Tensor? seed, int first_sequence, ScalarType residual_dtype, ScalarType x_dtype, "
+        "bool[4] output_mask) -> (Tensor, Tensor, Tensor)",
         forward=gradients,
         fake=_gradients_fake,
         is_gradient=True,
     )
     return define_op(
         f"layer_norm_{backend}(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
-        "Tensor? seed, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+        "Tensor? seed, int first_sequence, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
         forward=forward,
         fake=_forward_fake,
         save=_save,
@@ -219,17 +223,21 @@ def _define(backend: str, forward: Callable[..., tuple], gradients: Callable[...
     )
 
 
-def _forward_on_triton(x, residual, weight, bias, eps, dropout_p, seed, out_dtype):
+def _forward_on_triton(x, residual, weight, bias, eps, dropout_p, seed, first_sequence, out_dtype):
     from ..triton_kernels import layer_norm
 
-    return layer_norm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype)
+    return layer_norm.forward(x, residual, weight, bias, eps, dropout_p, seed, out_dtype, first_sequence)
 
 
-def _gradients_on_triton(grad_y, grad_sum, x, weight, stats, dropout_p, seed, residual_dtype, x_dtype, output_mask):
+def _gradients_on_triton(
+    grad_y, grad_sum, x, weight, stats, dropout_p, seed, first_sequence, residual_dtype, x_dtype, output_mask
+):
     from ..triton_kernels import layer_norm
 
     dtypes = (residual_dtype, x_dtype)
-    return layer_norm.backward(grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask)
+    return layer_norm.backward(
+        grad_y, grad_sum, x, weight, stats, dropout_p, seed, *dtypes, output_mask, first_sequence
+    )
 
 
 _OPS = {
@@ -252,16 +260,16 @@ def _layer_norm_on(
 ) -> Tensor:
     out_dtype = read_as or _out_dtype(x.dtype, x.device.type)
     refuse_forward_mode("layer_norm", x, weight, bias)
-    return _OPS[backend](x, None, weight, bias, eps, 0.0, None, out_dtype)[0]
+    return _OPS[backend](x, None, weight, bias, eps, 0.0, None, 0, out_dtype)[0]
 
 
 def _add_layer_norm_on(
     backend: str, x, residual, weight, bias, eps, *, dropout_p, seed, read_as=None
 ) -> tuple[Tensor, Tensor]:
     out_dtype = read_as or _out_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
-    key = seed_tensor(dropout_p, seed, x.device)
+    key, first = seed_tensor(dropout_p, seed, x.device), first_sequence_of(x, dropout_p)
     refuse_forward_mode("add_layer_norm", x, residual, weight, bias)
-    y, h, _ = _OPS[backend](x, residual, weight, bias, eps, dropout_p, key, out_dtype)
+    y, h, _ = _OPS[backend](x, residual, weight, bias, eps, dropout_p, key, first, out_dtype)
     return y, h
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import reference
 from .accuracy import ATOL, exact, max_error, outputs_and_gradients, tolerance
 from .compared_heads import heads_of, results_of_heads
+from .dropout import without_rows
 from .kept_outcomes import Outcome, keep, machine, read
 from .library import in_backward
 from .variants import Attention, Call, Draw, calls_of, small_call
@@ -54,7 +55,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def without_modes(device: torch.device, function: Callable[[], Any]) -> Any:
-    """function() on `device` where no trace, mode, transform, autocast or grad mode of the caller is active.
+    """function() on `device` where no trace, mode, transform, autocast, grad mode or `rows_from` of the caller is.
 
     This is in a thread of its own. Within a backward pass it is in this thread, because autograd has one for each GPU,
     which would wait for the other one, and the other one for it.
@@ -63,7 +64,7 @@ def without_modes(device: torch.device, function: Callable[[], Any]) -> Any:
     def run() -> Any:
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         no_autocast = torch.autocast(device.type, enabled=False)
-        with on_device, no_autocast, torch.inference_mode(False), torch.enable_grad():
+        with on_device, no_autocast, torch.inference_mode(False), torch.enable_grad(), without_rows():
             return function()
 
     if in_backward():

@@ -60,7 +60,7 @@ def test_mixed_dtypes(types: tuple[torch.dtype, ...]) -> None:
     """x, residual and the result may each have a dtype of its own, as under autocast."""
     x_dtype, residual_dtype, out_dtype = types
     x, residual, weight = normal(4, 33, dtype=x_dtype), normal(4, 33, dtype=residual_dtype, seed=1), normal(33, seed=2)
-    y, h, _ = OP(x, residual, weight, None, 1e-5, 0.0, None, out_dtype)
+    y, h, _ = OP(x, residual, weight, None, 1e-5, 0.0, None, 0, out_dtype)
     exact = reference.add_layer_norm(x.detach().double(), residual.detach().double(), weight.detach().double())
     assert y.dtype == out_dtype and h.dtype == torch.promote_types(x_dtype, residual_dtype)
     for ours, theirs in zip((y, h), exact, strict=True):
@@ -90,10 +90,10 @@ def test_deterministic_for_any_number_of_threads(instructions: str, size: tuple[
 
 def test_only_what_is_asked_for() -> None:
     x, weight = torch.randn(4, 6), torch.randn(6)
-    stats = OP(x, None, weight, None, 1e-5, 0.0, None, torch.float32)[2]
+    stats = OP(x, None, weight, None, 1e-5, 0.0, None, 0, torch.float32)[2]
     for mask in itertools.product((False, True), repeat=4):
         for dropout_p, seed in ((0.0, None), (0.5, torch.tensor(1))):
-            options = (dropout_p, seed, torch.float32, torch.float32, mask)
+            options = (dropout_p, seed, 3, torch.float32, torch.float32, mask)
             d_residual, d_x, affine = BACKWARD(torch.ones(4, 6), None, x, weight, stats, *options)
             shared = dropout_p == 0.0
             assert d_residual.numel() == (24 if mask[1] or (shared and mask[0]) else 0)
@@ -106,9 +106,9 @@ def test_opcheck(dropout_p: float) -> None:
     x, residual, weight, bias = normal(3, 4), normal(3, 4, seed=1), normal(4, seed=2), normal(4, seed=3)
     seed = torch.tensor(5) if dropout_p else None
     for given in ((x, residual, weight, bias), (x, None, weight, None)):
-        torch.library.opcheck(OP.default, (*given, 1e-5, dropout_p, seed, torch.float32))
-    stats = OP(x, None, weight, None, 1e-5, 0.0, None, torch.float32)[2]
-    options = (dropout_p, seed, torch.float32, torch.float32, [True] * 4)
+        torch.library.opcheck(OP.default, (*given, 1e-5, dropout_p, seed, 3, torch.float32))
+    stats = OP(x, None, weight, None, 1e-5, 0.0, None, 0, torch.float32)[2]
+    options = (dropout_p, seed, 3, torch.float32, torch.float32, [True] * 4)
     torch.library.opcheck(BACKWARD.default, (torch.ones(3, 4), None, x.detach(), weight.detach(), stats, *options))
 
 
@@ -124,7 +124,7 @@ def test_what_it_refuses() -> None:
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(3, 4))
         ops.layer_norm(dual, weight, backend="native")
-    plain, options = x.detach(), (1e-5, 0.5, None, torch.float32)
+    plain, options = x.detach(), (1e-5, 0.5, None, 0, torch.float32)
     for call, message in (
         (lambda: OP(plain, None, torch.ones(3), None, *options), "weight: expected"),
         (lambda: OP(plain, None, torch.ones(4), torch.ones(3), *options), "bias: expected"),

@@ -306,7 +306,7 @@ def test_self_attention_is_attention_of_its_heads(dtype: torch.dtype) -> None:
 def test_opcheck(dtype: torch.dtype, seed: int | None) -> None:
     q, k, v = qkv(H=4, Tq=5, Tk=7, dtype=dtype)
     key = None if seed is None else torch.tensor(seed)
-    options = (key, True, 0.3, 0.0 if seed is None else 0.2)
+    options = (key, True, 0.3, 0.0 if seed is None else 0.2, 3)
     torch.library.opcheck(torch.ops.fastgpt.attention_native.default, (q, k, v, *options))
     packed = heads(2, 5, 3 * 16, dtype=dtype).requires_grad_()
     torch.library.opcheck(torch.ops.fastgpt.attention_packed_native.default, (packed, 2, *options))

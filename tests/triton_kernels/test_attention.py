@@ -242,7 +242,7 @@ def test_large_scores_do_not_overflow():
 
 def test_logsumexp_is_kept_in_float32():
     q, k = heads(1, 2, 7, 16, torch.float16), heads(1, 2, 9, 16, torch.float16)
-    _, lse = torch.ops.fastgpt.attention_triton(q, k, k, None, True, 0.25, 0.0)
+    _, lse = torch.ops.fastgpt.attention_triton(q, k, k, None, True, 0.25, 0.0, 0)
     scores = (q.double() @ k.double().mT * 0.25).masked_fill(~reference.causal_mask(7, 9, q.device), -math.inf)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double() * math.log(2), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
@@ -277,11 +277,11 @@ def test_opcheck(dropout_p):
     q, k = heads(1, 4, 5, 8, torch.float32), heads(1, 2, 7, 8, torch.float32)
     q.requires_grad_(), k.requires_grad_()
     seed = torch.tensor(3, device=DEVICE)
-    arguments = (q, k, k.detach(), seed, True, 0.3, dropout_p)
+    arguments = (q, k, k.detach(), seed, True, 0.3, dropout_p, 3)
     torch.library.opcheck(torch.ops.fastgpt.attention_triton.default, arguments)
     q, k = q.detach(), k.detach()
-    out, lse = torch.ops.fastgpt.attention_triton(q, k, k, seed, True, 0.3, dropout_p)
-    arguments = (torch.randn_like(out), q, k, k, out, lse, seed, True, 0.3, dropout_p)
+    out, lse = torch.ops.fastgpt.attention_triton(q, k, k, seed, True, 0.3, dropout_p, 3)
+    arguments = (torch.randn_like(out), q, k, k, out, lse, seed, True, 0.3, dropout_p, 3)
     for mask in ([True, True, True], [True, False, True], [False, True, False]):
         torch.library.opcheck(torch.ops.fastgpt.attention_triton_backward.default, (*arguments, mask))
 

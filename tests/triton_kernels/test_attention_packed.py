@@ -83,10 +83,10 @@ def test_inside_a_transform_it_is_pytorchs():
 def test_opcheck(dropout_p):
     qkv, _ = tensors(2, 2, 5, 8, torch.float32)
     seed = torch.tensor(3, device=DEVICE)
-    torch.library.opcheck(torch.ops.fastgpt.attention_packed.default, (qkv, 2, seed, True, 0.3, dropout_p))
+    torch.library.opcheck(torch.ops.fastgpt.attention_packed.default, (qkv, 2, seed, True, 0.3, dropout_p, 3))
     qkv = qkv.detach()
-    out, lse = torch.ops.fastgpt.attention_packed(qkv, 2, seed, True, 0.3, dropout_p)
-    arguments = (torch.randn_like(out), qkv, out, lse, 2, seed, True, 0.3, dropout_p)
+    out, lse = torch.ops.fastgpt.attention_packed(qkv, 2, seed, True, 0.3, dropout_p, 3)
+    arguments = (torch.randn_like(out), qkv, out, lse, 2, seed, True, 0.3, dropout_p, 3)
     torch.library.opcheck(torch.ops.fastgpt.attention_packed_backward.default, arguments)
 
 

@@ -140,9 +140,9 @@ def test_opcheck(dropout_p):
     x, weight, seed = normal(5, 12).requires_grad_(), normal(12).requires_grad_(), torch.tensor(3, device=DEVICE)
     for residual in (None, normal(5, 12).requires_grad_()):
         arguments = (x, residual, weight, weight.detach(), 1e-5, dropout_p if residual is not None else 0.0, seed)
-        torch.library.opcheck(torch.ops.fastgpt.layer_norm_triton.default, (*arguments, torch.float32))
+        torch.library.opcheck(torch.ops.fastgpt.layer_norm_triton.default, (*arguments, 3, torch.float32))
     x, weight = x.detach(), weight.detach()
-    arguments = (x, x, x, weight, normal(2, 5), dropout_p, seed, torch.float32, torch.float32)
+    arguments = (x, x, x, weight, normal(2, 5), dropout_p, seed, 3, torch.float32, torch.float32)
     for mask in ([True] * 4, [True, False, False, True], [False, True, True, False], [False, False, True, True]):
         torch.library.opcheck(torch.ops.fastgpt.layer_norm_triton_backward.default, (*arguments, mask))
 
