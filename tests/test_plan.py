@@ -53,7 +53,7 @@ def test_parameters(changes):
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_activations_and_operations(changes):
     model = model_of(**changes)
-    saved = Saved(model.parameters())
+    saved = Saved(model)
     x, y = batch_of(model.cfg, 3)
     with saved.counting():
         model.loss(x, y)
@@ -75,7 +75,7 @@ def test_operations_of_the_passes():
 @pytest.mark.parametrize("changes", [{}, {"bias": False, "norm": "post"}, {"norm": "none"}], ids=str)
 def test_activations_and_casts_of_weights_in_half_precision(changes):
     model = model_of(**changes)
-    saved = Saved(model.parameters())
+    saved = Saved(model)
     with saved.counting(), torch.autocast("cpu", torch.bfloat16):
         model.loss(*batch_of(model.cfg, 3)).backward()
     activations, copies = plan.activations(model.cfg, 3, 2), plan.half_copies(model.cfg, 2)
@@ -85,7 +85,7 @@ def test_activations_and_casts_of_weights_in_half_precision(changes):
 def test_dropout_keeps_seeds_and_one_mask():
     """The one mask is that of the embeddings, of one byte a number on a GPU."""
     model = model_of(dropout=0.1)
-    saved = Saved(model.parameters())
+    saved = Saved(model)
     with saved.counting():
         model.loss(*batch_of(model.cfg, 3))
     without_mask = plan.activations(model.cfg, 3, 4) - 3 * 16 * 32
