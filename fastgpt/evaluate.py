@@ -108,8 +108,10 @@ def examples_of(model: LanguageModel, tokenizer: Tokenizer, data: str, stride: i
         )
     if model.layout in ("names", "completions"):
         check_is_text(data, model.layout)
-    elif is_stored(data):
-        return _over_a_text(open_stored(data, tokenizer).val, model, f"the val split of {data!r}", stride)
+    elif (stored := open_stored(data, tokenizer)) is not None:
+        if is_stored(data):
+            return _over_a_text(stored.val, model, f"the val split of {data!r}", stride)
+        return _over_a_text(stored.all, model, repr(data), stride)
     if model.layout == "completions":
         tokens, lengths = encoded(load_pairs(data), tokenizer, block_size)
         return Completions(tokens, block_size, lengths)

@@ -20,7 +20,8 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,14 +36,15 @@ _END_CHARACTER = "\x03"  # ASCII's "end of text"
 VISIBLE = {ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥", ord(_END_CHARACTER): "␃"}  # for str.translate
 _PIECE_CHARS = 1 << 16
 _PIECES_PER_CALL = 64
+_LONGEST_PIECE_CHARS = 1 << 24
 # In training each merge runs through every pre-token it occurs in, so the time is quadratic in the length of a
 # pre-token, and a text without blanks is a single one. Longer ones are therefore trained on in parts. No word of a
 # language with blanks is that long, and no token of use: GPT-2's longest has 128 bytes.
 _LONGEST_PRE_TOKEN = 256  # bytes
 
-# A lone newline between visible ASCII characters is always a pre-token by itself, so a cut behind it changes no token.
-# Behind a run of blanks it would: GPT-2's pattern leaves the run's last blank to the word that follows.
-_SAFE_CUT = re.compile(r"(?<=[!-~])\n(?=[!-~])")
+# A lone newline between visible ASCII characters, letters or digits is always a pre-token by itself, so a cut behind it
+# changes no token. Behind a run of blanks it would: GPT-2's pattern leaves the last of them to the word that follows.
+_SAFE_CUT = re.compile(r"(?<=[!-~\w])\n(?=[!-~\w])")
 
 
 class Tokenizer(Protocol):
@@ -88,9 +90,16 @@ class CharTokenizer(Tokenizer):
         self._id_of[self._codepoints] = np.arange(len(chars), dtype=np.int32)
 
     @classmethod
-    def train(cls, text: str, with_end: bool = False) -> CharTokenizer:
-        """The vocabulary is the set of characters in `text`, and "\\x03" where it shall have an `end_of_text`."""
-        return cls("".join(map(chr, np.unique(_codepoints(text + _END_CHARACTER * with_end)))))
+    def train(cls, text: str | Iterable[str], with_end: bool = False) -> CharTokenizer:
+        """The vocabulary is the set of characters in `text`, and "\\x03" where it shall have an `end_of_text`.
+
+        A text that does not fit into the memory is given in pieces.
+        """
+        occurs = np.zeros(sys.maxunicode + 1, dtype=bool)
+        for piece in [text] if isinstance(text, str) else text:
+            occurs[_codepoints(piece)] = True
+        occurs[ord(_END_CHARACTER)] |= with_end
+        return cls("".join(map(chr, np.flatnonzero(occurs))))
 
     @property
     def vocab_size(self) -> int:
@@ -158,12 +167,17 @@ class BPETokenizer(Tokenizer):
         self._encoder = _bpe_encoder(vocab, merges)
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> BPETokenizer:
-        """Learns merges until there are `vocab_size` tokens, or until no pair occurs twice: small texts give fewer."""
+    def train(cls, text: str | Iterable[str], vocab_size: int) -> BPETokenizer:
+        """Learns merges until there are `vocab_size` tokens, or until no pair occurs twice: small texts give fewer.
+
+        A text that does not fit into the memory is given in pieces; how it is cut makes no difference.
+        """
         size = bpe_size(vocab_size)
         if not text:
             raise ValueError("text: cannot train a tokenizer on an empty text")
-        _refuse_surrogates(text)
+        if isinstance(text, str):
+            _refuse_surrogates(text)
+            text = [text]
         from tokenizers import trainers
 
         encoder = _bpe_encoder(sorted(_BYTE_OF), [])
@@ -171,7 +185,7 @@ class BPETokenizer(Tokenizer):
         trainer = trainers.BpeTrainer(
             vocab_size=size, min_frequency=2, show_progress=False, special_tokens=[], initial_alphabet=sorted(_BYTE_OF)
         )
-        encoder.train_from_iterator(_pieces(text), trainer)
+        encoder.train_from_iterator((small for piece in cut_safely(text) for small in _pieces(piece)), trainer)
         model = json.loads(encoder.to_str())["model"]
         return cls(tokens_by_id(model["vocab"]), _merge_pairs(model["merges"]))
 
@@ -371,6 +385,30 @@ def _pieces(text: str) -> Iterator[str]:
         end = cut.end() if cut else len(text)
         yield text[start:end]
         start = end
+
+
+def cut_safely(texts: Iterable[str]) -> Iterator[str]:
+    """The text that `texts` make together, in pieces that end where a cut changes no token.
+
+    Where there is no such place in 16 million characters, the cut is made all the same.
+    """
+    rest = ""
+    for text in texts:
+        rest += text
+        end = len(rest) if len(rest) > _LONGEST_PIECE_CHARS else _last_safe_cut(rest)
+        if end:
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def _last_safe_cut(text: str) -> int:
+    """The place of the last cut that changes no token; 0 where there is none."""
+    newline = text.rfind("\n")
+    while newline > 0 and not _SAFE_CUT.match(text, newline):
+        newline = text.rfind("\n", 0, newline)
+    return newline + 1 if newline > 0 else 0
 
 
 def _is_id(value: Any) -> bool:

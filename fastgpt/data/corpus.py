@@ -22,7 +22,7 @@ from .completions import Pair, encoded, load_pairs
 from .layouts import Completions, Examples, Names
 from .shards import Tokens, pieces
 from .sources import DataError, load_text
-from .stored import check_is_text, is_stored, open_stored
+from .stored import check_is_text, open_stored
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Corpus:
         """
         block_size = as_int_argument("block_size", block_size, least=1)
         layouts.layout_class(layout)
+        _check_tokenizer(tokenizer, vocab_size)
         shown = repr(os.fspath(source))
         if layout in ("names", "completions"):
             check_is_text(source, layout)
-        elif is_stored(source):
-            stored = open_stored(source, tokenizer)
+        elif (stored := open_stored(source, tokenizer, vocab_size)) is not None:
             for split in ("train", "val"):
                 layouts.check_block(f"the {split} split of {shown}", getattr(stored, split), block_size)
             return cls(stored.tokenizer, stored.train, stored.val, layout, digest=stored.digest)
@@ -153,15 +153,18 @@ def _tokens(text: str, tokenizer: Tokenizer, shown: str) -> np.ndarray:
         raise DataError(f"{shown}: {error}") from None
 
 
+def _check_tokenizer(tokenizer: str | Tokenizer, vocab_size: int | None) -> None:
+    if tokenizer == "bpe" and vocab_size is None:
+        raise ValueError("vocab_size: tokenizer 'bpe' needs it, 512 for example")
+    if isinstance(tokenizer, str) and tokenizer not in ("char", "bpe"):
+        raise ValueError(f"tokenizer: expected 'char', 'bpe' or a tokenizer, got {tokenizer!r}")
+
+
 def _make_tokenizer(tokenizer: str | Tokenizer, text: str, vocab_size: int | None, with_end: bool = False) -> Tokenizer:
     """The tokenizer, trained on `text` where it is a name; then `with_end` gives it an end of text."""
+    if not isinstance(tokenizer, str):
+        return tokenizer
     if tokenizer == "char":
         return CharTokenizer.train(text, with_end)
-    if tokenizer == "bpe":
-        if vocab_size is None:
-            raise ValueError("vocab_size: tokenizer 'bpe' needs it, 512 for example")
-        trained = cached_bpe(text, vocab_size)
-        return trained.with_end() if with_end else trained
-    if isinstance(tokenizer, str):
-        raise ValueError(f"tokenizer: expected 'char', 'bpe' or a tokenizer, got {tokenizer!r}")
-    return tokenizer
+    trained = cached_bpe(text, vocab_size)
+    return trained.with_end() if with_end else trained

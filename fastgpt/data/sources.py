@@ -93,16 +93,26 @@ def _decode_utf8(raw: bytes, shown: str) -> str:
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{shown} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; if it is text, convert it, "
-            f"for instance with iconv -f {_likely_encoding(raw)} -t utf-8"
-        ) from None
-    if 4 * raw.count(0) > len(raw):  # without a mark, UTF-16 of Latin letters is UTF-8 too: every second byte is NUL
-        raise DataError(
-            f"{shown} is not UTF-8 text: {raw.count(0):,} of its {len(raw):,} bytes are NUL, as in UTF-16; convert it, "
-            f"for instance with iconv -f {'utf-16be' if raw[0] == 0 else 'utf-16le'} -t utf-8"
-        )
+        raise not_utf8(shown, raw[error.start], error.start, raw) from None
+    check_has_few_nuls(shown, raw.count(0), len(raw), raw)
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def not_utf8(shown: str, byte: int, offset: int, start: bytes) -> DataError:
+    """The error for a file with such a byte there. `start` is how the file begins."""
+    return DataError(
+        f"{shown} is not UTF-8: byte 0x{byte:02x} at offset {offset}; if it is text, convert it, "
+        f"for instance with iconv -f {_likely_encoding(start)} -t utf-8"
+    )
+
+
+def check_has_few_nuls(shown: str, n_nuls: int, n_bytes: int, start: bytes) -> None:
+    """Without a mark, UTF-16 of Latin letters is UTF-8 too: every second byte is NUL."""
+    if 4 * n_nuls > n_bytes:
+        raise DataError(
+            f"{shown} is not UTF-8 text: {n_nuls:,} of its {n_bytes:,} bytes are NUL, as in UTF-16; convert it, "
+            f"for instance with iconv -f {'utf-16be' if start[0] == 0 else 'utf-16le'} -t utf-8"
+        )
 
 
 def _likely_encoding(raw: bytes) -> str:

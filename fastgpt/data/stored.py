@@ -1,38 +1,40 @@
-"""Data that is tokens already: opened as memory maps, so that nothing of it is read or hashed at the start of a run."""
+"""Data that is opened as memory maps of its tokens, so that the start of a run neither reads nor hashes them.
+
+It is a prepared folder; a folder with tokens of nanoGPT or llm.c; or a text that is too large to be read at each start.
+Of a large text the first start writes the tokens to the cache, as a prepared folder. Later ones find it by the hashes
+of the text's files, which are kept with the files' sizes and times (see `stamps.py`), and by the tokenizer.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
-from dataclasses import dataclass
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from ..config import SOURCES
-from ..files import expand_path
-from ..tokenizer import Tokenizer
+from ..config import SOURCES, ConfigError
+from ..files import FileError, cache_dir, expand_path
+from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size
+from .prepared import INDEX, Prepared, is_prepared, open_prepared, write_prepared
 from .shards import ShardedTokens
-from .sources import DataError
+from .sources import DataError, find_files
+from .stamps import known, sha256_of
+from .text_pieces import read_pieces
 from .token_files import is_token_folder, open_token_files
 
-
-@dataclass(frozen=True)
-class Stored:
-    """The tokens of both splits, the tokenizer that made them, and a hash by which a resumed run knows them."""
-
-    tokenizer: Tokenizer
-    train: ShardedTokens
-    val: ShardedTokens
-    digest: str
+_LARGE_BYTES = 8_000_000  # a text of fewer bytes is read at each start, which takes less than half a second
 
 
 def is_stored(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` is a folder of tokens: one of nanoGPT's or of llm.c's."""
-    return bool(os.fspath(source)) and source not in SOURCES and is_token_folder(expand_path(source))
-
-
-def open_stored(source: str | os.PathLike[str], tokenizer: str | Tokenizer) -> Stored:
-    """The tokens in the folder `source`. DataError where they are not those of `tokenizer`, or not whole."""
-    found = open_token_files(expand_path(source), tokenizer)
-    assert not isinstance(tokenizer, str)  # it is refused: tokens do not train a tokenizer
-    return Stored(tokenizer, ShardedTokens(found.train), ShardedTokens(found.val), found.sha256)
+    """Whether `source` is a folder of tokens: a prepared one, nanoGPT's or llm.c's."""
+    if not os.fspath(source) or source in SOURCES:
+        return False
+    path = expand_path(source)
+    return is_prepared(path) or is_token_folder(path)
 
 
 def check_is_text(source: str | os.PathLike[str], layout: str) -> None:
@@ -42,3 +44,116 @@ def check_is_text(source: str | os.PathLike[str], layout: str) -> None:
             f"{os.fspath(source)!r} holds tokens, and layout {layout} reads text line by line: give the text, or take "
             f"--layout blocks"
         )
+
+
+def open_stored(
+    source: str | os.PathLike[str], tokenizer: str | Tokenizer, vocab_size: int | None = None
+) -> Prepared | None:
+    """The tokens of `source`; None where it is a text that is not large, which is read whole.
+
+    Raises DataError where the tokens are not those of `tokenizer`, or not whole.
+    """
+    if is_stored(source):
+        path = expand_path(source)
+        return _prepared_folder(path, tokenizer) if is_prepared(path) else _token_folder(path, tokenizer)
+    if not os.fspath(source) or source in SOURCES:
+        return None
+    files = find_files(source, "*.txt")
+    try:
+        if sum(file.stat().st_size for file in files) < _LARGE_BYTES:
+            return None
+        return _large_text(files, tokenizer, vocab_size, repr(os.fspath(source)))
+    except OSError as error:
+        raise DataError(f"{error.filename!r} cannot be read: {error.strerror}; check its permissions") from None
+
+
+def _token_folder(path: Path, tokenizer: str | Tokenizer) -> Prepared:
+    found = open_token_files(path, tokenizer)
+    assert not isinstance(tokenizer, str)  # it is refused: tokens do not train a tokenizer
+    return Prepared(tokenizer, ShardedTokens(found.train), ShardedTokens(found.val), found.sha256)
+
+
+def _prepared_folder(path: Path, tokenizer: str | Tokenizer) -> Prepared:
+    """The tokens in a prepared folder. It knows its tokenizer: "char", the default where none is given, takes any."""
+    prepared = open_prepared(path)
+    own = prepared.tokenizer
+    is_same = tokenizer in ("char", own.kind) if isinstance(tokenizer, str) else _same(tokenizer, own)
+    if not is_same:
+        raise DataError(
+            f"{str(path)!r} was prepared with another tokenizer, a {own.kind} of {own.vocab_size} tokens: leave "
+            f"--tokenizer out, or prepare the text again with the tokenizer that is wanted"
+        )
+    return prepared
+
+
+def _same(one: Tokenizer, other: Tokenizer) -> bool:
+    return one.fingerprint() == other.fingerprint()
+
+
+# --- large texts ------------------------------------------------------------------------------------------------------
+
+
+def _large_text(files: list[Path], tokenizer: str | Tokenizer, vocab_size: int | None, shown: str) -> Prepared:
+    wanted = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint()
+    if tokenizer == "bpe":
+        wanted += f" {bpe_size(vocab_size)} {BPETokenizer.training_version}"
+    hashes = [known(file, sha256_of)["sha256"] for file in files]
+    name = hashlib.sha256(" ".join([wanted, *hashes]).encode()).hexdigest()
+
+    def make(folder: Path) -> None:
+        made = _trained(tokenizer, files, vocab_size)
+        if isinstance(made, CharTokenizer) and made.vocab_size == 1:
+            raise DataError(
+                f"{shown} has one distinct character, {made.chars!r}: give a text with something to predict"
+            )
+        try:
+            write_prepared(read_pieces(files), made, folder)
+        except DataError as error:
+            raise DataError(f"{shown}: {error}") from None
+
+    try:
+        return _from_cache(cache_dir() / f"prepared-{name}", make)
+    except (ConfigError, FileError) as error:  # no home folder is known, or it cannot be written
+        warnings.warn(
+            f"{error}: the text is tokenized again next time; set FASTGPT_CACHE to a writable folder", stacklevel=2
+        )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its maps outlive it
+        make(Path(folder))
+        return open_prepared(Path(folder))
+
+
+def _trained(tokenizer: str | Tokenizer, files: list[Path], vocab_size: int | None) -> Tokenizer:
+    """The tokenizer, trained on the text of the files where it is a name."""
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    pieces = read_pieces(files)
+    return CharTokenizer.train(pieces) if tokenizer == "char" else BPETokenizer.train(pieces, bpe_size(vocab_size))
+
+
+def _from_cache(folder: Path, make: Callable[[Path], None]) -> Prepared:
+    """The prepared folder in the cache; where there is none, or it is damaged, `make` writes it."""
+    with contextlib.suppress(DataError):
+        return open_prepared(folder)
+    with _locked(folder.with_suffix(".lock")):
+        with contextlib.suppress(DataError):  # another process has written it meanwhile
+            return open_prepared(folder)
+        print(f"data: writing the tokens to {folder}, once", file=sys.stderr, flush=True)
+        (folder / INDEX).unlink(missing_ok=True)
+        make(folder)
+    return open_prepared(folder)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process at a time is inside; a process that ends, however it ends, lets the next one in."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror}") from None
+    with open(path, "rb") as file:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

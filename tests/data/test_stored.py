@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import builtins
 import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from command_line import SMALL, TEXT
+from fastgpt import GPT, GPTConfig
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
+from fastgpt.data import stored
 from fastgpt.data.corpus import Corpus
+from fastgpt.data.prepared import write_prepared
 from fastgpt.data.shards import ShardedTokens
-from fastgpt.data.sources import DataError
-from fastgpt.tokenizer import BPETokenizer
+from fastgpt.data.sources import DataError, load_text
+from fastgpt.evaluate import examples_of
+from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
 TOKENIZER = BPETokenizer.train(TEXT, 280)
 
@@ -49,14 +59,14 @@ def nanogpt(tmp_path):
 
 
 def test_a_folder_of_tokens_is_a_corpus(nanogpt, text) -> None:
-    stored, read = (Corpus.load(source, TOKENIZER, block_size=16) for source in (nanogpt, text))
-    assert isinstance(stored.train, ShardedTokens)
+    mapped, read = (Corpus.load(source, TOKENIZER, block_size=16) for source in (nanogpt, text))
+    assert isinstance(mapped.train, ShardedTokens)
     for split in ("train", "val"):
-        assert np.array_equal(getattr(stored, split), getattr(read, split))
-    assert stored.has_fingerprint(stored.fingerprint) and stored.has_fingerprint(read.fingerprint)
-    assert not stored.has_fingerprint(Corpus.load(nanogpt, TOKENIZER, layout="windows").fingerprint)
-    (nanogpt / "val.bin").write_bytes(stored.val[1:].shards[0].tobytes() + b"\0\0")
-    assert not Corpus.load(nanogpt, TOKENIZER).has_fingerprint(stored.fingerprint)
+        assert np.array_equal(getattr(mapped, split), getattr(read, split))
+    assert mapped.has_fingerprint(mapped.fingerprint) and mapped.has_fingerprint(read.fingerprint)
+    assert not mapped.has_fingerprint(Corpus.load(nanogpt, TOKENIZER, layout="windows").fingerprint)
+    (nanogpt / "val.bin").write_bytes(mapped.val[1:].shards[0].tobytes() + b"\0\0")
+    assert not Corpus.load(nanogpt, TOKENIZER).has_fingerprint(mapped.fingerprint)
 
 
 def test_a_split_that_is_too_short_is_named(nanogpt) -> None:
@@ -88,3 +98,165 @@ def test_the_commands(nanogpt, text, tokenizer_folder, tmp_path, capsys) -> None
     assert f"predicted      {val - 1} tokens" in capsys.readouterr().out
     assert main(["train", "--data", str(nanogpt), "--out", str(tmp_path / "none"), *SMALL]) == 1
     assert "--tokenizer FOLDER" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+# --- prepared folders -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    write_prepared([TEXT], TOKENIZER, tmp_path / "prepared")
+    return tmp_path / "prepared"
+
+
+def test_a_prepared_folder_is_a_corpus_and_has_its_tokenizer(prepared, text) -> None:
+    read = Corpus.load(text, TOKENIZER)
+    for tokenizer in ("char", "bpe", TOKENIZER):
+        corpus = Corpus.load(prepared, tokenizer, vocab_size=280)
+        assert corpus.tokenizer.to_json() == TOKENIZER.to_json() and corpus.has_fingerprint(read.fingerprint)
+        assert np.array_equal(corpus.train, read.train) and np.array_equal(corpus.val, read.val)
+
+
+def test_a_prepared_folder_of_another_tokenizer(prepared, tmp_path) -> None:
+    with pytest.raises(DataError, match="prepared with another tokenizer, a bpe of 280 tokens: leave --tokenizer out"):
+        Corpus.load(prepared, BPETokenizer.train(TEXT, 270))
+    write_prepared([TEXT], CharTokenizer.train(TEXT), tmp_path / "char")
+    with pytest.raises(DataError, match=r"another tokenizer, a char of \d+ tokens"):
+        Corpus.load(tmp_path / "char", "bpe", vocab_size=280)
+
+
+# --- large texts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(text, monkeypatch):
+    """A text that is taken for a large one, and that is older than the tick of any clock."""
+    monkeypatch.setattr(stored, "_LARGE_BYTES", 1000)
+    os.utime(text, (1e9, 1e9))
+    return text
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """A function, after whose call opening a file that is given fails."""
+
+    def forbid(path) -> None:
+        def refuse(file, *arguments, opened=builtins.open, **options):
+            assert not isinstance(file, (str, os.PathLike)) or str(file) != str(path), "the text is opened again"
+            return opened(file, *arguments, **options)
+
+        monkeypatch.setattr("builtins.open", refuse)
+        monkeypatch.setattr("io.open", refuse)  # which pathlib calls
+
+    return forbid
+
+
+@pytest.mark.parametrize("layout", ["blocks", "windows"])
+@pytest.mark.parametrize(("tokenizer", "vocab_size"), [("char", None), ("bpe", 280), (TOKENIZER, None)])
+def test_a_large_text_gives_what_a_small_one_gives(text, large, monkeypatch, tokenizer, vocab_size, layout) -> None:
+    corpus = Corpus.load(large, tokenizer, vocab_size=vocab_size, block_size=16, layout=layout)
+    monkeypatch.setattr(stored, "_LARGE_BYTES", 10**9)
+    small = Corpus.load(text, tokenizer, vocab_size=vocab_size, block_size=16, layout=layout)
+    assert isinstance(corpus.train, ShardedTokens) and not isinstance(small.train, ShardedTokens)
+    assert corpus.tokenizer.to_json() == small.tokenizer.to_json() and corpus.layout == small.layout
+    assert np.array_equal(corpus.train, small.train) and np.array_equal(corpus.val, small.val)
+    assert corpus.has_fingerprint(small.fingerprint), "a run of an older version goes on"
+    for split in ("train", "val"):
+        whole, mapped = (of.examples(split, 16).batch(8, 1, 2) for of in (small, corpus))
+        assert all(torch.equal(one, other) for one, other in zip(whole, mapped, strict=True))
+
+
+@pytest.mark.parametrize(("tokenizer", "vocab_size"), [("char", None), ("bpe", 280)])
+def test_a_second_start_opens_no_text_and_hashes_no_tokens(large, unread, monkeypatch, tokenizer, vocab_size) -> None:
+    first = Corpus.load(large, tokenizer, vocab_size=vocab_size)
+    unread(large)
+    monkeypatch.setattr("fastgpt.data.corpus.pieces", lambda _: pytest.fail("the tokens are read"))
+    again = Corpus.load(large, tokenizer, vocab_size=vocab_size)
+    assert again.fingerprint == first.fingerprint and len(again.train) == len(first.train)
+    with pytest.raises(AssertionError, match="the text is opened again"):
+        load_text(large)  # the test can fail
+
+
+def test_an_edited_text_of_the_same_size_is_noticed(large) -> None:
+    before = Corpus.load(large)
+    large.write_text(TEXT.replace("speak", "spoke"), encoding="utf-8")
+    after = Corpus.load(large)
+    assert after.tokenizer.decode(after.train) == TEXT.replace("speak", "spoke")[: len(after.train)]
+    assert not after.has_fingerprint(before.fingerprint)
+
+
+def test_a_folder_of_texts_is_joined_as_a_small_one_is(large, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name + TEXT, encoding="utf-8")
+    corpus = Corpus.load(folder)
+    text = f"a{TEXT}\nb{TEXT}"
+    assert corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.val])) == text
+    (folder / "b.txt").unlink()
+    assert len(Corpus.load(folder).train) == (len(TEXT) + 1) * 9 // 10
+
+
+def damage_shard(folder) -> None:
+    (folder / "tokens-00000.bin").write_bytes(b"")
+
+
+def remove_shard(folder) -> None:
+    (folder / "tokens-00000.bin").unlink()
+
+
+def damage_index(folder) -> None:
+    (folder / "index.json").write_text("{")
+
+
+def remove_index(folder) -> None:
+    (folder / "index.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_shard, remove_shard, damage_index, remove_index])
+def test_a_damaged_cache_is_rebuilt(large, cache, damage) -> None:
+    first = np.asarray(Corpus.load(large).train)
+    (folder,) = (path for path in cache.glob("prepared-*") if path.is_dir())
+    damage(folder)
+    assert np.array_equal(Corpus.load(large).train, first)
+
+
+def test_a_cache_that_cannot_be_written(large, cache) -> None:
+    first = Corpus.load(large)
+    shutil.rmtree(cache)
+    cache.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be written.*FASTGPT_CACHE"):
+        corpus = Corpus.load(large)
+    assert np.array_equal(corpus.train, first.train) and corpus.fingerprint == first.fingerprint
+
+
+def test_errors_of_large_texts_name_the_text(large, tmp_path) -> None:
+    with pytest.raises(DataError, match=r"text\.txt': in the text from character 0 on: character '.' at position 0"):
+        Corpus.load(large, CharTokenizer("abc"))
+    (tmp_path / "dull.txt").write_text("a" * 2000)
+    with pytest.raises(DataError, match=r"dull\.txt' has one distinct character, 'a': give a text"):
+        Corpus.load(tmp_path / "dull.txt")
+    with pytest.raises(ValueError, match="vocab_size: tokenizer 'bpe' needs it"):
+        Corpus.load(large, "bpe")
+    with pytest.raises(ValueError, match="tokenizer: expected 'char', 'bpe' or a tokenizer, got 'word'"):
+        Corpus.load(large, "word")
+
+
+def test_processes_that_start_together_write_the_tokens_once(large, monkeypatch) -> None:
+    written = []
+    monkeypatch.setattr(stored, "write_prepared", lambda *a: (written.append(a), time.sleep(0.05), write_prepared(*a)))
+    with ThreadPoolExecutor(4) as pool:  # flock is of an open file, so threads exclude each other as processes do
+        sizes = list(pool.map(lambda _: len(Corpus.load(large).train), range(4)))
+    assert sizes == [len(TEXT) * 9 // 10] * 4 and len(written) == 1
+
+
+def test_a_large_text_is_evaluated_whole(large, monkeypatch) -> None:
+    model = GPT(GPTConfig(vocab_size=280, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    model.tokenizer, model.layout = TOKENIZER, "blocks"
+    mapped = examples_of(model, TOKENIZER, str(large))
+    monkeypatch.setattr(stored, "_LARGE_BYTES", 10**9)
+    whole = examples_of(model, TOKENIZER, str(large))
+    assert isinstance(mapped.tokens, ShardedTokens) and np.array_equal(mapped.tokens, whole.tokens)
+    numbers = np.arange(len(whole))
+    assert len(mapped) == len(whole)
+    assert all(torch.equal(one, other) for one, other in zip(mapped.cut(numbers), whole.cut(numbers), strict=True))
