@@ -1,8 +1,8 @@
 """A step of training by one and by two processes on this machine, against what `fastgpt plan` says of it.
 
 A row is the time of a step. In its `extra` are the counts of one process, each as it was counted and as it was planned,
-and the planned time, for which the machine's own rates are measured in as many processes: of matrix products
-while all of them multiply, and of an all-reduce of as many bytes as the model has gradients.
+and the planned time, for which the machine's own rates are measured in as many processes: of matrix products while all
+of them multiply, and of collectives of as many bytes as the model has gradients.
 """
 
 import statistics
@@ -168,10 +168,24 @@ def rates(shape: ScaleShape) -> dict[str, float]:
     assert bound is not None
     found = {"flop_per_s": demand.flops / bound.seconds}
     if shape.processes > 1:
-        gradients = torch.ones(shape.plan.n_parameters)
-        seconds = statistics.median(_seconds(lambda: dist.all_reduce(gradients)) for _ in range(10))
-        found["bytes_per_s"] = ring_all_reduce(bytes_of([gradients]), shape.processes) / seconds
+        exchange = _exchange(shape)
+        seconds = statistics.median(_seconds(exchange) for _ in range(10))
+        found["bytes_per_s"] = ring_all_reduce(4 * shape.plan.n_parameters, shape.processes) / seconds
     return found
+
+
+def _exchange(shape: ScaleShape) -> Callable[[], Any]:
+    """What DDP does with the gradients, or FSDP with as many bytes, which are sent in two halves."""
+    whole = torch.ones(-(-shape.plan.n_parameters // shape.processes), shape.processes)
+    if shape.parallel == "ddp":
+        return lambda: dist.all_reduce(whole)
+    own = whole.flatten().chunk(shape.processes)[0].clone()
+
+    def gather_and_scatter() -> None:
+        dist.all_gather_into_tensor(whole.view(-1), own)
+        dist.reduce_scatter_tensor(own, whole.view(-1))
+
+    return gather_and_scatter
 
 
 def seconds_of_a_step(shape: ScaleShape) -> float:
