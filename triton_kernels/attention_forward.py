@@ -165,13 +165,14 @@ def one_tile_forward_kernel(
     for index in range(tl.program_id(0), batch_size * n_heads, tl.num_programs(0)):
         batch, head = index // n_heads, index % n_heads
         q = load_tile(q_source, batch, head, 0, n_queries, HEAD_SIZE, True, False, BLOCK_M, BLOCK_D)
-        mask_row = tl.cast(index, tl.int64) * n_queries
+        mask_row = first_row_of_head(batch, n_heads, head, n_queries)
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         largest = tl.full((BLOCK_M,), _NO_SCORE, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
+        # Made from `mask_row`, the row of dropout took registers for which there was no room on sm_100.
         accumulator, largest, total = _forward_tile(
             accumulator, largest, total, q, k_source, v_source, batch, head // group, 0, 0, True,
-            n_queries, n_keys, score_scale, seed, rows_before + mask_row, last_dropped,
+            n_queries, n_keys, score_scale, seed, rows_before + tl.cast(index, tl.int64) * n_queries, last_dropped,
             HEAD_SIZE, CAUSAL, DROPOUT, PRECISION, False, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         _store_forward(
