@@ -68,9 +68,13 @@ def find_files(source: str | os.PathLike[str], pattern: str) -> list[Path]:
         if path.is_dir():
             files = sorted(file for file in path.rglob(pattern) if file.is_file())
             if not files:
-                raise DataError(f"{shown} holds no files named {pattern}: put some there, or give one file's path")
+                tokens = sorted(path.glob("*.bin"))
+                remedy = f"but {_tokens_in(tokens[0])}" if tokens else "put some there, or give one file's path"
+                raise DataError(f"{shown} holds no files named {pattern}: {remedy}")
             return files
         if path.is_file():
+            if path.suffix == ".bin":
+                raise DataError(f"{shown} is {_tokens_in(path)}")
             return [path]
         if path.exists():
             raise DataError(
@@ -80,6 +84,13 @@ def find_files(source: str | os.PathLike[str], pattern: str) -> list[Path]:
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror}; check the path and its permissions") from None
     raise DataError(f"{shown} does not exist: give {known}")
+
+
+def _tokens_in(path: Path) -> str:
+    return (
+        f"{path.name}, which by its name has tokens: give the folder that has those of both splits, train.bin and "
+        f"val.bin or NAME_train_000001.bin and NAME_val_000001.bin"
+    )
 
 
 def _read_utf8(path: Path) -> str:

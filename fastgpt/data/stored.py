@@ -107,7 +107,7 @@ def _large_text(files: list[Path], tokenizer: str | Tokenizer, vocab_size: int |
                 f"{shown} has one distinct character, {made.chars!r}: give a text with something to predict"
             )
         try:
-            write_prepared(read_pieces(files), made, folder)
+            write_prepared(_read_with_bar(files, "tokenizing"), made, folder)
         except DataError as error:
             raise DataError(f"{shown}: {error}") from None
 
@@ -126,8 +126,17 @@ def _trained(tokenizer: str | Tokenizer, files: list[Path], vocab_size: int | No
     """The tokenizer, trained on the text of the files where it is a name."""
     if not isinstance(tokenizer, str):
         return tokenizer
-    pieces = read_pieces(files)
+    pieces = _read_with_bar(files, "training the tokenizer")
     return CharTokenizer.train(pieces) if tokenizer == "char" else BPETokenizer.train(pieces, bpe_size(vocab_size))
+
+
+def _read_with_bar(files: list[Path], what: str) -> Iterator[str]:
+    """The text of the files in pieces, and where there is a terminal a bar with the bytes of them a second."""
+    from tqdm import tqdm
+
+    n_bytes = sum(file.stat().st_size for file in files)
+    with tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield from read_pieces(files, bar.update)
 
 
 def _from_cache(folder: Path, make: Callable[[Path], None]) -> Prepared:

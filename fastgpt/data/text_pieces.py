@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .sources import DataError, check_has_few_nuls, not_utf8
@@ -11,22 +11,23 @@ from .sources import DataError, check_has_few_nuls, not_utf8
 _BYTES_AT_ONCE = 1 << 20
 
 
-def read_pieces(files: Iterable[Path]) -> Iterator[str]:
+def read_pieces(files: Iterable[Path], progress: Callable[[int], object] = lambda n_bytes: None) -> Iterator[str]:
     """The text of UTF-8 files in pieces of about a million characters, which together are what `load_text` gives.
 
-    Raises DataError that names the file which is not UTF-8 and the byte.
+    `progress` is called with the number of bytes of each piece. Raises DataError that names the file which is not
+    UTF-8, and the byte.
     """
     between = ""
     for file in files:
         yield between
         try:
-            yield from _read_file(file)
+            yield from _read_file(file, progress)
         except OSError as error:
             raise DataError(f"{str(file)!r} cannot be read: {error.strerror}; check its permissions") from None
         between = "\n"
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def _read_file(path: Path, progress: Callable[[int], object]) -> Iterator[str]:
     shown, at, n_nuls, start = repr(str(path)), 0, 0, b""
     held_back = ""  # "\r", until it is known whether "\n" follows
     rest = b""  # the beginning of a character
@@ -36,6 +37,7 @@ def _read_file(path: Path) -> Iterator[str]:
             read = file.read(_BYTES_AT_ONCE)
             is_last, raw, start = not read, rest + read, start or read[:4]
             n_nuls += read.count(0)
+            progress(len(read))
             try:
                 text, used = codecs.utf_8_decode(raw, "strict", is_last)
             except UnicodeDecodeError as error:

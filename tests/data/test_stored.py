@@ -23,6 +23,8 @@ from fastgpt.data.prepared import write_prepared
 from fastgpt.data.shards import ShardedTokens
 from fastgpt.data.sources import DataError, load_text
 from fastgpt.evaluate import examples_of
+from fastgpt.studies.experiment import frequency_loss
+from fastgpt.studies.learn import counted_bigram
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
 TOKENIZER = BPETokenizer.train(TEXT, 280)
@@ -260,3 +262,27 @@ def test_a_large_text_is_evaluated_whole(large, monkeypatch) -> None:
     numbers = np.arange(len(whole))
     assert len(mapped) == len(whole)
     assert all(torch.equal(one, other) for one, other in zip(mapped.cut(numbers), whole.cut(numbers), strict=True))
+
+
+def test_what_is_counted_in_a_large_text_is_what_is_counted_in_memory(large, monkeypatch) -> None:
+    monkeypatch.setattr("fastgpt.data.shards._TOKENS_AT_ONCE", 100)
+    mapped = Corpus.load(large, block_size=16)
+    monkeypatch.setattr(stored, "_LARGE_BYTES", 10**9)
+    whole = Corpus.load(large, block_size=16)
+    assert isinstance(mapped.train, ShardedTokens) and isinstance(whole.train, np.ndarray)
+    assert counted_bigram(mapped) == counted_bigram(whole)
+    assert frequency_loss(mapped, 16) == frequency_loss(whole, 16)
+    before, after, V = whole.train[:-1], whole.train[1:], whole.tokenizer.vocab_size
+    pairs = np.bincount(before.astype(int) * V + after, minlength=V * V).reshape(V, V) + 1.0
+    loss = -np.log(pairs / pairs.sum(axis=1, keepdims=True))[whole.val[:-1], whole.val[1:]].mean()
+    assert counted_bigram(whole) == pytest.approx(loss, abs=6e-5), "rounded to four decimals"
+
+
+def test_a_file_of_tokens_has_its_folder_asked_for(nanogpt) -> None:
+    with pytest.raises(DataError, match=r"is val\.bin, which .* tokens: give the folder that has those of both splits"):
+        Corpus.load(nanogpt / "val.bin", TOKENIZER)
+    folder = nanogpt.rename(nanogpt.with_name("other"))
+    (folder / "train.bin").rename(folder / "tokens_000.bin")
+    (folder / "val.bin").unlink()
+    with pytest.raises(DataError, match=r"holds no files named \*\.txt: but tokens_000\.bin, which .* give the folder"):
+        Corpus.load(folder, TOKENIZER)

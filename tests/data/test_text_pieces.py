@@ -21,8 +21,10 @@ def test_the_pieces_are_the_text(tmp_path, monkeypatch, n_bytes) -> None:
     for i, text in enumerate(AWKWARD):
         (tmp_path / f"{i}.txt").write_bytes(text.encode())
     files = sorted(tmp_path.glob("*.txt"))
-    found = list(read_pieces(files))
+    sizes: list[int] = []
+    found = list(read_pieces(files, sizes.append))
     assert "".join(found) == load_text(tmp_path)
+    assert sum(sizes) == sum(file.stat().st_size for file in files)
     assert n_bytes > 5 or max(map(len, found)) <= n_bytes + 1
 
 
