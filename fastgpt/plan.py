@@ -281,15 +281,19 @@ def flops(cfg: GPTConfig, sequences: int, checkpointing: bool = False) -> Flops:
 
     A matrix of n numbers takes 2 n operations per token forward and 4 n backward: the 6 N of PaLM and Chinchilla.
     Attention takes two products of T C forward. PaLM counts four more in backward; here it is five, because the scores
-    are computed again instead of kept.
+    are computed again instead of kept. Activation checkpointing computes a block again but for its last matrix, whose
+    result nothing in backward reads.
     """
-    n_tokens = sequences * cfg.block_size
+    n_tokens, C = sequences * cfg.block_size, cfg.n_embd
     matrices = 2 * n_tokens * count(shape for shape in block_shapes(cfg) if len(shape) == 2)
-    product = 2 * n_tokens * cfg.block_size * cfg.n_embd  # queries and keys, or weights and values
-    head = 2 * n_tokens * cfg.n_embd * cfg.vocab_size
-    block = matrices + 2 * product
-    backward = cfg.n_layer * (2 * matrices + 5 * product + (block if checkpointing else 0)) + 2 * head
-    return Flops(cfg.n_layer * block + head, backward)
+    product = 2 * n_tokens * cfg.block_size * C  # queries and keys, or weights and values
+    head = 2 * n_tokens * C * cfg.vocab_size
+    forward = matrices + 2 * product
+    backward = 2 * matrices + 5 * product
+    if checkpointing:
+        last = 2 * n_tokens * C * (4 * C if cfg.feed_forward else C)
+        backward += forward - last
+    return Flops(cfg.n_layer * forward + head, cfg.n_layer * backward + 2 * head)
 
 
 # ---- bytes between processes ----

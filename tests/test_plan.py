@@ -61,6 +61,25 @@ def test_activations_and_operations(changes):
     assert flops_of(lambda: model.loss(x, y).backward()) == plan.flops(model.cfg, 3).total
 
 
+class Checkpointed(torch.nn.Module):
+    """A block of which PyTorch keeps the input alone."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs):
+        return torch.utils.checkpoint.checkpoint(self.block, *inputs, use_reentrant=False)
+
+
+@pytest.mark.parametrize("changes", [{}, {"feed_forward": False}], ids=str)
+def test_operations_with_activation_checkpointing(changes):
+    model = model_of(**changes)
+    model.blocks = torch.nn.ModuleList(map(Checkpointed, model.blocks))
+    x, y = batch_of(model.cfg, 3)
+    assert flops_of(lambda: model.loss(x, y).backward()) == plan.flops(model.cfg, 3, checkpointing=True).total
+
+
 def test_operations_of_the_passes():
     model = model_of()
     losses = []

@@ -25,7 +25,8 @@ DOCUMENTS = {
     path.name: path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 }
-WRITTEN_BY_HAND = ["README.md", "CONTRIBUTING.md", "getting-started.md", "backends.md", "benchmarks.md", "gpu.md"]
+WRITTEN_BY_HAND = ["README.md", "CONTRIBUTING.md", *(f"{page}.md" for page in ("getting-started", "backends", "scale"))]
+WRITTEN_BY_HAND += ["benchmarks.md", "gpu.md"]
 
 
 def run(words: list[str], cwd: Path) -> str:
@@ -41,6 +42,7 @@ COMMANDS_OF = {
     "README.md": ["doctor", "train", "sample", "train", "data", "learn", "study", "study"],
     "getting-started.md": ["train", "sample", "train", "data", "train", "sample", "eval", "train"],
     "backends.md": ["doctor"],
+    "scale.md": ["plan", "plan"],
 }
 
 
@@ -86,6 +88,8 @@ def test_the_commands_of_a_document_run_in_order(document, small):
                 assert "--max-new-tokens" not in words or len(output) == len(prompt) + 200 + 1
             case "eval":
                 assert "bits per byte" in output
+            case "plan":
+                assert "on: 64 GPUs in 8 nodes, " in output
             case "doctor":
                 assert "attention: runs on" in output
             case "data":
@@ -232,6 +236,7 @@ def test_the_sections_that_links_name_exist(document):
 
 
 QUOTED = r"<!-- results: \S+ \S+ -->.*?<!-- end of results -->"
+PLANNED = r"<!-- plan of [\d ]+ GPUs: .*? -->.*?<!-- end of plan -->"
 # A number with the unit of a time, a rate, a ratio or a loss.
 FIGURE = r"\d[\d.,]*(?: ms| s| seconds| minutes|x| times| nats| tokens/s| GB/s| [GT]FLOP/s)\b"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -247,6 +252,7 @@ def test_what_is_quoted_is_what_was_measured(document):
     text = DOCUMENTS[document]
     found = re.findall(QUOTED, text, flags=re.DOTALL)
     assert len(found) == text.count("<!-- results: ")
+    assert len(re.findall(PLANNED, text, flags=re.DOTALL)) == text.count("<!-- plan of ")
     assert quotes.with_quotes(text, RESULTS) == text, "make results"
     for block in found:
         if quotes.NOT_MEASURED in block:
@@ -269,13 +275,14 @@ DECIMALS = {  # the only ones in the words of a document, and what each is
     },
     "backends.md": {"8.0": "compute capability"},
     "benchmarks.md": {},
+    "scale.md": {},
     "gpu.md": {"8.0": "compute capability", "3.11": "Python", "3.12": "Python", "2.11": "torch", "3.6": "triton"},
 }
 
 
 @pytest.mark.parametrize("document", WRITTEN_BY_HAND)
 def test_no_figure_is_written_by_hand(document):
-    text = re.sub(QUOTED, "", DOCUMENTS[document], flags=re.DOTALL)
+    text = re.sub(f"{QUOTED}|{PLANNED}", "", DOCUMENTS[document], flags=re.DOTALL)
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     assert re.findall(FIGURE, text) == []
     assert set(re.findall(r"\b\d+\.\d+\b", text)) == set(DECIMALS[document])

@@ -9,7 +9,14 @@ In a document,
     <!-- end of results -->
 
 names one of QUOTES and a file of benchmarks/results. `gpu` stands for all rows there that a GPU has made, and where
-there are none, the text says so. A test compares the text between the marks with what would be written there.
+there are none, the text says so.
+
+    <!-- plan of 1 8 64 GPUs: --preset gpt2-xl -->
+    ...
+    <!-- end of plan -->
+
+stands for tables of what `fastgpt plan` says with these options. A test compares the text between the marks with what
+would be written there.
 """
 
 import argparse
@@ -23,7 +30,7 @@ from typing import Any
 
 from fastgpt.report import cell, markdown_table
 
-from . import cells
+from . import cells, scale
 from .rows import OURS, Results, ResultsError, Row, by_case, peers_of, read
 
 
@@ -133,6 +140,12 @@ def gpu_models(results: Results) -> str:
     return _sentence("On a GPU: " + "; ".join(told), found)
 
 
+def scaled(results: Results) -> str:
+    """What one and two processes hold, compute and exchange, and how long a step takes, beside the plan of it."""
+    rows = [row for row in _rows_of("scale", results) if row.implementation == OURS]
+    return f"{scale.beside_plans(rows)}\n\n{_origin(rows)}."
+
+
 def _table(headers: Sequence[str], body: Sequence[Sequence[Any]], rows: Sequence[Row]) -> str:
     return f"{markdown_table(headers, body)}\n\n{_origin(rows)}."
 
@@ -172,10 +185,12 @@ QUOTES: dict[str, Callable[[Results], str]] = {
     "time_to_loss": time_to_loss,
     "recipe": recipe,
     "native_ops": native_ops,
+    "scale": scaled,
     "gpu_ops": gpu_ops,
     "gpu_models": gpu_models,
 }
 _QUOTED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+_PLANNED = re.compile(r"(<!-- plan of ([\d ]+) GPUs: (.*?) -->\n)(.*?)(<!-- end of plan -->)", re.DOTALL)
 
 
 def with_quotes(text: str, results: Path) -> str:
@@ -188,7 +203,11 @@ def with_quotes(text: str, results: Path) -> str:
         quoted = of_gpus(name, results) if file == "gpu" else QUOTES[name](read([results / f"{file}.jsonl"]))
         return start + quoted + "\n" + end
 
-    return _QUOTED.sub(renewed, text)
+    def planned(match: re.Match[str]) -> str:
+        start, gpus, options, _, end = match.groups()
+        return start + scale.planned([int(n) for n in gpus.split()], options) + "\n" + end
+
+    return _PLANNED.sub(planned, _QUOTED.sub(renewed, text))
 
 
 def of_gpus(name: str, results: Path) -> str:

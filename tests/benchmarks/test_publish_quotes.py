@@ -7,6 +7,8 @@ from pathlib import Path
 
 from benchmark_rows import row, run_line, write
 from fastgpt.benchmarks.publish import quotes, report, rows
+from fastgpt.config import GPTConfig
+from fastgpt.plan import Job, Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,6 +19,9 @@ def test_what_documents_quote(tmp_path):
     step = {"op": "train_step", "direction": "step"}
     sampled = {"op": "generate", "shape": "16 new tokens", "direction": "generate"}
     ops = ("cross_entropy", "linear_cross_entropy", "embedding")
+    times = {"compute": 20.0, "communication": 5.0, "overlapped": 20.0, "not_overlapped": 25.0}
+    counts = {"counted": {"weights": 4096, "all_reduce": 4096}, "planned": {"weights": 4096, "all_reduce": 4095}}
+    scaled = {"op": "scale", "shape": "2 processes, ddp, B4 T8", "direction": "step"}
     kernels = [{"op": op, "shape": "9 x 5", "direction": "forward+backward"} for op in ops]
     write(
         tmp_path / "cpu.jsonl",
@@ -28,6 +33,7 @@ def test_what_documents_quote(tmp_path):
         row("lecture", 40.0, 1.1, verdict="faster", shape="another", **step),
         row(median_ms=36.3, shape="another", **step),
         row(median_ms=210.4, **sampled),
+        row(median_ms=50.0, extra={"planned_ms": times, **counts}, **scaled),
         row("nanoGPT", 900.0, 4.56, verdict="faster", **sampled),
         *(row(peak_bytes=2e6, **kernel) for kernel in kernels),
         *(row("torch", 5.0, 2.5, peak_bytes=5.5e6, **kernel) for kernel in kernels),
@@ -43,12 +49,16 @@ def test_what_documents_quote(tmp_path):
         "validation loss of 1.875 nats per character (A CPU,",
         "| B4 T64            | 36.3 ms | 0.99x (noise) | –       |",
         "| another           | 36.3 ms | –             | 1.10x   |",
+        "the bytes of what all exchange in a step (B4 T8): ",
+        "| all reduce |                     4,095 |                     4,096 |",
+        "| 2 processes, ddp | 50 ms    | 20 ms              | 5 ms             | 20 ms               | 25 ms     ",
+        "| 2.00x                     |",
         "| one sequence  | fastgpt | nanoGPT |",
         "| 16 new tokens | 210 ms  | 4.56x   |",
         "2.50x (2.42 – 2.58) | 2.0 MB             | 5.5 MB  |",
     ):
         assert said in lines
-    assert "old" not in lines
+    assert " old " not in lines
     document = tmp_path / "doc.md"
     document.write_text(text)
     assert quotes.main([str(document), "--results", str(tmp_path)]) == 0
@@ -70,6 +80,18 @@ def test_a_quote_that_cannot_be_had_is_an_error(tmp_path, capsys):
         (tmp_path / "doc.md").write_text(text)
         assert quotes.main([str(tmp_path / "doc.md"), "--results", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err and (tmp_path / "doc.md").read_text(encoding="utf-8") == text
+
+
+def test_a_document_has_plans():
+    text = "<!-- plan of 1 16 GPUs: --preset gpt2 --parallel fsdp -->\nold\n<!-- end of plan -->\n"
+    written = quotes.with_quotes(text, ROOT)
+    lines = written.splitlines()
+    assert "old" not in lines and quotes.with_quotes(written, ROOT) == written
+    assert lines[1].startswith("Memory of each GPU in GB, by `fastgpt plan --preset gpt2 --parallel fsdp --gpus N`")
+    plan = Plan(GPTConfig.preset("gpt2"), Job(16, "fsdp", 16 * 12))
+    (memory, step) = (line.strip("| ").split(" | ") for line in lines if line.startswith("|   16 |"))
+    assert memory[6].strip() == f"{plan.total_memory / 1e9:.2f}" and memory[7].strip() == f"{plan.largest_batch:,}"
+    assert step[3].strip() == f"{1e3 * plan.seconds['compute']:.1f}"
 
 
 GPU = {
