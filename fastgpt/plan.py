@@ -164,9 +164,16 @@ def block_activations(cfg: GPTConfig, size: int) -> int:
     return norm + attention + (norm + feed_forward if cfg.feed_forward else 0)
 
 
-def block_input(cfg: GPTConfig, size: int) -> int:
-    """Bytes per token of what a block reads: the stream, and where the block's norm adds it, the last branch."""
-    return cfg.n_embd * (FLOAT32 + (size if cfg.norm == "pre" and cfg.residual else 0))
+def block_inputs(cfg: GPTConfig, size: int) -> int:
+    """Bytes per token of what all blocks read: the stream and, where the norm of the next block adds it, a branch.
+
+    The first block reads no branch. A block of attention alone adds the branch that it reads, and no other, so that the
+    second block of such a model reads the stream of the first.
+    """
+    stream, is_fused = FLOAT32 if cfg.residual else size, cfg.norm == "pre" and cfg.residual
+    n_branches = cfg.n_layer - 1 if is_fused else 0
+    n_streams = max(1, n_branches) if is_fused and not cfg.feed_forward else cfg.n_layer
+    return cfg.n_embd * (stream * n_streams + size * n_branches)
 
 
 def outer_activations(cfg: GPTConfig, size: int) -> int:
@@ -186,16 +193,10 @@ def seeds(cfg: GPTConfig) -> int:
 
 
 def activations(cfg: GPTConfig, sequences: int, size: int, checkpointing: bool = False) -> int:
-    """Bytes that a process keeps between forward and backward.
-
-    With activation checkpointing it keeps the input of each block, and all of the one block that is computed again.
-    """
-    n_tokens = sequences * cfg.block_size
-    of_block = block_activations(cfg, size)
-    blocks = cfg.n_layer * of_block
-    if checkpointing:
-        blocks = cfg.n_layer * block_input(cfg, size) + of_block
-    return n_tokens * (blocks + outer_activations(cfg, size)) + seeds(cfg)
+    """Bytes that a process keeps between forward and backward: with checkpointing, of each block its input alone."""
+    blocks = block_inputs(cfg, size) if checkpointing else cfg.n_layer * block_activations(cfg, size)
+    n_seeds = 0 if checkpointing else seeds(cfg)
+    return sequences * cfg.block_size * (blocks + outer_activations(cfg, size)) + n_seeds
 
 
 def logits_chunk(cfg: GPTConfig, sequences: int, size: int) -> int:
@@ -232,6 +233,8 @@ def memory(cfg: GPTConfig, job: Job) -> dict[str, int]:
         "logits_chunk": logits_chunk(cfg, job.sequences, size),
         "head_gradients": head_gradients(cfg, job.sequences, size),
     }
+    if job.activation_checkpointing:
+        parts["block_again"] = job.sequences * cfg.block_size * block_activations(cfg, size)
     if job.is_sharded:
         block, root = count(block_shapes(cfg)), count(root_shapes(cfg))
         parts["gathered_weights"] = size * (root + 2 * block)
@@ -281,8 +284,8 @@ def flops(cfg: GPTConfig, sequences: int, checkpointing: bool = False) -> Flops:
 
     A matrix of n numbers takes 2 n operations per token forward and 4 n backward: the 6 N of PaLM and Chinchilla.
     Attention takes two products of T C forward. PaLM counts four more in backward; here it is five, because the scores
-    are computed again instead of kept. Activation checkpointing computes a block again but for its last matrix, whose
-    result nothing in backward reads.
+    are computed again instead of kept. Activation checkpointing computes a block again, but its last matrix only where
+    a norm reads the result (post-norm).
     """
     n_tokens, C = sequences * cfg.block_size, cfg.n_embd
     matrices = 2 * n_tokens * count(shape for shape in block_shapes(cfg) if len(shape) == 2)
@@ -292,7 +295,7 @@ def flops(cfg: GPTConfig, sequences: int, checkpointing: bool = False) -> Flops:
     backward = 2 * matrices + 5 * product
     if checkpointing:
         last = 2 * n_tokens * C * (4 * C if cfg.feed_forward else C)
-        backward += forward - last
+        backward += forward - (0 if cfg.norm == "post" else last)
     return Flops(cfg.n_layer * forward + head, cfg.n_layer * backward + 2 * head)
 
 
