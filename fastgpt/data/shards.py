@@ -39,8 +39,10 @@ class ShardedTokens:
         places = np.asarray(which)
         if places.dtype.kind not in "iu":
             raise IndexError(f"tokens: expected integers or a slice as the index, got {places.dtype}")
-        places = np.where(places < 0, places + len(self), places)
-        if places.size and not 0 <= places.min() <= places.max() < len(self):
+        lowest, highest = (int(places.min()), int(places.max())) if places.size else (0, 0)
+        if lowest < 0:
+            places = np.where(places < 0, places + len(self), places)
+        if lowest < -len(self) or highest > max(len(self) - 1, 0):
             raise IndexError(f"tokens: an index is outside of the {len(self)} tokens")
         if len(self.shards) == 1:
             return self.shards[0][places]

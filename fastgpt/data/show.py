@@ -18,7 +18,9 @@ from ..tokenizer_files import read_tokenizer
 from . import layouts
 from .completions import Pair, encoded, load_pairs
 from .layouts import Blocks, Completions, Examples, Names, Windows
+from .shards import Tokens
 from .sources import DataError, load_text
+from .stored import check_is_text, is_stored, open_stored
 
 TEXT = """To be, or not to be, that is the question:
 Whether 'tis nobler in the mind to suffer
@@ -77,6 +79,8 @@ def _completions(
     source: str | None, layout: str, block_size: int | None, tokenizer: str
 ) -> tuple[Examples, Tokenizer, int]:
     """As `_of_a_text`, of prompts and their completions."""
+    if source is not None:
+        check_is_text(source, layout)
     pairs = list(PAIRS) if source is None else load_pairs(source)
     if tokenizer == "char":
         made: Tokenizer = CharTokenizer.train("".join(pair.prompt + pair.completion for pair in pairs), with_end=True)
@@ -90,7 +94,11 @@ def _completions(
 def _of_a_text(
     source: str | None, layout: str, block_size: int | None, tokenizer: str
 ) -> tuple[Examples, Tokenizer, int]:
-    """The examples of a text, their tokenizer, and how many targets there are."""
+    """The examples of a text, or of a folder of tokens, their tokenizer, and how many targets there are."""
+    if source is not None and layout == "names":
+        check_is_text(source, layout)
+    if source is not None and is_stored(source):
+        return _of_tokens(source, layout, block_size, tokenizer)
     if source is None:
         text, shown = NAMES if layout == "names" else TEXT, "the example text"
     else:
@@ -105,10 +113,21 @@ def _of_a_text(
         block_size = int(layouts.name_lengths(tokens, boundary).max()) if block_size is None else block_size
         layouts.check_names_fit(names, tokens, boundary, block_size, shown)
         return Names(tokens, block_size, boundary), made, len(tokens) - 1
+    return _over_a_text(tokens, shown, layout, block_size), made, len(tokens) - 1
+
+
+def _of_tokens(source: str, layout: str, block_size: int | None, tokenizer: str) -> tuple[Examples, Tokenizer, int]:
+    """As `_of_a_text`, of the train split of a folder of tokens."""
+    stored = open_stored(source, tokenizer if tokenizer == "char" else read_tokenizer(tokenizer))
+    assert stored is not None
+    tokens = stored.train
+    return _over_a_text(tokens, f"the train split of {source!r}", layout, block_size), stored.tokenizer, len(tokens) - 1
+
+
+def _over_a_text(tokens: Tokens, shown: str, layout: str, block_size: int | None) -> Examples:
     block_size = 8 if block_size is None else block_size
     layouts.check_block(shown, tokens, block_size)
-    examples = (Blocks if layout == "blocks" else Windows)(tokens, block_size)
-    return examples, made, len(tokens) - 1
+    return (Blocks if layout == "blocks" else Windows)(tokens, block_size)
 
 
 def _lines(x: Tensor, y: Tensor, tokenizer: Tokenizer) -> list[str]:

@@ -164,5 +164,6 @@ def _locked(path: Path) -> Iterator[None]:
         if os.name == "posix":
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: several may write, one after the other
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield

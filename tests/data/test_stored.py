@@ -127,6 +127,17 @@ def test_a_prepared_folder_of_another_tokenizer(prepared, tmp_path) -> None:
         Corpus.load(tmp_path / "char", "bpe", vocab_size=280)
 
 
+def test_examples_of_a_folder_of_tokens_are_shown(prepared, capsys) -> None:
+    assert main(["data", "show", "--data", str(prepared), "--block-size", "3"]) == 0
+    shown = capsys.readouterr().out
+    n = len(Corpus.load(prepared).train)
+    assert f"{n - 3:,} blocks ({n:,} tokens - 3), 3 examples in each" in shown
+    assert "names: not from this text" in shown and "completions: not from this text" in shown
+    (prepared / "tokens-00000.bin").unlink()
+    assert main(["data", "show", "--data", str(prepared)]) == 1
+    assert "prepare the data again" in capsys.readouterr().err
+
+
 # --- large texts ------------------------------------------------------------------------------------------------------
 
 
