@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -152,7 +153,13 @@ def test_what_a_ring_sends():
     sharded = Job(gpus=8, parallel="fsdp", batch_size=8, dtype="float32")
     once = Plan(cfg, sharded).sent
     assert once["all_gather_forward"] == once["reduce_scatter"] > once["all_gather_backward"]
-    again = Plan(cfg, Job(gpus=8, parallel="fsdp", batch_size=8, dtype="float32", grad_accum=3)).sent
+    half = Plan(cfg, dataclasses.replace(sharded, dtype="bfloat16")).sent
+    assert {name: n / once[name] for name, n in half.items()} == {
+        "all_gather_forward": 0.5,
+        "all_gather_backward": 0.5,
+        "reduce_scatter": 1.0,  # gradients are added up in float32
+    }
+    again = Plan(cfg, dataclasses.replace(sharded, grad_accum=3)).sent
     assert again == pytest.approx({name: 3 * n for name, n in once.items()})
 
 
