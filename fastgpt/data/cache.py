@@ -17,6 +17,7 @@ from ..tokenizer import BPETokenizer, Tokenizer, bpe_size, tokenizer_from_json
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 Kept = TypeVar("Kept")
+Trained = TypeVar("Trained", bound=Tokenizer)
 
 
 def cached(
@@ -99,23 +100,29 @@ def _open_tokens(path: Path, dtype: np.dtype) -> np.ndarray | None:
 def cached_bpe(text: str, vocab_size: int | None) -> BPETokenizer:
     """The tokenizer that `text` trains: training takes far longer than encoding, and gives the same each time."""
     size = bpe_size(vocab_size)
+    name = f"bpe-{_sha256(f'{_sha256(text)} {size} {BPETokenizer.training_version}')}.json"
+    return cached_tokenizer(name, BPETokenizer, lambda: BPETokenizer.train(text, size))
+
+
+def cached_tokenizer(name: str, kind: type[Trained], train: Callable[[], Trained]) -> Trained:
+    """The tokenizer of class `kind` in the cache's file `name`; where there is none, the one that `train` gives."""
     return cached(
-        f"bpe-{_sha256(f'{_sha256(text)} {size} {BPETokenizer.training_version}')}.json",
-        read=_open_bpe,
-        make=lambda: BPETokenizer.train(text, size),
+        name,
+        read=lambda path: _open_tokenizer(path, kind),
+        make=train,
         parts=lambda tokenizer: [f"{tokenizer.fingerprint()}\n{tokenizer.to_json()}".encode()],
         consequence="the tokenizer is trained again next time",
     )
 
 
-def _open_bpe(path: Path) -> BPETokenizer | None:
+def _open_tokenizer(path: Path, kind: type[Trained]) -> Trained | None:
     """The kept tokenizer, which has to have the fingerprint before it; None where there is none or it is damaged."""
     try:
         fingerprint, _, text = path.read_text(encoding="utf-8").partition("\n")
         tokenizer = tokenizer_from_json(text) if _sha256(text) == fingerprint else None
     except (OSError, ValueError):
         return None
-    return tokenizer if isinstance(tokenizer, BPETokenizer) else None
+    return tokenizer if isinstance(tokenizer, kind) else None
 
 
 def _sha256(text: str) -> str:

@@ -77,6 +77,7 @@ def write_prepared(pieces: Iterable[str], tokenizer: Tokenizer, folder: Path) ->
 def _write_shard(path: Path, parts: Iterable[np.ndarray]) -> dict[str, Any]:
     """What the index has of a shard."""
     n, digest = 0, hashlib.sha256()
+    path.unlink(missing_ok=True)  # another run may have mapped the old one, which it then keeps
     with open(path, "wb") as file:
         for part in parts:
             digest.update(part.data)

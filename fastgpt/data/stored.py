@@ -19,6 +19,7 @@ from pathlib import Path
 from ..config import SOURCES, ConfigError
 from ..files import FileError, cache_dir, expand_path
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size
+from .cache import cached_tokenizer
 from .prepared import INDEX, Prepared, is_prepared, open_prepared, write_prepared
 from .shards import ShardedTokens
 from .sources import DataError, find_files
@@ -62,7 +63,9 @@ def open_stored(
     try:
         if sum(file.stat().st_size for file in files) < _LARGE_BYTES:
             return None
-        return _large_text(files, tokenizer, vocab_size, repr(os.fspath(source)))
+        hashes = [known(file, sha256_of)["sha256"] for file in files]
+        with _alone_with(hashes):
+            return _large_text(files, hashes, tokenizer, vocab_size, repr(os.fspath(source)))
     except OSError as error:
         raise DataError(f"{error.filename!r} cannot be read: {error.strerror}; check its permissions") from None
 
@@ -93,26 +96,21 @@ def _same(one: Tokenizer, other: Tokenizer) -> bool:
 # --- large texts ------------------------------------------------------------------------------------------------------
 
 
-def _large_text(files: list[Path], tokenizer: str | Tokenizer, vocab_size: int | None, shown: str) -> Prepared:
-    wanted = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint()
-    if tokenizer == "bpe":
-        wanted += f" {bpe_size(vocab_size)} {BPETokenizer.training_version}"
-    hashes = [known(file, sha256_of)["sha256"] for file in files]
-    name = hashlib.sha256(" ".join([wanted, *hashes]).encode()).hexdigest()
+def _large_text(
+    files: list[Path], hashes: list[str], tokenizer: str | Tokenizer, vocab_size: int | None, shown: str
+) -> Prepared:
+    made = _trained(tokenizer, files, hashes, vocab_size) if isinstance(tokenizer, str) else tokenizer
+    if isinstance(made, CharTokenizer) and made.vocab_size == 1:
+        raise DataError(f"{shown} has one distinct character, {made.chars!r}: give a text with something to predict")
 
     def make(folder: Path) -> None:
-        made = _trained(tokenizer, files, vocab_size)
-        if isinstance(made, CharTokenizer) and made.vocab_size == 1:
-            raise DataError(
-                f"{shown} has one distinct character, {made.chars!r}: give a text with something to predict"
-            )
         try:
             write_prepared(_read_with_bar(files, "tokenizing"), made, folder)
         except DataError as error:
             raise DataError(f"{shown}: {error}") from None
 
     try:
-        return _from_cache(cache_dir() / f"prepared-{name}", make)
+        return _from_cache(cache_dir() / f"prepared-{_sha256(made.fingerprint(), *hashes)}", make)
     except (ConfigError, FileError) as error:  # no home folder is known, or it cannot be written
         warnings.warn(
             f"{error}: the text is tokenized again next time; set FASTGPT_CACHE to a writable folder", stacklevel=2
@@ -122,12 +120,24 @@ def _large_text(files: list[Path], tokenizer: str | Tokenizer, vocab_size: int |
         return open_prepared(Path(folder))
 
 
-def _trained(tokenizer: str | Tokenizer, files: list[Path], vocab_size: int | None) -> Tokenizer:
-    """The tokenizer, trained on the text of the files where it is a name."""
-    if not isinstance(tokenizer, str):
-        return tokenizer
-    pieces = _read_with_bar(files, "training the tokenizer")
-    return CharTokenizer.train(pieces) if tokenizer == "char" else BPETokenizer.train(pieces, bpe_size(vocab_size))
+def _trained(name: str, files: list[Path], hashes: list[str], vocab_size: int | None) -> Tokenizer:
+    """The tokenizer called `name`, trained on the text of the files, or as the cache has it of such files."""
+    if name == "char":
+        return cached_tokenizer(
+            f"char-{_sha256(*hashes)}.json",
+            CharTokenizer,
+            lambda: CharTokenizer.train(_read_with_bar(files, "collecting characters")),
+        )
+    size = bpe_size(vocab_size)
+    return cached_tokenizer(
+        f"bpe-{_sha256(str(size), str(BPETokenizer.training_version), *hashes)}.json",
+        BPETokenizer,
+        lambda: BPETokenizer.train(_read_with_bar(files, "training the tokenizer"), size),
+    )
+
+
+def _sha256(*words: str) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
 def _read_with_bar(files: list[Path], what: str) -> Iterator[str]:
@@ -143,27 +153,28 @@ def _from_cache(folder: Path, make: Callable[[Path], None]) -> Prepared:
     """The prepared folder in the cache; where there is none, or it is damaged, `make` writes it."""
     with contextlib.suppress(DataError):
         return open_prepared(folder)
-    with _locked(folder.with_suffix(".lock")):
-        with contextlib.suppress(DataError):  # another process has written it meanwhile
-            return open_prepared(folder)
-        print(f"data: writing the tokens to {folder}, once", file=sys.stderr, flush=True)
+    print(f"data: writing the tokens to {folder}, once", file=sys.stderr, flush=True)
+    try:
         (folder / INDEX).unlink(missing_ok=True)
-        make(folder)
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be written: {error.strerror}") from None
+    make(folder)
     return open_prepared(folder)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process at a time is inside; a process that ends, however it ends, lets the next one in."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror}") from None
-    with open(path, "rb") as file:
-        if os.name == "posix":
-            import fcntl
+def _alone_with(hashes: list[str]) -> Iterator[None]:
+    """Of the processes that start on one text, only one at a time is inside: the others then find what it has written.
 
-            with contextlib.suppress(OSError):  # a file system without locks: several may write, one after the other
+    A process that ends, however it ends, lets the next one in. Without locks several may write; the result is the same.
+    """
+    with contextlib.ExitStack() as inside:
+        with contextlib.suppress(ConfigError, OSError):  # no cache that can be written, or no locks there
+            path = cache_dir() / f"text-{_sha256(*hashes)}.lock"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = inside.enter_context(open(path, "wb"))
+            if os.name == "posix":
+                import fcntl
+
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield

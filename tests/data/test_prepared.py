@@ -45,6 +45,13 @@ def test_the_tokens_are_those_of_the_whole_text(tmp_path, monkeypatch, tokenizer
     assert all(isinstance(shard, np.memmap) for shard in opened.train.shards)
 
 
+def test_a_run_keeps_its_maps_when_the_folder_is_written_again(folder) -> None:
+    before = open_prepared(folder).all
+    expected = np.asarray(before).copy()
+    write_prepared(pieces(PANGRAM[:100]), TOKENIZERS[0], folder)
+    assert np.array_equal(before, expected) and len(open_prepared(folder).all) == 100
+
+
 def test_the_index_says_what_is_there(folder) -> None:
     index = json.loads((folder / INDEX).read_text())
     assert [shard["tokens"] for shard in index["shards"]] == [999, 999, 202]

@@ -190,6 +190,13 @@ def test_a_second_start_opens_no_text_and_hashes_no_tokens(large, unread, monkey
         load_text(large)  # the test can fail
 
 
+@pytest.mark.parametrize(("tokenizer", "vocab_size"), [("char", None), ("bpe", 280)])
+def test_a_resumed_run_finds_the_tokens_by_its_tokenizer(large, monkeypatch, tokenizer, vocab_size) -> None:
+    first = Corpus.load(large, tokenizer, vocab_size=vocab_size)
+    monkeypatch.setattr(stored, "write_prepared", lambda *_: pytest.fail("tokenized again"))
+    assert Corpus.load(large, first.tokenizer).fingerprint == first.fingerprint
+
+
 def test_an_edited_text_of_the_same_size_is_noticed(large) -> None:
     before = Corpus.load(large)
     large.write_text(TEXT.replace("speak", "spoke"), encoding="utf-8")
@@ -256,11 +263,14 @@ def test_errors_of_large_texts_name_the_text(large, tmp_path) -> None:
 
 
 def test_processes_that_start_together_write_the_tokens_once(large, monkeypatch) -> None:
-    written = []
-    monkeypatch.setattr(stored, "write_prepared", lambda *a: (written.append(a), time.sleep(0.05), write_prepared(*a)))
+    written, trained = [], CharTokenizer.train
+    monkeypatch.setattr(CharTokenizer, "train", lambda pieces: written.append("tokenizer") or trained(pieces))
+    monkeypatch.setattr(
+        stored, "write_prepared", lambda *a: (written.append("tokens"), time.sleep(0.05), write_prepared(*a))
+    )
     with ThreadPoolExecutor(4) as pool:  # flock is of an open file, so threads exclude each other as processes do
         sizes = list(pool.map(lambda _: len(Corpus.load(large).train), range(4)))
-    assert sizes == [len(TEXT) * 9 // 10] * 4 and len(written) == 1
+    assert sizes == [len(TEXT) * 9 // 10] * 4 and written == ["tokenizer", "tokens"]
 
 
 def test_a_large_text_is_evaluated_whole(large, monkeypatch) -> None:
