@@ -1,0 +1,201 @@
+"""The processes that train together: which one this is, what they agree on, and how all end when one fails.
+
+`torchrun` starts them and says in the environment which is which. They share every batch: each takes its rows of it.
+A process that trains alone has all rows, and imports nothing of torch.distributed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from ..machine import resolve_device
+from ..settings import flag
+from . import TrainingError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+HOW_TO_START = "start the processes with: torchrun --nproc-per-node N -m fastgpt train ..."
+
+
+@dataclass(frozen=True)
+class Processes:
+    """`size` processes, of which this one has the number `rank`, and on its own machine the number `local_rank`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> slice:
+        """This process's rows of a batch of all. Raises TrainingError where the processes cannot share it evenly."""
+        if batch_size % self.size:
+            raise TrainingError(
+                f"batch_size: {batch_size} rows cannot be shared evenly by {self.size} processes: "
+                f"give a --batch-size that is a multiple of {self.size}"
+            )
+        own = batch_size // self.size
+        return slice(self.rank * own, (self.rank + 1) * own)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors that the processes have; in one process the tensor itself."""
+        if self.size == 1:
+            return tensor
+        import torch.distributed as dist
+
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes have."""
+        if self.size == 1:
+            return number
+        import torch.distributed as dist
+
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any of the processes."""
+        return bool(self.largest(int(flag)))
+
+    def barrier(self) -> None:
+        """Return when all processes have come here."""
+        self.largest(0)
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process of each machine goes first; the others follow, and find what it has cached."""
+        if self.local_rank > 0:
+            self.barrier()
+        yield
+        if self.local_rank == 0:
+            self.barrier()
+
+    def check_same(self, settings: Mapping[str, Any]) -> None:
+        """Raise TrainingError, in all processes, that names a setting which is not the same in all of them."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        of_all: list[Any] = [None] * self.size
+        dist.all_gather_object(of_all, dict(settings))
+        for rank, others in enumerate(of_all):
+            for name, value in of_all[0].items():
+                if others[name] != value:
+                    raise TrainingError(
+                        f"{flag(name)}: is {value!r} in process 0 and {others[name]!r} in process {rank}: "
+                        f"start all processes with the same settings and data"
+                    )
+
+
+ALONE = Processes()
+
+
+def of_environment(environment: Mapping[str, str]) -> Processes | None:
+    """What `torchrun` has written there; None where it has not. Raises TrainingError where a part of it is missing."""
+    if not any(name in environment for name in _OF_TORCHRUN[:3]):  # clusters set the others for any program
+        return None
+    for name in _OF_TORCHRUN:
+        if not environment.get(name):
+            raise TrainingError(
+                f"{name}: is missing in the environment, which has a part of torchrun's; {HOW_TO_START}"
+            )
+    values = []
+    for name in _OF_TORCHRUN[:3]:
+        if not environment[name].isdecimal():
+            raise TrainingError(
+                f"{name}: expected a number in the environment, got {environment[name]!r}; {HOW_TO_START}"
+            )
+        values.append(int(environment[name]))
+    rank, size, local_rank = values
+    if not rank < size:
+        raise TrainingError(
+            f"RANK: expected less than WORLD_SIZE={size} in the environment, got {rank}; {HOW_TO_START}"
+        )
+    return Processes(rank, size, local_rank)
+
+
+@contextlib.contextmanager
+def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+    """The processes that `torchrun` has started, joined for training on the device of that name; ALONE without them.
+
+    Inside, all but the first print nothing. An error ends all of them, and the text of one that several have is shown
+    once: in the others SystemExit takes its place.
+    """
+    processes = of_environment(environment)
+    if processes is None or processes.size == 1:
+        yield processes or ALONE
+        return
+    backend = "gloo"
+    if resolve_device(device).type == "cuda":
+        _take_own_gpu(device, processes.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    import torch.distributed as dist
+
+    store, _, _ = next(dist.rendezvous("env://", processes.rank, processes.size))
+    dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.size)
+    try:
+        with contextlib.nullcontext() if processes.is_first else _silence():
+            yield processes
+    except Exception as error:
+        shown = _shown(error)
+        if not _is_first_to_say(str(shown), store, processes):
+            raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+        raise shown from error
+    dist.destroy_process_group()
+
+
+def _take_own_gpu(device: str, local_rank: int) -> None:
+    """Make "cuda" mean this process's GPU."""
+    if ":" in device:
+        raise TrainingError(f"device: {device!r} is one GPU, and each process takes its own: give --device cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise TrainingError(
+            f"LOCAL_RANK: this machine has {torch.cuda.device_count()} GPUs, and process {local_rank} of it finds "
+            f"none: give torchrun --nproc-per-node {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _shown(error: Exception) -> Exception:
+    """The error to show: where a connection broke, that is what another process's end looks like from here."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return TrainingError("another process has ended, and so does this one")
+    return error
+
+
+def _is_first_to_say(text: str, store: Store, processes: Processes) -> bool:
+    try:
+        return store.add(f"fastgpt/said/{text}", 1) == 1
+    except Exception:  # whoever kept the store has ended
+        return processes.is_first

@@ -1,0 +1,58 @@
+"""The processes that train together: their environment, what they agree on, and their errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import processes_together as together
+from fastgpt.training import TrainingError
+from fastgpt.training.processes import ALONE, Processes, joined, of_environment
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+def test_without_torchrun_a_process_is_alone():
+    with joined("cpu", {"MASTER_ADDR": "localhost"}) as processes:
+        assert processes == ALONE and processes.is_first
+    tensor = torch.ones(2)
+    assert ALONE.sum(tensor) is tensor and ALONE.any(True) and not ALONE.any(False)
+    assert ALONE.rows(7) == slice(0, 7)
+
+
+def test_the_environment_of_torchrun():
+    assert of_environment(TORCHRUN) == Processes(1, 2, 1)
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_a_part_of_the_environment_is_refused_by_name(name):
+    rest = {key: value for key, value in TORCHRUN.items() if key != name}
+    with pytest.raises(TrainingError, match=f"^{name}: is missing .*torchrun --nproc-per-node N -m fastgpt train"):
+        of_environment(rest)
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "2"), ("RANK", "one"), ("WORLD_SIZE", "-2")])
+def test_a_wrong_environment_is_refused_by_name(name, value):
+    with pytest.raises(TrainingError, match=f"^{name}: expected"):
+        of_environment(TORCHRUN | {name: value})
+
+
+def test_rows_of_a_batch_that_the_processes_share():
+    assert [Processes(rank, 4).rows(8) for rank in range(4)] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    with pytest.raises(TrainingError, match=r"^batch_size: 6 .* 4 processes: give a --batch-size that is a multiple"):
+        Processes(0, 4).rows(6)
+
+
+def test_what_processes_agree_on(gloo):
+    assert gloo(3, together.agree) == [(6.0, True, False, 2)] * 3
+
+
+def test_a_setting_that_differs_is_named_in_all(gloo):
+    said = gloo(2, together.differ)
+    assert said[0] == said[1]
+    assert said[0].startswith("--batch-size: is 8 in process 0 and 9 in process 1: ")
+
+
+def test_an_error_in_one_process_is_raised_here(gloo):
+    with pytest.raises(AssertionError, match="the second fails"):
+        gloo(2, together.fail_in_the_second)
