@@ -38,7 +38,7 @@ def test_every_entry_of_the_committed_table_compiles_and_spills_nothing(arch):
 
 
 def test_an_entry_that_spills_is_found():
-    norm = subject_of("layer_norm.forward", width=4096)
-    valid, spilling = (norm.entry(90, {"ROWS": rows, "num_warps": warps}) for rows, warps in ((1, 4), (8, 1)))
+    norm = subject_of("layer_norm.forward", width=512)  # of 16 rows in one warp, a lane has 256 elements
+    valid, spilling = (norm.entry(90, {"ROWS": rows, "num_warps": warps}) for rows, warps in ((1, 4), (16, 1)))
     fits, why = why_refused([valid, spilling])
     assert fits is None and why.startswith("spills ")
