@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    VARYING,
     dot,
     dot_add,
     first_row_of_head,
@@ -78,9 +79,7 @@ def _row_stride(n_heads, HEAD_SIZE: tl.constexpr, PACKED: tl.constexpr):
     return n_heads * (3 * HEAD_SIZE if PACKED else HEAD_SIZE)
 
 
-@triton.jit(
-    do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "rows_before", "last_dropped"]
-)
+@triton.jit(do_not_specialize=VARYING)
 def grad_q_kernel(
     GradOut, Q, K, V, Out, Lse, Delta, GradQ, Seed,
     grad_batch_stride, grad_head_stride, grad_stride,
@@ -145,9 +144,7 @@ def grad_q_kernel(
         store_tile(GradQ, grad_q, batch, head, first_query, grad_q_stride, n_queries, HEAD_SIZE, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(
-    do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "rows_before", "last_dropped"]
-)
+@triton.jit(do_not_specialize=VARYING)
 def grad_kv_kernel(
     GradOut, Q, K, V, Lse, Delta, GradK, GradV, Seed,
     grad_batch_stride, grad_head_stride, grad_stride,
@@ -213,7 +210,7 @@ def grad_kv_kernel(
         store_tile(GradV, grad_v, batch, key_head, first_key, stride, n_keys, HEAD_SIZE, BLOCK_N, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_queries", "n_keys", "rows_before", "last_dropped"])
+@triton.jit(do_not_specialize=VARYING)
 def one_tile_backward_kernel(
     GradOut, Q, K, V, Out, Lse, GradQ, GradK, GradV, Seed,
     grad_batch_stride, grad_head_stride, grad_stride,

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    VARYING,
     dot,
     dot_add,
     first_row_of_head,
@@ -93,9 +94,7 @@ def _store_forward(
     tl.store(Lse + mask_row + tl.arange(0, BLOCK_M), lse, mask=queries < n_queries)
 
 
-@triton.jit(
-    do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "section", "rows_before", "last_dropped"]
-)
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     Q, K, V, Out, Lse, Seed,
     q_batch_stride, q_head_stride, q_stride,
@@ -143,7 +142,7 @@ def forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["batch_size", "n_heads", "n_queries", "n_keys", "rows_before", "last_dropped"])
+@triton.jit(do_not_specialize=VARYING)
 def one_tile_forward_kernel(
     Q, K, V, Out, Lse, Seed,
     q_batch_stride, q_head_stride, q_stride,

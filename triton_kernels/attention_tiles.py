@@ -17,6 +17,9 @@ from .target import INTERPRETING
 # products, because the operands have been rounded to bfloat16 before.
 _UPCAST = tl.constexpr(INTERPRETING)
 
+# Arguments of which no kernel is compiled anew for each kind of value.
+VARYING = ["batch_size", "n_heads", "n_queries", "n_keys", "section", "rows_before", "last_dropped"]
+
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
