@@ -19,6 +19,7 @@ ORDERS = ("random", "epochs")  # of the examples in training; data.order has the
 SOURCES = ("shakespeare", "tinyshakespeare", "names")  # texts with a name; data.sources reads each
 DEFAULT_TEXT = "shakespeare"  # of every command: whoever could install FastGPT can have it
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
+PARALLELS = ("auto", "ddp")  # how several processes train a model together
 OPTIMIZERS = ("adamw", "muon")
 BACKENDS = ("torch", "triton", "native")  # of the ops; here, because ops.backend imports PyTorch
 MAX_HEAD_SIZE = 256  # of ops.attention, on every backend
@@ -166,7 +167,7 @@ class TrainConfig:
     """How a model is trained. Learning rate: linear warm-up, then a decay down to min_lr at max_steps.
 
     Args:
-        batch_size: blocks per micro-step.
+        batch_size: blocks per micro-step, in all processes together.
         grad_accum: micro-steps per optimizer step.
         max_steps: optimizer steps; training ends here.
         optimizer: adamw, or muon for the matrices between embeddings and head, with adamw for all other parameters.
@@ -193,6 +194,7 @@ class TrainConfig:
         order: random (examples are drawn anew for each step) or epochs (each example once, shuffled, before any again).
         cuda_graph: take steps by a CUDA graph, after a check against eager ones. Without a value: on a CUDA device,
             unless compile is on.
+        parallel: how processes that torchrun starts share the work: auto (ddp), or ddp (each has the whole model).
     """
 
     batch_size: int = 64
@@ -220,6 +222,7 @@ class TrainConfig:
     layout: str = "blocks"
     order: str = "random"
     cuda_graph: bool | None = None
+    parallel: str = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -237,6 +240,7 @@ class TrainConfig:
         _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _expect(self.lr_decay in LR_DECAYS, "lr_decay", self.lr_decay, f"one of {', '.join(LR_DECAYS)}")
         _expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
+        _expect(self.parallel in PARALLELS, "parallel", self.parallel, f"one of {', '.join(PARALLELS)}")
         _expect(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
 
 

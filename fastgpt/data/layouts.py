@@ -27,6 +27,8 @@ from .order import epoch_size, of_epochs, philox
 from .shards import Tokens
 from .sources import DataError, by_hash
 
+ALL_ROWS = slice(None)  # of a batch
+
 # One token is both start and end: at the start it is never a target, and at the end never context. It is the newline,
 # which every tokenizer has and no line contains; so sampled names are printed one a line.
 NAME_BOUNDARY = "\n"
@@ -119,10 +121,13 @@ class Examples:
         """Examples in an epoch of the order "epochs"."""
         return epoch_size(len(self), self.epoch_stride)
 
-    def batch(self, batch_size: int, seed: int, step: int, order: str = "random") -> tuple[Tensor, Tensor]:
+    def batch(
+        self, batch_size: int, seed: int, step: int, order: str = "random", rows: slice = ALL_ROWS
+    ) -> tuple[Tensor, Tensor]:
         """Examples at random, or the next of an epoch's with the order "epochs".
 
-        They follow from the arguments alone, so step 1000 needs none of the steps before it.
+        They follow from the arguments alone, so step 1000 needs none of the steps before it. `rows` are those of the
+        batch that are cut, where several processes share it.
         """
         batch_size = as_int_argument("batch_size", batch_size, least=1)
         seed, step = as_int_argument("seed", seed), as_int_argument("step", step)
@@ -130,16 +135,16 @@ class Examples:
             raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
         if order == "epochs":
             places = step * batch_size + np.arange(batch_size)
-            return self.cut(of_epochs(places, len(self), self.epoch_stride, seed))
-        return self.cut(philox(seed, step).integers(0, len(self), size=batch_size))
+            return self.cut(of_epochs(places[rows], len(self), self.epoch_stride, seed))
+        return self.cut(philox(seed, step).integers(0, len(self), size=batch_size)[rows])
 
-    def evenly_spaced(self, n: int) -> tuple[Tensor, Tensor]:
-        """The same n examples every time, first and last included.
+    def evenly_spaced(self, n: int, rows: slice = ALL_ROWS) -> tuple[Tensor, Tensor]:
+        """The same n examples every time, first and last included; `rows` are those of them that are cut.
 
         A loss over these changes with the model only, so two runs, or two steps, can be compared.
         """
         n = as_int_argument("n_blocks", n, least=1)
-        return self.cut(np.arange(n) * (len(self) - 1) // max(n - 1, 1))
+        return self.cut((np.arange(n) * (len(self) - 1) // max(n - 1, 1))[rows])
 
 
 class Blocks(Examples):

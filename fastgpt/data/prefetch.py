@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import as_int_argument
-from .layouts import Examples
+from .layouts import ALL_ROWS, Examples
 
 
 class Prefetcher:
@@ -22,7 +22,7 @@ class Prefetcher:
         with Prefetcher(corpus.examples("train", 256), 64, seed=1, device="cuda") as batches:
             for step, (x, y) in zip(range(1000), batches): ...
 
-    Gives (B, T) tensors; with `steps_per_call` above one, the batches of that many steps stacked, (steps, B, T). For a
+    Gives (B, T) tensors, or with `rows` those rows of them, which is what a process takes of a batch that several share; with `steps_per_call` above one, the batches of that many steps stacked, (steps, B, T). For a
     CUDA device the thread fills pinned memory. The copy is queued on the stream of the thread that takes the batch, so
     that it is in order with the work that reads it.
     """
@@ -38,8 +38,10 @@ class Prefetcher:
         depth: int = 2,
         threaded: bool = True,
         order: str = "random",
+        rows: slice = ALL_ROWS,
     ) -> None:
         self._examples, self._seed, self._order = examples, as_int_argument("seed", seed), order
+        self._rows = rows
         self._batch_size = as_int_argument("batch_size", batch_size, least=1)
         self._next_step = as_int_argument("start_step", start_step)
         self._steps_per_call = as_int_argument("steps_per_call", steps_per_call, least=1)
@@ -112,7 +114,8 @@ class Prefetcher:
 
     def _make(self) -> tuple[Tensor, Tensor]:
         steps = range(self._next_step, self._next_step + self._steps_per_call)
-        batches = [self._examples.batch(self._batch_size, self._seed, step, self._order) for step in steps]
+        of_step = self._examples.batch
+        batches = [of_step(self._batch_size, self._seed, step, self._order, self._rows) for step in steps]
         self._next_step = steps.stop
         x, y = batches[0] if len(batches) == 1 else (torch.stack(part) for part in zip(*batches, strict=True))
         if self._device.type != "cuda":

@@ -20,6 +20,8 @@ from torch import Tensor
 from .. import cuda_graph
 from ..config import GPTConfig, TrainConfig
 from ..model import GPT
+from . import TrainingError
+from .processes import ALONE, Processes
 from .step import Batch, Precision, make_optimizer, training_step
 
 CHECKED_STEPS = 3
@@ -28,8 +30,18 @@ CHECKED_STEPS = 3
 TOLERANCE = 0.05
 
 
-def is_graphed(cfg: TrainConfig, device_type: str) -> bool:
-    """Whether steps are to be taken by a graph: as `cuda_graph` says, else on CUDA, where `compile` is off."""
+def is_graphed(cfg: TrainConfig, device_type: str, processes: Processes = ALONE) -> bool:
+    """Whether steps are to be taken by a graph: as `cuda_graph` says, else on CUDA, where `compile` is off.
+
+    Never in several processes: TrainingError where it is asked for.
+    """
+    if processes.size > 1:
+        if cfg.cuda_graph:
+            raise TrainingError(
+                f"cuda_graph: steps of {processes.size} processes, which exchange gradients, are not recorded: "
+                f"leave --cuda-graph out"
+            )
+        return False
     return cfg.cuda_graph if cfg.cuda_graph is not None else device_type == "cuda" and not cfg.compile
 
 

@@ -16,19 +16,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cuda_graph
 from ..checkpoint import Checkpoint, CheckpointError, check_same, model_tensors
 from ..config import TrainConfig
 from ..data.corpus import Corpus
-from ..data.layouts import layout_class
+from ..data.layouts import IGNORED, layout_class
 from ..data.prefetch import Prefetcher
 from ..language_model import LanguageModel
 from ..machine import resolve_device
 from . import TrainingError
 from .graph import GraphedStep, is_graphed
 from .muon import Muon
+from .parallel import parallel_loss
+from .processes import ALONE, Processes
 from .progress import Progress
 from .run_folder import RunFolder, plot_loss
 from .saving import saver
@@ -47,10 +50,17 @@ class Trainer:
     """Trains `model` on `corpus` as `cfg` says, into `folder`."""
 
     def __init__(
-        self, model: LanguageModel, corpus: Corpus, cfg: TrainConfig, folder: RunFolder, resume_command: str = ""
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        cfg: TrainConfig,
+        folder: RunFolder,
+        resume_command: str = "",
+        processes: Processes = ALONE,
     ) -> None:
         if corpus.layout != cfg.layout:
             raise TrainingError(f"layout: the corpus was loaded as {corpus.layout!r}, the settings say {cfg.layout!r}")
+        self.processes, self._rows = processes, processes.rows(cfg.batch_size)
         self.device = resolve_device(cfg.device)
         self.model = model.to(self.device)
         self.model.tokenizer, self.model.layout = corpus.tokenizer, corpus.layout
@@ -58,11 +68,13 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, cfg)
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "best_val": None}
         self.precision = Precision(self.device, cfg.dtype)
-        self.loss = torch.compile(self.model.loss) if cfg.compile else self.model.loss
-        self._saver = saver(folder)
-        self._recorder = cuda_graph.recorder(self.device) if is_graphed(cfg, self.device.type) else None
+        self.loss = parallel_loss(self.model, cfg, processes, self.precision)
+        self._equal_targets = layout_class(cfg.layout).equal_targets
+        self._saver = saver(folder, is_first=processes.is_first, is_alone=processes.size == 1)
+        self._recorder = cuda_graph.recorder(self.device) if is_graphed(cfg, self.device.type, processes) else None
         self._take: Callable[[Sequence[Batch], float], Tensor] = self._take_eagerly
-        self._signal: int | None = None
+        self._signal = 0  # that this process has received; 0 for none
+        self._stop = 0  # and that any process has received
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -204,6 +216,7 @@ class Trainer:
                 depth=cfg.grad_accum * STEPS_CUT_AT_ONCE if on_cpu else cfg.grad_accum + 1,
                 threaded=not on_cpu,
                 order=cfg.order,
+                rows=self._rows,
             )
             with self._progress, batches:
                 done = self._evaluate_and_save() if state["step"] == 0 else False
@@ -213,14 +226,15 @@ class Trainer:
                 if state["step"] >= cfg.max_steps and self.folder.last_checkpoint() is None:
                     self._save()
                     self._saver.wait()
-        problem = plot_loss(self.folder.metrics_path, self.folder.path / "loss.png")
-        if problem:
-            print(problem)
+        if self.processes.is_first:
+            problem = plot_loss(self.folder.metrics_path, self.folder.path / "loss.png")
+            if problem:
+                print(problem)
         return dict(state)
 
     def _interval(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
         """Train up to the next step whose loss is read, which waits for a GPU. Returns True when training is over."""
-        cfg, state = self.cfg, self.state
+        cfg, state, processes = self.cfg, self.state, self.processes
         began = time.perf_counter()
         first = state["step"]
         end = min(
@@ -229,21 +243,21 @@ class Trainer:
             cfg.max_steps,
         )
         losses, counts, tokens = [], [], 0
-        while state["step"] < end and self._signal is None:
+        while state["step"] < end and not self._stopped():
             micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
             losses.append(self._step(micro_batches))
-            tokens += sum(x.numel() for x, _ in micro_batches)
-            if not layout_class(cfg.layout).equal_targets:
+            tokens += processes.size * sum(x.numel() for x, _ in micro_batches)
+            if not self._equal_targets:
                 counts.append(torch.stack([count_targets(y) for _, y in micro_batches]).sum())
             state["step"] += 1
             self._progress.bar.update(1)
-        values = torch.stack(losses).tolist() if losses else []
+        values = (processes.sum(torch.stack(losses)) / processes.size).tolist() if losses else []
         elapsed = time.perf_counter() - began
         self._check_losses(values, first)
         state["tokens"] += tokens
         state["elapsed_s"] += elapsed
         if values:
-            weights = torch.stack(counts).tolist() if counts else [1] * len(values)
+            weights = processes.sum(torch.stack(counts)).tolist() if counts else [1] * len(values)
             loss = sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
             rate = _rate(tokens, elapsed)
             if state["step"] % cfg.log_interval == 0:
@@ -252,15 +266,20 @@ class Trainer:
         done = False
         if state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_steps:
             done = self._evaluate_and_save()
-        elif self._signal is not None:
+        elif self._stop:
             self._save()
-        if self._signal is not None and not done:
-            name = signal.Signals(self._signal).name
+        if not done and self._stopped():
+            name = signal.Signals(self._stop).name
             hint = f" Resume with: {self.resume_command}" if self.resume_command else ""
             self._saver.wait()
             saved = self.folder.last_checkpoint()
             raise Interrupted(f"{name}: stopped at step {state['step']} and saved {saved}.{hint}")
         return done
+
+    def _stopped(self) -> bool:
+        """Whether a signal has reached any of the processes, which then all stop at this step."""
+        self._stop = self.processes.largest(self._signal)
+        return self._stop != 0
 
     def _check_losses(self, values: list[float], first: int) -> None:
         """Raise TrainingError for a loss that is not finite, or where float16 gradients overflow at any scale."""
@@ -281,8 +300,8 @@ class Trainer:
         return self._take(micro_batches, learning_rate(self.state["step"], self.cfg))
 
     def _take_eagerly(self, micro_batches: Sequence[Batch], lr: float | Tensor) -> Tensor:
-        clip = self.cfg.grad_clip
-        return training_step(self.model, self.loss, self.optimizer, micro_batches, self.precision, clip, lr)
+        arguments = self.model, self.loss, self.optimizer, micro_batches, self.precision, self.cfg.grad_clip, lr
+        return training_step(*arguments, self.processes, self._equal_targets)
 
     def skipped_steps(self) -> int:
         """Steps whose float16 gradients overflowed: their batches were taken, but the weights stayed as they were."""
@@ -296,8 +315,14 @@ class Trainer:
         self.model.eval()
         batch_size = self.cfg.batch_size
         examples = self.corpus.examples(split, self.model.cfg.block_size)
-        x, y = examples.evenly_spaced(min(self.cfg.eval_batches * batch_size, len(examples)))
-        return mean_loss(self.model.loss, x, y, batch_size, self.precision)
+        n, processes = min(self.cfg.eval_batches * batch_size, len(examples)), self.processes
+        if processes.size == 1:
+            return mean_loss(self.model.loss, *examples.evenly_spaced(n), batch_size, self.precision)
+        n_own = math.ceil(n / processes.size)
+        x, y = examples.evenly_spaced(n, slice(processes.rank * n_own, (processes.rank + 1) * n_own))
+        missing = (0, 0, 0, n_own - len(x))  # the last processes have fewer: all take as many, and make the same calls
+        x, y = F.pad(x, missing), F.pad(y, missing, value=IGNORED)
+        return mean_loss(self.loss, x, y, batch_size // processes.size, self.precision, processes)
 
     def _evaluate_and_save(self) -> bool:
         state, target = self.state, self.cfg.target_loss
@@ -330,14 +355,15 @@ class Trainer:
             "tokens_per_s": round(tokens_per_s, 1),
             "lr": learning_rate(max(state["step"] - 1, 0), self.cfg),
         }
-        self.folder.append(row)
+        if self.processes.is_first:
+            self.folder.append(row)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Let SIGINT and SIGTERM finish the step, save and leave. A second one ends the process at once."""
 
         def note(number: int, frame: Any) -> None:
-            if self._signal is not None:
+            if self._signal:
                 sys.exit(1)
             self._signal = number
 

@@ -20,6 +20,7 @@ from ..data.corpus import Corpus
 from ..language_model import LanguageModel
 from ..settings import flag
 from .loop import Trainer
+from .processes import ALONE, Processes
 from .run_folder import RunFolder
 
 
@@ -33,21 +34,25 @@ def start(
     settings: dict[str, Any] | None = None,
     resume_command: str = "",
     initial: LanguageModel | None = None,
+    processes: Processes = ALONE,
 ) -> Trainer:
     """Create the folder `out` and a trainer of a new model, or of `initial`, ready to `run()`.
 
     `kind` is a name in `baselines.MODELS`; the weights follow from train_config.seed. `settings` is what config.toml
     records; without it, the kind and both configurations. `resume_command` is shown where the run is interrupted.
     `initial` is a model that is trained further (see `initial.py`): `config` and `kind` are then its own.
+    Of several `processes` each calls this; the first creates the folder.
     Raises TrainingError where the folder already holds a run, and FileError where it cannot be written.
     """
     folder = RunFolder(Path(out))
-    folder.create(_recorded(kind, config, train_config) if settings is None else settings)
+    processes.rows(train_config.batch_size)  # refused before anything is written
+    if processes.is_first:
+        folder.create(_recorded(kind, config, train_config) if settings is None else settings)
     if initial is None:
         initial = build_model(config, train_config.seed, kind)
     else:
         torch.manual_seed(train_config.seed)  # of dropout, as `build_model` does
-    return Trainer(initial, corpus, train_config, folder, resume_command)
+    return Trainer(initial, corpus, train_config, folder, resume_command, processes)
 
 
 def resume(
@@ -60,6 +65,7 @@ def resume(
     kind: str = "gpt",
     settings: dict[str, Any] | None = None,
     resume_command: str = "",
+    processes: Processes = ALONE,
 ) -> Trainer:
     """A trainer that goes on with the run in `out` from `saved`, which `load_latest(out)` gave, ready to `run()`.
 
@@ -70,14 +76,16 @@ def resume(
     """
     _check_unchanged(saved, kind, config, train_config)
     folder = RunFolder(Path(out))
-    trainer = Trainer(build_model(config, train_config.seed, kind), corpus, train_config, folder, resume_command)
+    model = build_model(config, train_config.seed, kind)
+    trainer = Trainer(model, corpus, train_config, folder, resume_command, processes)
     trainer.restore(saved)
     step = trainer.state["step"]
     settings = _recorded(kind, config, train_config) if settings is None else settings
-    for line in _changes(folder.read_settings() | saved.train_config, settings, step):
-        print(line)
-    folder.rewind(step)
-    folder.write_settings(settings)
+    if processes.is_first:
+        for line in _changes(folder.read_settings() | saved.train_config, settings, step):
+            print(line)
+        folder.rewind(step)
+        folder.write_settings(settings)
     return trainer
 
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..data.layouts import IGNORED
+from ..ops.dropout import rows_from
 from . import TrainingError
 from .adamw import AdamW
 from .muon import Muon, attention_inputs, hidden_matrices
+from .processes import ALONE, Processes
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # x (B, T), y (B, T) -> the mean in nats per counted target, 0-dim
 Batch = tuple[Tensor, Tensor]
@@ -101,14 +103,21 @@ def count_targets(y: Tensor) -> Tensor:
     return (y != IGNORED).sum()
 
 
-def target_shares(micro_batches: Sequence[Batch]) -> list[Tensor]:
+def target_shares(
+    micro_batches: Sequence[Batch], processes: Processes = ALONE, equal_targets: bool = False
+) -> Sequence[Tensor | None]:
     """Of all the counted targets of a step, the share of each of its micro-batches, 0-dim and on the device.
 
-    Their losses, each a mean over its own targets, add up with these weights to the mean over all. Processes that
-    train together would add up `total` over all of them here, and their gradients after the step's last backward.
+    Their losses, each a mean over its own targets, add up with these weights to the mean over all. A share is that of
+    this process's own targets where all have as many; else it is relative to the mean number that a process has, so
+    that the mean over the processes is the mean over all targets. None is the share of what is alone.
     """
+    if len(micro_batches) == 1 and (processes.size == 1 or equal_targets):
+        return [None]
     counts = torch.stack([count_targets(y) for _, y in micro_batches])
     total = counts.sum()
+    if processes.size > 1 and not equal_targets:
+        return list((counts * processes.size / processes.sum(total).clamp_min(1)).unbind())
     return list((counts / total.clamp_min(1)).unbind())
 
 
@@ -120,8 +129,14 @@ def training_step(
     precision: Precision,
     grad_clip: float,
     lr: float | Tensor | None = None,
+    processes: Processes = ALONE,
+    equal_targets: bool = False,
 ) -> Tensor:
     """One optimizer step on the mean loss over the targets of all micro-batches; returns that loss, on the device.
+
+    Of several `processes` each gives its own rows, and `loss` is that of `parallel_loss`; the loss of the step is then
+    the mean over the processes of what this returns. `equal_targets` says that all have as many targets that count,
+    which spares them an exchange.
 
     The gradients are those of one batch of all the rows, however the counted targets are spread. `lr` becomes the
     learning rate of every parameter group, times the group's `lr_ratio` where it has one. It may be a tensor, which a
@@ -131,14 +146,15 @@ def training_step(
     if lr is not None:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"] if "lr_ratio" in group else lr
-    shares = target_shares(micro_batches) if len(micro_batches) > 1 else [None]
+    shares = target_shares(micro_batches, processes, equal_targets)
     total = torch.zeros((), device=precision.device)
-    for (x, y), share in zip(micro_batches, shares, strict=True):
-        with precision.autocast():
-            value = loss(x, y)
-        if share is not None:
-            value = torch.where(share > 0, value * share, 0.0)  # the mean over no target is NaN
-        precision.scaler.scale(value).backward()
+    for number, ((x, y), share) in enumerate(zip(micro_batches, shares, strict=True), 1):
+        with _part_of_batch(processes, len(x)), _exchange(loss, number == len(micro_batches)):
+            with precision.autocast():
+                value = loss(x, y)
+            if share is not None:
+                value = torch.where(share > 0, value * share, 0.0)  # the mean over no target is NaN
+            precision.scaler.scale(value).backward()
         total += value.detach()
     if grad_clip > 0.0:
         precision.scaler.unscale_(optimizer)
@@ -149,6 +165,18 @@ def training_step(
     return total
 
 
+def _part_of_batch(processes: Processes, n_rows: int) -> contextlib.AbstractContextManager:
+    """Inside, dropout draws the masks that this process's rows have in the batch of all processes."""
+    if processes.size == 1:
+        return contextlib.nullcontext()
+    return rows_from(processes.rank * n_rows, processes.size * n_rows)
+
+
+def _exchange(loss: Loss, is_last: bool) -> contextlib.AbstractContextManager:
+    """Inside, the gradients of `loss` stay in this process, but those of the last micro-batch are exchanged."""
+    return contextlib.nullcontext() if is_last or not hasattr(loss, "no_sync") else loss.no_sync()
+
+
 def clip_gradients(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """Scale the gradients down to `max_norm` where their norm is larger: in the optimizer's own pass, if it can."""
     if not (isinstance(optimizer, AdamW) and optimizer.clip_at_step(model.parameters(), max_norm)):
@@ -156,13 +184,21 @@ def clip_gradients(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max
 
 
 @torch.no_grad()
-def mean_loss(loss: Loss, x: Tensor, y: Tensor, batch_size: int, precision: Precision) -> float:
-    """The mean loss in nats over the counted targets of x, y (N, T), taken `batch_size` rows at a time."""
+def mean_loss(
+    loss: Loss, x: Tensor, y: Tensor, batch_size: int, precision: Precision, processes: Processes = ALONE
+) -> float:
+    """The mean loss in nats over the counted targets of x, y (N, T), taken `batch_size` rows at a time.
+
+    Of several `processes` each gives as many rows of its own, and gets the mean over the targets of all.
+    """
     total, n_targets = 0.0, 0
     for bx, by in zip(x.split(batch_size), y.split(batch_size), strict=True):
         n = int(count_targets(by))
-        if n > 0:  # the mean over no target is NaN
+        if n > 0 or processes.size > 1:  # all processes make the same calls
             with precision.autocast():
-                total += float(loss(bx.to(precision.device), by.to(precision.device))) * n
+                value = float(loss(bx.to(precision.device), by.to(precision.device)))
+            total += value * n if n > 0 else 0.0  # the mean over no target is NaN
             n_targets += n
+    if processes.size > 1:
+        total, n_targets = processes.sum(torch.tensor([total, n_targets], dtype=torch.float64)).tolist()
     return total / n_targets if n_targets else math.nan
