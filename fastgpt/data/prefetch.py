@@ -22,9 +22,10 @@ class Prefetcher:
         with Prefetcher(corpus.examples("train", 256), 64, seed=1, device="cuda") as batches:
             for step, (x, y) in zip(range(1000), batches): ...
 
-    Gives (B, T) tensors, or with `rows` those rows of them, which is what a process takes of a batch that several share; with `steps_per_call` above one, the batches of that many steps stacked, (steps, B, T). For a
-    CUDA device the thread fills pinned memory. The copy is queued on the stream of the thread that takes the batch, so
-    that it is in order with the work that reads it.
+    Gives (B, T) tensors; with `rows`, those of the batch, which is what a process takes of one that several share; with
+    `steps_per_call` above one, the batches of that many steps stacked, (steps, B, T). For a CUDA device the thread
+    fills pinned memory. The copy is queued on the stream of the thread that takes the batch, so that it is in order
+    with the work that reads it.
     """
 
     def __init__(
