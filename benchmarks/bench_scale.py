@@ -24,7 +24,9 @@ from fastgpt.benchmarks.harness.processes import together
 from fastgpt.benchmarks.harness.suite import OURS, Setting, Work
 from fastgpt.config import TrainConfig
 from fastgpt.plan import GB, Cluster, Job, Plan, collectives, ring_all_reduce
-from fastgpt.training.step import Loss, make_optimizer
+from fastgpt.training.parallel import parallel_loss
+from fastgpt.training.processes import Processes
+from fastgpt.training.step import Loss, Precision, make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -88,7 +90,7 @@ def planned_counts(plan: Plan) -> dict[str, int]:
 
 
 class LossModule(nn.Module):
-    """A module whose forward is the model's loss, as DDP and FSDP wrap it."""
+    """A module whose forward is the model's loss, as FSDP wraps it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -105,21 +107,20 @@ class Training:
         torch.manual_seed(1)
         self.model, self.loss = fastgpt_model(shape)
         self.model.train()
-        if shape.processes > 1:
-            self.loss = _sharded(self.model) if shape.parallel == "fsdp" else _replicated(self.model)
-        self.optimizer = make_optimizer(self.model, TrainConfig())
-        ((self.x, self.y),) = shape.random_batches(CPU, 1)
-        rank = dist.get_rank()
-        self.x, self.y = (t.chunk(shape.processes)[rank].clone() for t in (self.x, self.y))
+        cfg, processes = TrainConfig(), Processes(dist.get_rank(), shape.processes)
+        if processes.size > 1:
+            is_sharded = shape.parallel == "fsdp"
+            self.loss = (
+                _sharded(self.model) if is_sharded else parallel_loss(self.model, cfg, processes, Precision(CPU))
+            )
+        self.optimizer = make_optimizer(self.model, cfg)
+        ((x, y),) = shape.random_batches(CPU, 1)
+        self.x, self.y = (whole[processes.rows(shape.B)].clone() for whole in (x, y))
 
     def step(self) -> None:
         self.loss(self.x, self.y).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def _replicated(model: nn.Module) -> Loss:
-    return nn.parallel.DistributedDataParallel(LossModule(model), gradient_as_bucket_view=True)
 
 
 def _sharded(model: nn.Module) -> Loss:
