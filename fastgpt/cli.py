@@ -14,11 +14,25 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from .commands import bench, data_show, doctor, evaluate, export, learn, parity, plan, sample, study, train
+from .commands import (
+    bench,
+    data_prepare,
+    data_show,
+    doctor,
+    evaluate,
+    export,
+    learn,
+    parity,
+    plan,
+    sample,
+    study,
+    train,
+)
 from .config import ConfigError
 from .options import commands_help, completion, help_text, options_of, read
 from .settings import (
     BenchSettings,
+    DataPrepareSettings,
     DataShowSettings,
     DoctorSettings,
     EvalSettings,
@@ -52,8 +66,11 @@ COMMANDS: dict[str, Command | Group] = {
     "eval": Command(EvalSettings, evaluate, "measure how well a model predicts a text"),
     "export": Command(ExportSettings, export, "write a model as a plain folder, for transformers too"),
     "data": Group(
-        {"show": Command(DataShowSettings, data_show, "print one example of each layout of the data")},
-        "show: one example of each layout of the data",
+        {
+            "show": Command(DataShowSettings, data_show, "print one example of each layout of the data"),
+            "prepare": Command(DataPrepareSettings, data_prepare, "tokenize text of any size, once for many runs"),
+        },
+        "show: one example of each layout; prepare: text of any size to tokens",
     ),
     "plan": Command(PlanSettings, plan, "what training on many GPUs will take: memory, bytes moved, time"),
     "learn": Command(LearnSettings, learn, "from bigram to GPT: train every stage, write a report"),

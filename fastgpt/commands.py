@@ -12,6 +12,7 @@ from .config import DTYPES, ConfigError, GPTConfig
 from .plan import Cluster, Job, Plan
 from .settings import (
     BenchSettings,
+    DataPrepareSettings,
     DataShowSettings,
     DoctorSettings,
     EvalSettings,
@@ -22,6 +23,7 @@ from .settings import (
     TrainSettings,
     UsageError,
     check_tokenizer,
+    check_vocab_size,
     flag,
 )
 from .studies.settings import STUDIES, LearnSettings, StudySettings
@@ -31,6 +33,8 @@ _EXAMPLES = {
     "data": "a text file, or shakespeare",
     "out": "a folder for the run, as runs/first",
     "export out": "a folder for the model, as models/first",
+    "data prepare data": "text files, folders of them, JSON lines or Parquet",
+    "data prepare out": "a folder for the tokens, as data/prepared",
 }
 
 
@@ -38,7 +42,7 @@ def _required(settings: Any, command: str) -> list[str]:
     """The values of the settings that the command needs."""
     names = type(settings).REQUIRED
     for name in names:
-        if getattr(settings, name) is None:
+        if getattr(settings, name) in (None, ()):
             resumes = getattr(settings, "resume", False)
             what = (
                 "the folder of the run to go on with"
@@ -262,6 +266,31 @@ def data_show(settings: DataShowSettings) -> None:
     from .data.show import show_layouts
 
     print(show_layouts(settings.data, settings.layout, settings.block_size, settings.tokenizer, settings.seed))
+
+
+def data_prepare(settings: DataPrepareSettings) -> None:
+    data, out = _required(settings, "data prepare")
+    check_vocab_size(settings)
+    if settings.processes is not None and settings.processes < 1:
+        raise UsageError(f"--processes: expected at least 1, got {settings.processes}")
+    from .data.prepare import prepare
+    from .data.prepared import is_prepared
+    from .files import expand_path, make_output_folder
+    from .threads import available_cores
+    from .tokenizer_files import read_tokenizer
+
+    folder = expand_path(out)
+    was_prepared = is_prepared(folder)
+    make_output_folder(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    named = settings.tokenizer in ("char", "bpe")
+    tokenizer = settings.tokenizer if named else read_tokenizer(settings.tokenizer)
+    processes = settings.processes or available_cores()
+    found = prepare(data, tokenizer, folder, vocab_size=settings.vocab_size, field=settings.field, processes=processes)
+    if was_prepared:
+        print(f"{out} was prepared already, and all of its shards are whole")
+    sizes = f"{len(found.train):,} tokens to train on and {len(found.val):,} to validate"
+    print(f"{out}: {sizes}, of a {found.tokenizer.kind} tokenizer with {found.tokenizer.vocab_size}")
+    print(f"next: fastgpt train --data {shlex.quote(out)} --out runs/NAME")
 
 
 def plan(settings: PlanSettings) -> None:

@@ -229,6 +229,28 @@ class DataShowSettings:
 
 
 @dataclass(frozen=True)
+class DataPrepareSettings:
+    """Tokenize text of any size into a folder that --data takes. No more than pieces of the text are in memory.
+
+    One file of text is one stream, of which the last tenth is for validation. Several files, and the rows of JSON lines
+    and of Parquet, are documents: each ends with a token of its own, and the last tenth of them is for validation. If
+    the command was killed, the same command goes on; on a folder that is prepared, it compares the shards with their
+    sums.
+    """
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("data", "out")
+
+    # files and folders, of text (*.txt), JSON lines (*.jsonl) and Parquet (*.parquet), or shakespeare, ...
+    data: tuple[str, ...] = ()
+    out: str | None = None  # the folder to write.
+    tokenizer: str = "char"  # char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
+    vocab_size: int | None = None  # number of tokens of a bpe tokenizer.
+    field: str = "text"  # has the text in JSON lines and Parquet.
+    processes: int | None = None  # that tokenize by BPE, of about 0.1 GB each; by default one for each core.
+    config: str | None = None  # a TOML file with any of these settings.
+
+
+@dataclass(frozen=True)
 class PlanSettings(Cluster, GPTConfig, Job):
     """What training on many GPUs will take, by arithmetic: memory, operations, bytes moved, time.
 
@@ -383,6 +405,10 @@ def check_tokenizer(settings: TrainSettings) -> None:
             if absolute(str(now)) != absolute(str(was)):
                 was = "none" if was is None else was
                 raise UsageError(f"{flag(name)}: the run in {settings.out} has {was}, not {now}; it cannot be changed")
+    check_vocab_size(settings)
+
+
+def check_vocab_size(settings: TrainSettings | DataPrepareSettings) -> None:
     if settings.tokenizer == "char" and settings.vocab_size is not None:
         raise UsageError("--vocab-size: the characters of the data are the vocabulary; it goes with --tokenizer bpe")
     if settings.tokenizer == "bpe" and settings.vocab_size is None:

@@ -34,6 +34,7 @@ _END_OF_TEXT = "<|endoftext|>"
 _END_CHARACTER = "\x03"  # ASCII's "end of text"
 # How blanks are drawn where a text is shown.
 VISIBLE = {ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥", ord(_END_CHARACTER): "␃"}  # for str.translate
+_NO_ID = 255  # a byte that stands for no id, or for one that no byte holds
 _PIECE_CHARS = 1 << 16
 _PIECES_PER_CALL = 64
 _LONGEST_PIECE_CHARS = 1 << 24
@@ -88,6 +89,9 @@ class CharTokenizer(Tokenizer):
         # Codepoint -> id: one gather encodes a whole corpus, where a dict would take a Python step a character.
         self._id_of = np.full(int(self._codepoints.max()) + 1, -1, dtype=np.int32)
         self._id_of[self._codepoints] = np.arange(len(chars), dtype=np.int32)
+        # Most text is ASCII. Where its ids fit into a byte, a table of bytes encodes it, many times faster.
+        ascii_ids = [self._id_of[i] if i < len(self._id_of) else -1 for i in range(128)]
+        self._byte_of = bytes(i if 0 <= i < _NO_ID else _NO_ID for i in [*ascii_ids, *([-1] * 128)])
 
     @classmethod
     def train(cls, text: str | Iterable[str], with_end: bool = False) -> CharTokenizer:
@@ -112,6 +116,10 @@ class CharTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 (len(text),)."""
+        if text.isascii():
+            ids = text.encode().translate(self._byte_of)
+            if _NO_ID not in ids:
+                return np.frombuffer(ids, np.uint8).astype(np.int32)
         codepoints = _codepoints(text)
         ids = self._id_of[np.minimum(codepoints, len(self._id_of) - 1)]
         unknown = (ids < 0) | (codepoints >= len(self._id_of))

@@ -24,7 +24,9 @@ def test_help_version_and_no_command(capsys):
         assert "--help" in (text := capsys.readouterr().out)
         assert main(["help", name]) == 0 and capsys.readouterr().out == text
     assert main(["help", "trian"]) == 2 and "did you mean 'train'" in capsys.readouterr().err
-    assert main(["data"]) == 2 and "'data' needs a command after it; there is show\n" in capsys.readouterr().err
+    assert (
+        main(["data"]) == 2 and "'data' needs a command after it; there are show, prepare\n" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "learn", *(f"study {name}" for name in STUDIES)])

@@ -126,12 +126,12 @@ def test_home_is_expanded_in_every_path_of_every_command(name, tmp_path, monkeyp
         expected = str(tmp_path / file[2:])
         for arguments in ([f"--{name}={file}"], [f"--{name}", file]):
             value = getattr(cli.parse([*command.split(), *arguments])[1], name)
-            assert value == ((expected,) if name == "results" else expected)
+            assert value == ((expected,) if isinstance(value, tuple) else expected)
         if name != "config":
-            text = f'["{file}"]' if name == "results" else f'"{file}"'
+            text = f'["{file}"]' if isinstance(value, tuple) else f'"{file}"'
             (tmp_path / "path.toml").write_text(f"{name} = {text}\n")
             value = getattr(cli.parse([*command.split(), "--config=~/path.toml"])[1], name)
-            assert value == ((expected,) if name == "results" else expected)
+            assert value == ((expected,) if isinstance(value, tuple) else expected)
 
 
 def test_home_is_expanded_for_a_run_and_its_resumption(text_file, tmp_path, monkeypatch, capsys):

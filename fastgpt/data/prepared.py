@@ -1,34 +1,33 @@
-"""A prepared folder: the tokens of a text of any size in shards, and index.json, which says what they are.
+"""A prepared folder: the tokens of a text of any size in shards, with their tokenizer and an index.
 
-    write_prepared(read_pieces(files), tokenizer, folder)
+    prepare(["corpus.txt"], "char", folder)     # see prepare.py
     prepared = open_prepared(folder)            # memory maps; nothing of the tokens is read
 
-The index has the tokenizer, the dtype, each shard's number of tokens and sha256, and how many of all tokens are to be
-trained on: the others, at the end, are the validation split. It is written last, so a folder without one is not whole.
+index.json has the tokenizer's fingerprint, the dtype, each shard's number of tokens and sha256, and how many of all
+tokens are to be trained on: the others, at the end, are the validation split. It is written last, so that a folder
+without one is not whole. tokenizer.json has the tokenizer. A shard is a file of tokens, little-endian, nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import FileError, atomic_path
-from ..tokenizer import Tokenizer, cut_safely, tokenizer_from_json
+from ..files import atomic_path
+from ..tokenizer import Tokenizer, tokenizer_from_json
 from .shards import ShardedTokens
 from .sources import DataError
+from .stamps import sha256_of
 
-INDEX = "index.json"
-_VERSION = 1
-_DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_SHARD_TOKENS = 100_000_000
+INDEX, TOKENIZER = "index.json", "tokenizer.json"
+VERSION = 1
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_REMEDY = "prepare the data again"
 
 
 @dataclass(frozen=True)
@@ -46,99 +45,82 @@ class Prepared:
         return ShardedTokens([*self.train.shards, *self.val.shards])
 
 
-def write_prepared(pieces: Iterable[str], tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokens of a text, which is given in pieces, to `folder`; nine tenths of them are to be trained on.
-
-    The memory that this takes does not grow with the text. Raises DataError for what the tokenizer cannot encode, and
-    FileError where the folder cannot be written.
-    """
-    shards: list[dict[str, Any]] = []
-    dtype = _DTYPES["uint16" if tokenizer.vocab_size <= 2**16 else "uint32"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, parts in itertools.groupby(_divided(_encoded(pieces, tokenizer)), key=lambda pair: pair[0]):
-            path = folder / f"tokens-{number:05d}.bin"
-            shards.append(_write_shard(path, (part.astype(dtype) for _, part in parts)))
-    except OSError as error:
-        raise FileError(
-            f"{folder}: cannot be written: {error.strerror}; make room, or choose another folder"
-        ) from error
-    index = {
-        "version": _VERSION,
-        "tokenizer": json.loads(tokenizer.to_json()),
-        "dtype": dtype.name,
-        "train_tokens": sum(shard["tokens"] for shard in shards) * 9 // 10,
-        "shards": shards,
-    }
-    with atomic_path(folder / INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _write_shard(path: Path, parts: Iterable[np.ndarray]) -> dict[str, Any]:
-    """What the index has of a shard."""
-    n, digest = 0, hashlib.sha256()
-    path.unlink(missing_ok=True)  # another run may have mapped the old one, which it then keeps
-    with open(path, "wb") as file:
-        for part in parts:
-            digest.update(part.data)
-            file.write(part.data)
-            n += len(part)
-        file.flush()
-        os.fsync(file.fileno())  # before the index says that the shard is there
-    return {"file": path.name, "tokens": n, "sha256": digest.hexdigest()}
-
-
-def _encoded(pieces: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    n_characters = 0
-    for piece in cut_safely(pieces):
-        try:
-            yield tokenizer.encode_array(piece)
-        except ValueError as error:
-            raise DataError(f"in the text from character {n_characters:,} on: {error}") from None
-        n_characters += len(piece)
-
-
-def _divided(arrays: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """The arrays, cut where a shard is full; each with the number of its shard."""
-    done = 0
-    for array in arrays:
-        while len(array):
-            part = array[: _SHARD_TOKENS - done % _SHARD_TOKENS]
-            yield done // _SHARD_TOKENS, part
-            done, array = done + len(part), array[len(part) :]
-
-
 def is_prepared(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def open_prepared(folder: Path) -> Prepared:
-    """The tokens in `folder`, as memory maps. DataError names what is missing or damaged, and what to do."""
-    path, remedy = folder / INDEX, "prepare the data again"
+def dtype_name(tokenizer: Tokenizer) -> str:
+    """That of the tokens in the shards."""
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+def open_prepared(folder: Path, verify: bool = False) -> Prepared:
+    """The tokens in `folder`, as memory maps. DataError names what is missing or damaged, and what to do.
+
+    The sizes of the shards are checked. To `verify` them is to read them all, and to compare them with their sha256.
+    """
+    index = read_index(folder)
+    path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if index["version"] != _VERSION:
-            raise DataError(f"{str(path)!r}: its version is {index['version']!r}, not {_VERSION}: {remedy}")
-        tokenizer = tokenizer_from_json(json.dumps(index["tokenizer"]))
-        dtype = _DTYPES[index["dtype"]]
-        shards = [_open_shard(folder / shard["file"], dtype, shard["tokens"], remedy) for shard in index["shards"]]
-        tokens, middle = ShardedTokens(shards), index["train_tokens"]
+        tokenizer = read_tokenizer(folder, index["tokenizer"])
+        dtype, middle = DTYPES[index["dtype"]], index["train_tokens"]
+        shards = [
+            open_shard(folder / shard["file"], dtype, shard["tokens"], shard["sha256"] if verify else None)
+            for shard in index["shards"]
+        ]
+        tokens = ShardedTokens(shards)
         facts = [index["dtype"], middle, *([shard["tokens"], shard["sha256"]] for shard in index["shards"])]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return Prepared(tokenizer, tokens[:middle], tokens[middle:], digest)
-    except OSError as error:
-        raise DataError(f"{error.filename!r} cannot be read: {error.strerror}; {remedy}") from None
     except DataError:
         raise
+    except OSError as error:
+        raise DataError(f"{error.filename!r} cannot be read: {error.strerror}; {_REMEDY}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{str(path)!r} is no index of prepared data ({error!r}): {remedy}") from None
+        raise DataError(f"{str(path)!r} is no index of prepared data ({error!r}): {_REMEDY}") from None
 
 
-def _open_shard(path: Path, dtype: np.dtype, n_tokens: int, remedy: str) -> np.ndarray:
+def read_index(folder: Path) -> dict[str, Any]:
+    """What index.json has. DataError where it cannot be read, or is of another version of the format."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        version = index["version"]
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; {_REMEDY}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{str(path)!r} is no index of prepared data ({error!r}): {_REMEDY}") from None
+    if version != VERSION:
+        raise DataError(f"{str(path)!r}: its version is {version!r}, not {VERSION}: {_REMEDY}")
+    return index
+
+
+def read_tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
+    """The tokenizer in tokenizer.json, which has to have this fingerprint."""
+    path = folder / TOKENIZER
+    try:
+        tokenizer = tokenizer_from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{str(path)!r}: {error}; {_REMEDY}") from None
+    if tokenizer.fingerprint() != fingerprint:
+        raise DataError(f"{str(path)!r}: is not the tokenizer that {INDEX} tells of: put that one back, or {_REMEDY}")
+    return tokenizer
+
+
+def open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str | None = None) -> np.ndarray:
+    """The tokens of a shard, memory-mapped; read and compared with their `sha256` where one is given."""
     size = path.stat().st_size
     if size != n_tokens * dtype.itemsize:
         raise DataError(
             f"{str(path)!r}: has {size:,} bytes, and the index tells of {n_tokens:,} tokens of {dtype.itemsize} bytes: "
-            f"it is not whole; {remedy}"
+            f"it is not whole; {_REMEDY}"
         )
+    if sha256 is not None and sha256_of(path)["sha256"] != sha256:
+        raise DataError(f"{str(path)!r}: its content has changed (its sha256 is not that of {INDEX}): {_REMEDY}")
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole. Raises FileError."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -20,11 +20,11 @@ from ..config import SOURCES, ConfigError
 from ..files import FileError, cache_dir, expand_path
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size
 from .cache import cached_tokenizer
-from .prepared import INDEX, Prepared, is_prepared, open_prepared, write_prepared
+from .prepare import Text, trained, write_text
+from .prepared import INDEX, Prepared, is_prepared, open_prepared
 from .shards import ShardedTokens
 from .sources import DataError, find_files
 from .stamps import known, sha256_of
-from .text_pieces import read_pieces
 from .token_files import is_token_folder, open_token_files
 
 _LARGE_BYTES = 8_000_000  # a text of fewer bytes is read at each start, which takes less than half a second
@@ -99,15 +99,11 @@ def _same(one: Tokenizer, other: Tokenizer) -> bool:
 def _large_text(
     files: list[Path], hashes: list[str], tokenizer: str | Tokenizer, vocab_size: int | None, shown: str
 ) -> Prepared:
-    made = _trained(tokenizer, files, hashes, vocab_size) if isinstance(tokenizer, str) else tokenizer
-    if isinstance(made, CharTokenizer) and made.vocab_size == 1:
-        raise DataError(f"{shown} has one distinct character, {made.chars!r}: give a text with something to predict")
+    text = Text(shown, files)
+    made = _trained(tokenizer, text, hashes, vocab_size) if isinstance(tokenizer, str) else tokenizer
 
     def make(folder: Path) -> None:
-        try:
-            write_prepared(_read_with_bar(files, "tokenizing"), made, folder)
-        except DataError as error:
-            raise DataError(f"{shown}: {error}") from None
+        write_text(text, made, folder)
 
     try:
         return _from_cache(cache_dir() / f"prepared-{_sha256(made.fingerprint(), *hashes)}", make)
@@ -120,33 +116,18 @@ def _large_text(
         return open_prepared(Path(folder))
 
 
-def _trained(name: str, files: list[Path], hashes: list[str], vocab_size: int | None) -> Tokenizer:
-    """The tokenizer called `name`, trained on the text of the files, or as the cache has it of such files."""
-    if name == "char":
-        return cached_tokenizer(
-            f"char-{_sha256(*hashes)}.json",
-            CharTokenizer,
-            lambda: CharTokenizer.train(_read_with_bar(files, "collecting characters")),
-        )
-    size = bpe_size(vocab_size)
+def _trained(name: str, text: Text, hashes: list[str], vocab_size: int | None) -> Tokenizer:
+    """The tokenizer called `name`, trained on the text, or as the cache has it of files with these hashes."""
+    wanted = ("char",) if name == "char" else ("bpe", str(bpe_size(vocab_size)), str(BPETokenizer.training_version))
     return cached_tokenizer(
-        f"bpe-{_sha256(str(size), str(BPETokenizer.training_version), *hashes)}.json",
-        BPETokenizer,
-        lambda: BPETokenizer.train(_read_with_bar(files, "training the tokenizer"), size),
+        f"{name}-{_sha256(*wanted[1:], *hashes)}.json",
+        CharTokenizer if name == "char" else BPETokenizer,
+        lambda: trained(text, name, vocab_size),
     )
 
 
 def _sha256(*words: str) -> str:
     return hashlib.sha256(" ".join(words).encode()).hexdigest()
-
-
-def _read_with_bar(files: list[Path], what: str) -> Iterator[str]:
-    """The text of the files in pieces, and where there is a terminal a bar with the bytes of them a second."""
-    from tqdm import tqdm
-
-    n_bytes = sum(file.stat().st_size for file in files)
-    with tqdm(total=n_bytes, desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        yield from read_pieces(files, bar.update)
 
 
 def _from_cache(folder: Path, make: Callable[[Path], None]) -> Prepared:

@@ -19,7 +19,7 @@ from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
 from fastgpt.data import stored
 from fastgpt.data.corpus import Corpus
-from fastgpt.data.prepared import write_prepared
+from fastgpt.data.prepare import prepare, write_text
 from fastgpt.data.shards import ShardedTokens
 from fastgpt.data.sources import DataError, load_text
 from fastgpt.evaluate import examples_of
@@ -106,8 +106,8 @@ def test_the_commands(nanogpt, text, tokenizer_folder, tmp_path, capsys) -> None
 
 
 @pytest.fixture
-def prepared(tmp_path):
-    write_prepared([TEXT], TOKENIZER, tmp_path / "prepared")
+def prepared(tmp_path, text):
+    prepare([text], TOKENIZER, tmp_path / "prepared")
     return tmp_path / "prepared"
 
 
@@ -119,10 +119,10 @@ def test_a_prepared_folder_is_a_corpus_and_has_its_tokenizer(prepared, text) -> 
         assert np.array_equal(corpus.train, read.train) and np.array_equal(corpus.val, read.val)
 
 
-def test_a_prepared_folder_of_another_tokenizer(prepared, tmp_path) -> None:
+def test_a_prepared_folder_of_another_tokenizer(prepared, text, tmp_path) -> None:
     with pytest.raises(DataError, match="prepared with another tokenizer, a bpe of 280 tokens: leave --tokenizer out"):
         Corpus.load(prepared, BPETokenizer.train(TEXT, 270))
-    write_prepared([TEXT], CharTokenizer.train(TEXT), tmp_path / "char")
+    prepare([text], "char", tmp_path / "char")
     with pytest.raises(DataError, match=r"another tokenizer, a char of \d+ tokens"):
         Corpus.load(tmp_path / "char", "bpe", vocab_size=280)
 
@@ -193,7 +193,7 @@ def test_a_second_start_opens_no_text_and_hashes_no_tokens(large, unread, monkey
 @pytest.mark.parametrize(("tokenizer", "vocab_size"), [("char", None), ("bpe", 280)])
 def test_a_resumed_run_finds_the_tokens_by_its_tokenizer(large, monkeypatch, tokenizer, vocab_size) -> None:
     first = Corpus.load(large, tokenizer, vocab_size=vocab_size)
-    monkeypatch.setattr(stored, "write_prepared", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(stored, "write_text", lambda *_: pytest.fail("tokenized again"))
     assert Corpus.load(large, first.tokenizer).fingerprint == first.fingerprint
 
 
@@ -264,10 +264,8 @@ def test_errors_of_large_texts_name_the_text(large, tmp_path) -> None:
 
 def test_processes_that_start_together_write_the_tokens_once(large, monkeypatch) -> None:
     written, trained = [], CharTokenizer.train
-    monkeypatch.setattr(CharTokenizer, "train", lambda pieces: written.append("tokenizer") or trained(pieces))
-    monkeypatch.setattr(
-        stored, "write_prepared", lambda *a: (written.append("tokens"), time.sleep(0.05), write_prepared(*a))
-    )
+    monkeypatch.setattr(CharTokenizer, "train", lambda *a: written.append("tokenizer") or trained(*a))
+    monkeypatch.setattr(stored, "write_text", lambda *a: (written.append("tokens"), time.sleep(0.05), write_text(*a)))
     with ThreadPoolExecutor(4) as pool:  # flock is of an open file, so threads exclude each other as processes do
         sizes = list(pool.map(lambda _: len(Corpus.load(large).train), range(4)))
     assert sizes == [len(TEXT) * 9 // 10] * 4 and written == ["tokenizer", "tokens"]
