@@ -238,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # now, while an error can still be told
         return code
     except (ConfigError, UsageError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes have the same command line
+            print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _flush_or_drop()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import DTYPES, ConfigError, GPTConfig
 from .plan import Cluster, Job, Plan
@@ -27,6 +27,9 @@ from .settings import (
     flag,
 )
 from .studies.settings import STUDIES, LearnSettings, StudySettings
+
+if TYPE_CHECKING:
+    from .training.processes import Processes
 
 _EXAMPLES = {
     "checkpoint": "the folder of a run, which fastgpt train makes",
@@ -91,10 +94,18 @@ def train(settings: TrainSettings) -> None:
     tokenizer: Any = settings.tokenizer
     if settings.init_from and not settings.resume:
         initial, tokenizer, settings = _initial(settings)
-    data = settings.data
-    train_config = settings.train_config()
-    settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
+    settings.train_config(), settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
     check_tokenizer(settings)
+
+    from .training.processes import joined
+
+    with joined(settings.device) as processes:
+        _train(settings, out, initial, tokenizer, processes)
+
+
+def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, processes: Processes) -> None:
+    """Train in this process, which may be one of several."""
+    data, train_config = settings.data, settings.train_config()
 
     import torch
 
@@ -104,28 +115,34 @@ def train(settings: TrainSettings) -> None:
     from .machine import resolve_device
     from .tokenizer_files import read_tokenizer
     from .training import runs
+    from .training.graph import is_graphed
     from .training.muon import who_trains
     from .training.progress import first_lines
     from .training.step import Precision
 
+    processes.check_same(settings.recorded())
+    processes.rows(train_config.batch_size)  # refused before the data is read
     model_class(settings.model)
     device = resolve_device(train_config.device)
     Precision(device, train_config.dtype)  # refused before anything is written
     on_backend = _on_backend(settings.backend, train_config.device)
-    if train_config.cuda_graph:
+    if is_graphed(train_config, device.type, processes) and train_config.cuda_graph:
         recorder(device)
     if advice := settings.rate_of_another_optimizer():
         print(advice)
     if settings.layout != "completions" and data.endswith(".jsonl"):
         print(f"data: {data} is read as plain text; --layout completions learns the completions in JSON lines")
-    saved = runs.load_latest(out) if settings.resume else None
+    restarted = processes.has_begun(out)
+    saved = runs.load_latest(out) if settings.resume or (restarted and runs.can_resume(out)) else None
     if saved is not None:
         tokenizer = saved.read_tokenizer()
     elif initial is None and tokenizer not in ("char", "bpe"):
         tokenizer = read_tokenizer(tokenizer)
-    corpus = Corpus.load(
-        data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size, layout=settings.layout
-    )
+    with processes.in_turn():
+        corpus = Corpus.load(
+            data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size, layout=settings.layout
+        )
+    processes.check_same({"data": corpus.fingerprint})
     vocab_size = corpus.tokenizer.vocab_size
     if tokenizer == "bpe" and vocab_size < (settings.vocab_size or 0):
         print(f"vocab_size: {vocab_size} tokens, not {settings.vocab_size}: no further pair occurs twice in the text")
@@ -140,10 +157,17 @@ def train(settings: TrainSettings) -> None:
         "corpus": corpus,
         # PyTorch divides some sums among its threads, so the bits of a run depend on their number.
         "settings": settings.recorded() | {"threads": torch.get_num_threads()},
-        "resume_command": f"fastgpt train --out {shlex.quote(out)} --resume",
+        "resume_command": f"{_program(processes)} train --out {shlex.quote(out)} --resume",
+        "processes": processes,
     }
     with on_backend:
-        trainer = runs.start(out, **run, initial=initial) if saved is None else runs.resume(out, saved, **run)
+        if saved is not None:
+            trainer = runs.resume(out, saved, **run)
+        else:
+            trainer = runs.start(out, **run, initial=initial, again=restarted)
+        processes.note_begun(out)
+        if restarted:
+            print(f"torchrun has started the processes again: the run goes on from step {trainer.state['step']}")
         if (reached := trainer.finished()) is not None:
             print(f"the run in {out} is finished: {reached}")
             return
@@ -152,6 +176,13 @@ def train(settings: TrainSettings) -> None:
             print(f"optimizer: {who_trains(trainer.optimizer)}", flush=True)
         state = trainer.run()
     print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
+
+
+def _program(processes: Processes) -> str:
+    """How so many processes of this program are started."""
+    if processes.size == 1:
+        return "fastgpt"
+    return f"torchrun --nproc-per-node {processes.size} -m fastgpt"
 
 
 def sample(settings: SampleSettings) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..machine import resolve_device
-from ..settings import flag
+from ..settings import UsageError, flag
 from . import TrainingError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Processes:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    store: Store | None = field(default=None, compare=False, repr=False)  # of torchrun, which keeps it over restarts
 
     @property
     def is_first(self) -> bool:
@@ -88,6 +89,15 @@ class Processes:
         if self.local_rank == 0:
             self.barrier()
 
+    def note_begun(self, run: str) -> None:
+        """Let the processes that torchrun starts when one of these has failed know that `run` is theirs."""
+        if self.store is not None:
+            self.store.set(f"fastgpt/begun/{run}", "")
+
+    def has_begun(self, run: str) -> bool:
+        """Whether these processes were started again by torchrun, and have begun `run` before."""
+        return self.store is not None and self.store.check([f"fastgpt/begun/{run}"])
+
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Raise TrainingError, in all processes, that names a setting which is not the same in all of them."""
         if self.size == 1:
@@ -136,12 +146,13 @@ def of_environment(environment: Mapping[str, str]) -> Processes | None:
 def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
     """The processes that `torchrun` has started, joined for training on the device of that name; ALONE without them.
 
-    Inside, all but the first print nothing. An error ends all of them, and the text of one that several have is shown
-    once: in the others SystemExit takes its place.
+    Inside, all but the first print nothing. An error in one ends all, and where several have the same it is raised
+    in one of them: in the others SystemExit takes its place.
     """
     processes = of_environment(environment)
-    if processes is None or processes.size == 1:
-        yield processes or ALONE
+    kept_by_torchrun = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if processes is None or (processes.size == 1 and not kept_by_torchrun):
+        yield ALONE
         return
     backend = "gloo"
     if resolve_device(device).type == "cuda":
@@ -150,14 +161,21 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     import torch.distributed as dist
 
     store, _, _ = next(dist.rendezvous("env://", processes.rank, processes.size))
+    if kept_by_torchrun:  # each of its attempts has a part of it
+        processes = replace(processes, store=store.underlying_store)
+    if processes.size == 1:
+        yield processes
+        return
     dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.size)
     try:
         with contextlib.nullcontext() if processes.is_first else _silence():
             yield processes
+    except (ConfigError, UsageError):  # as all have, and the command line shows it once
+        raise
     except Exception as error:
         shown = _shown(error)
         if not _is_first_to_say(str(shown), store, processes):
-            raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+            raise SystemExit(1) from None
         raise shown from error
     dist.destroy_process_group()
 

@@ -35,18 +35,22 @@ def start(
     resume_command: str = "",
     initial: LanguageModel | None = None,
     processes: Processes = ALONE,
+    again: bool = False,
 ) -> Trainer:
     """Create the folder `out` and a trainer of a new model, or of `initial`, ready to `run()`.
 
     `kind` is a name in `baselines.MODELS`; the weights follow from train_config.seed. `settings` is what config.toml
     records; without it, the kind and both configurations. `resume_command` is shown where the run is interrupted.
     `initial` is a model that is trained further (see `initial.py`): `config` and `kind` are then its own.
-    Of several `processes` each calls this; the first creates the folder.
+    Of several `processes` each calls this; the first creates the folder. `again` says that they have begun this run
+    before and left no checkpoint: what they have written is dropped.
     Raises TrainingError where the folder already holds a run, and FileError where it cannot be written.
     """
     folder = RunFolder(Path(out))
     processes.rows(train_config.batch_size)  # refused before anything is written
     if processes.is_first:
+        if again:
+            folder.rewind(-1)
         folder.create(_recorded(kind, config, train_config) if settings is None else settings)
     if initial is None:
         initial = build_model(config, train_config.seed, kind)
@@ -87,6 +91,11 @@ def resume(
         folder.rewind(step)
         folder.write_settings(settings)
     return trainer
+
+
+def can_resume(out: str | Path) -> bool:
+    """Whether the folder `out` holds a checkpoint to resume from."""
+    return RunFolder(Path(out)).last_checkpoint() is not None
 
 
 def load_latest(out: str | Path) -> Checkpoint:
