@@ -20,11 +20,8 @@ def parallel_loss(model: LanguageModel, cfg: TrainConfig, processes: Processes, 
     loss: Loss = torch.compile(model.loss) if cfg.compile else model.loss
     if processes.size == 1:
         return loss
-    # Gradients are views of the buffers that are exchanged, which spares a copy of them all. The model has no buffers
-    # that change.
-    return nn.parallel.DistributedDataParallel(
-        _LossModule(model, loss), gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    # Gradients are views of the buffers that are exchanged, which spares a copy of them all.
+    return nn.parallel.DistributedDataParallel(_LossModule(model, loss), gradient_as_bucket_view=True)
 
 
 class _LossModule(nn.Module):

@@ -161,8 +161,11 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     import torch.distributed as dist
 
     store, _, _ = next(dist.rendezvous("env://", processes.rank, processes.size))
-    if kept_by_torchrun:  # each of its attempts has a part of it
-        processes = replace(processes, store=store.underlying_store)
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if kept_by_torchrun:
+        processes = replace(processes, store=store)
+    store = dist.PrefixStore(f"fastgpt/attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if processes.size == 1:
         yield processes
         return
@@ -214,6 +217,6 @@ def _shown(error: Exception) -> Exception:
 
 def _is_first_to_say(text: str, store: Store, processes: Processes) -> bool:
     try:
-        return store.add(f"fastgpt/said/{text}", 1) == 1
+        return store.add(f"said/{text}", 1) == 1
     except Exception:  # whoever kept the store has ended
         return processes.is_first

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from fastgpt import GPTConfig
 from fastgpt.config import TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.training import runs
+from fastgpt.training.loop import Interrupted
 from fastgpt.training.processes import Processes
 from small_runs import MODEL
 
@@ -43,3 +46,24 @@ def written(out: Path, name: str) -> list[float]:
     """The losses in the metrics of a run."""
     rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows]
+
+
+def signalled(rank: int, n: int, files: dict[str, str], out: str) -> tuple[str, int]:
+    """What a run says when SIGTERM reaches its last process in step 5, and the step of its checkpoint."""
+    corpus = Corpus.load(files["blocks"], "char", block_size=16)
+    config = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **MODEL)
+    cfg, processes = TrainConfig(**TRAIN, device="cpu"), Processes(rank, n)
+    trainer = runs.start(out, config=config, train_config=cfg, corpus=corpus, processes=processes)
+    take = trainer._step
+
+    def take_then_signal(micro_batches: Any) -> Any:
+        if rank == n - 1 and trainer.state["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(micro_batches)
+
+    trainer._step = take_then_signal  # type: ignore[method-assign]
+    try:
+        trainer.run(lines=False)
+    except Interrupted as error:
+        return str(error), runs.load_latest(out).state["step"]
+    return "not interrupted", 0

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+import failing_processes
 import parallel_runs as parallel
+from fastgpt.cli import main
 from fastgpt.config import ConfigError, TrainConfig
 from fastgpt.training import TrainingError
 from fastgpt.training.graph import is_graphed
@@ -35,6 +42,39 @@ def test_the_trajectory_is_that_of_one_process(gloo, tmp_path, alone, n, names):
         assert len(expected) == 30 + 3, "a row for each step, and three evaluations"
         for found in of_ranks:
             assert found[name] == pytest.approx(known[name], abs=1e-5), name
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step_with_one_checkpoint(gloo, tmp_path, alone):
+    said = gloo(2, parallel.signalled, alone[0], str(tmp_path))
+    assert said[0] == said[1]
+    assert said[0][1] == 5 and said[0][0].startswith("SIGTERM: stopped at step 5 and saved ")
+
+
+TRAINED = [
+    *("--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "4", "--dropout", "0"),
+    *("--max-steps", "12", "--eval-interval", "4", "--eval-batches", "1", "--log-interval", "1", "--device", "cpu"),
+]
+
+
+def test_torchrun_starts_failed_processes_again_and_the_run_goes_on(tmp_path, alone):
+    """The second process fails in step 6, before there is more than the first checkpoints, and is killed in step 10."""
+    data = alone[0]["blocks"]
+    program = Path(failing_processes.__file__)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command = [*torchrun, str(program), "train", "--data", data, "--out", str(tmp_path / "two"), *TRAINED]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, encoding="utf-8")
+    assert ran.returncode == 0, ran.stderr
+    ours = [line for line in ran.stderr.splitlines() if line.startswith("fastgpt train: ")]
+    assert ours.count("fastgpt train: the second process fails") == 1
+    ended = "fastgpt train: another process has ended, and so does this one"
+    assert set(ours) == {"fastgpt train: the second process fails", ended}
+    assert [line for line in ran.stdout.splitlines() if line.startswith("torchrun")] == [
+        f"torchrun has started the processes again: the run goes on from step {step}" for step in (4, 8)
+    ]
+    assert ran.stdout.count("done: step 12") == 1
+    assert main(["train", "--data", data, "--out", str(tmp_path / "one"), *TRAINED]) == 0
+    assert written(tmp_path, "two") == pytest.approx(written(tmp_path, "one"), abs=1e-5)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(gloo, tmp_path, alone):
