@@ -263,18 +263,17 @@ class Trainer:
             if state["step"] % cfg.log_interval == 0:
                 self._write("train", loss, rate)
             self._progress.interval(state["step"], len(values), loss, rate, elapsed)
-        done = False
-        if state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_steps:
-            done = self._evaluate_and_save()
-        elif self._stop:
+        is_due = state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_steps
+        done = self._evaluate_and_save() if is_due else False
+        if done or not self._stopped():
+            return done
+        if not is_due:
             self._save()
-        if not done and self._stopped():
-            name = signal.Signals(self._stop).name
-            hint = f" Resume with: {self.resume_command}" if self.resume_command else ""
-            self._saver.wait()
-            saved = self.folder.last_checkpoint()
-            raise Interrupted(f"{name}: stopped at step {state['step']} and saved {saved}.{hint}")
-        return done
+        name = signal.Signals(self._stop).name
+        hint = f" Resume with: {self.resume_command}" if self.resume_command else ""
+        self._saver.wait()
+        saved = self.folder.last_checkpoint()
+        raise Interrupted(f"{name}: stopped at step {state['step']} and saved {saved}.{hint}")
 
     def _stopped(self) -> bool:
         """Whether a signal has reached any of the processes, which then all stop at this step."""

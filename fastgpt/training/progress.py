@@ -73,6 +73,7 @@ def first_lines(trainer: Trainer, settings: str, source: str) -> list[str]:
     shape = model.cfg
     layers = "" if model.kind.endswith("bigram") else f"{_counted(shape.n_layer, 'layer')}, width {shape.n_embd}, "
     threads = f", {_counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    processes = f", {trainer.processes.size} processes" if trainer.processes.size > 1 else ""
     examples, rows = corpus.examples("train", shape.block_size), cfg.batch_size * cfg.grad_accum
     tokens = rows * examples.row_size
     epochs = f"; {examples.epoch_size / rows:,.1f} steps are an epoch" if cfg.order == "epochs" else ""
@@ -80,7 +81,7 @@ def first_lines(trainer: Trainer, settings: str, source: str) -> list[str]:
         f"model: {model.kind} of {model.num_parameters():,} parameters, {layers}block {shape.block_size} ({settings})",
         f"data: {source}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "
         f"vocabulary of {corpus.tokenizer.vocab_size:,}",
-        f"device: {device}{threads}, {trainer.precision.name}; {backends(device.type)}",
+        f"device: {device}{processes}{threads}, {trainer.precision.name}; {backends(device.type)}",
         f"steps: {cfg.max_steps:,}, each of {tokens:,} tokens, with an evaluation every {cfg.eval_interval:,}{epochs}",
     ]
 
