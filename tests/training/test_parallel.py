@@ -57,7 +57,7 @@ TRAINED = [
 
 
 def test_torchrun_starts_failed_processes_again_and_the_run_goes_on(tmp_path, alone):
-    """The second process fails in step 6, before there is more than the first checkpoints, and is killed in step 10."""
+    """The second process fails after step 5 and, once it was started again, is killed after step 9."""
     data = alone[0]["blocks"]
     program = Path(failing_processes.__file__)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
@@ -69,9 +69,10 @@ def test_torchrun_starts_failed_processes_again_and_the_run_goes_on(tmp_path, al
     assert ours.count("fastgpt train: the second process fails") == 1
     ended = "fastgpt train: another process has ended, and so does this one"
     assert set(ours) == {"fastgpt train: the second process fails", ended}
-    assert [line for line in ran.stdout.splitlines() if line.startswith("torchrun")] == [
-        f"torchrun has started the processes again: the run goes on from step {step}" for step in (4, 8)
-    ]
+    said = "torchrun has started the processes again: the run goes on from step "
+    first, second = (int(line.removeprefix(said)) for line in ran.stdout.splitlines() if line.startswith(said))
+    # A checkpoint is written in the background: the one before is complete, the last may not be.
+    assert first in (0, 4) and second in (4, 8)
     assert ran.stdout.count("done: step 12") == 1
     assert main(["train", "--data", data, "--out", str(tmp_path / "one"), *TRAINED]) == 0
     assert written(tmp_path, "two") == pytest.approx(written(tmp_path, "one"), abs=1e-5)
