@@ -118,11 +118,11 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
     from .training.graph import is_graphed
     from .training.muon import who_trains
     from .training.progress import first_lines
-    from .training.step import Precision
+    from .training.step import Precision, check_checkpointing
 
     processes.check_same(settings.recorded())
     processes.rows(train_config.batch_size)  # refused before the data is read
-    model_class(settings.model)
+    check_checkpointing(model_class(settings.model), train_config)
     device = resolve_device(train_config.device)
     Precision(device, train_config.dtype)  # refused before anything is written
     on_backend = _on_backend(settings.backend, train_config.device)

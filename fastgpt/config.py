@@ -193,8 +193,10 @@ class TrainConfig:
             completions (of prompts, in JSON lines).
         order: random (examples are drawn anew for each step) or epochs (each example once, shuffled, before any again).
         cuda_graph: take steps by a CUDA graph, after a check against eager ones. Without a value: on a CUDA device,
-            unless compile is on.
+            unless compile or activation_checkpointing is on.
         parallel: how processes that torchrun starts share the work: auto (ddp), or ddp (each has the whole model).
+        activation_checkpointing: keep the input of each block alone, and compute the block again in backward: less
+            memory, more time, the same numbers.
     """
 
     batch_size: int = 64
@@ -223,6 +225,7 @@ class TrainConfig:
     order: str = "random"
     cuda_graph: bool | None = None
     parallel: str = "auto"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -241,6 +244,8 @@ class TrainConfig:
         _expect(self.lr_decay in LR_DECAYS, "lr_decay", self.lr_decay, f"one of {', '.join(LR_DECAYS)}")
         _expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {', '.join(LAYOUTS)}")
         _expect(self.parallel in PARALLELS, "parallel", self.parallel, f"one of {', '.join(PARALLELS)}")
+        if self.activation_checkpointing:  # which saves the random state, and a recording cannot
+            _expect(not self.cuda_graph, "cuda_graph", self.cuda_graph, "false with activation_checkpointing")
         _expect(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import ops, pretrained
 from .checkpoint import load_parameters, model_tensors
@@ -168,6 +169,7 @@ class GPT(LanguageModel):
     """
 
     kind = "gpt"
+    activation_checkpointing = False  # set it to train in less memory and more time, see `_run`; no file keeps it
 
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__(cfg)
@@ -207,13 +209,21 @@ class GPT(LanguageModel):
             x = embed(idx, self.token_embedding, self.position_embedding, start)
         x, branch = dropout(x, p), None
         for block in self.blocks:
-            x, branch = block(x, branch, cache)
+            x, branch = self._run(block, x, branch, cache)
         if cache is not None:
             cache.advance(idx.shape[1])
         if self.ln_f is None:
             return x
         dtype = read_dtype(x, self, LanguageModel.forward, "lm_head")
         return norm(self.ln_f, x, dtype) if branch is None else add_norm(self.ln_f, x, branch, p, dtype)[0]
+
+    def _run(self, block: nn.Module, x: Tensor, branch: Tensor | None, cache: KVCache | None) -> Any:
+        """block(x, branch, cache). With activation checkpointing (Chen et al. 2016, arXiv:1604.06174) the block's input
+        alone is kept for backward, which computes the block again, with the same dropout.
+        """
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None:
+            return checkpoint(block, x, branch, use_reentrant=False)
+        return block(x, branch, cache)
 
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """That of LanguageModel. On a CPU one new token of a few sequences takes one op, see decode.py."""

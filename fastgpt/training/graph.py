@@ -31,7 +31,7 @@ TOLERANCE = 0.05
 
 
 def is_graphed(cfg: TrainConfig, device_type: str, processes: Processes = ALONE) -> bool:
-    """Whether steps are to be taken by a graph: as `cuda_graph` says, else on CUDA, where `compile` is off.
+    """Whether steps are to be taken by a graph: as `cuda_graph` says, else on CUDA, where nothing stands against it.
 
     Never in several processes: TrainingError where it is asked for.
     """
@@ -42,7 +42,9 @@ def is_graphed(cfg: TrainConfig, device_type: str, processes: Processes = ALONE)
                 f"leave --cuda-graph out"
             )
         return False
-    return cfg.cuda_graph if cfg.cuda_graph is not None else device_type == "cuda" and not cfg.compile
+    if cfg.cuda_graph is not None:
+        return cfg.cuda_graph
+    return device_type == "cuda" and not cfg.compile and not cfg.activation_checkpointing
 
 
 class GraphedStep:

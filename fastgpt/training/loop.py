@@ -27,6 +27,7 @@ from ..data.layouts import IGNORED, layout_class
 from ..data.prefetch import Prefetcher
 from ..language_model import LanguageModel
 from ..machine import resolve_device
+from ..model import GPT
 from . import TrainingError
 from .graph import GraphedStep, is_graphed
 from .muon import Muon
@@ -35,7 +36,16 @@ from .processes import ALONE, Processes
 from .progress import Progress
 from .run_folder import RunFolder, plot_loss
 from .saving import saver
-from .step import Batch, Precision, count_targets, learning_rate, make_optimizer, mean_loss, training_step
+from .step import (
+    Batch,
+    Precision,
+    check_checkpointing,
+    count_targets,
+    learning_rate,
+    make_optimizer,
+    mean_loss,
+    training_step,
+)
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, by AdamW's own names
 MUON_MOMENTS = ("momentum_buffer",)  # Muon's, of a matrix
@@ -61,9 +71,12 @@ class Trainer:
         if corpus.layout != cfg.layout:
             raise TrainingError(f"layout: the corpus was loaded as {corpus.layout!r}, the settings say {cfg.layout!r}")
         self.processes, self._rows = processes, processes.rows(cfg.batch_size)
+        check_checkpointing(model, cfg)
         self.device = resolve_device(cfg.device)
         self.model = model.to(self.device)
         self.model.tokenizer, self.model.layout = corpus.tokenizer, corpus.layout
+        if isinstance(model, GPT):
+            model.activation_checkpointing = cfg.activation_checkpointing
         self.corpus, self.cfg, self.folder, self.resume_command = corpus, cfg, folder, resume_command
         self.optimizer = make_optimizer(self.model, cfg)
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "best_val": None}

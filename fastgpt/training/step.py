@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import ConfigError, TrainConfig
 from ..data.layouts import IGNORED
+from ..language_model import LanguageModel
 from ..ops.dropout import rows_from
 from . import TrainingError
 from .adamw import AdamW
@@ -77,6 +78,15 @@ class Precision:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+def check_checkpointing(model: LanguageModel | type[LanguageModel], cfg: TrainConfig) -> None:
+    """Raise ConfigError where `cfg` asks for activation checkpointing, and `model`, or its class, has no blocks."""
+    if cfg.activation_checkpointing and not hasattr(model, "activation_checkpointing"):
+        raise ConfigError(
+            f"activation_checkpointing: computes the blocks of a GPT again, and the model {model.kind} has none; "
+            f"switch it off"
+        )
 
 
 def make_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
