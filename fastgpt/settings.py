@@ -298,8 +298,8 @@ class ParitySettings:
 class BenchSettings:
     """Measure FastGPT and the things one would use instead, here, or report on what was measured."""
 
-    # some of the benchmarks instead of all: activation, attention, cross_entropy, embedding, generate, import,
-    # layer_norm, linear, linear_cross_entropy, recipe, scale, time_to_loss, train_step, training_loop.
+    # some of the benchmarks instead of all: activation, attention, cross_entropy, data, embedding, generate,
+    # import, layer_norm, linear, linear_cross_entropy, recipe, scale, time_to_loss, train_step, training_loop.
     only: tuple[str, ...] = ()
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda.
     # where the rows go, a *.jsonl file or a folder (default: runs/bench); with --report the folder of the report

@@ -273,7 +273,7 @@ class BPETokenizer(Tokenizer):
         parts = [np.empty(0, dtype=np.int32)]
         pieces = list(_pieces(text))
         for first in range(0, len(pieces), _PIECES_PER_CALL):
-            encodings = self._encoder.encode_batch(pieces[first : first + _PIECES_PER_CALL])
+            encodings = self._encoder.encode_batch_fast(pieces[first : first + _PIECES_PER_CALL])
             parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return np.concatenate(parts)
 

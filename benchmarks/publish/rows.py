@@ -97,7 +97,7 @@ class Row(Line):
     op: str  # "attention", "train_step", ...: the benchmark
     shape: str  # "B8 H6 T256 D64 causal": the sizes of the work
     dtype: str
-    direction: str  # "forward", "forward+backward", "step", "generate", "train" or "import"
+    direction: str  # "forward", "forward+backward", "step", "generate", "train", "import", "prepare", "start"
     implementation: str  # "fastgpt", or the peer's name
     backend: str | None = None  # of a row of FastGPT: the backend that served the op
     median_ms: float

@@ -12,6 +12,7 @@ import torch
 from fastgpt.benchmarks import bench_import, bench_linear, bench_time_to_loss, bench_train_step, bench_training_loop
 from fastgpt.benchmarks.bench_attention import AttentionShape
 from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
+from fastgpt.benchmarks.bench_data import NANOGPT, PARTS, DataShape, data_work
 from fastgpt.benchmarks.bench_embedding import EmbeddingShape
 from fastgpt.benchmarks.bench_generate import GenerationShape, generate_work
 from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShape
@@ -234,3 +235,13 @@ def test_import_benchmark(run, monkeypatch):
     assert [row.implementation for row in run.rows] == ["fastgpt", "csv"]
     assert "is not installed" in run.absent["import"]["transformers"]
     assert run.rows[0].extra["import_torch_ms"] >= 0.0
+
+
+def test_data_benchmark(run, tmp_path):
+    for part in PARTS:
+        (tmp_path / part).mkdir()
+        run.measure_contenders(data_work(DataShape(part, 0.01, B=2, T=8, steps=2), tmp_path / part))
+    assert [(row.direction, row.implementation) for row in run.rows] == [
+        ("prepare", "fastgpt"), ("start", "fastgpt"), ("step", "fastgpt"), ("step", NANOGPT),
+    ]  # fmt: skip
+    assert all(row.extra["peak_mb"] > 10 for row in run.rows) and run.rows[0].extra["million_characters_per_s"] > 0

@@ -1,0 +1,133 @@
+"""What data costs as it grows: to prepare a text, to start a run on it, and to draw the batch of a step.
+
+Each is measured in a process of its own, after its imports; the most memory that it had is in the row's `extra`. The
+peer of a step is what nanoGPT does: it cuts each row of a batch, one after the other, out of a memory map of all tokens.
+It is given the first shard alone, 100 million tokens.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from fastgpt.benchmarks.harness.suite import OURS, Work
+
+NANOGPT = "nanoGPT's way"
+PARTS = ("prepare", "start", "step")
+_LINE = b"The quick brown fox jumps over the lazy dog.\n"
+
+# What is timed, after `BEFORE`. The names in capitals come with each program.
+BEFORE = {
+    "prepare": "from fastgpt.data.prepare import prepare",
+    "start": "from fastgpt.data.corpus import Corpus",
+    "step": """
+import numpy as np, torch
+from fastgpt.data.corpus import Corpus
+examples = Corpus.load(TOKENS).examples("train", T)
+""",
+}
+TIMED = {
+    "prepare": """
+prepared = prepare([TEXT], "char", Path(TOKENS))
+assert len(prepared.train) + len(prepared.val) == N_BYTES
+""",
+    "start": 'Corpus.load(TOKENS, block_size=T).examples("train", T).batch(B, seed=1, step=0)',
+    "step": """
+for step in range(STEPS):
+    examples.batch(B, seed=1, step=step)
+""",
+}
+NANOGPT_STEP = """
+for step in range(STEPS):
+    data = np.memmap(SHARD, dtype=np.uint16, mode="r")
+    places = torch.randint(len(data) - T, (B,))
+    x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in places])
+    y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in places])
+"""
+PROGRAM = """
+import json, resource, sys, time
+from pathlib import Path
+globals().update(json.loads(sys.argv[1]))
+{before}
+begin = time.perf_counter()
+{timed}
+seconds = time.perf_counter() - begin
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """A part of the work on a text of so many megabytes."""
+
+    part: str
+    megabytes: float
+    B: int = 32  # the batch of a step
+    T: int = 256
+    steps: int = 200
+
+    def __str__(self) -> str:
+        batch = f", B{self.B} T{self.T}" if self.part == "step" else ""
+        return f"{self.megabytes:g} MB of text{batch}"
+
+
+@pytest.mark.shapes(cpu=[DataShape(part, 10**n) for n in range(4) for part in PARTS], cuda=[])
+def bench_data(run_work, shape):
+    with TemporaryDirectory() as folder:
+        run_work(data_work(shape, Path(folder)))
+
+
+def data_work(shape: DataShape, folder: Path) -> Work:
+    """The work on a text that is made in `folder`."""
+    n_bytes = round(shape.megabytes * 1e6)
+    text, tokens = folder / "text.txt", folder / "tokens"
+    _write_lines(text, n_bytes)
+    names = {"TEXT": str(text), "TOKENS": str(tokens), "SHARD": str(tokens / "tokens-00000.bin"), "N_BYTES": n_bytes}
+    names |= {"B": shape.B, "T": shape.T, "STEPS": shape.steps}
+    extra: dict[str, dict[str, Any]] = {OURS: {}, NANOGPT: {}}
+
+    def seconds_of(part: str, timed: str, name: str = OURS) -> float:
+        program = PROGRAM.format(before=BEFORE[part], timed=timed)
+        seconds, extra[name]["peak_mb"] = _run(program, names)
+        return seconds / (shape.steps if part == "step" else 1)
+
+    def prepare() -> float:
+        for file in tokens.glob("*"):
+            file.unlink()
+        seconds = seconds_of("prepare", TIMED["prepare"])
+        extra[OURS]["million_characters_per_s"] = float(f"{n_bytes / seconds / 1e6:.3g}")
+        return seconds
+
+    contenders = {OURS: prepare}
+    if shape.part != "prepare":
+        prepare()
+        extra[OURS].clear()
+        contenders = {OURS: lambda: seconds_of(shape.part, TIMED[shape.part])}
+    if shape.part == "step":
+        contenders[NANOGPT] = lambda: seconds_of("step", NANOGPT_STEP, NANOGPT)
+    return Work(
+        op="data", shape=str(shape), direction=shape.part, dtype="none", contenders=contenders, extra=extra,
+        error_ratio=lambda name: None, reports_seconds=True, min_rounds=3,
+    )  # fmt: skip
+
+
+def _write_lines(path: Path, n_bytes: int) -> None:
+    lines = _LINE * 10_000
+    with open(path, "wb") as file:
+        for first in range(0, n_bytes, len(lines)):
+            file.write(lines[: n_bytes - first])
+
+
+def _run(program: str, names: dict[str, Any]) -> tuple[float, int]:
+    """The seconds that the program told, and the most memory that it had, in MB."""
+    command = [sys.executable, "-c", program, json.dumps(names)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    seconds, peak_kb = json.loads(done.stdout.splitlines()[-1])
+    return seconds, round(peak_kb / 1e3)
