@@ -1,8 +1,8 @@
 """What data costs as it grows: to prepare a text, to start a run on it, and to draw the batch of a step.
 
 Each is measured in a process of its own, after its imports; the most memory that it had is in the row's `extra`. The
-peer of a step is what nanoGPT does: it cuts each row of a batch, one after the other, out of a memory map of all tokens.
-It is given the first shard alone, 100 million tokens.
+peer of a step is what nanoGPT does: it cuts one row of the batch after the other out of a memory map, here of the first
+shard alone.
 """
 
 import json

@@ -146,6 +146,27 @@ def scaled(results: Results) -> str:
     return f"{scale.beside_plans(rows)}\n\n{_origin(rows)}."
 
 
+def data(results: Results) -> str:
+    """What a text costs by its size: to prepare, to start on and in a step, in time and memory."""
+    rows = [row for row in _rows_of("data", results) if row.implementation == OURS]
+    by_size: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_size.setdefault(row.shape.split(" of ")[0], {})[row.direction] = row
+    body = []
+    for size, parts in by_size.items():
+        if missing := {"prepare", "start", "step"} - parts.keys():
+            raise ResultsError(f"the rows of 'data' for {size} lack {', '.join(sorted(missing))}")
+        body.append([size, *(told for part in ("prepare", "start", "step") for told in _time_and_memory(parts[part]))])
+    headers = ["text", "to prepare", "memory", "to start", "memory", "batch of a step", "memory"]
+    return _table(headers, body, rows)
+
+
+def _time_and_memory(row: Row) -> tuple[str, str]:
+    seconds = row.median_ms / 1e3
+    time = f"{cell(cells.short(seconds))} s" if seconds >= 0.1 else f"{cell(cells.short(row.median_ms))} ms"
+    return time, f"{_extra(row, 'peak_mb')} MB"
+
+
 def _table(headers: Sequence[str], body: Sequence[Sequence[Any]], rows: Sequence[Row]) -> str:
     return f"{markdown_table(headers, body)}\n\n{_origin(rows)}."
 
@@ -186,6 +207,7 @@ QUOTES: dict[str, Callable[[Results], str]] = {
     "recipe": recipe,
     "native_ops": native_ops,
     "scale": scaled,
+    "data": data,
     "gpu_ops": gpu_ops,
     "gpu_models": gpu_models,
 }
