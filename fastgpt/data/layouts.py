@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config import LAYOUTS, ORDERS, as_int_argument
 from ..tokenizer import Tokenizer
 from .order import epoch_size, of_epochs, philox
-from .shards import Tokens
+from .shards import Tokens, windows
 from .sources import DataError, by_hash
 
 ALL_ROWS = slice(None)  # of a batch
@@ -159,7 +159,7 @@ class Blocks(Examples):
         return len(self.tokens) - self.block_size
 
     def cut(self, which: np.ndarray) -> tuple[Tensor, Tensor]:
-        rows = self.tokens[which[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (B, T + 1)
+        rows = windows(self.tokens, which, self.block_size + 1).astype(np.int64)  # (B, T + 1)
         return _tensors(rows[:, :-1], rows[:, 1:])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ class ShardedTokens:
             raise ValueError("shards: expected arrays of one dtype, at least one")
         self.dtype = self.shards[0].dtype
         self._ends = np.cumsum([len(shard) for shard in self.shards])
+        self._end_list = self._ends.tolist()
+        self._plain = [np.asarray(shard) for shard in self.shards]  # a slice of a numpy.memmap takes ten times as long
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -63,6 +66,23 @@ class ShardedTokens:
             found[here] = shard[places[here] - (int(self._ends[number]) - len(shard))]
         return found[()]
 
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The `length` tokens from each of the places `starts` (B,) on: (B, length).
+
+        Neighbours are copied together, which takes less time than to look each token's place up.
+        """
+        if starts.size and not 0 <= starts.min() <= starts.max() <= len(self) - length:
+            raise IndexError(f"tokens: {length} tokens from a place on are outside of the {len(self)} tokens")
+        found = np.empty((len(starts), length), self.dtype)
+        for row, start in zip(found, starts.tolist(), strict=True):
+            number, done = bisect.bisect_right(self._end_list, start), 0
+            while done < length:
+                shard, left = self._plain[number], self._end_list[number] - start - done
+                part = shard[len(shard) - left : len(shard) - left + length - done]
+                row[done : done + len(part)] = part
+                number, done = number + 1, done + len(part)
+        return found
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("copy: tokens in several files cannot be one array without a copy")
@@ -70,6 +90,13 @@ class ShardedTokens:
 
 
 Tokens = np.ndarray | ShardedTokens
+
+
+def windows(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndarray:
+    """The `length` tokens from each of the places `starts` (B,) on: (B, length)."""
+    if isinstance(tokens, ShardedTokens):
+        return tokens.windows(starts, length)
+    return tokens[starts[:, None] + np.arange(length)]
 
 
 def pieces(tokens: Tokens) -> Iterator[np.ndarray]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.data.layouts import Blocks, Windows
-from fastgpt.data.shards import ShardedTokens
+from fastgpt.data.shards import ShardedTokens, windows
 
 WHOLE = np.arange(100, 147, dtype=np.uint16)
 
@@ -29,6 +29,20 @@ def test_slices_and_gathers_are_those_of_the_whole(ends, start, stop, data) -> N
     assert np.array_equal(found, WHOLE[places]) and found.dtype == np.uint16 and found.shape == (2, 3)
     assert tokens[-1] == tokens[46] == 146
     assert part[: len(part)].dtype == np.uint16 and part[np.zeros((2, 0), dtype=int)].shape == (2, 0)
+
+
+@given(st.lists(st.integers(0, 47), max_size=5).map(sorted), st.integers(0, 47), st.data())
+def test_windows_are_those_of_the_whole(ends, length, data) -> None:
+    starts = np.array(data.draw(st.lists(st.integers(0, 47 - length), max_size=4)), dtype=int)
+    found = sharded(*ends).windows(starts, length)
+    assert np.array_equal(found, windows(WHOLE, starts, length)) and found.shape == (len(starts), length)
+    assert found.dtype == np.uint16
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 3), (45, 3), (0, 48)])
+def test_windows_outside(start, length) -> None:
+    with pytest.raises(IndexError, match="are outside of the 47 tokens"):
+        sharded(20).windows(np.array([start]), length)
 
 
 def test_slices_are_views() -> None:
