@@ -1,7 +1,8 @@
 """What data costs as it grows: to prepare a text, to start a run on it, and to draw the batch of a step.
 
-Each is measured in a process of its own, after its imports; the most memory that it had is in the row's `extra`. The
-peer of a step is what nanoGPT does: it cuts one row of the batch after the other out of a memory map, here of the first
+Each is measured in a process of its own, after its imports. In the row's `extra`, `peak_mb` is the most memory that it
+had, and `own_mb` is that without the pages of files, which the system takes back when it needs room: a map of tokens
+counts what was read of it. The peer of a step is what nanoGPT does: it cuts one row of the batch after the other out of a memory map, here of the first
 shard alone.
 """
 
@@ -58,8 +59,8 @@ begin = time.perf_counter()
 {timed}
 seconds = time.perf_counter() - begin
 status = Path("/proc/self/status")
-peaks = [int(line.split()[1]) for line in status.open() if line.startswith("VmHWM")] if status.exists() else []
-print(json.dumps([seconds, *peaks]))
+memory = dict(line.split(":") for line in status.read_text().splitlines()) if status.exists() else {{}}
+print(json.dumps([seconds, {{key: memory[key].split()[0] for key in ("VmHWM", "RssFile") if key in memory}}]))
 """
 
 
@@ -95,7 +96,8 @@ def data_work(shape: DataShape, folder: Path) -> Work:
 
     def seconds_of(part: str, timed: str, name: str = OURS) -> float:
         program = PROGRAM.format(before=BEFORE[part], timed=timed)
-        seconds, extra[name]["peak_mb"] = _run(program, names)
+        seconds, memory = _run(program, names)
+        extra[name] |= memory
         return seconds / (shape.steps if part == "step" else 1)
 
     def prepare() -> float:
@@ -125,11 +127,14 @@ def _write_lines(path: Path, n_bytes: int) -> None:
             file.write(lines[: n_bytes - first])
 
 
-def _run(program: str, names: dict[str, Any]) -> tuple[float, int | None]:
-    """The seconds that the program told, and the most memory that it had, in MB; only Linux tells that."""
+def _run(program: str, names: dict[str, Any]) -> tuple[float, dict[str, int]]:
+    """The seconds that the program told, and its memory in MB, which only Linux tells."""
     command = [sys.executable, "-c", program, json.dumps(names)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    seconds, *peaks_kb = json.loads(done.stdout.splitlines()[-1])
-    return seconds, round(peaks_kb[0] / 1e3) if peaks_kb else None
+    seconds, memory = json.loads(done.stdout.splitlines()[-1])
+    kb = {key: int(value) for key, value in memory.items()}
+    if not kb.keys() >= {"VmHWM", "RssFile"}:
+        return seconds, {}
+    return seconds, {"peak_mb": round(kb["VmHWM"] / 1e3), "own_mb": round((kb["VmHWM"] - kb["RssFile"]) / 1e3)}

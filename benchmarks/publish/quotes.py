@@ -156,15 +156,16 @@ def data(results: Results) -> str:
     for size, parts in by_size.items():
         if missing := {"prepare", "start", "step"} - parts.keys():
             raise ResultsError(f"the rows of 'data' for {size} lack {', '.join(sorted(missing))}")
-        body.append([size, *(told for part in ("prepare", "start", "step") for told in _time_and_memory(parts[part]))])
-    headers = ["text", "to prepare", "memory", "to start", "memory", "batch of a step", "memory"]
+        prepare, start, step = (parts[part] for part in ("prepare", "start", "step"))
+        memory = [f"{_extra(prepare, 'peak_mb')} MB", f"{_extra(step, 'own_mb')} MB"]
+        body.append([size, _time(prepare), memory[0], _time(start), _time(step), memory[1]])
+    headers = ["text", "to prepare", "memory", "to start", "batch of a step", "memory without maps"]
     return _table(headers, body, rows)
 
 
-def _time_and_memory(row: Row) -> tuple[str, str]:
-    seconds = row.median_ms / 1e3
-    time = f"{cell(cells.short(seconds))} s" if seconds >= 0.1 else f"{cell(cells.short(row.median_ms))} ms"
-    return time, f"{_extra(row, 'peak_mb')} MB"
+def _time(row: Row) -> str:
+    ms = row.median_ms
+    return f"{cell(cells.short(ms / 1e3))} s" if ms >= 100 else f"{cell(cells.short(ms))} ms"
 
 
 def _table(headers: Sequence[str], body: Sequence[Sequence[Any]], rows: Sequence[Row]) -> str:
