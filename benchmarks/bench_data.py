@@ -2,8 +2,8 @@
 
 Each is measured in a process of its own, after its imports. In the row's `extra`, `peak_mb` is the most memory that it
 had, and `own_mb` is that without the pages of files, which the system takes back when it needs room: a map of tokens
-counts what was read of it. The peer of a step is what nanoGPT does: it cuts one row of the batch after the other out of a memory map, here of the first
-shard alone.
+counts what was read of it. The peer of a step is what nanoGPT does: it cuts one row of the batch after the other out of
+a memory map, here of the first shard alone.
 """
 
 import json
