@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -10,8 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastgpt import GPTConfig
+from fastgpt.baselines import build_model
 from fastgpt.checkpoint import Checkpoint, CheckpointError, newest
+from fastgpt.data.corpus import Corpus
+from fastgpt.language_model import LanguageModel
+from fastgpt.training import loop, runs
+from fastgpt.training.processes import Processes
 from fastgpt.training.run_folder import RunFolder
+from small_runs import MODEL, TRAIN
 
 WHOLE = torch.arange(30.0).reshape(5, 6)  # 5 rows: no number of processes but 5 has equally many each
 
@@ -84,7 +92,7 @@ def fail_in_the_last(rank: int, n: int, folder: str) -> str:
     return "no error"
 
 
-def die_while_writing(rank: int, n: int, folder: str) -> None:
+def die_while_writing(rank: int, n: int, folder: str) -> str:
     """Every process has written its file of step 5, but the first is killed before it gives the directory its name."""
     from fastgpt.training import sharded
 
@@ -92,4 +100,54 @@ def die_while_writing(rank: int, n: int, folder: str) -> None:
         sharded.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
     directory = saver(rank, folder)
     directory.save(checkpoint(5, state(n)))
-    directory.wait()
+    try:
+        directory.wait()
+    except RuntimeError:  # the first has gone
+        return "not written"
+    return "written"
+
+
+class Loss(torch.nn.Module):
+    """The loss as the forward pass of a module, which `fully_shard` wraps."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.model.loss(x, y)
+
+
+def train(rank: int, n: int, text: str, out: str, max_steps: int, is_sharded: bool = False) -> int:
+    """Start or resume the run in `out`, and go on to `max_steps`; the step that it started from.
+
+    `is_sharded` has each process hold a part of each parameter, by `fully_shard`.
+    """
+    if is_sharded:
+        runs.build_model = sharded_model
+        loop.parallel_loss = lambda model, *settings: model.sharded_loss[0]
+    loop.plot_loss = lambda metrics, out: None  # which would import matplotlib
+    corpus = Corpus.load(text, "char", block_size=16)
+    # A constant rate: where max_steps bends it, a run to 6 steps is no part of one to 12.
+    cfg = dataclasses.replace(TRAIN, max_steps=max_steps, min_lr=TRAIN.lr, warmup_steps=0, grad_clip=0.0)
+    config = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **MODEL)
+    parts: Any = {"config": config, "train_config": cfg, "corpus": corpus, "processes": Processes(rank, n)}
+    goes_on = runs.can_resume(out)
+    dist.barrier()
+    run = runs.resume(out, runs.load_latest(out), **parts) if goes_on else runs.start(out, **parts)
+    first = run.state["step"]
+    run.run(lines=False)
+    return first
+
+
+def sharded_model(config: GPTConfig, seed: int, kind: str) -> LanguageModel:
+    """As `build_model`; its parameters are DTensors, and `sharded_loss` holds its loss."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = build_model(config, seed, kind)
+    loss = Loss(model)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(loss)
+    model.sharded_loss = [loss]  # in a list: no module of the model
+    return model

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 import sharded_processes as processes
 from fastgpt.checkpoint import Checkpoint, newest
+from fastgpt.training.run_folder import read_metrics
+from fastgpt.training.runs import load_latest
 from sharded_processes import WHOLE
 
 
@@ -38,7 +42,7 @@ def test_a_full_disk_in_one_process_is_every_ones_error_and_older_checkpoints_st
 
 def test_killed_during_the_write_leaves_the_checkpoint_before(gloo, tmp_path):
     gloo(2, processes.save_some, str(tmp_path))
-    assert gloo(2, processes.die_while_writing, str(tmp_path), may_die=True) == []
+    assert gloo(2, processes.die_while_writing, str(tmp_path), may_die=True) == ["not written"]
     assert names(tmp_path) == [".step-00000005.tmp", "step-00000002", "step-00000004"]
     latest = newest(tmp_path / "checkpoint", "latest")
     assert Checkpoint.load(latest).state == {"step": 4} and torch.equal(
@@ -61,3 +65,46 @@ def test_the_files_of_one_process_that_are_older_go(gloo, tmp_path):
     dataclasses.replace(whole, state={"step": 1}).save(folder / "best.safetensors")
     gloo(2, processes.save_some, str(tmp_path))
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_goes_on_on_another_number_of_processes_and_in_another_way(gloo, text, whole, tmp_path):
+    """Two processes with parts of each parameter stop at step 6; four, two or one with all of it end where one does."""
+    gloo(2, processes.train, text, str(tmp_path / "two"), 6, True)
+    for n, is_sharded in ((4, True), (4, False), (1, False)):
+        shutil.copytree(tmp_path / "two", out := tmp_path / f"{n} {is_sharded}")
+        assert gloo(n, processes.train, text, str(out), 12, is_sharded) == [6] * n
+        assert_same_run(out, whole)
+
+
+def test_a_run_of_one_process_goes_on_in_two_and_ends_in_one(gloo, text, whole, tmp_path):
+    gloo(1, processes.train, text, str(tmp_path), 4)
+    assert gloo(2, processes.train, text, str(tmp_path), 8, True) == [4, 4]
+    assert names(tmp_path) == ["step-00000008"], "the files of one process are older, and it was never worse"
+    assert gloo(1, processes.train, text, str(tmp_path), 12) == [8]
+    assert names(tmp_path) == ["best.safetensors", "latest.safetensors"]
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.fixture(scope="module")
+def text(text_file) -> str:
+    return str(text_file)
+
+
+@pytest.fixture
+def whole(gloo, text, tmp_path) -> Path:
+    """A run of one process that nothing interrupts."""
+    gloo(1, processes.train, text, str(tmp_path / "whole"), 12)
+    return tmp_path / "whole"
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    found, expected = load_latest(out), load_latest(whole)
+    assert found.state["step"] == expected.state["step"] and found.tensors.keys() == expected.tensors.keys()
+    for prefix in ("model", "exp_avg", "exp_avg_sq", "step"):
+        torch.testing.assert_close(found.read(prefix), expected.read(prefix), rtol=0, atol=1e-5)
+    losses = [
+        {(row["step"], row["split"]): row["loss"] for row in read_metrics(run / "metrics.jsonl")}
+        for run in (out, whole)
+    ]
+    assert len(losses[1]) > 6
+    assert {row: losses[0][row] for row in losses[1]} == pytest.approx(losses[1], abs=1e-5)  # it has stopped more often
