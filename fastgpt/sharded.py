@@ -21,7 +21,7 @@ from .files import FileError
 
 FORMAT = "fastgpt-sharded-checkpoint-1"
 SETTINGS = "checkpoint.json"  # all but the tensors
-REMEDY = "copy the whole directory again, or remove it to go on from the checkpoint before"
+REMEDY = "copy the whole directory again, or remove it to go on from an older one, if there is one"
 _STEP = re.compile(r"step-\d{8,}")
 
 

@@ -85,7 +85,7 @@ def without(field: str):
     return change
 
 
-REMEDY = "copy the whole directory again, or remove it to go on from the checkpoint before"
+REMEDY = "copy the whole directory again, or remove it to go on from an older one, if there is one"
 
 
 @pytest.mark.parametrize(
