@@ -117,6 +117,7 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
     from .training import runs
     from .training.graph import is_graphed
     from .training.muon import who_trains
+    from .training.parallel import check_parallel
     from .training.progress import first_lines
     from .training.step import Precision, check_checkpointing
 
@@ -124,7 +125,7 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
     processes.rows(train_config.batch_size)  # refused before the data is read
     check_checkpointing(model_class(settings.model), train_config)
     device = resolve_device(train_config.device)
-    Precision(device, train_config.dtype)  # refused before anything is written
+    check_parallel(train_config, processes, Precision(device, train_config.dtype))  # before anything is written
     on_backend = _on_backend(settings.backend, train_config.device)
     if is_graphed(train_config, device.type, processes) and train_config.cuda_graph:
         recorder(device)

@@ -19,7 +19,7 @@ ORDERS = ("random", "epochs")  # of the examples in training; data.order has the
 SOURCES = ("shakespeare", "tinyshakespeare", "names")  # texts with a name; data.sources reads each
 DEFAULT_TEXT = "shakespeare"  # of every command: whoever could install FastGPT can have it
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
-PARALLELS = ("auto", "ddp")  # how several processes train a model together
+PARALLELS = ("auto", "ddp", "fsdp")  # how several processes train a model together
 OPTIMIZERS = ("adamw", "muon")
 BACKENDS = ("torch", "triton", "native")  # of the ops; here, because ops.backend imports PyTorch
 MAX_HEAD_SIZE = 256  # of ops.attention, on every backend
@@ -194,7 +194,8 @@ class TrainConfig:
         order: random (examples are drawn anew for each step) or epochs (each example once, shuffled, before any again).
         cuda_graph: take steps by a CUDA graph, after a check against eager ones. Without a value: on a CUDA device,
             unless compile or activation_checkpointing is on.
-        parallel: how processes that torchrun starts share the work: auto (ddp), or ddp (each has the whole model).
+        parallel: how processes that torchrun starts share the work: auto (ddp), ddp (each has the whole model), or
+            fsdp (each has a part of every parameter, gradient and moment).
         activation_checkpointing: keep the input of each block alone, and compute the block again in backward: less
             memory, more time, the same numbers.
     """

@@ -129,6 +129,8 @@ def _check_affine(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | 
 def layer_norm_on_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, read_as: torch.dtype | None = None
 ) -> Tensor:
+    if x.dtype == torch.float32 and weight.dtype != torch.float32:  # PyTorch's kernel on a CPU refuses these
+        weight, bias = weight.float(), None if bias is None else bias.float()
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 

@@ -78,10 +78,10 @@ class Trainer:
         if isinstance(model, GPT):
             model.activation_checkpointing = cfg.activation_checkpointing
         self.corpus, self.cfg, self.folder, self.resume_command = corpus, cfg, folder, resume_command
-        self.optimizer = make_optimizer(self.model, cfg)
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "best_val": None}
         self.precision = Precision(self.device, cfg.dtype)
         self.loss = parallel_loss(self.model, cfg, processes, self.precision)
+        self.optimizer = make_optimizer(self.model, cfg)  # of the parameters as they are now
         self._equal_targets = layout_class(cfg.layout).equal_targets
         self._saver = saver(folder, is_first=processes.is_first, is_alone=processes.size == 1)
         self._recorder = cuda_graph.recorder(self.device) if is_graphed(cfg, self.device.type, processes) else None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.orthogonal import orthogonal
 
@@ -83,20 +83,37 @@ class Muon(torch.optim.Optimizer):
     def _step_of(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> None:
         """One step of matrices of one shape."""
         momentum, lr = group["momentum"], group["lr"]  # lr may be a tensor, which a CUDA graph reads
-        updates = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])  # (N, rows, columns)
+        shape = torch.Size([len(matrices), *matrices[0].shape])
+        updates = torch.empty(shape, dtype=matrices[0].dtype, device=matrices[0].device)  # (N, rows, columns)
         for matrix, update in zip(matrices, updates, strict=True):
             state = self.state[matrix]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
-            state["momentum_buffer"].lerp_(update, 1.0 - momentum)
-            update.lerp_(state["momentum_buffer"], momentum)  # Nesterov: the gradient counts once more
-        shape = updates.shape
+            assert matrix.grad is not None
+            state["momentum_buffer"].lerp_(matrix.grad, 1.0 - momentum)
+            # Nesterov: the gradient counts once more.
+            update.copy_(_gathered(torch.lerp(matrix.grad, state["momentum_buffer"], momentum)))
         if matrices[0] in self.thirds:
             updates = updates.reshape(3 * shape[0], shape[1] // 3, shape[2])
         rows, columns = updates.shape[1:]
         updates = orthogonal(updates).mul_(lr * math.sqrt(max(1.0, rows / columns))).reshape(shape)
         for matrix, update in zip(matrices, updates, strict=True):
-            matrix.mul_(1.0 - lr * group["weight_decay"]).sub_(update)
+            matrix.mul_(1.0 - lr * group["weight_decay"]).sub_(_part_like(matrix, update))
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, of which each process holds a part; any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _part_like(matrix: Tensor, whole: Tensor) -> Tensor:
+    """This process's part of `whole`, as `matrix` is shared out; all of it where that is no DTensor."""
+    if not hasattr(matrix, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(matrix, DTensor)
+    return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)  # sends nothing
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -135,6 +135,20 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert h.dtype == (x.to(dtype) + x).dtype and normed.dtype == F.layer_norm(h, (8,), weight, bias).dtype
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_takes_weights_in_half_precision_as_fsdp_gathers_them(backend) -> None:
+    x, residual, weight, bias = normal(4, 8), normal(4, 8, seed=1), normal(8, seed=2), normal(8, seed=3)
+    halves = weight.detach().bfloat16().requires_grad_(), bias.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        for call, inputs in ((ops.layer_norm, (x,)), (ops.add_layer_norm, (x, residual))):
+            ours = call(*inputs, *halves, backend=backend)
+            wide = call(*inputs, *(t.float() for t in halves), backend="torch")
+            torch.testing.assert_close(ours, wide)
+    grads = torch.autograd.grad(ours[0].square().sum(), halves)
+    expected = torch.autograd.grad(wide[0].square().sum(), halves)
+    torch.testing.assert_close(grads, expected)
+
+
 def test_compile() -> None:
     torch._dynamo.reset()
     leaves = [normal(3, 5, 16), normal(3, 5, 16, seed=1), normal(16, seed=2), normal(16, seed=3)]

@@ -8,12 +8,17 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastgpt import GPTConfig
+from fastgpt.baselines import build_model
 from fastgpt.config import TrainConfig
 from fastgpt.data.corpus import Corpus
 from fastgpt.training import runs
 from fastgpt.training.loop import Interrupted
+from fastgpt.training.parallel import parallel_loss
 from fastgpt.training.processes import Processes
+from fastgpt.training.step import Precision
 from small_runs import MODEL
 
 # What is trained: the layout, whose targets are uneven in names, and what differs from TRAIN.
@@ -26,13 +31,15 @@ CASES: dict[str, dict[str, Any]] = {
 TRAIN = {"batch_size": 8, "max_steps": 30, "eval_interval": 15, "eval_batches": 2, "log_interval": 1, "warmup_steps": 2}
 
 
-def losses(rank: int, n: int, files: dict[str, str], out: str, names: list[str]) -> dict[str, list[float]]:
+def losses(
+    rank: int, n: int, files: dict[str, str], out: str, names: list[str], parallel: str = "auto"
+) -> dict[str, list[float]]:
     """The losses of the runs called `names`, in order, of training and of evaluation, as this process knows them."""
     found = {}
     for name in names:
         changes = dict(CASES[name])
         model = MODEL | {"dropout": changes.pop("dropout", 0.0)}
-        cfg = TrainConfig(**TRAIN, device="cpu", **changes)
+        cfg = TrainConfig(**TRAIN, device="cpu", parallel=parallel, **changes)
         corpus = Corpus.load(files[cfg.layout], "char", block_size=16, layout=cfg.layout)
         config = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **model)
         folder = Path(out) / name
@@ -67,3 +74,37 @@ def signalled(rank: int, n: int, files: dict[str, str], out: str) -> tuple[str, 
     except Interrupted as error:
         return str(error), runs.load_latest(out).state["step"]
     return "not interrupted", 0
+
+
+def sharded(rank: int, n: int, dtype: str) -> dict[str, Any]:
+    """What FSDP2 leaves in this process after one backward pass: what differs from the whole model's, and the parts."""
+    cfg, precision = TrainConfig(device="cpu", dtype=dtype, parallel="fsdp"), Precision(torch.device("cpu"), dtype)
+    processes, config = Processes(rank, n), GPTConfig(vocab_size=11, **(MODEL | {"dropout": 0.0}))
+    tokens = torch.randint(11, (4, config.block_size + 1), generator=torch.Generator().manual_seed(1))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    whole = build_model(config, 1)
+    with precision.autocast():
+        expected = whole.loss(x, y)
+    expected.backward()
+    model = build_model(config, 1)
+    loss = parallel_loss(model, cfg, processes, precision)
+    seen: dict[str, set[torch.dtype]] = {"stream": set(), "weight": set()}
+
+    def see(block: Any, inputs: Any) -> None:
+        seen["stream"].add(inputs[0].dtype)
+        seen["weight"].add(block.attn.qkv.weight.dtype)
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(see)
+    with precision.autocast():
+        value = loss(x[processes.rows(4)], y[processes.rows(4)])
+    value.backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    error = max(float((grads[name] - p.grad).norm() / p.grad.norm()) for name, p in whole.named_parameters())
+    return {
+        "loss": abs(float(processes.sum(value.detach()) / n - expected)),
+        "error": error,
+        "share": sum(p.to_local().numel() for p in model.parameters()) / whole.num_parameters(),
+        "same names": [name for name, _ in model.named_parameters()] == [name for name, _ in whole.named_parameters()],
+        "seen": {name: [str(dtype) for dtype in dtypes] for name, dtypes in seen.items()},
+    }

@@ -12,10 +12,8 @@ import torch
 import torch.distributed as dist
 
 from fastgpt import GPTConfig
-from fastgpt.baselines import build_model
 from fastgpt.checkpoint import Checkpoint, CheckpointError, newest
 from fastgpt.data.corpus import Corpus
-from fastgpt.language_model import LanguageModel
 from fastgpt.training import loop, runs
 from fastgpt.training.processes import Processes
 from fastgpt.training.run_folder import RunFolder
@@ -107,29 +105,16 @@ def die_while_writing(rank: int, n: int, folder: str) -> str:
     return "written"
 
 
-class Loss(torch.nn.Module):
-    """The loss as the forward pass of a module, which `fully_shard` wraps."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.model.loss(x, y)
-
-
 def train(rank: int, n: int, text: str, out: str, max_steps: int, is_sharded: bool = False) -> int:
     """Start or resume the run in `out`, and go on to `max_steps`; the step that it started from.
 
-    `is_sharded` has each process hold a part of each parameter, by `fully_shard`.
+    `is_sharded` has each process hold a part of each parameter.
     """
-    if is_sharded:
-        runs.build_model = sharded_model
-        loop.parallel_loss = lambda model, *settings: model.sharded_loss[0]
     loop.plot_loss = lambda metrics, out: None  # which would import matplotlib
     corpus = Corpus.load(text, "char", block_size=16)
     # A constant rate: where max_steps bends it, a run to 6 steps is no part of one to 12.
-    cfg = dataclasses.replace(TRAIN, max_steps=max_steps, min_lr=TRAIN.lr, warmup_steps=0, grad_clip=0.0)
+    cfg = dataclasses.replace(TRAIN, max_steps=max_steps, min_lr=TRAIN.lr, warmup_steps=0)
+    cfg = dataclasses.replace(cfg, parallel="fsdp" if is_sharded else "ddp")
     config = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **MODEL)
     parts: Any = {"config": config, "train_config": cfg, "corpus": corpus, "processes": Processes(rank, n)}
     goes_on = runs.can_resume(out)
@@ -138,16 +123,3 @@ def train(rank: int, n: int, text: str, out: str, max_steps: int, is_sharded: bo
     first = run.state["step"]
     run.run(lines=False)
     return first
-
-
-def sharded_model(config: GPTConfig, seed: int, kind: str) -> LanguageModel:
-    """As `build_model`; its parameters are DTensors, and `sharded_loss` holds its loss."""
-    from torch.distributed.fsdp import fully_shard
-
-    model = build_model(config, seed, kind)
-    loss = Loss(model)
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(loss)
-    model.sharded_loss = [loss]  # in a list: no module of the model
-    return model

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import failing_processes
 import parallel_runs as parallel
@@ -15,7 +16,9 @@ from fastgpt.cli import main
 from fastgpt.config import ConfigError, TrainConfig
 from fastgpt.training import TrainingError
 from fastgpt.training.graph import is_graphed
-from fastgpt.training.processes import Processes
+from fastgpt.training.parallel import check_parallel
+from fastgpt.training.processes import ALONE, Processes
+from fastgpt.training.step import Precision
 from parallel_runs import CASES, written
 from small_runs import TEXT
 
@@ -32,16 +35,35 @@ def alone(tmp_path_factory):
     return files, folder, parallel.losses(0, 1, files, str(folder), list(CASES))
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("n", "names"), [(2, list(CASES)), (4, list(CASES)[-1:])])
-def test_the_trajectory_is_that_of_one_process(gloo, tmp_path, alone, n, names):
+def test_the_trajectory_is_that_of_one_process(gloo, tmp_path, alone, n, names, way):
     files, folder, known = alone
-    of_ranks = gloo(n, parallel.losses, files, str(tmp_path), names)
+    of_ranks = gloo(n, parallel.losses, files, str(tmp_path), names, way)
     for name in names:
         expected = written(folder, name)
         assert written(tmp_path, name) == pytest.approx(expected, abs=1e-5), name
         assert len(expected) == 30 + 3, "a row for each step, and three evaluations"
         for found in of_ranks:
             assert found[name] == pytest.approx(known[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_fsdp_gives_each_process_a_part_and_the_loss_and_gradients_of_the_whole_model(gloo, dtype, tolerance):
+    """In half precision blocks are gathered in it, and the stream between them keeps float32."""
+    for found in gloo(2, parallel.sharded, dtype):
+        assert found["loss"] < tolerance and found["error"] < tolerance
+        assert 0.4 < found["share"] < 0.6 and found["same names"]
+        assert found["seen"] == {"stream": ["torch.float32"], "weight": [f"torch.{dtype}"]}
+
+
+def test_what_fsdp_cannot_do_is_refused_and_one_process_does_it():
+    precision = Precision(torch.device("cpu"), "float16")
+    for name, cfg in (("dtype", TrainConfig(parallel="fsdp")), ("compile", TrainConfig(parallel="fsdp", compile=True))):
+        with pytest.raises(ConfigError, match=f"^{name}: "):
+            check_parallel(cfg, Processes(0, 2), precision)
+        check_parallel(cfg, ALONE, precision)
+    check_parallel(TrainConfig(parallel="ddp", compile=True), Processes(0, 2), precision)
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step_with_one_checkpoint(gloo, tmp_path, alone):
@@ -91,5 +113,5 @@ def test_steps_of_several_processes_are_not_recorded():
 
 
 def test_an_unknown_way_to_share_is_refused():
-    with pytest.raises(ConfigError, match="parallel: expected one of auto, ddp"):
+    with pytest.raises(ConfigError, match="parallel: expected one of auto, ddp, fsdp"):
         TrainConfig(parallel="horovod")
