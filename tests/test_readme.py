@@ -111,6 +111,8 @@ def test_every_command_is_one_that_exists(document):
             assert words[1] == "install" and words[-1] in extras and words[2:-1] in ([], ["--no-build-isolation"])
         elif words[0] == "git":
             assert words == ["git", "clone", "$URL", "fastgpt", "&&", "cd", "fastgpt"]
+        elif words[0] == "torchrun":  # tests of training run it
+            assert words[(module := words.index("-m")) : module + 3] == ["-m", "fastgpt", "train"]
         elif words[0] == ".":
             assert words[1:] == [".venv/bin/activate"]
         elif words[0] != "fastgpt":
