@@ -26,7 +26,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.plan import GB, Cluster, Job, Plan, collectives, ring_all_reduce
 from fastgpt.training.parallel import parallel_loss
 from fastgpt.training.processes import Processes
-from fastgpt.training.step import Loss, Precision, make_optimizer
+from fastgpt.training.step import Precision, make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -37,6 +37,7 @@ class ScaleShape(ModelShape):
 
     processes: int = 1
     parallel: str = "ddp"
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         way = f"{self.processes} processes, {self.parallel}" if self.processes > 1 else "1 process"
@@ -46,7 +47,7 @@ class ScaleShape(ModelShape):
     def plan(self) -> Plan:
         """Without the machine's rates."""
         model, _ = fastgpt_model(self)
-        return Plan(model.cfg, Job(self.processes, self.parallel, self.B, dtype="float32"))
+        return Plan(model.cfg, Job(self.processes, self.parallel, self.B, dtype=self.dtype))
 
 
 ALONE = ScaleShape(B=8, T=128, L=4, H=4, C=256, V=1024)
@@ -83,21 +84,11 @@ def scale_work(setting: Setting, shape: ScaleShape) -> Work:
 def planned_counts(plan: Plan) -> dict[str, int]:
     """What `counts` finds, by the same names, as the plan says it."""
     parts = {name: plan.memory[name] for name in ("weights", "gradients", "moments", "activations")}
+    parts["activations"] += plan.memory["half_precision_weights"]  # autograd keeps both
     return {**parts, "flops": plan.flops, **{one.name: one.n_bytes for one in collectives(plan.cfg, plan.job)}}
 
 
 # ---- in each of the processes ----
-
-
-class LossModule(nn.Module):
-    """A module whose forward is the model's loss, as FSDP wraps it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.model.loss(x, y)
 
 
 class Training:
@@ -105,43 +96,39 @@ class Training:
 
     def __init__(self, shape: ScaleShape) -> None:
         torch.manual_seed(1)
-        self.model, self.loss = fastgpt_model(shape)
+        self.model, _ = fastgpt_model(shape)
         self.model.train()
-        cfg, processes = TrainConfig(), Processes(dist.get_rank(), shape.processes)
-        if processes.size > 1:
-            is_sharded = shape.parallel == "fsdp"
-            self.loss = (
-                _sharded(self.model) if is_sharded else parallel_loss(self.model, cfg, processes, Precision(CPU))
-            )
+        cfg, processes = TrainConfig(parallel=shape.parallel), Processes(dist.get_rank(), shape.processes)
+        self._precision = Precision(CPU, shape.dtype)
+        self._loss = parallel_loss(self.model, cfg, processes, self._precision)
         self.optimizer = make_optimizer(self.model, cfg)
         ((x, y),) = shape.random_batches(CPU, 1)
         self.x, self.y = (whole[processes.rows(shape.B)].clone() for whole in (x, y))
 
+    def loss(self) -> Tensor:
+        with self._precision.autocast():
+            return self._loss(self.x, self.y)
+
+    def count_buckets(self, exchanged: Exchanged) -> None:
+        if isinstance(self._loss, nn.parallel.DistributedDataParallel):
+            self._loss.register_comm_hook(None, exchanged.all_reduce_bucket)
+
     def step(self) -> None:
-        self.loss(self.x, self.y).backward()
+        self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def _sharded(model: nn.Module) -> Loss:
-    from torch.distributed.fsdp import fully_shard
-
-    for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(LossModule(model))
 
 
 def counts(shape: ScaleShape) -> dict[str, int]:
     """Bytes that this process holds, operations that it computes, bytes of the tensors that all exchange in a step."""
     training = Training(shape)
     saved, exchanged = Saved(training.model), Exchanged()
-    if isinstance(training.loss, nn.parallel.DistributedDataParallel):
-        training.loss.register_comm_hook(None, exchanged.all_reduce_bucket)
+    training.count_buckets(exchanged)
     training.step()
     exchanged.n_bytes.clear()
     with exchanged:
         with saved.counting():
-            loss = training.loss(training.x, training.y)
+            loss = training.loss()
         exchanged.phase = "backward"
         loss.backward()
     parameters = list(training.model.parameters())

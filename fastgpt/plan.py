@@ -27,11 +27,10 @@ from math import prod
 from typing import Any
 
 from .chunks import chunk_rows
-from .config import DTYPES, ConfigError, GPTConfig
+from .config import DTYPES, PARALLELS, ConfigError, GPTConfig
 
 Shape = tuple[int, ...]
 FLOAT32 = 4  # bytes: of weights, gradients and moments, and of the residual stream
-PARALLEL = ("auto", "ddp", "fsdp")
 GB = 10**9
 
 
@@ -63,7 +62,7 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("gpus", "batch_size", "grad_accum"):
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        _expect(self.parallel in PARALLEL, "parallel", self.parallel, f"one of {', '.join(PARALLEL)}")
+        _expect(self.parallel in PARALLELS, "parallel", self.parallel, f"one of {', '.join(PARALLELS)}")
         _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _expect(self.batch_size % self.gpus == 0, "batch_size", self.batch_size, f"a multiple of gpus={self.gpus}")
 
@@ -210,9 +209,12 @@ def head_gradients(cfg: GPTConfig, sequences: int, size: int) -> int:
     return cfg.n_embd * (size * sequences * cfg.block_size + FLOAT32 * cfg.vocab_size)
 
 
-def half_copies(cfg: GPTConfig, size: int) -> int:
-    """Bytes of the copies that autocast makes of the matrices that products read; none in float32."""
-    matrices = [shape for shape in block_shapes(cfg) if len(shape) == 2] * cfg.n_layer
+def half_copies(cfg: GPTConfig, size: int, is_sharded: bool = False) -> int:
+    """Bytes of the copies that autocast makes of the matrices that products read; none in float32.
+
+    FSDP gathers a block's matrices in half precision, so that the head's alone is copied.
+    """
+    matrices = [] if is_sharded else [shape for shape in block_shapes(cfg) if len(shape) == 2] * cfg.n_layer
     return 0 if size == FLOAT32 else size * (count(matrices) + cfg.vocab_size * cfg.n_embd)
 
 
@@ -220,8 +222,8 @@ def memory(cfg: GPTConfig, job: Job) -> dict[str, int]:
     """Bytes of a GPU by part, all that are held at once where backward begins, and what its first steps add.
 
     Weights, gradients and AdamW's two moments take 16 bytes per parameter (ZeRO, section 3.1); FSDP divides all of them
-    by N, as ZeRO's third stage. It gathers the outer parameters, which both ends of the model read, and the block that
-    is computed and the next one, and makes whole gradients of the outer parameters and of one block.
+    by N, as ZeRO's third stage. It gathers the outer parameters, which both ends of the model read, in float32, and the
+    block that is computed and the next one, and makes whole gradients of the outer parameters and of one block.
     """
     size, shapes = job.size, all_shapes(cfg)
     shard = count(shapes, job.gpus if job.is_sharded else 1)
@@ -232,16 +234,16 @@ def memory(cfg: GPTConfig, job: Job) -> dict[str, int]:
         "activations": activations(cfg, job.sequences, size, job.activation_checkpointing),
         "logits_chunk": logits_chunk(cfg, job.sequences, size),
         "head_gradients": head_gradients(cfg, job.sequences, size),
+        "half_precision_weights": half_copies(cfg, size, job.is_sharded),
     }
     if job.activation_checkpointing:
         parts["block_again"] = job.sequences * cfg.block_size * block_activations(cfg, size)
     if job.is_sharded:
         block, root = count(block_shapes(cfg)), count(root_shapes(cfg))
-        parts["gathered_weights"] = size * (root + 2 * block)
-        parts["whole_gradients"] = size * (root + block)
+        parts["gathered_weights"] = FLOAT32 * root + size * 2 * block
+        parts["whole_gradients"] = FLOAT32 * root + size * block
         parts["communication_buffers"] = size * block + FLOAT32 * max(root, block)  # gathered; gradients to be reduced
     else:
-        parts["half_precision_weights"] = half_copies(cfg, size)
         parts["communication_buffers"] = 0  # gradients are views of DDP's buckets
     return parts
 
@@ -337,7 +339,7 @@ def collectives(cfg: GPTConfig, job: Job) -> list[Collective]:
         return [Collective("all_reduce", gradients, ring_all_reduce(gradients, n), "backward")]
     blocks, root = (n * count(shapes, n) for shapes in (block_shapes(cfg) * cfg.n_layer, root_shapes(cfg)))
     made = (
-        ("all_gather_forward", job.size * (blocks + root), "forward"),
+        ("all_gather_forward", job.size * blocks + FLOAT32 * root, "forward"),
         ("all_gather_backward", job.size * blocks, "backward"),
         ("reduce_scatter", FLOAT32 * (blocks + root), "backward"),
     )

@@ -154,11 +154,10 @@ def test_what_a_ring_sends():
     once = Plan(cfg, sharded).sent
     assert once["all_gather_forward"] == once["reduce_scatter"] > once["all_gather_backward"]
     half = Plan(cfg, dataclasses.replace(sharded, dtype="bfloat16")).sent
-    assert {name: n / once[name] for name, n in half.items()} == {
-        "all_gather_forward": 0.5,
-        "all_gather_backward": 0.5,
-        "reduce_scatter": 1.0,  # gradients are added up in float32
-    }
+    assert half["all_gather_backward"] == once["all_gather_backward"] / 2
+    # What is outside the blocks is gathered in float32, and gradients are added up in it.
+    assert half["all_gather_forward"] == once["all_gather_forward"] - half["all_gather_backward"]
+    assert half["reduce_scatter"] == once["reduce_scatter"]
     again = Plan(cfg, dataclasses.replace(sharded, grad_accum=3)).sent
     assert again == pytest.approx({name: 3 * n for name, n in once.items()})
 

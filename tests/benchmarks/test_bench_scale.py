@@ -9,6 +9,7 @@ from fastgpt.benchmarks import bench_scale
 from fastgpt.benchmarks.bench_scale import ScaleShape, scale_work
 from fastgpt.benchmarks.harness.processes import together
 from fastgpt.benchmarks.harness.suite import Setting
+from fastgpt.plan import FLOAT32
 
 SMALL = {"B": 4, "T": 8, "L": 3, "H": 2, "C": 16, "V": 33}
 
@@ -20,6 +21,13 @@ def test_what_two_sharded_processes_hold_and_exchange_is_what_was_planned():
     assert first.keys() > {"all_gather_forward", "all_gather_backward", "reduce_scatter"}
     odd = 4 * shape.C  # the vocabulary's 33 rows are shared out as 17 and 16
     assert second["weights"] == first["weights"] - odd and second["moments"] == first["moments"] - 2 * odd
+
+
+def test_in_half_precision_blocks_are_gathered_in_it():
+    shape = ScaleShape(**SMALL, processes=2, parallel="fsdp", dtype="bfloat16")
+    counted, planned = together(2, bench_scale.counts, shape)[0], bench_scale.planned_counts(shape.plan)
+    counted["activations"] -= FLOAT32 * shape.C  # on a CPU the first norm copies its gathered weight to float32
+    assert counted == planned
 
 
 def test_the_benchmark_writes_a_row(run):
