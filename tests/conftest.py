@@ -7,6 +7,8 @@ The number of threads, the locale and the time zone stay as they are: the tests 
 
 import codecs
 import contextlib
+import functools
+import inspect
 import locale
 import os
 import signal
@@ -125,6 +127,32 @@ def home(tmp_path_factory):
         if kept := os.environ.get("KEPT_TRITON_CACHE"):  # `make gpu-check`: processes share what each has compiled
             patch.setenv("TRITON_CACHE_DIR", kept)
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter searches its whole language for builtins in each call of a function: here, once.
+
+    It replaces them before a launch, and again before each call inside, which finds most of them replaced.
+    """
+    if os.environ["TRITON_INTERPRET"] == "0":
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @functools.cache
+    def names_of_builtins(package) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package, *others) -> None:
+        for name in names_of_builtins(package):
+            if is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", patch_builtin)
+        yield
 
 
 @pytest.fixture
