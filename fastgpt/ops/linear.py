@@ -84,6 +84,8 @@ _linear_native = define_op(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) -> (..., N); see `torch.nn.functional.linear`."""
+    if dtensor.MODULE in sys.modules and dtensor.has_local_tensors("linear", (x, weight, bias)):
+        return dtensor.on_local_tensors("linear", linear, x, weight, bias)
     if torch.compiler.is_compiling() or not _native_serves(x, weight, bias):
         return F.linear(x, weight, bias)
     return _linear_native(x, weight, bias)

@@ -1,0 +1,117 @@
+"""Ops on DTensors: the parameters that `fully_shard` and `distribute_tensor` leave in parts on several processes.
+
+Every op of the package takes them where its other arguments are plain tensors, each process's own rows. The parameters
+are gathered for the call, which computes on plain tensors, on the backend that it would take anyway. Their gradients
+come back in the parameters' own placements, as **the mean over the mesh**: this is what FSDP2 and DDP give, so a step is
+that of one process with all rows where every process has equally many of them.
+
+`cross_entropy` and `linear_cross_entropy` also take their rows as DTensors, whole or in parts along a dimension that
+is not the classes'. All processes then compute one loss, that of all rows, and get its gradient: a DTensor, replicated.
+
+This module imports nothing of torch.distributed: a DTensor exists only where that is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODULE = "torch.distributed.tensor"  # callers ask first whether it is loaded, since that takes no call
+
+
+def is_kind(kind: type) -> bool:
+    """Whether `kind` is the class of DTensors."""
+    return MODULE in sys.modules and kind is sys.modules[MODULE].DTensor
+
+
+def has_local_tensors(op: str, args: tuple) -> bool:
+    """Whether some of `args` are DTensors that `on_local_tensors` replaces; torch.distributed.tensor is loaded.
+
+    Rows that are a DTensor are left to PyTorch's own ops, except for the losses.
+    """
+    kind = sys.modules[MODULE].DTensor
+    return kind in map(type, args) and (op in _ROWS or type(args[0]) is not kind)
+
+
+def on_local_tensors(op: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """run(*args, **kwargs), the op's own arguments, with plain tensors in place of DTensors."""
+    if op in _ROWS and any(is_kind(type(args[i])) for i in _ROWS[op]):
+        return _loss_of_all(op, run, args)
+    return run(*(_gathered_for_mean(a) if is_kind(type(a)) else a for a in args), **kwargs)
+
+
+def _gathered_for_mean(parameter: Any) -> Tensor:
+    """The whole of a DTensor. Each process has a gradient of its own for it, and the parameter gets their mean."""
+    from torch.distributed.tensor import Partial
+
+    n_processes = parameter.device_mesh.size()
+    whole = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / n_processes)  # gloo has no mean
+    return whole
+
+
+# --- losses of rows that are DTensors --------------------------------------------------------------------------------
+
+# The places of the rows and their targets, and of the parameters, among an op's arguments.
+_ROWS = {"cross_entropy": (0, 1), "linear_cross_entropy": (0, 2)}
+_WEIGHTS = {"cross_entropy": (2,), "linear_cross_entropy": (1, 3)}
+_CLASSES = {"cross_entropy": 1, "linear_cross_entropy": -1}  # the dimension of the rows that has to be whole
+
+
+def _loss_of_all(op: str, run: Callable[..., Any], args: tuple) -> Any:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    x, targets = rows = [args[i] for i in _ROWS[op]]
+    _check_rows(op, x, targets)
+    mesh, placements = x.device_mesh, x.placements
+    # A process whose rows are a part of all has a part of each sum: of the loss, and of the parameters' gradients.
+    sums = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    local = list(args)
+    for i, tensor in zip(_ROWS[op], rows, strict=True):
+        local[i] = tensor.to_local(grad_placements=placements)
+    for i in _WEIGHTS[op]:
+        local[i] = None if args[i] is None else _gathered_for_sum(args[i], mesh, sums)
+    ignore_index, reduction = args[-3:-1]
+    if reduction == "none":
+        return DTensor.from_local(run(*local), mesh, placements, run_check=False)
+    local[-2] = "none" if op == "cross_entropy" else "sum"  # that of float16 is summed in float32 by the latter alone
+    losses = run(*local)
+    loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+    if reduction == "mean":
+        counted = local[_ROWS[op][1]] != ignore_index
+        n = counted.sum().to(loss.dtype)
+        if op == "cross_entropy" and local[2] is not None:
+            n = local[2].to(loss.dtype)[local[1].where(counted, 0)].where(counted, 0.0).sum()
+        loss = loss / DTensor.from_local(n, mesh, sums, run_check=False).full_tensor()
+    whole = DTensor.from_local(loss.to(losses.dtype), mesh, sums, run_check=False)
+    return whole.redistribute(placements=[Replicate()] * mesh.ndim)
+
+
+def _check_rows(op: str, x: Any, targets: Any) -> None:
+    name = "logits" if op == "cross_entropy" else "x"
+    for argument, tensor in ((name, x), ("targets", targets)):
+        if not is_kind(type(tensor)):
+            other = "targets" if argument == name else name
+            raise TypeError(f"{argument}: expected a DTensor, as {other} is one, got a plain tensor")
+    if x.device_mesh != targets.device_mesh or x.placements != targets.placements:
+        where = f"{x.placements} on {x.device_mesh}"
+        got = f"{targets.placements} on {targets.device_mesh}"
+        raise ValueError(f"targets: expected the placements of {name}, {where}, got {got}")
+    classes = _CLASSES[op] % x.ndim if x.ndim > 1 else 0
+    for placement in x.placements:
+        if not placement.is_replicate() and not (placement.is_shard() and placement.dim % x.ndim != classes):
+            raise ValueError(
+                f"{name}: expected a DTensor that is replicated or sharded along its rows, got {x.placements}; "
+                f"{name}.redistribute(...) makes it one"
+            )
+
+
+def _gathered_for_sum(parameter: Any, mesh: Any, sums: list) -> Tensor:
+    if not is_kind(type(parameter)) or parameter.device_mesh != mesh:
+        raise TypeError(f"the parameters of a loss of DTensors have to be DTensors on their mesh, {mesh}, too")
+    return parameter.full_tensor(grad_placements=sums)
