@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .modules import LINEAR, why_called, why_embedding_called, why_norm_called
 from .ops.arguments import autocast_dtype
 from .ops.decode import MOST_SEQUENCES, decode_, reason_against_decode
-from .ops.library import Unchanged, in_forward_mode, inside_transform
+from .ops.library import Unchanged, has_address, in_forward_mode, inside_transform
 
 Forwards = tuple[Callable[..., Any], ...]  # `forward` of a block, its attention and its MLP, and `hidden` of a GPT
 
@@ -124,6 +124,6 @@ def _reason_against(model: Any, cache: Tensor, forwards: Forwards) -> str | None
         if reason is not None:
             return reason
         for tensor in layer.parameters(recurse=False):
-            if tensor.dtype != cache.dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            if not has_address(tensor) or tensor.dtype != cache.dtype or not tensor.is_cpu or not tensor.is_contiguous():
                 return "its parameters are not contiguous tensors of one dtype on the CPU"
     return None if len(eps) == 1 else "its norms have several eps"

@@ -27,6 +27,7 @@ import torch
 
 # The assertions of the modules that tests share show the compared values, too.
 pytest.register_assert_rewrite(*(file.stem for file in Path(__file__).with_name("shared").glob("*.py")))
+from gloo_processes import gloo  # noqa: E402, F401  -- a fixture
 
 # Where the Triton kernels run: on the GPU if there is one, else on Triton's interpreter, which is chosen when a kernel
 # is decorated.

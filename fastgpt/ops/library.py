@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import dtensor
 from .flops import register_flops
 
 library = torch.library.Library("fastgpt", "DEF")
@@ -235,11 +236,11 @@ def hooks_of(module: nn.Module) -> str | None:
 
 
 def no_parameter(module: nn.Module, name: str) -> str | None:
-    """Why ``module.name`` is neither a dense parameter of the module's own nor empty; None where it is one of them."""
+    """Why ``module.name`` is no dense parameter of the module's own, whole or a DTensor, nor empty; None where it is."""
     if name not in module._parameters:  # it is a property, or an attribute that something sets
         return f"its {name} is computed from something else"
     kind = type(module._parameters[name])
-    return None if kind in _PLAIN_TENSORS else f"its {name} is a {kind.__name__}"
+    return None if kind in _PLAIN_TENSORS or dtensor.is_kind(kind) else f"its {name} is a {kind.__name__}"
 
 
 # In torch.export a FakeTensor takes the place of a plain tensor.

@@ -8,6 +8,7 @@ matrix product (csrc/matmul_tiles.h), forward and backward. FASTGPT_BACKEND=nati
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
-from . import native
+from . import dtensor, native
 from .arguments import autocast_dtype
 from .backend import preferred, register, unavailable
 from .flops import product_flops

@@ -1,0 +1,13 @@
+"""Ops whose parameters, or rows, are DTensors of two processes: the values and gradients of one process."""
+
+from __future__ import annotations
+
+import dtensor_processes as processes
+
+
+def test_parameters_are_gathered_and_get_the_mean_gradient(gloo) -> None:
+    gloo(2, processes.assert_own_rows_give_the_mean)
+
+
+def test_losses_of_rows_that_are_dtensors(gloo) -> None:
+    gloo(2, processes.assert_losses_of_all_rows)

@@ -1,0 +1,122 @@
+"""What the processes of tests/ops/test_dtensor.py and tests/test_fully_sharded.py do."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.ops.linear import linear
+
+C, V, ROWS = 6, 5, 8  # 2 processes have 3 and 2 rows of a (V, C) weight
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (ROWS, 3, C), "weight": (V, C), "bias": (V,), "positions": (4, C), "gain": (C,), "shift": (C,)}
+    made = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    targets = torch.randint(0, V, (ROWS, 3), generator=generator)
+    return made | {"targets": targets}
+
+
+def loss_of(op: str, t: dict[str, Any]) -> Any:
+    """A scalar that depends on all of the op's parameters: the mean over the rows."""
+    match op:
+        case "linear_cross_entropy":
+            return ops.linear_cross_entropy(t["x"], t["weight"], t["targets"], bias=t["bias"])
+        case "linear":
+            return linear(t["x"], t["weight"], t["bias"]).sin().mean()
+        case "embedding":
+            return ops.embedding(t["targets"], t["weight"], t["positions"]).sin().mean()
+        case "layer_norm":
+            return ops.layer_norm(t["x"], t["gain"], t["shift"]).sin().mean()
+        case "add_layer_norm":
+            return ops.add_layer_norm(t["x"], t["x"].cos(), t["gain"], t["shift"])[0].sin().mean()
+    raise ValueError(op)
+
+
+PARAMETERS = ("weight", "bias", "positions", "gain", "shift")
+OPS = ("linear_cross_entropy", "linear", "embedding", "layer_norm", "add_layer_norm")
+
+
+def of_one_process(op: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of all rows, and its gradients."""
+    t = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in tensors().items()}
+    loss = loss_of(op, t)
+    loss.backward()
+    return loss.detach(), gradients(t)
+
+
+def gradients(t: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: t[name].grad for name in PARAMETERS if t[name].grad is not None}
+
+
+def assert_own_rows_give_the_mean(rank: int, n: int) -> None:
+    """Every op, with sharded and with replicated parameters: the mean of the losses, and the gradients, of all rows."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (n,))
+    for placement, op in itertools.product((Shard(0), Replicate()), OPS):
+        t: dict[str, Any] = tensors()
+        for name in PARAMETERS:
+            t[name] = distribute_tensor(t[name], mesh, [placement]).requires_grad_()
+        for name in ("x", "targets"):
+            t[name] = t[name].chunk(n)[rank]
+        loss = loss_of(op, t)
+        loss.backward()
+        assert type(loss) is Tensor
+        mean = loss.detach() / n
+        dist.all_reduce(mean)
+        assert_same(op, mean, gradients(t), placement)
+
+
+def assert_same(op: str, loss: Tensor, found: dict[str, Any], placement: Any) -> None:
+    expected, expected_gradients = of_one_process(op)
+    torch.testing.assert_close(loss, expected, msg=lambda said: f"{op}: {said}")
+    assert {grad.placements for grad in found.values()} == {(placement,)}
+    whole = {name: grad.full_tensor() for name, grad in found.items()}
+    torch.testing.assert_close(whole, expected_gradients, msg=lambda said: f"{op}, {placement}: {said}")
+
+
+def losses(t: dict[str, Any], reduction: str) -> tuple[Any, Any]:
+    """By both ops, for targets of which a process has more than another one."""
+    fused = ops.linear_cross_entropy(t["x"], t["weight"], t["targets"], bias=t["bias"], reduction=reduction)
+    logits = t["logits"].sin()
+    return fused, ops.cross_entropy(
+        logits, t["targets"], weight=t["sizes"], reduction=reduction, label_smoothing=0.1
+    )
+
+
+def assert_losses_of_all_rows(rank: int, n: int) -> None:
+    """Rows that are DTensors, in parts or whole: the losses of all rows, and the gradients of parameters and rows."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (n,))
+    plain = tensors()
+    plain["targets"][:2] = -100
+    plain["x"], plain["targets"] = plain["x"].flatten(0, 1), plain["targets"].flatten()
+    plain["logits"], plain["sizes"] = plain["x"][:, :V].clone(), torch.arange(1.0, V + 1, dtype=torch.float64)
+    names = ("x", "logits", "weight", "bias")
+    for rows, of_weights, reduction in itertools.product(
+        (Shard(0), Replicate()), (Shard(0), Replicate()), ("mean", "sum", "none")
+    ):
+        t: dict[str, Any] = {}
+        for name, tensor in plain.items():
+            placement = rows if name in ("x", "logits", "targets") else of_weights
+            t[name] = distribute_tensor(tensor, mesh, [placement]).requires_grad_(name in names)
+        expected_of = {n: v.clone().requires_grad_(n in names) for n, v in plain.items()}
+        for found, expected in zip(losses(t, reduction), losses(expected_of, reduction), strict=True):
+            assert isinstance(found, DTensor)
+            torch.testing.assert_close(found.full_tensor(), expected, msg=lambda s: f"{rows}, {reduction}: {s}")
+            found.sum().backward()
+            expected.sum().backward()
+        for name in names:
+            grad = t[name].grad
+            assert grad.placements == t[name].placements
+            torch.testing.assert_close(
+                grad.full_tensor(), expected_of[name].grad, msg=lambda s: f"{name}, {rows}, {of_weights}, {reduction}: {s}"
+            )
