@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .config import GPTConfig
 from .generate import stream
-from .modules import head_loss, linear, say_once, why_called
+from .modules import call_sharded, head_loss, is_sharded_alone, linear, say_once, why_called
 
 if TYPE_CHECKING:  # a model without a tokenizer does without that module
     from .tokenizer import Tokenizer
@@ -126,11 +126,17 @@ class LanguageModel(nn.Module):
         """The loss of `forward`, without the (B * T, V) logits in memory all at once.
 
         A model with hooks, or with a forward that was replaced, is called instead, and its second result is the loss.
+        The hooks of `fully_shard` are no reason: they gather the parameters for this, too.
         """
         reason = why_called(self, LanguageModel.forward)
+        if is_sharded_alone(self, reason):
+            return call_sharded(self, "_fused_loss", idx, targets)
         if reason is not None:
             say_once("the model is called for its loss, and the logits of all tokens are held at once", reason)
             return self(idx, targets)[1]
+        return self._fused_loss(idx, targets)
+
+    def _fused_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         self._check_targets(idx, targets)
         return head_loss(self.lm_head, self.hidden(idx), targets)
 

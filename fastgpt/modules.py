@@ -20,7 +20,7 @@ from . import ops
 from .ops.arguments import autocast_dtype
 from .ops.dropout import dropout
 from .ops.layer_norm import add_layer_norm_for_reader, layer_norm_for_reader
-from .ops.library import hooks_of, no_parameter
+from .ops.library import HOOKS, has_hooks_of_fsdp_alone, hooks_of, no_parameter
 from .ops.linear import linear as fast_linear
 
 # Kept as PyTorch defines them, because some tools replace the forward of a class.
@@ -42,6 +42,22 @@ def why_called(module: nn.Module, forward: Callable[..., Any], *tensors: str) ->
     for name in tensors:
         reason = reason or no_parameter(module, name)
     return reason
+
+
+def is_sharded_alone(module: nn.Module, reason: str | None) -> bool:
+    """Whether `reason`, of `why_called`, is only that `fully_shard` gathers the parameters of `module` at each call."""
+    return reason == HOOKS and not torch.compiler.is_compiling() and has_hooks_of_fsdp_alone(module)
+
+
+def call_sharded(module: Any, method: str, *args: Any) -> Any:
+    """module.method(*args) as a forward of `module`, of `is_sharded_alone`: its parameters are gathered for the call."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(module, method)  # in the instance, where copies and pickles would find it
+    try:
+        return getattr(module, method)(*args)
+    finally:
+        delattr(module, method)
 
 
 def check_unchanged(model: nn.Module, plain: nn.Module) -> None:

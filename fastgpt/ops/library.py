@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -226,13 +227,29 @@ def is_static(value: Any) -> bool:
     return not isinstance(value, (int, torch.SymInt)) or has_static_value(value)
 
 
+HOOKS = "it has hooks"
+
+
 def hooks_of(module: nn.Module) -> str | None:
     """In words, whose hooks run when `module` is called; None where there are none."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks"
+        return HOOKS
     if torch.nn.modules.module._has_any_global_hook():
         return "there are hooks on every module"
     return None
+
+
+def has_hooks_of_fsdp_alone(module: nn.Module) -> bool:
+    """Whether whatever runs when `module` is called, besides its forward, was put there by `fully_shard`."""
+    if "torch.distributed.fsdp" not in sys.modules or torch.nn.modules.module._has_any_global_hook():
+        return False
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    owners = {type(getattr(hook, "__self__", None)).__module__ for hook in hooks}
+    return (
+        isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule)
+        and all(owner.startswith("torch.distributed.fsdp.") for owner in owners)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )
 
 
 def no_parameter(module: nn.Module, name: str) -> str | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgpt import ops
+from fastgpt import GPT, GPTConfig, ops
 from fastgpt.ops.linear import linear
 
 C, V, ROWS = 6, 5, 8  # 2 processes have 3 and 2 rows of a (V, C) weight
@@ -120,3 +122,68 @@ def assert_losses_of_all_rows(rank: int, n: int) -> None:
             torch.testing.assert_close(
                 grad.full_tensor(), expected_of[name].grad, msg=lambda s: f"{name}, {rows}, {of_weights}, {reduction}: {s}"
             )
+
+
+CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
+
+
+def build(tie_weights: bool) -> GPT:
+    torch.manual_seed(0)
+    return GPT(dataclasses.replace(CONFIG, tie_weights=tie_weights)).double()
+
+
+def by_fsdp(model: GPT) -> GPT:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def by_fsdp_with_its_loss_registered(model: GPT) -> GPT:
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    model = by_fsdp(model)
+    register_fsdp_forward_method(model, "loss")
+    return model
+
+
+def by_hand(model: GPT) -> GPT:
+    """Without FSDP: each parameter becomes a DTensor, a tied one stays one."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh, made = init_device_mesh("cpu", (dist.get_world_size(),)), {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]))
+            setattr(module, name, made[parameter])
+    return model
+
+
+def assert_sharded_models_agree(rank: int, n: int) -> None:
+    """Both entrances of a sharded model: the loss and the gradients of the whole one, twice, and never all logits."""
+    idx = torch.randint(0, 11, (4, 8), generator=torch.Generator().manual_seed(1))
+    targets = idx.roll(-1, dims=1)
+    own, own_targets = idx.chunk(n)[rank], targets.chunk(n)[rank]
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "FSDP2|.*_get_pg_default_device")
+    for tie, shard in itertools.product((True, False), (by_fsdp, by_fsdp_with_its_loss_registered, by_hand)):
+        whole = build(tie)
+        expected = whole.loss(idx, targets)
+        expected.backward()
+        for entrance in ("loss", "forward"):
+            model = shard(build(tie))
+            for _ in range(2):
+                model.zero_grad()
+                with torch.no_grad():
+                    model(own)
+                loss = model.loss(own, own_targets) if entrance == "loss" else model(own, own_targets)[1]
+                loss.backward()
+                mean = loss.detach() / n
+                dist.all_reduce(mean)
+                where = f"{shard.__name__}, {entrance}, {tie}"
+                torch.testing.assert_close(mean, expected.detach(), msg=lambda s: f"{where}: {s}")
+                found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+                gradients = {name: p.grad for name, p in whole.named_parameters()}
+                torch.testing.assert_close(found, gradients, msg=lambda s: f"{where}: {s}")
