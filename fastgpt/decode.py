@@ -124,6 +124,11 @@ def _reason_against(model: Any, cache: Tensor, forwards: Forwards) -> str | None
         if reason is not None:
             return reason
         for tensor in layer.parameters(recurse=False):
-            if not has_address(tensor) or tensor.dtype != cache.dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            if (
+                not has_address(tensor)
+                or tensor.dtype != cache.dtype
+                or not tensor.is_cpu
+                or not tensor.is_contiguous()
+            ):
                 return "its parameters are not contiguous tensors of one dtype on the CPU"
     return None if len(eps) == 1 else "its norms have several eps"

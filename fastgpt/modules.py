@@ -50,7 +50,7 @@ def is_sharded_alone(module: nn.Module, reason: str | None) -> bool:
 
 
 def call_sharded(module: Any, method: str, *args: Any) -> Any:
-    """module.method(*args) as a forward of `module`, of `is_sharded_alone`: its parameters are gathered for the call."""
+    """module.method(*args) as a forward of a `module` that `is_sharded_alone`: its parameters are gathered for it."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     register_fsdp_forward_method(module, method)  # in the instance, where copies and pickles would find it

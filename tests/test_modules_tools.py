@@ -167,6 +167,16 @@ def test_fully_sharded(sharded: str, mesh) -> None:
     assert torch.equal(text, plain.generate(IDX[:, :3], 8, temperature=0.0))
 
 
+@pytest.mark.filterwarnings("ignore:fastgpt", "ignore:FSDP2")
+def test_a_hook_beside_those_of_fully_shard_sees_the_loss(mesh) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model, seen = fully_shard(built(), mesh=mesh), []
+    model.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    assert model.loss(IDX, TARGETS) is seen[0]
+    assert "_fused_loss" not in vars(model)
+
+
 def test_distributed_data_parallel(mesh) -> None:
     plain = built()
     expected = plain.loss(IDX, TARGETS)

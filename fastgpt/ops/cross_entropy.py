@@ -45,6 +45,7 @@ def cross_entropy(
         label_smoothing: in [0, 1].
         backend: "auto", "torch" or "native".
 
+    DTensors: logits and targets that are DTensors, sharded along rows, give the loss of all rows; see `dtensor.py`.
     Returns: the loss in nats: a scalar, or the shape of targets for "none". "mean" of no counted target is NaN.
     Raises: TypeError, ValueError naming the argument; IndexError with value and position for a target out of range
         (on CUDA the error surfaces as PyTorch's would).

@@ -1,12 +1,13 @@
 """Ops on DTensors: the parameters that `fully_shard` and `distribute_tensor` leave in parts on several processes.
 
-Every op of the package takes them where its other arguments are plain tensors, each process's own rows. The parameters
-are gathered for the call, which computes on plain tensors, on the backend that it would take anyway. Their gradients
-come back in the parameters' own placements, as **the mean over the mesh**: this is what FSDP2 and DDP give, so a step is
-that of one process with all rows where every process has equally many of them.
+Every op of the package takes such parameters where its other arguments are plain tensors: each process's own rows. The
+parameters are gathered for the call, which computes on plain tensors, on the backend that it would take anyway. Their
+gradients come back in the parameters' own placements, as **the mean over the mesh**. This is what FSDP2 and DDP give:
+where every process has equally many rows, a step is that of one process with all rows.
 
-`cross_entropy` and `linear_cross_entropy` also take their rows as DTensors, whole or in parts along a dimension that
-is not the classes'. All processes then compute one loss, that of all rows, and get its gradient: a DTensor, replicated.
+`cross_entropy` and `linear_cross_entropy` also take their rows as DTensors, replicated or sharded along any dimension
+but that of the classes. All processes then compute one loss, that of all rows, as a DTensor that is replicated, and the
+parameters get its gradient. The parameters then have to be DTensors, too.
 
 This module imports nothing of torch.distributed: a DTensor exists only where that is loaded.
 """

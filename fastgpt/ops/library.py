@@ -253,7 +253,7 @@ def has_hooks_of_fsdp_alone(module: nn.Module) -> bool:
 
 
 def no_parameter(module: nn.Module, name: str) -> str | None:
-    """Why ``module.name`` is no dense parameter of the module's own, whole or a DTensor, nor empty; None where it is."""
+    """Why ``module.name`` is no parameter of the module's own that is dense, a DTensor, or empty; None where it is."""
     if name not in module._parameters:  # it is a property, or an attribute that something sets
         return f"its {name} is computed from something else"
     kind = type(module._parameters[name])

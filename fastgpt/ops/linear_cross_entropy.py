@@ -54,6 +54,8 @@ def linear_cross_entropy(
     Memory: beyond inputs and gradients it takes an eighth of the logits, or 256 rows of them, or 2**20 of them,
         whichever is the most. In 16 bits it also takes dW in float32, in which dW is summed, and where the torch
         backend takes 256 rows or 2**20 logits, a copy of these in float32. Only gradients that are asked for are made.
+    DTensors: weight and bias may be DTensors. They are gathered for the call, and get the mean of the processes'
+        gradients, as in FSDP2. Where x and targets are DTensors, too, the loss is that of all rows; see `dtensor.py`.
     An ignored row of x that is not finite has the loss 0 and the dx 0, but makes dW NaN, as the two separate ops do.
     Raises: as `cross_entropy`. Double backward raises RuntimeError.
     """

@@ -1,4 +1,4 @@
-"""What the processes of tests/ops/test_dtensor.py and tests/test_fully_sharded.py do."""
+"""What the processes of tests/ops/test_dtensor.py and tests/test_modules_sharded.py do."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ def of_one_process(op: str) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), gradients(t)
 
 
+def assert_close(found: Any, expected: Any, *where: Any) -> None:
+    torch.testing.assert_close(found, expected, msg=lambda said: f"{where}: {said}")
+
+
 def gradients(t: dict[str, Any]) -> dict[str, Tensor]:
     return {name: t[name].grad for name in PARAMETERS if t[name].grad is not None}
 
@@ -78,19 +82,17 @@ def assert_own_rows_give_the_mean(rank: int, n: int) -> None:
 
 def assert_same(op: str, loss: Tensor, found: dict[str, Any], placement: Any) -> None:
     expected, expected_gradients = of_one_process(op)
-    torch.testing.assert_close(loss, expected, msg=lambda said: f"{op}: {said}")
+    assert_close(loss, expected, op)
     assert {grad.placements for grad in found.values()} == {(placement,)}
     whole = {name: grad.full_tensor() for name, grad in found.items()}
-    torch.testing.assert_close(whole, expected_gradients, msg=lambda said: f"{op}, {placement}: {said}")
+    assert_close(whole, expected_gradients, op, placement)
 
 
 def losses(t: dict[str, Any], reduction: str) -> tuple[Any, Any]:
     """By both ops, for targets of which a process has more than another one."""
     fused = ops.linear_cross_entropy(t["x"], t["weight"], t["targets"], bias=t["bias"], reduction=reduction)
     logits = t["logits"].sin()
-    return fused, ops.cross_entropy(
-        logits, t["targets"], weight=t["sizes"], reduction=reduction, label_smoothing=0.1
-    )
+    return fused, ops.cross_entropy(logits, t["targets"], weight=t["sizes"], reduction=reduction, label_smoothing=0.1)
 
 
 def assert_losses_of_all_rows(rank: int, n: int) -> None:
@@ -113,15 +115,13 @@ def assert_losses_of_all_rows(rank: int, n: int) -> None:
         expected_of = {n: v.clone().requires_grad_(n in names) for n, v in plain.items()}
         for found, expected in zip(losses(t, reduction), losses(expected_of, reduction), strict=True):
             assert isinstance(found, DTensor)
-            torch.testing.assert_close(found.full_tensor(), expected, msg=lambda s: f"{rows}, {reduction}: {s}")
+            assert_close(found.full_tensor(), expected, rows, reduction)
             found.sum().backward()
             expected.sum().backward()
         for name in names:
             grad = t[name].grad
             assert grad.placements == t[name].placements
-            torch.testing.assert_close(
-                grad.full_tensor(), expected_of[name].grad, msg=lambda s: f"{name}, {rows}, {of_weights}, {reduction}: {s}"
-            )
+            assert_close(grad.full_tensor(), expected_of[name].grad, name, rows, of_weights, reduction)
 
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
@@ -182,8 +182,8 @@ def assert_sharded_models_agree(rank: int, n: int) -> None:
                 loss.backward()
                 mean = loss.detach() / n
                 dist.all_reduce(mean)
-                where = f"{shard.__name__}, {entrance}, {tie}"
-                torch.testing.assert_close(mean, expected.detach(), msg=lambda s: f"{where}: {s}")
+                where = shard.__name__, entrance, tie
+                assert_close(mean, expected.detach(), *where)
                 found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
                 gradients = {name: p.grad for name, p in whole.named_parameters()}
-                torch.testing.assert_close(found, gradients, msg=lambda s: f"{where}: {s}")
+                assert_close(found, gradients, *where)
