@@ -243,7 +243,7 @@ def has_hooks_of_fsdp_alone(module: nn.Module) -> bool:
     """Whether whatever runs when `module` is called, besides its forward, was put there by `fully_shard`."""
     if "torch.distributed.fsdp" not in sys.modules or torch.nn.modules.module._has_any_global_hook():
         return False
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks = (hook for kind in (module._forward_pre_hooks, module._forward_hooks) for hook in dict.values(kind))
     owners = {type(getattr(hook, "__self__", None)).__module__ for hook in hooks}
     return (
         isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule)

@@ -129,7 +129,7 @@ CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, d
 
 def build(tie_weights: bool) -> GPT:
     torch.manual_seed(0)
-    return GPT(dataclasses.replace(CONFIG, tie_weights=tie_weights)).double()
+    return GPT(dataclasses.replace(CONFIG, tie_weights=tie_weights))
 
 
 def by_fsdp(model: GPT) -> GPT:
