@@ -5,9 +5,9 @@ parameters are gathered for the call, which computes on plain tensors, on the ba
 gradients come back in the parameters' own placements, as **the mean over the mesh**. This is what FSDP2 and DDP give:
 where every process has equally many rows, a step is that of one process with all rows.
 
-`cross_entropy` and `linear_cross_entropy` also take their rows as DTensors, replicated or sharded along any dimension
-but that of the classes. All processes then compute one loss, that of all rows, as a DTensor that is replicated, and the
-parameters get its gradient. The parameters then have to be DTensors, too.
+`cross_entropy` and `linear_cross_entropy` also take their rows as DTensors: replicated, or sharded along a dimension
+that comes before that of the classes. All processes then compute one loss, that of all rows, as a DTensor that is
+replicated, and the parameters get its gradient. The parameters then have to be DTensors, too.
 
 This module imports nothing of torch.distributed: a DTensor exists only where that is loaded.
 """
@@ -60,8 +60,11 @@ def _gathered_for_mean(parameter: Any) -> Tensor:
 
 # The places of the rows and their targets, and of the parameters, among an op's arguments.
 _ROWS = {"cross_entropy": (0, 1), "linear_cross_entropy": (0, 2)}
-_WEIGHTS = {"cross_entropy": (2,), "linear_cross_entropy": (1, 3)}
-_CLASSES = {"cross_entropy": 1, "linear_cross_entropy": -1}  # the dimension of the rows that has to be whole
+_WEIGHTS = {"cross_entropy": {"weight": 2}, "linear_cross_entropy": {"weight": 1, "bias": 3}}
+_CLASSES = {
+    "cross_entropy": 1,
+    "linear_cross_entropy": -1,
+}  # the rows' dimensions before this one are those of the targets
 
 
 def _loss_of_all(op: str, run: Callable[..., Any], args: tuple) -> Any:
@@ -75,8 +78,8 @@ def _loss_of_all(op: str, run: Callable[..., Any], args: tuple) -> Any:
     local = list(args)
     for i, tensor in zip(_ROWS[op], rows, strict=True):
         local[i] = tensor.to_local(grad_placements=placements)
-    for i in _WEIGHTS[op]:
-        local[i] = None if args[i] is None else _gathered_for_sum(args[i], mesh, sums)
+    for name, i in _WEIGHTS[op].items():
+        local[i] = None if args[i] is None else _gathered_for_sum(name, args[i], mesh, sums)
     ignore_index, reduction = args[-3:-1]
     if reduction == "none":
         return DTensor.from_local(run(*local), mesh, placements, run_check=False)
@@ -99,20 +102,23 @@ def _check_rows(op: str, x: Any, targets: Any) -> None:
         if not is_kind(type(tensor)):
             other = "targets" if argument == name else name
             raise TypeError(f"{argument}: expected a DTensor, as {other} is one, got a plain tensor")
-    if x.device_mesh != targets.device_mesh or x.placements != targets.placements:
-        where = f"{x.placements} on {x.device_mesh}"
-        got = f"{targets.placements} on {targets.device_mesh}"
-        raise ValueError(f"targets: expected the placements of {name}, {where}, got {got}")
-    classes = _CLASSES[op] % x.ndim if x.ndim > 1 else 0
+    classes = _CLASSES[op] % x.ndim
     for placement in x.placements:
-        if not placement.is_replicate() and not (placement.is_shard() and placement.dim % x.ndim != classes):
+        if not placement.is_replicate() and not (placement.is_shard() and placement.dim % x.ndim < classes):
             raise ValueError(
                 f"{name}: expected a DTensor that is replicated or sharded along its rows, got {x.placements}; "
                 f"{name}.redistribute(...) makes it one"
             )
+    if x.device_mesh != targets.device_mesh or x.placements != targets.placements:
+        where = f"{x.placements} on {x.device_mesh}"
+        got = f"{targets.placements} on {targets.device_mesh}"
+        raise ValueError(f"targets: expected the placements of {name}, {where}, got {got}")
 
 
-def _gathered_for_sum(parameter: Any, mesh: Any, sums: list) -> Tensor:
+def _gathered_for_sum(name: str, parameter: Any, mesh: Any, sums: list) -> Tensor:
     if not is_kind(type(parameter)) or parameter.device_mesh != mesh:
-        raise TypeError(f"the parameters of a loss of DTensors have to be DTensors on their mesh, {mesh}, too")
+        got = parameter.device_mesh if is_kind(type(parameter)) else "a plain tensor"
+        raise TypeError(
+            f"{name}: expected a DTensor on {mesh}, as the rows are, got {got}; distribute_tensor(...) makes one"
+        )
     return parameter.full_tensor(grad_placements=sums)

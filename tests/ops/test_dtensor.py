@@ -11,3 +11,7 @@ def test_parameters_are_gathered_and_get_the_mean_gradient(gloo) -> None:
 
 def test_losses_of_rows_that_are_dtensors(gloo) -> None:
     gloo(2, processes.assert_losses_of_all_rows)
+
+
+def test_wrong_rows_are_refused_by_name(gloo) -> None:
+    gloo(1, processes.assert_wrong_rows_are_refused)

@@ -7,6 +7,7 @@ import itertools
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -122,6 +123,31 @@ def assert_losses_of_all_rows(rank: int, n: int) -> None:
             grad = t[name].grad
             assert grad.placements == t[name].placements
             assert_close(grad.full_tensor(), expected_of[name].grad, name, rows, of_weights, reduction)
+
+
+def assert_wrong_rows_are_refused(rank: int, n: int) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (n,))
+    t = tensors()
+    plain = {"x": t["x"].flatten(0, 1), "weight": t["weight"], "targets": t["targets"].flatten()}
+    by_rows, whole = (
+        {name: distribute_tensor(tensor, mesh, [placement]) for name, tensor in plain.items()}
+        for placement in (Shard(0), Replicate())
+    )
+    for wrong, error, said in (
+        ({"weight": plain["weight"]}, TypeError, "^weight: expected a DTensor on .*, got a plain tensor"),
+        ({"targets": plain["targets"]}, TypeError, "^targets: expected a DTensor, as x is one"),
+        ({"x": plain["x"]}, TypeError, "^x: expected a DTensor, as targets is one"),
+        ({"targets": whole["targets"]}, ValueError, "^targets: expected the placements of x"),
+        (
+            {"x": by_rows["x"].redistribute(placements=[Shard(1)]), "targets": whole["targets"]},
+            ValueError,
+            "^x: expected a DTensor that is replicated or sharded along its rows, got .*Shard",
+        ),
+    ):
+        with pytest.raises(error, match=said):
+            ops.linear_cross_entropy(**{**by_rows, **wrong})
 
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
