@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from fastgpt.benchmarks.publish.rows import read
 from fastgpt.ops import reference
 from fastgpt.ops.backend import OPS
 from fastgpt.tokenizer import CharTokenizer
-from readme_commands import README, SPEECH, blocks, quicker, shell_commands
+from readme_commands import README, SPEECH, blocks, check_output, quicker, shell_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {
@@ -38,8 +37,7 @@ def run(words: list[str], cwd: Path) -> str:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 ELSEWHERE = ("parity", "bench")  # they are run by test_parity.py and test_bench_command.py
-COMMANDS_OF = {
-    "README.md": ["doctor", "train", "sample", "train", "data", "learn", "study", "study"],
+COMMANDS_OF = {  # the README's are run by test_package.py, after an install
     "getting-started.md": ["train", "sample", "train", "data", "data", "train", "sample", "eval", "train"],
     "backends.md": ["doctor"],
     "scale.md": ["plan", "plan"],
@@ -74,30 +72,8 @@ def test_the_commands_of_a_document_run_in_order(document, small):
     commands = [w for w in shell_commands(text) if w[0] == "fastgpt" and w[1] not in ELSEWHERE]
     assert [words[1] for words in commands] == COMMANDS_OF[document]
     for words in commands:
-        if document == "README.md" and words[1] in ("learn", "study"):  # test_package.py runs them after an install
-            continue
-        if "runs/demo" in words:  # of `make demo`, for which the run of the first command stands here
-            shutil.copytree(small / "runs/shakespeare", small / "runs/demo")
         output = run(shortened(words, small), small)
-        match words[1]:
-            case "train":
-                assert f"step {6 if '--resume' in words else 3}:" in output
-            case "sample":
-                prompt = words[words.index("--prompt") + 1]
-                assert output.startswith(prompt)
-                assert "--max-new-tokens" not in words or len(output) == len(prompt) + 200 + 1
-            case "eval":
-                assert "bits per byte" in output
-            case "plan":
-                assert "on: 64 GPUs in 8 nodes, " in output
-            case "doctor":
-                assert "attention: runs on" in output
-            case "data":
-                assert ("blocks: 8 tokens" if words[2] == "show" else "tokens to train on and") in output
-            case "learn":
-                assert "| scaled up" in output and (small / "runs/learn/report.html").exists()
-            case "study":
-                assert (small / f"runs/study-{words[2]}/report.html").exists()
+        check_output(words, output, small)
 
 
 @pytest.mark.parametrize("document", WRITTEN_BY_HAND)

@@ -34,3 +34,26 @@ def quicker(options: list[str], command: str) -> list[str]:
     if "--resume" in options:
         options[options.index("--max-steps") + 1] = "6"
     return options
+
+
+def check_output(words: list[str], output: str, folder: Path) -> None:
+    """What a command of a document printed, and what it left in `folder`, where it ran with `quicker` options."""
+    match words[1]:
+        case "train":
+            assert f"step {6 if '--resume' in words else 3}:" in output
+        case "sample":
+            prompt = words[words.index("--prompt") + 1]
+            assert output.startswith(prompt)
+            assert "--max-new-tokens" not in words or len(output) == len(prompt) + 200 + 1
+        case "eval":
+            assert "bits per byte" in output
+        case "plan":
+            assert "on: 64 GPUs in 8 nodes, " in output
+        case "doctor":
+            assert "attention: runs on" in output
+        case "data":
+            assert ("blocks: 8 tokens" if words[2] == "show" else "tokens to train on and") in output
+        case "learn":
+            assert "| scaled up" in output and (folder / "runs/learn/report.html").exists()
+        case "study":
+            assert (folder / f"runs/study-{words[2]}/report.html").exists()
