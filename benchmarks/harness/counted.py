@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt.ops.library import DispatchMode
 
 
 class Saved:
@@ -57,7 +58,7 @@ def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
 
-class Exchanged(TorchDispatchMode):
+class Exchanged(DispatchMode):
     """Bytes of the whole tensors of each kind of collective that FSDP calls while the mode is on, by the plan's names.
 
     DDP calls its collectives from C++, where no mode sees them; `all_reduce_bucket` is a communication hook that does.

@@ -154,6 +154,7 @@ PRIVATE_NAMES = {
     "torch.autograd.forward_ad._current_level": ("2.11.0", "2.14.1"),
     "torch.autograd.function._SingleLevelFunction.apply": ("2.11.0", "2.14.1"),  # below torch.autograd.Function
     "torch._subclasses.fake_tensor.FakeTensor": ("2.11.0", "2.14.1"),
+    "torch.utils._python_dispatch.TorchDispatchMode": ("2.13.0", "2.13.0"),  # for benchmarks, which count collectives
     "torch.nn.modules.module._has_any_global_hook": ("2.11.0", "2.14.1"),
     "module._forward_hooks": ("2.11.0", "2.14.1"),  # `module` is a torch.nn.Module
     "module._forward_pre_hooks": ("2.11.0", "2.14.1"),
@@ -267,6 +268,9 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor, torch._subclasses.fake_tensor.FakeTensor
 def in_dispatch_mode() -> bool:
     """Whether a mode watches every op that is called: a FLOP counter, a profiler of ops, fake tensors."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+DispatchMode = torch.utils._python_dispatch.TorchDispatchMode  # the base of modes that see each op that is called
 
 
 class Unchanged:
