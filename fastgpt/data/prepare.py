@@ -140,7 +140,7 @@ def prepare(
     else:
         made = trained(text, tokenizer, vocab_size) if isinstance(tokenizer, str) else tokenizer
     start = time.perf_counter()
-    n = write_text(text, made, out, about, processes, shard_tokens)
+    n = write_tokens(text, made, out, about, processes, shard_tokens)
     seconds = time.perf_counter() - start
     print(f"tokenized {n:,} characters in {seconds:.1f} s, {n / seconds / 1e6:.1f} million a second", flush=True)
     return open_prepared(out)
@@ -153,7 +153,7 @@ def _wanted(tokenizer: str | Tokenizer, vocab_size: int | None) -> str:
     return f"bpe {bpe_size(vocab_size)} {BPETokenizer.training_version}" if tokenizer == "bpe" else tokenizer
 
 
-def write_text(
+def write_tokens(
     text: Text,
     tokenizer: Tokenizer,
     folder: Path,

@@ -120,7 +120,7 @@ def open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str | None = 
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file as a whole. Raises FileError."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -25,7 +25,7 @@ import numpy as np
 from ..files import FileError
 from ..tokenizer import Tokenizer
 from .encoding import BATCH_CHARACTERS
-from .prepared import DTYPES, INDEX, TOKENIZER, VERSION, dtype_name, open_shard, read_tokenizer, write_text
+from .prepared import DTYPES, INDEX, TOKENIZER, VERSION, dtype_name, open_shard, read_tokenizer, write_whole
 
 PROGRESS = "progress.json"
 SHARD_TOKENS = 100_000_000
@@ -118,7 +118,7 @@ class ShardWriter:
             self.progress = found.progress
         else:
             with self._failures():
-                write_text(folder / TOKENIZER, tokenizer.to_json())
+                write_whole(folder / TOKENIZER, tokenizer.to_json())
                 self._save_progress()
         self._at = self.progress.n_tokens
 
@@ -171,7 +171,7 @@ class ShardWriter:
                 "about": self.about,
                 "shards": progress.shards,
             }
-            write_text(self.folder / INDEX, json.dumps(index, indent=2))
+            write_whole(self.folder / INDEX, json.dumps(index, indent=2))
             (self.folder / PROGRESS).unlink(missing_ok=True)
 
     @property
@@ -203,7 +203,7 @@ class ShardWriter:
             "tokenizer": self.tokenizer.fingerprint(),
             "progress": dataclasses.asdict(self.progress),
         }
-        write_text(self.folder / PROGRESS, json.dumps(kept))
+        write_whole(self.folder / PROGRESS, json.dumps(kept))
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from ..config import SOURCES, ConfigError
 from ..files import FileError, cache_dir, expand_path
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size
 from .cache import cached_tokenizer
-from .prepare import Text, trained, write_text
+from .prepare import Text, trained, write_tokens
 from .prepared import INDEX, Prepared, is_prepared, open_prepared
 from .shards import ShardedTokens
 from .sources import DataError, find_files
@@ -103,7 +103,7 @@ def _large_text(
     made = _trained(tokenizer, text, hashes, vocab_size) if isinstance(tokenizer, str) else tokenizer
 
     def make(folder: Path) -> None:
-        write_text(text, made, folder)
+        write_tokens(text, made, folder)
 
     try:
         return _from_cache(cache_dir() / f"prepared-{_sha256(made.fingerprint(), *hashes)}", make)

@@ -19,7 +19,7 @@ from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
 from fastgpt.data import stored
 from fastgpt.data.corpus import Corpus
-from fastgpt.data.prepare import prepare, write_text
+from fastgpt.data.prepare import prepare, write_tokens
 from fastgpt.data.shards import ShardedTokens
 from fastgpt.data.sources import DataError, load_text
 from fastgpt.evaluate import examples_of
@@ -193,7 +193,7 @@ def test_a_second_start_opens_no_text_and_hashes_no_tokens(large, unread, monkey
 @pytest.mark.parametrize(("tokenizer", "vocab_size"), [("char", None), ("bpe", 280)])
 def test_a_resumed_run_finds_the_tokens_by_its_tokenizer(large, monkeypatch, tokenizer, vocab_size) -> None:
     first = Corpus.load(large, tokenizer, vocab_size=vocab_size)
-    monkeypatch.setattr(stored, "write_text", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(stored, "write_tokens", lambda *_: pytest.fail("tokenized again"))
     assert Corpus.load(large, first.tokenizer).fingerprint == first.fingerprint
 
 
@@ -265,7 +265,7 @@ def test_errors_of_large_texts_name_the_text(large, tmp_path) -> None:
 def test_processes_that_start_together_write_the_tokens_once(large, monkeypatch) -> None:
     written, trained = [], CharTokenizer.train
     monkeypatch.setattr(CharTokenizer, "train", lambda *a: written.append("tokenizer") or trained(*a))
-    monkeypatch.setattr(stored, "write_text", lambda *a: (written.append("tokens"), time.sleep(0.05), write_text(*a)))
+    monkeypatch.setattr(stored, "write_tokens", lambda *a: (written.append("tokens"), time.sleep(0.05), write_tokens(*a)))
     with ThreadPoolExecutor(4) as pool:  # flock is of an open file, so threads exclude each other as processes do
         sizes = list(pool.map(lambda _: len(Corpus.load(large).train), range(4)))
     assert sizes == [len(TEXT) * 9 // 10] * 4 and written == ["tokenizer", "tokens"]
