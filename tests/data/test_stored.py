@@ -265,7 +265,13 @@ def test_errors_of_large_texts_name_the_text(large, tmp_path) -> None:
 def test_processes_that_start_together_write_the_tokens_once(large, monkeypatch) -> None:
     written, trained = [], CharTokenizer.train
     monkeypatch.setattr(CharTokenizer, "train", lambda *a: written.append("tokenizer") or trained(*a))
-    monkeypatch.setattr(stored, "write_tokens", lambda *a: (written.append("tokens"), time.sleep(0.05), write_tokens(*a)))
+
+    def write_slowly(*arguments):
+        written.append("tokens")
+        time.sleep(0.05)
+        write_tokens(*arguments)
+
+    monkeypatch.setattr(stored, "write_tokens", write_slowly)
     with ThreadPoolExecutor(4) as pool:  # flock is of an open file, so threads exclude each other as processes do
         sizes = list(pool.map(lambda _: len(Corpus.load(large).train), range(4)))
     assert sizes == [len(TEXT) * 9 // 10] * 4 and written == ["tokenizer", "tokens"]
