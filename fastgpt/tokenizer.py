@@ -19,7 +19,6 @@ import codecs
 import contextlib
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from . import bpe
 from .config import as_int
 from .files import expand_path
 
@@ -35,17 +35,7 @@ _END_CHARACTER = "\x03"  # ASCII's "end of text"
 # How blanks are drawn where a text is shown.
 VISIBLE = {ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥", ord(_END_CHARACTER): "␃"}  # for str.translate
 _NO_ID = 255  # a byte that stands for no id, or for one that no byte holds
-_PIECE_CHARS = 1 << 16
-_PIECES_PER_CALL = 64
-_LONGEST_PIECE_CHARS = 1 << 24
-# In training each merge runs through every pre-token it occurs in, so the time is quadratic in the length of a
-# pre-token, and a text without blanks is a single one. Longer ones are therefore trained on in parts. No word of a
-# language with blanks is that long, and no token of use: GPT-2's longest has 128 bytes.
-_LONGEST_PRE_TOKEN = 256  # bytes
-
-# A lone newline between visible ASCII characters, letters or digits is always a pre-token by itself, so a cut behind it
-# changes no token. Behind a run of blanks it would: GPT-2's pattern leaves the last of them to the word that follows.
-_SAFE_CUT = re.compile(r"(?<=[!-~\w])\n(?=[!-~\w])")
+_PIECES_PER_CALL = 256
 
 
 class Tokenizer(Protocol):
@@ -151,7 +141,7 @@ class BPETokenizer(Tokenizer):
 
     kind = "bpe"
     # Part of the name of a cached tokenizer. It is raised when a change makes `train` learn other tokens.
-    training_version = 2
+    training_version = 3
 
     def __init__(self, vocab: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int] | None = None):
         """`vocab` lists the tokens by id, in GPT-2's spelling of bytes; `merges` are in order of priority."""
@@ -165,20 +155,21 @@ class BPETokenizer(Tokenizer):
                 raise ValueError(
                     f"special_tokens: {token!r} has the id {i!r}, which is not its place in the vocabulary"
                 )
-        missing = set(_BYTE_OF) - set(vocab)
+        missing = set(bpe.BYTE_OF) - set(vocab)
         if missing:
             raise ValueError(
                 f"not a byte-level vocabulary: {len(missing)} of the 256 byte tokens are missing, e.g. {min(missing)!r}"
             )
         special_ids = set(self.special_tokens.values())
-        self._bytes = [t.encode() if i in special_ids else _spelled_bytes(t) for i, t in enumerate(vocab)]
-        self._encoder = _bpe_encoder(vocab, merges)
+        self._bytes = [t.encode() if i in special_ids else bpe.spelled_bytes(t) for i, t in enumerate(vocab)]
+        self._encoder = bpe.bpe_encoder(vocab, merges)
 
     @classmethod
     def train(cls, text: str | Iterable[str], vocab_size: int) -> BPETokenizer:
         """Learns merges until there are `vocab_size` tokens, or until no pair occurs twice: small texts give fewer.
 
-        A text that does not fit into the memory is given in pieces; how it is cut makes no difference.
+        A text that does not fit into the memory is given in pieces; how it is cut makes no difference. Of more than 32
+        MiB of text, or of more than 3 MiB of distinct words, evenly spread pieces are trained on, in bounded memory.
         """
         size = bpe_size(vocab_size)
         if not text:
@@ -186,16 +177,8 @@ class BPETokenizer(Tokenizer):
         if isinstance(text, str):
             _refuse_surrogates(text)
             text = [text]
-        from tokenizers import trainers
-
-        encoder = _bpe_encoder(sorted(_BYTE_OF), [])
-        encoder.pre_tokenizer = _training_pre_tokenizer()
-        trainer = trainers.BpeTrainer(
-            vocab_size=size, min_frequency=2, show_progress=False, special_tokens=[], initial_alphabet=sorted(_BYTE_OF)
-        )
-        encoder.train_from_iterator((small for piece in cut_safely(text) for small in _pieces(piece)), trainer)
-        model = json.loads(encoder.to_str())["model"]
-        return cls(tokens_by_id(model["vocab"]), _merge_pairs(model["merges"]))
+        vocab, merges = bpe.train(text, size)
+        return cls(tokens_by_id(vocab), _merge_pairs(merges))
 
     @classmethod
     def from_gpt2_files(cls, folder: str | Path) -> BPETokenizer:
@@ -271,7 +254,7 @@ class BPETokenizer(Tokenizer):
         """The ids of `text`, int32; long texts go through the library piece by piece, on all cores."""
         _refuse_surrogates(text)
         parts = [np.empty(0, dtype=np.int32)]
-        pieces = list(_pieces(text))
+        pieces = list(bpe.cut([text]))
         for first in range(0, len(pieces), _PIECES_PER_CALL):
             encodings = self._encoder.encode_batch_fast(pieces[first : first + _PIECES_PER_CALL])
             parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -332,48 +315,6 @@ def tokenizer_from_json(text: str) -> CharTokenizer | BPETokenizer:
     raise ValueError(f"tokenizer: kind is {kind!r}; expected 'char' or 'bpe'")
 
 
-def _byte_spelling() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones stand for themselves, the others for the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_spelling()
-
-
-def _spelled_bytes(token: str) -> bytes:
-    try:
-        return bytes([_BYTE_OF[character] for character in token])
-    except KeyError as error:
-        raise ValueError(f"not a byte-level vocabulary: {error} in token {token!r} spells no byte") from None
-
-
-def _bpe_encoder(vocab: list[str], merges: list[tuple[str, str]]) -> Any:
-    try:
-        from tokenizers import Tokenizer as Encoder
-        from tokenizers import models, pre_tokenizers
-    except ImportError:
-        raise ImportError("byte-level BPE needs the tokenizers library: pip install tokenizers") from None
-    try:
-        model = models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=merges)
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"vocabulary and merges do not fit together: {error}") from None
-    encoder = Encoder(model)
-    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return encoder
-
-
-def _training_pre_tokenizer() -> Any:
-    """GPT-2's pre-tokens, in parts where they are long. Encoding does not need the parts: there each merge is local."""
-    from tokenizers import Regex, pre_tokenizers
-
-    parts = Regex(f"(?m).{{1,{_LONGEST_PRE_TOKEN}}}")  # Oniguruma's (?m): a dot is any character
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Split(parts, "isolated")]
-    )
-
-
 def bpe_size(vocab_size: Any) -> int:
     """`vocab_size` as an int, where a byte-level BPE can have it."""
     try:
@@ -383,40 +324,6 @@ def bpe_size(vocab_size: Any) -> int:
     if size < 256:
         raise ValueError(f"vocab_size: byte-level BPE starts from 256 byte tokens, so at least 256, got {vocab_size}")
     return size
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """`text` cut into pieces of about 64K characters where a cut changes no token; their concatenation is `text`."""
-    start = 0
-    while start < len(text):
-        cut = _SAFE_CUT.search(text, start + _PIECE_CHARS)
-        end = cut.end() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def cut_safely(texts: Iterable[str]) -> Iterator[str]:
-    """The text that `texts` make together, in pieces that end where a cut changes no token.
-
-    Where there is no such place in 16 million characters, the cut is made all the same.
-    """
-    rest = ""
-    for text in texts:
-        rest += text
-        end = len(rest) if len(rest) > _LONGEST_PIECE_CHARS else _last_safe_cut(rest)
-        if end:
-            yield rest[:end]
-            rest = rest[end:]
-    if rest:
-        yield rest
-
-
-def _last_safe_cut(text: str) -> int:
-    """The place of the last cut that changes no token; 0 where there is none."""
-    newline = text.rfind("\n")
-    while newline > 0 and not _SAFE_CUT.match(text, newline):
-        newline = text.rfind("\n", 0, newline)
-    return newline + 1 if newline > 0 else 0
 
 
 def _is_id(value: Any) -> bool:

@@ -11,10 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt import tokenizer as module
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer, StreamDecoder, tokenizer_from_json
 
 SAMPLE = "First Citizen:\nWe're all résumés, naïve — 日本語 🎉🎉!\n\n  Speak, speak. It's 1623.\n" * 20
@@ -47,24 +46,6 @@ def test_stream_gives_what_decode_gives(ids: list[int]) -> None:
     ids = [i % bpe().vocab_size for i in ids]
     stream = StreamDecoder(bpe())
     assert "".join([*map(stream.push, ids), stream.flush()]) == bpe().decode(ids)
-
-
-@settings(max_examples=200)
-@given(st.lists(st.sampled_from(["a", "'s", " ", "\n", "\n\n", "\t", "\x1c", "\x85", "\u3000", ".", "7", "é", "日"])))
-def test_cutting_a_text_changes_no_token(parts: list[str]) -> None:
-    text = "".join(parts)
-    whole = bpe()._encoder.encode(text).ids
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PIECE_CHARS", 1)
-        patch.setattr(module, "_PIECES_PER_CALL", 2)
-        assert "".join(module._pieces(text)) == text
-        assert bpe().encode(text) == whole
-
-
-def test_long_texts_are_cut() -> None:
-    text = "to be or not\n" * 20_000
-    assert len(list(module._pieces(text))) > 2
-    assert bpe().decode(bpe().encode_array(text)) == text
 
 
 def test_stream_holds_back_half_a_character() -> None:
@@ -137,25 +118,6 @@ def test_training_is_repeatable_and_reaches_the_size() -> None:
     assert again.to_json() == bpe().to_json() and again.fingerprint() == bpe().fingerprint()
     assert BPETokenizer.train(SAMPLE, 300).fingerprint() != bpe().fingerprint()
     assert BPETokenizer.train("ab", 1000).vocab_size == 256
-
-
-@pytest.mark.parametrize("text", ["a" * 20_000, "日本" * 5_000, " " * 20_000, "ab\n\n" + "\n" * 20_000, "07" * 10_000])
-def test_training_on_a_text_without_blanks_sees_it_in_parts(text: str) -> None:
-    """huggingface/tokenizers#1395, huggingface/tokenizers#1313: on Chinese and on DNA training never ended."""
-    parts = [part for part, _ in module._training_pre_tokenizer().pre_tokenize_str(text)]
-    assert max(map(len, parts)) == module._LONGEST_PRE_TOKEN
-    assert b"".join(map(module._spelled_bytes, parts)).decode() == text
-    trained = BPETokenizer.train(text, 300)
-    assert max(len(trained.token_bytes(i)) for i in range(trained.vocab_size)) <= module._LONGEST_PRE_TOKEN
-    assert trained.decode(trained.encode(text)) == text
-    assert bpe().decode(bpe().encode(text)) == text
-
-
-def test_the_parts_change_nothing_where_no_pre_token_is_long(monkeypatch) -> None:
-    from tokenizers import pre_tokenizers
-
-    monkeypatch.setattr(module, "_training_pre_tokenizer", lambda: pre_tokenizers.ByteLevel(add_prefix_space=False))
-    assert BPETokenizer.train(SAMPLE, 320).to_json() == bpe().to_json()
 
 
 def test_a_vocab_size_of_another_library() -> None:

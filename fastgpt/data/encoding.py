@@ -17,7 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from ..tokenizer import CharTokenizer, Tokenizer, cut_safely, tokenizer_from_json
+from ..bpe import cut
+from ..tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 from .prepared import DTYPES, dtype_name
 
 Batch = list[tuple[str, bool]]  # pieces of text, and whether a document ends behind each
@@ -34,16 +35,15 @@ def batches_of(documents: Iterable[Iterable[str]], with_ends: bool) -> Iterator[
     batch: Batch = []
     size = 0
     for document in documents:
-        pieces = cut_safely(document)
-        piece = next(pieces, None)
-        while piece is not None:
-            following = next(pieces, None)
-            batch.append((piece, with_ends and following is None))
-            size += len(piece)
+        pieces: list[str] = []
+        for piece in cut(document):
             if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-            piece = following
+                yield [*batch, ("".join(pieces), False)]
+                batch, pieces, size = [], [], 0
+            pieces.append(piece)
+            size += len(piece)
+        if pieces:
+            batch.append(("".join(pieces), with_ends))
     if batch:
         yield batch
 

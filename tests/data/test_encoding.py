@@ -39,6 +39,7 @@ def test_batches_are_the_documents(documents, with_ends) -> None:
 
 def test_the_tokens_of_pieces_are_those_of_the_text(monkeypatch) -> None:
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("fastgpt.bpe._PIECE_CHARS", 20)
     text = PANGRAM + "zwölf\n\n  x = 1\n日本語 über\n" * 20
     pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
     for tokenizer in (BPE, CharTokenizer.train(text)):

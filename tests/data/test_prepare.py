@@ -25,6 +25,7 @@ AWKWARD = ("\ufeffzwölf\r\n日本語 🎉\r" + TEXT).encode()
 def small_batches(monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 200)
     monkeypatch.setattr("fastgpt.data.text_pieces._BYTES_AT_ONCE", 100)
+    monkeypatch.setattr("fastgpt.bpe._PIECE_CHARS", 20)
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fastgpt.data import text_pieces
 from fastgpt.data.sources import DataError, load_text
 from fastgpt.data.text_pieces import read_pieces
-from fastgpt.tokenizer import BPETokenizer, CharTokenizer, cut_safely
+from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 from helpers import PANGRAM
 
 AWKWARD = ["\ufeffzwölf\r\n日本語 🎉\r", "\n\r\r\nend\r\n", "", "\ufeff\r", "a\ufeffb"]
@@ -45,23 +43,6 @@ def test_errors_are_those_of_a_file_that_is_read_whole(tmp_path, monkeypatch, ra
 def test_a_file_that_is_gone(tmp_path) -> None:
     with pytest.raises(DataError, match=r"none.txt' cannot be read: No such file"):
         list(read_pieces([tmp_path / "none.txt"]))
-
-
-BPE = BPETokenizer.train(PANGRAM + "日本語 über\n\n  x = 1\n", 300)
-
-
-@given(st.text(alphabet="ab \n\tü日.'", max_size=60), st.lists(st.integers(0, 60), max_size=6).map(sorted))
-def test_cuts_change_no_token(text, places) -> None:
-    given_pieces = [text[a:b] for a, b in zip([0, *places], [*places, 60], strict=True)]
-    pieces = list(cut_safely(given_pieces))
-    assert "".join(pieces) == text and all(pieces)
-    assert [token for piece in pieces for token in BPE.encode(piece)] == BPE.encode(text)
-
-
-def test_a_text_without_a_place_to_cut_is_cut_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr("fastgpt.tokenizer._LONGEST_PIECE_CHARS", 10)
-    assert list(cut_safely("abcdefg" * 3 for _ in range(2))) == ["abcdefg" * 3] * 2
-    assert list(cut_safely(["abcdefg"] * 4)) == ["abcdefg" * 2] * 2
 
 
 def test_tokenizers_learn_the_same_from_pieces() -> None:
