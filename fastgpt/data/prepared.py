@@ -22,12 +22,12 @@ from ..files import atomic_path
 from ..tokenizer import Tokenizer, tokenizer_from_json
 from .shards import ShardedTokens
 from .sources import DataError
-from .stamps import sha256_of
+from .stamps import known, sha256_of
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 VERSION = 1
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_REMEDY = "prepare the data again"
+_REMEDY = "remove the folder and prepare the data again"
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,24 @@ def dtype_name(tokenizer: Tokenizer) -> str:
 def open_prepared(folder: Path, verify: bool = False) -> Prepared:
     """The tokens in `folder`, as memory maps. DataError names what is missing or damaged, and what to do.
 
-    The sizes of the shards are checked. To `verify` them is to read them all, and to compare them with their sha256.
+    A shard is compared with its sha256 when it is opened for the first time, and when it has changed since. To `verify`
+    is to read all shards, whatever is known of them.
     """
+    from tqdm import tqdm
+
     index = read_index(folder)
     path = folder / INDEX
     try:
         tokenizer = read_tokenizer(folder, index["tokenizer"])
+        if index["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {index['dtype']!r}; expected {' or '.join(DTYPES)}")
         dtype, middle = DTYPES[index["dtype"]], index["train_tokens"]
-        shards = [
-            open_shard(folder / shard["file"], dtype, shard["tokens"], shard["sha256"] if verify else None)
-            for shard in index["shards"]
-        ]
+        shards = [open_shard(folder / shard["file"], dtype, shard["tokens"]) for shard in index["shards"]]
+        for shard in tqdm(index["shards"], "comparing the tokens with their sums", disable=None, leave=False, delay=1):
+            _compare(folder / shard["file"], shard["sha256"], verify)
         tokens = ShardedTokens(shards)
+        if not 0 <= middle <= len(tokens):
+            raise ValueError(f"train_tokens is {middle:,}, and there are {len(tokens):,} tokens")
         facts = [index["dtype"], middle, *([shard["tokens"], shard["sha256"]] for shard in index["shards"])]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return Prepared(tokenizer, tokens[:middle], tokens[middle:], digest)
@@ -77,7 +83,7 @@ def open_prepared(folder: Path, verify: bool = False) -> Prepared:
     except OSError as error:
         raise DataError(f"{error.filename!r} cannot be read: {error.strerror}; {_REMEDY}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{str(path)!r} is no index of prepared data ({error!r}): {_REMEDY}") from None
+        raise _no_index(path, error) from None
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -89,10 +95,15 @@ def read_index(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; {_REMEDY}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{str(path)!r} is no index of prepared data ({error!r}): {_REMEDY}") from None
+        raise _no_index(path, error) from None
     if version != VERSION:
         raise DataError(f"{str(path)!r}: its version is {version!r}, not {VERSION}: {_REMEDY}")
     return index
+
+
+def _no_index(path: Path, error: Exception) -> DataError:
+    problem = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+    return DataError(f"{str(path)!r} is no index of prepared data ({problem}): {_REMEDY}")
 
 
 def read_tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
@@ -107,17 +118,22 @@ def read_tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
     return tokenizer
 
 
-def open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str | None = None) -> np.ndarray:
-    """The tokens of a shard, memory-mapped; read and compared with their `sha256` where one is given."""
+def open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
+    """The tokens of a shard, memory-mapped."""
     size = path.stat().st_size
     if size != n_tokens * dtype.itemsize:
         raise DataError(
             f"{str(path)!r}: has {size:,} bytes, and the index tells of {n_tokens:,} tokens of {dtype.itemsize} bytes: "
             f"it is not whole; {_REMEDY}"
         )
-    if sha256 is not None and sha256_of(path)["sha256"] != sha256:
-        raise DataError(f"{str(path)!r}: its content has changed (its sha256 is not that of {INDEX}): {_REMEDY}")
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
+
+
+def _compare(path: Path, sha256: str, is_read: bool) -> None:
+    """Raise DataError where the file has another content; it `is_read`, or only where it is not known."""
+    found = sha256_of(path) if is_read else known(path, sha256_of)
+    if found["sha256"] != sha256:
+        raise DataError(f"{str(path)!r}: its content has changed (its sha256 is not that of {INDEX}): {_REMEDY}")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from ..files import FileError
 from ..tokenizer import Tokenizer
 from .encoding import BATCH_CHARACTERS
 from .prepared import DTYPES, INDEX, TOKENIZER, VERSION, dtype_name, open_shard, read_tokenizer, write_whole
+from .stamps import note, sha256_of
 
 PROGRESS = "progress.json"
 SHARD_TOKENS = 100_000_000
@@ -193,7 +194,9 @@ class ShardWriter:
         self._file.close()
         path = self._part.with_suffix("")
         os.replace(self._part, path)
-        self.progress.shards.append({"file": path.name, "tokens": self._n, "sha256": self._digest.hexdigest()})
+        sha256 = self._digest.hexdigest()
+        note(path, sha256_of, {"sha256": sha256})
+        self.progress.shards.append({"file": path.name, "tokens": self._n, "sha256": sha256})
         self._file, self._n = None, 0
 
     def _save_progress(self) -> None:

@@ -23,18 +23,28 @@ _COARSEST_CLOCK_NS = 2 * 10**9  # FAT keeps times in steps of 2 s
 _READ_AT_ONCE = 1 << 20  # bytes
 
 
-def known(path: Path, find: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What `find` gives for the content of the file `path`, or gave when the file was the same. It is JSON.
+Found = dict[str, Any]  # JSON
+
+
+def known(path: Path, find: Callable[[Path], Found]) -> Found:
+    """What `find` gives for the content of the file `path`, or gave when the file was the same.
 
     Raises OSError where the file cannot be read.
     """
-    real = path.resolve()
-    stamp = _stamp(real)
+    stamp = _stamp(path)
+    return _kept(path, find, stamp, lambda: {"stamp": stamp, "read_at": time.time_ns(), "found": find(path)})
 
-    def make() -> dict[str, Any]:
-        read_at = time.time_ns()
-        return {"stamp": stamp, "read_at": read_at, "found": find(path)}
 
+def note(path: Path, find: Callable[[Path], Found], found: Found) -> None:
+    """Keep what `find` would give for a file that this process has just written, and that no other one writes."""
+    stamp = _stamp(path)
+    later = stamp["mtime_ns"] + 2 * _COARSEST_CLOCK_NS
+    _kept(path, find, stamp, lambda: {"stamp": stamp, "read_at": later, "found": found})
+
+
+def _kept(
+    path: Path, find: Callable[[Path], Found], stamp: dict[str, Any], make: Callable[[], dict[str, Any]]
+) -> Found:
     def read(kept: Path) -> dict[str, Any] | None:
         try:
             content = json.loads(kept.read_text(encoding="utf-8"))
@@ -43,11 +53,9 @@ def known(path: Path, find: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    name = hashlib.sha256(
-        f"{find.__module__}.{find.__qualname__} {real}".encode("utf-8", "surrogateescape")
-    ).hexdigest()
+    words = f"{find.__module__}.{find.__qualname__} {stamp['path']}"
     kept = cached(
-        f"stamp-{name}.json",
+        f"stamp-{hashlib.sha256(words.encode('utf-8', 'surrogateescape')).hexdigest()}.json",
         read=read,
         make=make,
         parts=lambda content: [json.dumps(content).encode()],
@@ -57,7 +65,7 @@ def known(path: Path, find: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> dict[str, str]:
-    """The hash of a file's bytes."""
+    """The hash of a file's bytes, as {"sha256": ...}."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(_READ_AT_ONCE):
@@ -66,5 +74,6 @@ def sha256_of(path: Path) -> dict[str, str]:
 
 
 def _stamp(path: Path) -> dict[str, Any]:
-    status = os.stat(path)
-    return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+    real = path.resolve()
+    status = os.stat(real)
+    return {"path": str(real), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}

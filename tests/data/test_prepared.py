@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 
+from fastgpt.data import prepared
 from fastgpt.data.prepare import prepare
 from fastgpt.data.prepared import INDEX, TOKENIZER, is_prepared, open_prepared
 from fastgpt.data.sources import DataError
+from fastgpt.data.stamps import sha256_of
 from fastgpt.tokenizer import CharTokenizer
 from helpers import PANGRAM
 
@@ -46,7 +51,10 @@ def test_a_shard_that_is_missing_or_not_whole(folder) -> None:
         with pytest.raises(DataError, match=r"tokens-00001\.bin': has .* bytes, .* 999 tokens of 2 bytes.* again"):
             open_prepared(folder)
     shard.unlink()
-    with pytest.raises(DataError, match=r"tokens-00001\.bin' cannot be read: No such file.*prepare the data again"):
+    with pytest.raises(
+        DataError,
+        match=r"tokens-00001\.bin' cannot be read: No such file.*remove the folder and prepare the data again",
+    ):
         open_prepared(folder)
 
 
@@ -59,6 +67,7 @@ def test_a_shard_that_is_missing_or_not_whole(folder) -> None:
         lambda index: {**index, "shards": [{"file": "tokens-00000.bin"}]},
         lambda index: {**index, "shards": None},
         lambda index: {**index, "train_tokens": "many"},
+        lambda index: {**index, "train_tokens": 10**9},
     ],
 )
 def test_a_damaged_index(folder, change) -> None:
@@ -70,7 +79,7 @@ def test_a_damaged_index(folder, change) -> None:
 def test_an_index_of_another_version_or_of_no_json(folder) -> None:
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps({**index, "version": 2}))
-    with pytest.raises(DataError, match="its version is 2, not 1: prepare the data again"):
+    with pytest.raises(DataError, match="its version is 2, not 1: remove the folder and prepare the data again"):
         open_prepared(folder)
     (folder / INDEX).write_text("{")
     with pytest.raises(DataError, match="no index"):
@@ -84,19 +93,50 @@ def test_another_tokenizer_than_that_of_the_index(folder) -> None:
         ("{", "JSON"),
     ):
         path.write_text(text)
-        with pytest.raises(DataError, match=rf"tokenizer\.json': .*{message}.*prepare the data again"):
+        with pytest.raises(
+            DataError, match=rf"tokenizer\.json': .*{message}.*remove the folder and prepare the data again"
+        ):
             open_prepared(folder)
     path.unlink()
-    with pytest.raises(DataError, match=r"tokenizer\.json' cannot be read: No such file.*prepare the data again"):
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json' cannot be read: No such file.*remove the folder and prepare the data again"
+    ):
         open_prepared(folder)
 
 
-def test_a_change_that_keeps_the_size_is_found_by_the_sums(folder) -> None:
+def test_a_change_that_keeps_the_size_is_found_at_the_next_start(folder) -> None:
     shard = folder / "tokens-00001.bin"
-    shard.write_bytes(shard.read_bytes()[::-1])
-    open_prepared(folder)  # which reads no tokens
-    with pytest.raises(DataError, match=r"tokens-00001\.bin': its content has changed .*: prepare the data again"):
-        open_prepared(folder, verify=True)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[::-1])
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"tokens-00001\.bin': its content has changed .*: remove the folder and prep"
+        ):
+            open_prepared(folder)
+    shard.write_bytes(whole)
+    open_prepared(folder)
+
+
+def test_tokens_are_read_only_when_they_are_new(folder, tmp_path, monkeypatch) -> None:
+    read = []
+
+    def counted(path):
+        read.append(path.name)
+        return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    counted.__module__, counted.__qualname__ = sha256_of.__module__, sha256_of.__qualname__
+    monkeypatch.setattr(prepared, "sha256_of", counted)
+    open_prepared(folder)
+    assert read == []  # the writer has noted the sums
+    open_prepared(folder, verify=True)
+    assert len(read) == len(list(folder.glob("*.bin"))) >= 2
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for file in copy.glob("*.bin"):
+        os.utime(file, ns=(10**18, 10**18))
+    read.clear()
+    for _ in range(2):
+        open_prepared(copy)
+    assert len(read) == len(list(folder.glob("*.bin")))
 
 
 def test_the_digest_follows_from_the_index(folder, tmp_path) -> None:

@@ -33,17 +33,15 @@ def write(folder, until: int | None = None, shard_tokens: int = 60, about: objec
 
 @pytest.mark.parametrize("shard_tokens", [17, 60, 990, 10**6])
 def test_batches_and_shards_end_anywhere(tmp_path, shard_tokens) -> None:
-    write(tmp_path, shard_tokens=shard_tokens)
-    opened = open_prepared(tmp_path, verify=True)
+    folder = tmp_path / "out"
+    write(folder, shard_tokens=shard_tokens)
+    opened = open_prepared(folder, verify=True)
     assert np.array_equal(opened.all, TOKENS[:990]) and opened.all.dtype == np.uint16
-    sizes = [shard["tokens"] for shard in json.loads((tmp_path / INDEX).read_text())["shards"]]
+    sizes = [shard["tokens"] for shard in json.loads((folder / INDEX).read_text())["shards"]]
     assert set(sizes[:-1]) <= {shard_tokens} and 0 < sizes[-1] <= shard_tokens
     assert len(opened.train) == 39 * 40 // 2, "of 44 documents 39 are trained on"
-    assert sorted(path.name for path in tmp_path.iterdir() if "tokens" not in path.name) == [
-        ".lock",
-        INDEX,
-        "tokenizer.json",
-    ]
+    files = sorted(path.name for path in folder.iterdir() if "tokens" not in path.name)
+    assert files == [".lock", INDEX, "tokenizer.json"]
 
 
 @pytest.mark.parametrize("until", [0, 5, 11, 12, 30, 44])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 
 import pytest
 
 from fastgpt.data import stamps
-from fastgpt.data.stamps import known, sha256_of
+from fastgpt.data.stamps import known, note, sha256_of
 
 LONG_AGO = 10**18  # ns
 
@@ -93,3 +94,11 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
 def test_the_hash_is_that_of_all_bytes(file, monkeypatch) -> None:
     monkeypatch.setattr(stamps, "_READ_AT_ONCE", 2)
     assert sha256_of(file) == {"sha256": hashlib.sha256(b"abc").hexdigest()}
+
+
+def test_what_the_writer_notes_is_not_found_anew(file, tmp_path) -> None:
+    write(file, b"new", time.time_ns())
+    note(file, counted, {"sha256": "noted"})
+    assert found(file) == "noted" and not calls
+    write(file, b"newer", time.time_ns())
+    assert found(file) == hashlib.sha256(b"newer").hexdigest()
