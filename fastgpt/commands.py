@@ -131,8 +131,6 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
         recorder(device)
     if advice := settings.rate_of_another_optimizer():
         print(advice)
-    if settings.layout != "completions" and data.endswith(".jsonl"):
-        print(f"data: {data} is read as plain text; --layout completions learns the completions in JSON lines")
     restarted = processes.has_begun(out)
     saved = runs.load_latest(out) if settings.resume or (restarted and runs.can_resume(out)) else None
     if saved is not None:

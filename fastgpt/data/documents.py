@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .sources import DataError
+from .sources import DOCUMENTS, DataError
 
-ENDINGS = (".jsonl", ".parquet")
+ENDINGS = tuple(DOCUMENTS)
 _ROWS_AT_ONCE = 256
 _BUFFER_BYTES = 1 << 20  # of a Parquet column that is read ahead: without a limit, a whole row group's
 

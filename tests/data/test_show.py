@@ -44,6 +44,9 @@ def test_data_show_says_why_not(tmp_path, capsys) -> None:
     assert main(show) == 0
     assert "names: not from this text" in (out := capsys.readouterr().out) and "blocks: 8 tokens" in out
     assert "completions: not from this text" in out and "data.txt', line 1: is not JSON" in out
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}', encoding="utf-8")
+    assert main(["data", "show", "--data", str(tmp_path / "pairs.jsonl")]) == 0
+    assert "blocks: not from this text" in (out := capsys.readouterr().out) and "completions: one prompt" in out
     assert main([*show, "--layout", "names"]) == 1
     assert "line 2 is a name of length 0" in capsys.readouterr().err
     assert main([*show, "--layout", "windows", "--block-size", "99"]) == 1

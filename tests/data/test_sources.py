@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -61,6 +62,16 @@ def test_bad_sources(tmp_path) -> None:
     refuses(tmp_path, "latin1.txt", "offset 3")
     (tmp_path / "folder").mkdir()
     refuses(tmp_path / "folder", "no files named *.txt")
+
+
+@pytest.mark.parametrize("name, kind", [("rows.jsonl", "JSON lines"), ("rows.parquet", "Parquet")])
+def test_documents_are_for_the_command_that_reads_them(tmp_path, name, kind) -> None:
+    (tmp_path / name).write_bytes(b"PAR1")
+    for source in (tmp_path / name, tmp_path):
+        command = f"fastgpt data prepare --data {shlex.quote(str(source))} --out"
+        refuses(source, name, f"has {kind}, not plain text", command, "--layout completions")
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    assert load_text(tmp_path) == "text"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -304,10 +304,10 @@ def test_what_is_counted_in_a_large_text_is_what_is_counted_in_memory(large, mon
 
 
 def test_a_file_of_tokens_has_its_folder_asked_for(nanogpt) -> None:
-    with pytest.raises(DataError, match=r"is val\.bin, which .* tokens: give the folder that has those of both splits"):
+    with pytest.raises(DataError, match=r"val\.bin' has tokens, by its name: give the folder .* of both splits"):
         Corpus.load(nanogpt / "val.bin", TOKENIZER)
     folder = nanogpt.rename(nanogpt.with_name("other"))
     (folder / "train.bin").rename(folder / "tokens_000.bin")
     (folder / "val.bin").unlink()
-    with pytest.raises(DataError, match=r"holds no files named \*\.txt: but tokens_000\.bin, which .* give the folder"):
+    with pytest.raises(DataError, match=r"holds no files named \*\.txt: tokens_000\.bin has tokens, .*folder"):
         Corpus.load(folder, TOKENIZER)
