@@ -1,10 +1,12 @@
 """The program `fastgpt`, which is also `python -m fastgpt`: the command line, and Ctrl-C at any moment of it."""
 
+import contextlib
 import os
 import signal
 import sys
 import warnings
 from types import FrameType
+from typing import NoReturn
 
 _format_with_place = warnings.formatwarning
 
@@ -33,7 +35,19 @@ def format_warning(
     return _format_with_place(message, category, filename, lineno, line)
 
 
-def main() -> int:
+def end_at_once(code: int) -> NoReturn:
+    """End without taking the interpreter down, amid which a thread of gloo that frees a tensor aborts the process.
+
+    Source: pytorch/pytorch#179291.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whatever read it has gone
+            stream.flush()
+    os._exit(code)
+
+
+def main() -> int | str | None:
+    """Run the command line; returns what is given to `sys.exit`. One of several processes ends here."""
     warnings.formatwarning = format_warning
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, stop)
@@ -41,8 +55,14 @@ def main() -> int:
     from .threads import choose_waiting
 
     choose_waiting()
-    code = run()
+    code: int | str | None
+    try:
+        code = run()
+    except SystemExit as end:
+        code = end.code
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is over, whatever comes while the process is taken down
+    if "RANK" in os.environ and isinstance(code, int):  # torchrun has started this process
+        end_at_once(code)
     return code
 
 

@@ -166,3 +166,27 @@ def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("ends", ["return 3", "raise SystemExit(3)"])
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_one_of_several_processes_is_not_taken_down(ends, rank):
+    """Threads of gloo, which may abort the process then, are stood in for by what is called at its end."""
+    code = f"""
+        import atexit, sys
+        from fastgpt import __main__, cli
+
+        def run(settings):
+            print("trained", end="")
+            {ends}
+
+        atexit.register(lambda: print(" and taken down", end=""))
+        cli.COMMANDS["doctor"] = cli.COMMANDS["doctor"]._replace(run=run)
+        sys.argv = ["fastgpt", "doctor"]
+        sys.exit(__main__.main())
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | ({"RANK": rank} if rank else {})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (3, "trained" if rank else "trained and taken down")
