@@ -22,7 +22,7 @@ _METAVARS = {"data": "PATH|NAME", "tokenizer": "NAME|PATH"}
 _METAVARS |= dict.fromkeys(("prompt", "stop", "words", "analogy"), "TEXT")
 _METAVARS |= {name: "PATH" for name in PATHS if name not in _METAVARS}
 # What a word without an option is probably the value of: the first of these that the command has and was not given.
-_MEANT = ("only", "checkpoint", "data", "out")
+_MEANT = ("only", "checkpoint", "data", "out", "preset")
 
 
 class Option(NamedTuple):
@@ -113,7 +113,7 @@ def _add(parser: Any, option: Option, text: str) -> None:
         arguments["action"] = argparse.BooleanOptionalAction
     else:
         arguments |= {"type": _READ[option.kind], "metavar": option.metavar}
-        arguments |= {"nargs": "+"} if option.kind == "tuple" else {}
+        arguments |= {"nargs": "+", "action": "extend"} if option.kind == "tuple" else {}
     parser.add_argument(option.flag, **arguments)
 
 
@@ -173,7 +173,7 @@ def help_text(prog: str, about: str, kind: type, *settings: Any) -> str:
         values = list(dict.fromkeys(getattr(value, option.name) for value in settings))
         group = required if option.name in needed else others
         text = option.help + _default(values)
-        if values == [False]:  # what it does is what is of interest, not how it is taken back
+        if option.kind == "bool" and values == [False]:  # what it does is what is of interest, not how it is taken back
             group.add_argument(option.flag, action="store_true", help=text.replace("%", "%%"))
         else:
             _add(group, option, text)
@@ -194,6 +194,8 @@ def _shown(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple):
         return " ".join(value)
+    if isinstance(value, float) and value >= 1e6:
+        return f"{value:g}"  # 9.89e+14
     return repr(value) if isinstance(value, str) and (value.split("\n") != [value] or not value) else str(value)
 
 

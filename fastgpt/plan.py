@@ -32,6 +32,12 @@ from .config import DTYPES, PARALLELS, ConfigError, GPTConfig
 Shape = tuple[int, ...]
 FLOAT32 = 4  # bytes: of weights, gradients and moments, and of the residual stream
 GB = 10**9
+TIMES = {  # the names of a step's times, and what a reader sees of them
+    "compute": "computing",
+    "communication": "sending",
+    "overlapped": "all hidden",
+    "not_overlapped": "nothing hidden",
+}
 
 
 def _expect(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -44,8 +50,9 @@ class Job:
     """How a model is trained.
 
     Args:
-        gpus: N, one process for each.
-        parallel: ddp (every process holds the whole model) or fsdp (the model is sharded); auto is ddp.
+        gpus: how many GPUs train together, N; each has a process of its own.
+        parallel: ddp (each GPU has the whole model) or fsdp (each has a part of every parameter, gradient and moment);
+            auto is ddp.
         batch_size: sequences of a micro-step over all processes, which share them equally.
         grad_accum: micro-steps per optimizer step.
         dtype: of the matrix products; auto is bfloat16, as in training on a GPU.
@@ -483,17 +490,25 @@ def _lines(plan: Plan) -> list[str]:
         "",
         f"memory of a GPU: {plan.total_memory / GB:,.2f} GB of {cluster.memory_gb:g} GB: {fits}; {largest}",
         *_table({name: f"{n / GB:,.2f} GB" for name, n in plan.memory.items() if n}),
+        *([] if plan.fits else [f"less memory is taken with {' or with '.join(_savings(job))}"]),
         "",
         "one step, on each GPU:",
         *_table(
             {
                 "operations": f"{plan.flops / 1e12:,.1f} TFLOP",
                 **{f"{name}, sent": f"{n / GB:,.2f} GB" for name, n in plan.sent.items()},
-                **{f"time, {name}": f"{s * 1e3:,.1f} ms" for name, s in plan.seconds.items()},
+                **{f"time, {shown}": f"{1e3 * plan.seconds[name]:,.1f} ms" for name, shown in TIMES.items()},
             }
         ),
-        f"{plan.tokens_per_s:,.0f} tokens/s where communication is hidden as far as it can be",
+        f"{plan.tokens_per_s:,.0f} tokens/s, where computing hides all of the sending that it can",
     ]
+
+
+def _savings(job: Job) -> list[str]:
+    """What a job that does not fit can still do, in words."""
+    sharding = [] if job.is_sharded else [f"--parallel fsdp{' on several GPUs' if job.gpus == 1 else ''}"]
+    computing_again = [] if job.activation_checkpointing else ["--activation-checkpointing"]
+    return [*sharding, *computing_again, "a smaller --batch-size" if job.sequences > 1 else "a smaller model"]
 
 
 def _table(cells: Mapping[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from fastgpt.benchmarks.command import benchmark_names
 from fastgpt.cli import COMMANDS, Command, Group, main
 from fastgpt.options import completion, options_of, read
-from fastgpt.settings import BenchSettings, SampleSettings, TrainSettings, UsageError
+from fastgpt.settings import BenchSettings, DataPrepareSettings, PlanSettings, SampleSettings, TrainSettings, UsageError
 
 
 def each_command(commands: dict[str, Command | Group] = COMMANDS, line: str = "") -> dict[str, type]:
@@ -71,7 +71,9 @@ def test_help_shows_both_values_where_the_device_decides(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "blocks, L. (default: 4; on a GPU 6)" in said and "(default: gelu)" in said
     assert main(["train", "--preset", "gpt2", "--help"]) == 0
-    assert "on a GPU" not in capsys.readouterr().out.partition("--n-layer")[2].partition("--n-head")[0]
+    said = capsys.readouterr().out
+    assert "on a GPU" not in said.partition("--n-layer")[2].partition("--n-head")[0]
+    assert "--dropout X " in said, "0.0 is a number, though it equals False"
 
 
 def test_words_are_read_as_what_their_option_is():
@@ -80,6 +82,7 @@ def test_words_are_read_as_what_their_option_is():
     assert read(TrainSettings, words, "fastgpt train") == expected
     assert read(SampleSettings, ["runs/demo", "--seed", "1"], "") == {"checkpoint": "runs/demo", "seed": 1}
     assert read(BenchSettings, ["--only", "a", "b", "--quick"], "") == {"only": ("a", "b"), "quick": True}
+    assert read(DataPrepareSettings, ["--data", "a", "--data", "b", "c"], "") == {"data": ("a", "b", "c")}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_words_that_are_no_options_are_refused_with_the_remedy(words, said):
 
 
 def test_a_value_without_its_option_is_told_which_one_it_may_be():
-    for kind, flag in ((TrainSettings, "--data"), (BenchSettings, "--only")):
+    for kind, flag in ((TrainSettings, "--data"), (BenchSettings, "--only"), (PlanSettings, "--preset")):
         with pytest.raises(UsageError, match=f"'a': every value belongs to an option; did you mean {flag} a[?]"):
             read(kind, ["a"], "fastgpt")
 

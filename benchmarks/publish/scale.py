@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fastgpt.config import GPTConfig
 from fastgpt.options import read
-from fastgpt.plan import GB, Cluster, Job, Plan
+from fastgpt.plan import GB, TIMES, Cluster, Job, Plan
 from fastgpt.report import cell, markdown_table
 from fastgpt.settings import PlanSettings, with_sources
 
@@ -13,12 +13,6 @@ from .cells import short
 from .rows import Row
 
 OWN_COLUMN = ("weights", "gradients", "moments", "activations")  # of the memory's parts
-TIMES = {  # the plan's name of a time, and the column's
-    "compute": "computing",
-    "communication": "sending",
-    "overlapped": "all hidden",
-    "not_overlapped": "nothing hidden",
-}
 
 
 def planned(gpus: Sequence[int], options: str) -> str:
