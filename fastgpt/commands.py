@@ -118,6 +118,7 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
     from .training.graph import is_graphed
     from .training.muon import who_trains
     from .training.parallel import check_parallel
+    from .training.processes import HOW_TO_START
     from .training.progress import first_lines
     from .training.step import Precision, check_checkpointing
 
@@ -131,6 +132,8 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
         recorder(device)
     if advice := settings.rate_of_another_optimizer():
         print(advice)
+    if processes.size == 1 and settings.parallel != "auto":
+        print(f"parallel: {settings.parallel} is for several processes, and this is the only one; {HOW_TO_START}")
     restarted = processes.has_begun(out)
     saved = runs.load_latest(out) if settings.resume or (restarted and runs.can_resume(out)) else None
     if saved is not None:
@@ -149,13 +152,15 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
         vocab_size = initial.cfg.vocab_size
     elif saved is not None:
         vocab_size = saved.config().vocab_size
+    recorded = settings.recorded() | {"threads": torch.get_num_threads()}  # of which some sums depend in their bits
+    if processes.size > 1:  # they share the cores of a machine, and a run goes on in another number of them
+        del recorded["threads"]
     run: dict[str, Any] = {
         "kind": settings.model,
         "config": settings.model_config(vocab_size),
         "train_config": train_config,
         "corpus": corpus,
-        # PyTorch divides some sums among its threads, so the bits of a run depend on their number.
-        "settings": settings.recorded() | {"threads": torch.get_num_threads()},
+        "settings": recorded,
         "resume_command": f"{_program(processes)} train --out {shlex.quote(out)} --resume",
         "processes": processes,
     }
@@ -181,6 +186,8 @@ def _program(processes: Processes) -> str:
     """How so many processes of this program are started."""
     if processes.size == 1:
         return "fastgpt"
+    if os.environ.get("LOCAL_WORLD_SIZE", str(processes.size)) != str(processes.size):  # on several machines
+        return "torchrun [its options, as before] -m fastgpt"
     return f"torchrun --nproc-per-node {processes.size} -m fastgpt"
 
 

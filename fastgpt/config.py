@@ -194,8 +194,8 @@ class TrainConfig:
         order: random (examples are drawn anew for each step) or epochs (each example once, shuffled, before any again).
         cuda_graph: take steps by a CUDA graph, after a check against eager ones. Without a value: on a CUDA device,
             unless compile or activation_checkpointing is on.
-        parallel: how processes that torchrun starts share the work: auto (ddp), ddp (each has the whole model), or
-            fsdp (each has a part of every parameter, gradient and moment).
+        parallel: how the processes of torchrun --nproc-per-node N -m fastgpt train share the work: auto (ddp), ddp
+            (each has the whole model), or fsdp (each has a part of every parameter, gradient and moment).
         activation_checkpointing: keep the input of each block alone, and compute the block again in backward: less
             memory, more time, the same numbers.
     """

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ class RunSettings:
     init_from: str | None = None
     backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: see fastgpt doctor.
     threads: int | None = None  # of the CPU; by default one for each core.
-    tokenizer: str = "char"  # char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
+    # char, bpe (trained on the data), or a folder that has one: a saved model, GPT-2's vocab.json and merges.txt, or
+    # what fastgpt data prepare wrote.
+    tokenizer: str = "char"
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ class DataShowSettings:
     layout: str | None = None  # blocks, windows, names or completions; without it, all of them.
     # tokens of a block; without it 8, and for names and completions as many as the longest one needs.
     block_size: int | None = None
-    tokenizer: str = "char"  # char, or a folder with GPT-2's vocab.json and merges.txt.
+    tokenizer: str = "char"  # char, or a folder that has one, as for fastgpt train.
     seed: int = 1337  # which example.
     config: str | None = None  # a TOML file with any of these settings.
 
@@ -243,9 +246,11 @@ class DataPrepareSettings:
     # files and folders, of text (*.txt), JSON lines (*.jsonl) and Parquet (*.parquet), or shakespeare, ...
     data: tuple[str, ...] = ()
     out: str | None = None  # the folder to write.
-    tokenizer: str = "char"  # char, bpe (trained on the data), or a folder with GPT-2's vocab.json and merges.txt.
+    # char, bpe (trained on the data), or a folder that has one: a saved model, GPT-2's vocab.json and merges.txt, or
+    # what this command wrote.
+    tokenizer: str = "char"
     vocab_size: int | None = None  # number of tokens of a bpe tokenizer.
-    field: str = "text"  # has the text in JSON lines and Parquet.
+    field: str = "text"  # of JSON lines and Parquet, which has the text.
     processes: int | None = None  # that tokenize by BPE, of about 0.1 GB each; by default one for each core.
     config: str | None = None  # a TOML file with any of these settings.
 
@@ -379,7 +384,10 @@ def _from_a_start(given: dict[str, Any]) -> TrainSettings:
 def _of_resumed_run(kind: type, given: dict[str, Any], out: str) -> dict[str, Any]:
     if "preset" in given:
         raise UsageError(f"--preset: the run in {out} has its settings already; leave it out, or start another run")
-    return _settings_of_run(Path(out), kind)
+    values = _settings_of_run(Path(out), kind)
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":  # one of several processes, which share the cores
+        values.pop("threads", None)
+    return values
 
 
 def _settings_of_run(out: Path, kind: type = TrainSettings) -> dict[str, Any]:

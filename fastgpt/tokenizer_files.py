@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from .files import atomic_path, expand_path
-from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer, json_object, naming, read_json, tokens_by_id
+from .tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    json_object,
+    naming,
+    read_json,
+    tokenizer_from_json,
+    tokens_by_id,
+)
 
 _ANY_CHARACTER = r"[\s\S]"
 _OTHER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")  # these say the same as tokenizer.json
@@ -41,11 +50,16 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, block_size: int) -
 def read_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model's folder: what `write_tokenizer` wrote, or the files of a GPT-2 (`from_gpt2_files`).
 
+    Or that of a folder which `fastgpt data prepare` wrote, so that further texts get the same tokens.
+
     Raises ValueError naming the file and what is wrong with it, or the files that are missing.
     """
     file = expand_path(folder) / "tokenizer.json"
     if file.is_file():
         data = read_json(file)
+        if "kind" in data:  # as to_json() writes it into a prepared folder
+            with naming(file):
+                return tokenizer_from_json(json.dumps(data))
         model, splitter = json_object(data, "model"), json_object(data, "pre_tokenizer")
         if model.get("type") == "WordLevel" and splitter.get("pattern") == {"Regex": _ANY_CHARACTER}:
             with naming(file):

@@ -14,9 +14,11 @@ import torch
 
 import fastgpt
 from command_line import SMALL
+from fastgpt import commands
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
 from fastgpt.ops.backend import OPS
+from fastgpt.training.processes import ALONE, Processes
 from fastgpt.training.run_folder import read_metrics
 from sharded_checkpoints import write_sharded
 
@@ -129,6 +131,13 @@ def test_resume_goes_on_and_keeps_the_new_settings(text_file, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "max_steps: 9 -> 5, but step 9 is reached already: there is nothing to do" in said
     assert f"data: {text_file} -> {same}" in said and "backend: auto -> torch" in said and "out:" not in said
+
+
+def test_the_command_that_resumes_starts_as_many_processes(monkeypatch):
+    assert commands._program(ALONE) == "fastgpt"
+    assert commands._program(Processes(0, 4)) == "torchrun --nproc-per-node 4 -m fastgpt"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on each of two machines, whose addresses it does not know
+    assert commands._program(Processes(0, 4)) == "torchrun [its options, as before] -m fastgpt"
 
 
 def test_bpe_tokenizer(text_file, tmp_path, capsys):

@@ -13,6 +13,7 @@ import torch
 from command_line import SMALL
 from fastgpt import threads
 from fastgpt.cli import main
+from fastgpt.settings import TrainSettings, with_sources
 from fastgpt.training.loop import Trainer
 
 
@@ -122,6 +123,17 @@ def test_a_run_records_its_threads_and_is_resumed_with_them(text_file, tmp_path,
     assert main(["train", "--out", str(out), "--resume", "--max-steps", "102", "--threads", "1"]) == 0
     assert "threads: 3 -> 1" in capsys.readouterr().out
     assert seen == [3, 3, 1] and torch.get_num_threads() == before
+
+
+def test_one_of_several_processes_does_not_take_the_threads_of_one_alone(tmp_path, monkeypatch):
+    (tmp_path / "config.toml").write_text("threads = 3\nmax_steps = 7\n")
+    given = {"out": str(tmp_path), "resume": True}
+    for environment, expected in (({"WORLD_SIZE": "2"}, 3), ({"RANK": "1"}, None), ({"WORLD_SIZE": "1"}, 3)):
+        for name, value in environment.items():  # clusters set WORLD_SIZE for any program
+            monkeypatch.setenv(name, value)
+        resumed = with_sources(TrainSettings, given)
+        assert (resumed.threads, resumed.max_steps) == (expected, 7)
+        assert with_sources(TrainSettings, given | {"threads": 2}).threads == 2
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "eval", "learn", "study depth", "bench"])

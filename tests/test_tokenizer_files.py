@@ -36,6 +36,11 @@ def tokenizer(request):
 def test_what_was_written_is_read_back(tokenizer, tmp_path):
     write_tokenizer(tmp_path, tokenizer, block_size=32)
     assert read_tokenizer(tmp_path).to_json() == tokenizer.to_json()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    assert read_tokenizer(tmp_path).to_json() == tokenizer.to_json(), "as a prepared folder has it"
+    (tmp_path / "tokenizer.json").write_text('{"kind": "bpe"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json': tokenizer: the field 'vocab' is missing"):
+        read_tokenizer(tmp_path)
 
 
 def test_transformers_reads_the_same_tokens(tokenizer, tmp_path):

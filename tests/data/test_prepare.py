@@ -178,6 +178,9 @@ def test_the_command(text, documents, tmp_path, capsys) -> None:
     assert main([*command, "--vocab-size", "300"]) == 0
     assert "was prepared already, and all of its shards are whole" in capsys.readouterr().out
     assert main(["train", "--data", out, "--out", str(tmp_path / "run"), *SMALL]) == 0
+    more = ["data", "prepare", "--data", str(text), "--out", str(tmp_path / "more"), "--tokenizer", out]
+    assert main(more) == 0
+    assert open_prepared(tmp_path / "more").tokenizer.to_json() == open_prepared(tmp_path / "out").tokenizer.to_json()
 
 
 @pytest.mark.parametrize(

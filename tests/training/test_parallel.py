@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ TRAINED = [
 ]
 
 
-def test_torchrun_starts_failed_processes_again_and_the_run_goes_on(tmp_path, alone):
+def test_torchrun_starts_failed_processes_again_and_the_run_goes_on(tmp_path, alone, capsys):
     """The second process fails after step 5 and, once it was started again, is killed after step 9."""
     data = alone[0]["blocks"]
     program = Path(failing_processes.__file__)
@@ -96,7 +97,9 @@ def test_torchrun_starts_failed_processes_again_and_the_run_goes_on(tmp_path, al
     # A checkpoint is written in the background: the one before is complete, the last may not be.
     assert first in (0, 4) and second in (4, 8)
     assert ran.stdout.count("done: step 12") == 1
-    assert main(["train", "--data", data, "--out", str(tmp_path / "one"), *TRAINED]) == 0
+    assert "threads" not in tomllib.loads((tmp_path / "two" / "config.toml").read_text(encoding="utf-8"))
+    assert main(["train", "--data", data, "--out", str(tmp_path / "one"), "--parallel", "ddp", *TRAINED]) == 0
+    assert "parallel: ddp is for several processes, and this is the only one; start" in capsys.readouterr().out
     assert written(tmp_path, "two") == pytest.approx(written(tmp_path, "one"), abs=1e-5)
 
 
