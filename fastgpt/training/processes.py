@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 HOW_TO_START = "start the processes with: torchrun --nproc-per-node N -m fastgpt train ..."
+_LONGEST_TURN = timedelta(days=7)
+_IN_GLOO = re.compile(r"\bgloo/\S+\.(cc|h):\d+")  # a place in gloo's source, with which its errors begin
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,21 @@ class Processes:
         """Whether it holds in any of the processes."""
         return bool(self.largest(int(flag)))
 
-    def barrier(self) -> None:
-        """Return when all processes have come here."""
-        self.largest(0)
-
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first process of each machine goes first; the others follow, and find what it has cached."""
+        if self.size == 1:
+            yield
+            return
+        import torch.distributed as dist
+
+        # The usual group gives up after half an hour, and tokenizing a large text takes longer.
+        patient = dist.new_group(backend="gloo", timeout=_LONGEST_TURN)
         if self.local_rank > 0:
-            self.barrier()
+            dist.barrier(patient)
         yield
         if self.local_rank == 0:
-            self.barrier()
+            dist.barrier(patient)
 
     def note_begun(self, run: str) -> None:
         """Let the processes that torchrun starts when one of these has failed know that `run` is theirs."""
@@ -176,10 +183,10 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     except (ConfigError, UsageError):  # as all have, and the command line shows it once
         raise
     except Exception as error:
-        shown = _shown(error)
-        if not _is_first_to_say(str(shown), store, processes):
+        told = shown(error)
+        if not _is_first_to_say(str(told), store, processes):
             raise SystemExit(1) from None
-        raise shown from error
+        raise told from error
     dist.destroy_process_group()
 
 
@@ -206,11 +213,11 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _shown(error: Exception) -> Exception:
+def shown(error: Exception) -> Exception:
     """The error to show: where a connection broke, that is what another process's end looks like from here."""
     import torch.distributed as dist
 
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+    if isinstance(error, dist.DistError) or _IN_GLOO.search(str(error)):
         return TrainingError("another process has ended, and so does this one")
     return error
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+from pathlib import Path
+
 import torch
+import torch.distributed as dist
 
 from fastgpt.training import TrainingError
 from fastgpt.training.processes import Processes
@@ -24,7 +29,18 @@ def differ(rank: int, n: int) -> str:
     return ""
 
 
+def take_turns(rank: int, n: int, path: str) -> bool:
+    """The first process takes longer than the usual group waits; returns whether the file was there after its turn."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(milliseconds=1))
+    with Processes(rank, n, rank).in_turn():
+        was_there = Path(path).exists()
+        if rank == 0:
+            time.sleep(0.2)
+            Path(path).touch()
+    return was_there
+
+
 def fail_in_the_second(rank: int, n: int) -> None:
     if rank == 1:
         raise ValueError("the second fails")
-    Processes(rank, n).barrier()
+    Processes(rank, n).any(False)

@@ -7,7 +7,7 @@ import torch
 
 import processes_together as together
 from fastgpt.training import TrainingError
-from fastgpt.training.processes import ALONE, Processes, joined, of_environment
+from fastgpt.training.processes import ALONE, Processes, joined, of_environment, shown
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
@@ -51,6 +51,17 @@ def test_a_setting_that_differs_is_named_in_all(gloo):
     said = gloo(2, together.differ)
     assert said[0] == said[1]
     assert said[0].startswith("--batch-size: is 8 in process 0 and 9 in process 1: ")
+
+
+def test_the_first_takes_its_turn_however_long_it_takes(gloo, tmp_path):
+    assert gloo(2, together.take_turns, str(tmp_path / "written")) == [False, True]
+
+
+def test_a_lost_connection_is_named_as_another_process_s_end_and_other_errors_stay():
+    lost = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:13991"
+    assert str(shown(RuntimeError(lost))) == "another process has ended, and so does this one"
+    own = TrainingError("runs/gloo/metrics.jsonl: cannot be written: No space left on device")
+    assert shown(own) is own
 
 
 def test_an_error_in_one_process_is_raised_here(gloo):
