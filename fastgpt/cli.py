@@ -10,6 +10,7 @@ import difflib
 import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -196,6 +197,7 @@ def _flush_or_drop() -> None:
 
 # What a user's input or machine can cause. Anything else is a fault of this package, and shows its traceback.
 _FAILURES = (ValueError, RuntimeError, OSError, IndexError, TypeError, ArithmeticError, MemoryError, ImportError)
+_FIRST_SPEAKS_WITHIN_S = 10
 # These commands only print, so they have succeeded when the reader of their output closes the pipe.
 _ONLY_PRINT = (
     "fastgpt",
@@ -223,8 +225,21 @@ def _run(args: Sequence[str]) -> int:
         command, settings = parse(args)
     except SystemExit as error:  # after help
         return int(error.code or 0) if args else 2
+    except RuntimeError:  # of the folder or the file that settings are read from
+        _let_first_process_speak()
+        raise
     with use_threads(getattr(settings, "threads", None)):
         return command.run(settings) or 0
+
+
+def _let_first_process_speak() -> None:
+    """Wait in the others that torchrun has started, whose command line is the same, and so is its error.
+
+    The first shows the error and ends, and torchrun then ends the others. One that ended sooner would have torchrun end
+    the first before it could speak. Where the first has no error, this process shows its own after the wait.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_FIRST_SPEAKS_WITHIN_S)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # now, while an error can still be told
         return code
     except (ConfigError, UsageError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes have the same command line
-            print(f"{prog}: {error}", file=sys.stderr)
+        _let_first_process_speak()
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _flush_or_drop()

@@ -29,6 +29,9 @@ from .settings import (
 from .studies.settings import STUDIES, LearnSettings, StudySettings
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .data.corpus import Corpus
+    from .training.loop import Trainer
     from .training.processes import Processes
 
 _EXAMPLES = {
@@ -90,77 +93,53 @@ def _initial(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
 
 def train(settings: TrainSettings) -> None:
     (out,) = _required(settings, "train")
-    initial: Any = None
-    tokenizer: Any = settings.tokenizer
-    if settings.init_from and not settings.resume:
-        initial, tokenizer, settings = _initial(settings)
-    settings.train_config(), settings.model_config(vocab_size=1)  # refuse a bad model before the data is read
-    check_tokenizer(settings)
+    has_start = bool(settings.init_from) and not settings.resume
+    if not has_start:
+        _check_model(settings)  # before PyTorch is imported
 
     from .training.processes import joined
 
     with joined(settings.device) as processes:
+        initial: Any = None
+        tokenizer: Any = settings.tokenizer
+        if has_start:
+            initial, tokenizer, settings = _initial(settings)
+            _check_model(settings)
         _train(settings, out, initial, tokenizer, processes)
+
+
+def _check_model(settings: TrainSettings) -> None:
+    """Refuse a model, a way of training, or a tokenizer that cannot be, before the data is read."""
+    settings.train_config(), settings.model_config(vocab_size=1)
+    check_tokenizer(settings)
 
 
 def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, processes: Processes) -> None:
     """Train in this process, which may be one of several."""
-    data, train_config = settings.data, settings.train_config()
-
     import torch
 
-    from .baselines import model_class
-    from .cuda_graph import recorder
-    from .data.corpus import Corpus
-    from .machine import resolve_device
-    from .tokenizer_files import read_tokenizer
     from .training import runs
-    from .training.graph import is_graphed
-    from .training.muon import who_trains
-    from .training.parallel import check_parallel
-    from .training.processes import HOW_TO_START
-    from .training.progress import first_lines
-    from .training.step import Precision, check_checkpointing
 
-    processes.check_same(settings.recorded())
-    processes.rows(train_config.batch_size)  # refused before the data is read
-    check_checkpointing(model_class(settings.model), train_config)
-    device = resolve_device(train_config.device)
-    check_parallel(train_config, processes, Precision(device, train_config.dtype))  # before anything is written
-    on_backend = _on_backend(settings.backend, train_config.device)
-    if is_graphed(train_config, device.type, processes) and train_config.cuda_graph:
-        recorder(device)
+    _check_processes(settings, processes)
+    on_backend = _on_backend(settings.backend, settings.device)
     if advice := settings.rate_of_another_optimizer():
         print(advice)
-    if processes.size == 1 and settings.parallel != "auto":
-        print(f"parallel: {settings.parallel} is for several processes, and this is the only one; {HOW_TO_START}")
     restarted = processes.has_begun(out)
     saved = runs.load_latest(out) if settings.resume or (restarted and runs.can_resume(out)) else None
-    if saved is not None:
-        tokenizer = saved.read_tokenizer()
-    elif initial is None and tokenizer not in ("char", "bpe"):
-        tokenizer = read_tokenizer(tokenizer)
-    with processes.in_turn():
-        corpus = Corpus.load(
-            data, tokenizer, vocab_size=settings.vocab_size, block_size=settings.block_size, layout=settings.layout
-        )
-    processes.check_same({"data": corpus.fingerprint})
+    processes.check_same({"out": None if saved is None else str(saved.path)})
+    corpus = _corpus(settings, saved, tokenizer, processes)
     vocab_size = corpus.tokenizer.vocab_size
-    if tokenizer == "bpe" and vocab_size < (settings.vocab_size or 0):
-        print(f"vocab_size: {vocab_size} tokens, not {settings.vocab_size}: no further pair occurs twice in the text")
     if initial is not None:  # which may have more than its tokenizer needs
         vocab_size = initial.cfg.vocab_size
     elif saved is not None:
         vocab_size = saved.config().vocab_size
-    recorded = settings.recorded() | {"threads": torch.get_num_threads()}  # of which some sums depend in their bits
-    if processes.size > 1:  # they share the cores of a machine, and a run goes on in another number of them
-        del recorded["threads"]
     run: dict[str, Any] = {
         "kind": settings.model,
         "config": settings.model_config(vocab_size),
-        "train_config": train_config,
+        "train_config": settings.train_config(),
         "corpus": corpus,
-        "settings": recorded,
+        # PyTorch divides some sums among its threads, so the bits of a run depend on their number.
+        "settings": settings.recorded() | {"threads": torch.get_num_threads()},
         "resume_command": f"{_program(processes)} train --out {shlex.quote(out)} --resume",
         "processes": processes,
     }
@@ -172,13 +151,64 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
         processes.note_begun(out)
         if restarted:
             print(f"torchrun has started the processes again: the run goes on from step {trainer.state['step']}")
-        if (reached := trainer.finished()) is not None:
-            print(f"the run in {out} is finished: {reached}")
-            return
-        print(*first_lines(trainer, settings.origin(device.type), data), sep="\n", flush=True)
-        if train_config.optimizer == "muon":
-            print(f"optimizer: {who_trains(trainer.optimizer)}", flush=True)
-        state = trainer.run()
+        _run_to_the_end(trainer, settings, out)
+
+
+def _check_processes(settings: TrainSettings, processes: Processes) -> None:
+    """Refuse what these processes cannot do, and processes that were asked for different things."""
+    from .baselines import model_class
+    from .cuda_graph import recorder
+    from .machine import resolve_device
+    from .training.graph import is_graphed
+    from .training.parallel import check_parallel
+    from .training.step import Precision, check_checkpointing
+
+    train_config = settings.train_config()
+    processes.check_same(settings.recorded())
+    processes.rows(train_config.batch_size)
+    check_checkpointing(model_class(settings.model), train_config)
+    device = resolve_device(train_config.device)
+    check_parallel(train_config, processes, Precision(device, train_config.dtype))
+    if is_graphed(train_config, device.type, processes) and train_config.cuda_graph:
+        recorder(device)
+
+
+def _corpus(settings: TrainSettings, saved: Checkpoint | None, tokenizer: Any, processes: Processes) -> Corpus:
+    """The data by the tokenizer of the run so far, or by `tokenizer`: its name, its folder, or itself."""
+    from .data.corpus import Corpus
+    from .tokenizer_files import read_tokenizer
+
+    if saved is not None:
+        tokenizer = saved.read_tokenizer()
+    elif isinstance(tokenizer, str) and tokenizer not in ("char", "bpe"):
+        tokenizer = read_tokenizer(tokenizer)
+    with processes.in_turn():
+        corpus = Corpus.load(
+            settings.data,
+            tokenizer,
+            vocab_size=settings.vocab_size,
+            block_size=settings.block_size,
+            layout=settings.layout,
+        )
+    processes.check_same({"data": corpus.fingerprint})
+    n_tokens = corpus.tokenizer.vocab_size
+    if tokenizer == "bpe" and n_tokens < (settings.vocab_size or 0):
+        print(f"vocab_size: {n_tokens} tokens, not {settings.vocab_size}: no further pair occurs twice in the text")
+    return corpus
+
+
+def _run_to_the_end(trainer: Trainer, settings: TrainSettings, out: str) -> None:
+    """Train to the end, and say what is trained and how it ended."""
+    from .training.muon import who_trains
+    from .training.progress import first_lines
+
+    if (reached := trainer.finished()) is not None:
+        print(f"the run in {out} is finished: {reached}")
+        return
+    print(*first_lines(trainer, settings.origin(trainer.device.type), settings.data), sep="\n", flush=True)
+    if trainer.cfg.optimizer == "muon":
+        print(f"optimizer: {who_trains(trainer.optimizer)}", flush=True)
+    state = trainer.run()
     print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
 
 

@@ -33,3 +33,16 @@ def test_help_version_and_no_command(capsys):
 def test_help_needs_no_torch(command):
     code = f"import sys; from fastgpt.cli import main; assert main({[*command.split(), '--help']}) == 0; "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, capture_output=True)
+
+
+def test_of_the_processes_of_torchrun_the_first_names_what_is_wrong_in_the_command_line(tmp_path, monkeypatch, capsys):
+    """Another one waits to be ended, and speaks only after that: an end of its own would end the first unheard."""
+    heard: list[str] = []
+    monkeypatch.setattr("fastgpt.cli.time.sleep", lambda seconds: heard.append(capsys.readouterr().err))
+    wrong = {("--no-such",): 2, ("--out", str(tmp_path), "--resume"): 1}
+    for arguments, code in wrong.items():
+        for rank, pauses in (("0", []), ("1", [""])):
+            heard.clear()
+            monkeypatch.setenv("LOCAL_RANK", rank)
+            assert main(["train", *arguments]) == code
+            assert heard == pauses and capsys.readouterr().err.startswith("fastgpt train: ")
