@@ -356,7 +356,7 @@ def data_prepare(settings: DataPrepareSettings) -> None:
     if was_prepared:
         print(f"{out} was prepared already, and all of its shards are whole")
     sizes = f"{len(found.train):,} tokens to train on and {len(found.val):,} to validate"
-    print(f"{out}: {sizes}, of a {found.tokenizer.kind} tokenizer with {found.tokenizer.vocab_size}")
+    print(f"{out}: {sizes}, vocabulary of {found.tokenizer.vocab_size:,} ({found.tokenizer.kind})")
     print(f"next: fastgpt train --data {shlex.quote(out)} --out runs/NAME")
 
 

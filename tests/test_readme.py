@@ -40,7 +40,7 @@ ELSEWHERE = ("parity", "bench")  # they are run by test_parity.py and test_bench
 COMMANDS_OF = {  # the README's are run by test_package.py, after an install
     "getting-started.md": ["train", "sample", "train", "data", "data", "train", "sample", "eval", "train"],
     "backends.md": ["doctor"],
-    "scale.md": ["plan", "plan"],
+    "scale.md": ["data", "plan", "plan"],
 }
 
 

@@ -174,7 +174,7 @@ def test_the_command(text, documents, tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     n = len(open_prepared(tmp_path / "out").train)
     assert "characters in" in said and f"{out}: {n:,} tokens to train on and " in said
-    assert "of a bpe tokenizer with 301" in said and f"fastgpt train --data {out} --out " in said
+    assert "to validate, vocabulary of 301 (bpe)" in said and f"fastgpt train --data {out} --out " in said
     assert main([*command, "--vocab-size", "300"]) == 0
     assert "was prepared already, and all of its shards are whole" in capsys.readouterr().out
     assert main(["train", "--data", out, "--out", str(tmp_path / "run"), *SMALL]) == 0
