@@ -11,6 +11,7 @@ Neither says which tokenizer made the tokens, so one has to be given.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .shards import pieces
 from .sources import DataError
 from .stamps import known
 
+_SPLITS = ("train", "val")
 _HEADER = 256  # int32
 _DTYPES: dict[tuple[int, int], np.dtype] = {
     (20240520, 1): np.dtype("<u2"),
@@ -40,7 +42,7 @@ class TokenFiles:
 
 def is_token_folder(folder: Path) -> bool:
     """Whether a folder has tokens of nanoGPT or of llm.c, of either split."""
-    return any(_files(folder, split) for split in ("train", "val"))
+    return any(_files(folder, split) for split in _SPLITS)
 
 
 def open_token_files(folder: Path, tokenizer: str | Tokenizer) -> TokenFiles:
@@ -62,10 +64,17 @@ def open_token_files(folder: Path, tokenizer: str | Tokenizer) -> TokenFiles:
             f"that made them, as --tokenizer FOLDER with GPT-2's vocab.json and merges.txt"
         )
     splits, digest = {}, hashlib.sha256()
-    for split in ("train", "val"):
+    own, theirs = ([file for split in _SPLITS for file in find(folder, split)] for find in (_nanogpt, _llm_c))
+    if own and theirs:
+        raise DataError(
+            f"{shown} has files of nanoGPT, {own[0].name}, and of llm.c, {theirs[0].name}: put each kind into a folder "
+            f"of its own"
+        )
+    for split in _SPLITS:
         files = _files(folder, split)
         if not files:
             raise DataError(f"{shown} has no file of the {split} split, {split}.bin or NAME_{split}_000001.bin: add it")
+        _check_all_there(files)
         splits[split] = [_open(file) for file in files]
         digest.update(f" {split}".encode())
         for file in files:
@@ -82,9 +91,30 @@ def open_token_files(folder: Path, tokenizer: str | Tokenizer) -> TokenFiles:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """nanoGPT's file of the split, or else llm.c's, which have numbers where there are several."""
+    return _nanogpt(folder, split) or _llm_c(folder, split)
+
+
+def _nanogpt(folder: Path, split: str) -> list[Path]:
     own = folder / f"{split}.bin"
-    return [own] if own.is_file() else sorted({*folder.glob(f"*_{split}.bin"), *folder.glob(f"*_{split}_*.bin")})
+    return [own] if own.is_file() else []
+
+
+def _llm_c(folder: Path, split: str) -> list[Path]:
+    """llm.c's files of the split, which have numbers where there are several."""
+    return sorted({*folder.glob(f"*_{split}.bin"), *folder.glob(f"*_{split}_*.bin")})
+
+
+def _check_all_there(files: list[Path]) -> None:
+    """Raise DataError where a number is missing between those of two files whose names are the same otherwise."""
+    for before, after in itertools.pairwise(files):
+        (name, number), (same_name, next_number) = (file.stem.rpartition("_")[::2] for file in (before, after))
+        if name == same_name and number.isdecimal() and next_number.isdecimal():
+            missing = str(int(number) + 1).zfill(len(number))
+            if int(next_number) > int(missing):
+                raise DataError(
+                    f"{str(before.with_name(f'{name}_{missing}.bin'))!r} is missing, and {after.name} is there: fetch "
+                    f"it, or remove those behind it"
+                )
 
 
 def _open(path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,20 @@ def test_both_splits_have_to_be_there(kind, request) -> None:
     next(folder.glob("*val*")).unlink()
     assert is_token_folder(folder)
     assert "no file of the val split" in refused(folder)
+
+
+def test_a_number_that_is_missing_between_others(llm_c) -> None:
+    (llm_c / "edu_train_000002.bin").rename(llm_c / "edu_train_000003.bin")
+    assert "edu_train_000002.bin' is missing, and edu_train_000003.bin is there: fetch it" in refused(llm_c)
+    (llm_c / "edu_train_000003.bin").rename(llm_c / "web_train_000003.bin")
+    assert len(open_token_files(llm_c, TOKENIZER).train) == 2
+
+
+@pytest.mark.parametrize("names", [("train.bin", "val.bin"), ("val.bin",)])
+def test_files_of_both_programs(nanogpt, llm_c, names) -> None:
+    for name in names:
+        shutil.copy(nanogpt / name, llm_c)
+    assert f"of nanoGPT, {names[0]}, and of llm.c, edu_train_000001.bin: put each" in refused(llm_c)
 
 
 def test_files_that_are_not_whole(nanogpt, llm_c) -> None:
