@@ -124,8 +124,21 @@ def _decode_utf8(raw: bytes, shown: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+_NO_TEXT = {
+    b"\x1f\x8b": ("compressed by gzip", "unpack it, with gunzip"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unpack it, with unzstd"),
+    b"\xfd7zX": ("compressed by xz", "unpack it, with unxz"),
+    b"BZh": ("compressed by bzip2", "unpack it, with bunzip2"),
+    b"PK\x03\x04": ("a zip archive", "unpack it, with unzip"),
+    b"PAR1": ("a Parquet file", "let `fastgpt data prepare` read it, under a name that ends in .parquet"),
+}  # by the bytes such a file begins with
+
+
 def not_utf8(shown: str, byte: int, offset: int, start: bytes) -> DataError:
-    """The error for a file with such a byte there. `start` is how the file begins."""
+    """The error for a file with such a byte there. `start` is how the file begins, 4 bytes or more."""
+    for magic, (kind, remedy) in _NO_TEXT.items():
+        if start.startswith(magic):
+            return DataError(f"{shown} is {kind}, not text: {remedy}")
     return DataError(
         f"{shown} is not UTF-8: byte 0x{byte:02x} at offset {offset}; if it is text, convert it, "
         f"for instance with iconv -f {_likely_encoding(start)} -t utf-8"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import http.server
 import importlib
+import lzma
 import os
 import shlex
 import subprocess
@@ -18,6 +21,7 @@ from fastgpt.config import DEFAULT_TEXT, SOURCES
 from fastgpt.data import sources
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.sources import DataError, load_text
+from fastgpt.data.text_pieces import read_pieces
 from fastgpt.settings import TrainSettings
 from fastgpt.studies.settings import STUDIES, LearnSettings
 from helpers import PANGRAM
@@ -92,6 +96,25 @@ def test_marks_line_ends_and_nul(tmp_path) -> None:
     for encoding in ("utf-16", "utf-32"):
         file.write_bytes("plain letters\n".encode(encoding))
         refuses(file, "text.txt", "not UTF-8", f"iconv -f {encoding} -t utf-8")
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (gzip.compress(b"text"), ("compressed by gzip, not text", "gunzip")),
+        (bz2.compress(b"text"), ("compressed by bzip2", "bunzip2")),
+        (lzma.compress(b"text"), ("compressed by xz", "unxz")),
+        (b"\x28\xb5\x2f\xfd\x04", ("compressed by zstd", "unzstd")),
+        (b"PK\x03\x04\xff", ("a zip archive", "unzip")),
+        (b"PAR1\xff", ("a Parquet file", "fastgpt data prepare")),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path, raw, words) -> None:
+    file = tmp_path / "it"
+    file.write_bytes(raw)
+    refuses(file, "it' is ", *words)
+    with pytest.raises(DataError, match=f"it' is {words[0]}"):
+        list(read_pieces([file]))
 
 
 def test_home_folder(tmp_path, monkeypatch) -> None:
