@@ -348,7 +348,8 @@ def data_prepare(settings: DataPrepareSettings) -> None:
 
     folder = expand_path(out)
     was_prepared = is_prepared(folder)
-    make_output_folder(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    if not was_prepared:
+        make_output_folder(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
     named = settings.tokenizer in ("char", "bpe")
     tokenizer = settings.tokenizer if named else read_tokenizer(settings.tokenizer)
     processes = settings.processes or available_cores()

@@ -28,7 +28,7 @@ def read_documents(path: str | os.PathLike[str], field: str = "text") -> Iterato
     Raises DataError that names the file and the line or row of a document that cannot be used.
     """
     path = Path(path)
-    read = {".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix)
+    read = {".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix.lower())
     if read is None:
         raise DataError(f"{str(path)!r}: expected a file of documents, whose name ends in {' or '.join(ENDINGS)}")
     try:

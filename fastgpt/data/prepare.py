@@ -7,26 +7,31 @@ No more than a few pieces of the text are in memory. The tokens are those of the
 
 One file of text is one stream, of which the last tenth is for validation. Several files, and the rows of JSON lines and
 of Parquet, are documents: each ends with the tokenizer's end of text, and the last tenth of them is for validation.
+A single document is divided as a stream is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..config import SOURCES
 from ..files import expand_path
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size
 from .documents import ENDINGS, read_documents
 from .encoding import Batch, batches_of, encoded
-from .prepared import Prepared, is_prepared, open_prepared, read_index
-from .shard_writer import SHARD_TOKENS, ShardWriter, read_unfinished
+from .prepared import TOKENIZER, Prepared, is_prepared, open_prepared, read_index
+from .shard_writer import PROGRESS, SHARD_TOKENS, ShardWriter, alone_in, read_unfinished
 from .sources import DataError, find_files, load_text
 from .text_pieces import read_pieces
 
@@ -44,6 +49,10 @@ class Text:
     name: str | None = None
     has_documents: bool = False
     field: str = "text"
+    stamps: list[list[Any]] = dataclasses.field(init=False)  # by which a process knows that the text is the same
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", self._stamps_now())
 
     @classmethod
     def find(cls, sources: Sequence[str | os.PathLike[str]], field: str) -> Text:
@@ -55,12 +64,16 @@ class Text:
         if names:
             return cls(shown, [], str(names[0]))
         files = [file for source in sources for file in _files(source)]
-        return cls(shown, files, None, len(files) > 1 or files[0].suffix in ENDINGS, field)
+        if twice := _first_of_two([file.resolve() for file in files]):
+            raise DataError(
+                f"{shown}: {str(twice)!r} is in it twice, and would be trained and validated on: remove one"
+            )
+        return cls(shown, files, None, len(files) > 1 or _is_documents(files[0]), field)
 
     @property
     def n_bytes(self) -> int | None:
         """Of the files, where they are nothing but text."""
-        is_text = self.files and not any(file.suffix in ENDINGS for file in self.files)
+        is_text = self.files and not any(map(_is_documents, self.files))
         return sum(file.stat().st_size for file in self.files) if is_text else None
 
     def documents(self, progress: Callable[[int], object]) -> Iterator[Iterable[str]]:
@@ -74,17 +87,30 @@ class Text:
                 yield from self._documents_in(file, progress)
 
     def _documents_in(self, file: Path, progress: Callable[[int], object]) -> Iterator[Iterable[str]]:
-        if file.suffix not in ENDINGS:
+        if not _is_documents(file):
             yield read_pieces([file], progress)
             return
         for document in read_documents(file, self.field):
             yield [document]
             progress(len(document))
 
-    def stamps(self) -> list[list[Any]]:
-        """By which a process that goes on knows that the text is the same."""
+    def _stamps_now(self) -> list[list[Any]]:
         status = [(str(file.resolve()), file.stat()) for file in self.files]
         return [[path, found.st_size, found.st_mtime_ns] for path, found in status] or [[self.name, 0, 0]]
+
+    def check_unchanged(self) -> None:
+        """Raise DataError that names a file which has changed since this was made."""
+        for before, now in zip(self.stamps, self._stamps_now(), strict=True):
+            if before != now:
+                raise DataError(f"{now[0]!r} was changed while it was read: start again when nothing writes it")
+
+
+def _is_documents(file: Path) -> bool:
+    return file.suffix.lower() in ENDINGS
+
+
+def _first_of_two(files: Sequence[Path]) -> Path | None:
+    return next((file for file, count in Counter(files).items() if count > 1), None)
 
 
 def _files(source: str | os.PathLike[str]) -> list[Path]:
@@ -92,7 +118,7 @@ def _files(source: str | os.PathLike[str]) -> list[Path]:
     endings = (".txt", *ENDINGS)
     files = find_files(source, "*")
     if expand_path(source).is_dir():
-        files = [file for file in files if file.suffix in endings]
+        files = [file for file in files if file.suffix.lower() in endings]
     if not files:
         raise DataError(f"{os.fspath(source)!r} holds no files named *{', *'.join(endings)}: put some there")
     return files
@@ -116,19 +142,44 @@ def prepare(
 
     After a process that was killed, or found the disk full, the same call goes on behind the shards that are whole.
     Where the folder is prepared already, its shards are compared with their sums. Raises DataError for data that cannot
-    be used, and FileError where the folder cannot be written.
+    be used, and FileError where the folder cannot be written, or another process writes it.
     """
     text = Text.find(sources, field)
     about = {
-        "text": text.stamps(),
+        "text": text.stamps,
         "field": field,
         "tokenizer": _wanted(tokenizer, vocab_size),
         "shard_tokens": shard_tokens,
     }
-    if is_prepared(out):
-        if read_index(out).get("about") != about:
-            raise DataError(f"{str(out)!r} holds other data, or tokens of another tokenizer: choose another folder")
-        return open_prepared(out, verify=True)
+    _check_out(out, text)
+    if not is_prepared(out):
+        with alone_in(out):
+            if not is_prepared(out):  # by another process, meanwhile
+                return _prepare(text, tokenizer, vocab_size, out, about, processes)
+    if read_index(out).get("about") != about:
+        raise DataError(f"{str(out)!r} holds other data, or tokens of another tokenizer: choose another folder")
+    return open_prepared(out, verify=True)
+
+
+def _check_out(out: Path, text: Text) -> None:
+    """Raise DataError where the folder has a file that would be overwritten, or that its tokens would stand for."""
+    inside = next((file for file in text.files if out.resolve() in file.resolve().parents), None)
+    if inside:
+        raise DataError(f"{str(out)!r} holds the text itself, {inside.name}: choose another folder for the tokens")
+    if (out / TOKENIZER).exists() and not (out / PROGRESS).exists() and not is_prepared(out):
+        raise DataError(
+            f"{str(out)!r} holds a {TOKENIZER}, which would be overwritten: remove it, or choose another folder"
+        )
+
+
+def _prepare(
+    text: Text,
+    tokenizer: str | Tokenizer,
+    vocab_size: int | None,
+    out: Path,
+    about: dict[str, Any],
+    processes: int,
+) -> Prepared:
     unfinished = read_unfinished(out)
     if unfinished and unfinished.progress.shards and unfinished.about != about:
         raise DataError(
@@ -140,7 +191,7 @@ def prepare(
     else:
         made = trained(text, tokenizer, vocab_size) if isinstance(tokenizer, str) else tokenizer
     start = time.perf_counter()
-    n = write_tokens(text, made, out, about, processes, shard_tokens)
+    n = write_tokens(text, made, out, about, processes, about["shard_tokens"])
     seconds = time.perf_counter() - start
     print(f"tokenized {n:,} characters in {seconds:.1f} s, {n / seconds / 1e6:.1f} million a second", flush=True)
     return open_prepared(out)
@@ -174,22 +225,26 @@ def write_tokens(
     with _bar("tokenizing", text) as documents, ShardWriter(folder, tokenizer, about or {}, shard_tokens) as writer:
         before = writer.progress.n_characters
         batches = itertools.islice(batches_of(documents, text.has_documents), writer.progress.n_batches, None)
-        _append_all(batches, writer, processes, text.shown)
+        _append_all(batches, writer, processes, text)
         return writer.progress.n_characters - before
 
 
-def _append_all(batches: Iterator[Batch], writer: ShardWriter, processes: int, shown: str) -> None:
+def _append_all(batches: Iterator[Batch], writer: ShardWriter, processes: int, text: Text) -> None:
+    end = writer.tokenizer.end_of_text
     try:
         with contextlib.closing(encoded(batches, writer.tokenizer, processes)) as found:
             for tokens, ends, n_characters in found:
+                if text.has_documents and np.count_nonzero(tokens == end) > len(ends):
+                    raise ValueError("a document has the character '\\x03', which ends documents: remove it")
                 writer.append(tokens, ends, n_characters)
     except DataError:  # of the text's reader, which names the place
         raise
     except ValueError as error:
         place = f"in the text from character {writer.progress.n_characters:,} on"
-        raise DataError(f"{shown}: {place}: {error}") from None
+        raise DataError(f"{text.shown}: {place}: {error}") from None
     if not writer.progress.n_characters:
-        raise _empty(shown)
+        raise _empty(text.shown)
+    text.check_unchanged()
     writer.finish()
 
 

@@ -49,6 +49,10 @@ def is_prepared(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
+def shard_name(number: int) -> str:
+    return f"tokens-{number:05d}.bin"
+
+
 def dtype_name(tokenizer: Tokenizer) -> str:
     """That of the tokens in the shards."""
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
@@ -66,8 +70,11 @@ def open_prepared(folder: Path, verify: bool = False) -> Prepared:
     path = folder / INDEX
     try:
         tokenizer = read_tokenizer(folder, index["tokenizer"])
-        if index["dtype"] not in DTYPES:
-            raise ValueError(f"dtype is {index['dtype']!r}; expected {' or '.join(DTYPES)}")
+        if index["dtype"] != dtype_name(tokenizer):
+            raise ValueError(f"dtype is {index['dtype']!r}; expected {dtype_name(tokenizer)}")
+        for number, shard in enumerate(index["shards"]):
+            if shard["file"] != shard_name(number):
+                raise ValueError(f"shard {number} is {shard['file']!r}; expected {shard_name(number)}")
         dtype, middle = DTYPES[index["dtype"]], index["train_tokens"]
         shards = [open_shard(folder / shard["file"], dtype, shard["tokens"]) for shard in index["shards"]]
         for shard in tqdm(index["shards"], "comparing the tokens with their sums", disable=None, leave=False, delay=1):
@@ -94,7 +101,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         version = index["version"]
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; {_REMEDY}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _no_index(path, error) from None
     if version != VERSION:
         raise DataError(f"{str(path)!r}: its version is {version!r}, not {VERSION}: {_REMEDY}")

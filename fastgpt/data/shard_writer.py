@@ -25,7 +25,17 @@ import numpy as np
 from ..files import FileError
 from ..tokenizer import Tokenizer
 from .encoding import BATCH_CHARACTERS
-from .prepared import DTYPES, INDEX, TOKENIZER, VERSION, dtype_name, open_shard, read_tokenizer, write_whole
+from .prepared import (
+    DTYPES,
+    INDEX,
+    TOKENIZER,
+    VERSION,
+    dtype_name,
+    open_shard,
+    read_tokenizer,
+    shard_name,
+    write_whole,
+)
 from .stamps import note, sha256_of
 
 PROGRESS = "progress.json"
@@ -63,8 +73,8 @@ class Progress:
             self.ends, self.every = self.ends[1::2], 2 * self.every
 
     def train_tokens(self, n_tokens: int) -> int:
-        """How many of all tokens are to be trained on: nine tenths, of the documents where there are documents."""
-        if not self.n_documents:
+        """How many of all tokens are to be trained on: nine tenths, of the documents where there are several."""
+        if self.n_documents < 2:
             return n_tokens * 9 // 10
         n = self.n_documents * 9 // 10 // self.every
         return self.ends[n - 1] if n else 0
@@ -90,7 +100,7 @@ def read_unfinished(folder: Path) -> Unfinished | None:
         for shard in progress.shards:
             open_shard(folder / shard["file"], DTYPES[dtype_name(tokenizer)], shard["tokens"])
         return Unfinished(kept["about"], tokenizer, progress)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -113,14 +123,13 @@ class ShardWriter:
         self.progress = Progress()
         with self._failures():
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(folder)
         found = read_unfinished(folder)
         if found is not None and (found.about, found.tokenizer.to_json()) == (about, tokenizer.to_json()):
             self.progress = found.progress
         else:
             with self._failures():
+                self._save_progress()  # first: a tokenizer.json without it is not of prepared data
                 write_whole(folder / TOKENIZER, tokenizer.to_json())
-                self._save_progress()
         self._at = self.progress.n_tokens
 
     def __enter__(self) -> ShardWriter:
@@ -133,7 +142,6 @@ class ShardWriter:
                 self._file.close()
             self._part.unlink(missing_ok=True)
             self._file = None
-        self._lock.close()
 
     def append(self, tokens: np.ndarray, ends: list[int], n_characters: int) -> None:
         """Append the tokens of the next batch; documents end behind these numbers of them.
@@ -177,7 +185,7 @@ class ShardWriter:
 
     @property
     def _part(self) -> Path:
-        return self.folder / f"tokens-{len(self.progress.shards):05d}.bin.part"
+        return self.folder / f"{shard_name(len(self.progress.shards))}.part"
 
     def _write(self, tokens: np.ndarray) -> None:
         if self._file is None:
@@ -214,8 +222,6 @@ class ShardWriter:
             yield
         except (OSError, FileError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
-            if cause is None:  # another process writes
-                raise
             n = len(self.progress.shards)
             raise FileError(
                 f"{self.folder}: cannot be written: {getattr(cause, 'strerror', None) or cause}; make room there, or "
@@ -223,19 +229,24 @@ class ShardWriter:
             ) from error
 
 
-def _locked(folder: Path) -> BinaryIO:
-    """A file whose lock this process has until it is closed, or the process ends; on a disk without locks all have it.
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and be the only process in it until the end, or until this process ends.
 
-    Raises FileError where another process has it.
+    On a disk without locks there may be others. Raises FileError where another process is inside.
     """
-    file = open(folder / ".lock", "wb")  # noqa: SIM115  -- it is closed by the writer
     try:
-        import fcntl
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "wb")  # noqa: SIM115  -- it is closed below
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from error
+    with file:
+        try:
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FileError(f"{folder}: another process writes it now; wait until it has ended") from None
-    except (ImportError, OSError):
-        pass
-    return file
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileError(f"{folder}: another process writes it now; wait until it has ended") from None
+        except (ImportError, OSError):
+            pass
+        yield

@@ -21,7 +21,8 @@ from ..files import FileError, cache_dir, expand_path
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size
 from .cache import cached_tokenizer
 from .prepare import Text, trained, write_tokens
-from .prepared import INDEX, Prepared, is_prepared, open_prepared
+from .prepared import INDEX, TOKENIZER, Prepared, is_prepared, open_prepared
+from .shard_writer import read_unfinished
 from .shards import ShardedTokens
 from .sources import DataError, find_files
 from .stamps import known, sha256_of
@@ -31,11 +32,18 @@ _LARGE_BYTES = 8_000_000  # a text of fewer bytes is read at each start, which t
 
 
 def is_stored(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` is a folder of tokens: a prepared one, nanoGPT's or llm.c's."""
+    """Whether `source` is a folder of tokens: a prepared one, nanoGPT's or llm.c's. DataError where it is not whole."""
     if not os.fspath(source) or source in SOURCES:
         return False
     path = expand_path(source)
-    return is_prepared(path) or is_token_folder(path)
+    if is_prepared(path) or is_token_folder(path):
+        return True
+    if read_unfinished(path) is not None:
+        raise DataError(
+            f"{os.fspath(source)!r} holds the beginning of prepared data: the same `fastgpt data prepare` as before "
+            f"goes on, to the end"
+        )
+    return False
 
 
 def check_is_text(source: str | os.PathLike[str], layout: str) -> None:
@@ -63,9 +71,10 @@ def open_stored(
     try:
         if sum(file.stat().st_size for file in files) < _LARGE_BYTES:
             return None
+        text = Text(repr(os.fspath(source)), files)
         hashes = [known(file, sha256_of)["sha256"] for file in files]
         with _alone_with(hashes):
-            return _large_text(files, hashes, tokenizer, vocab_size, repr(os.fspath(source)))
+            return _large_text(text, hashes, tokenizer, vocab_size)
     except OSError as error:
         raise DataError(f"{error.filename!r} cannot be read: {error.strerror}; check its permissions") from None
 
@@ -96,14 +105,11 @@ def _same(one: Tokenizer, other: Tokenizer) -> bool:
 # --- large texts ------------------------------------------------------------------------------------------------------
 
 
-def _large_text(
-    files: list[Path], hashes: list[str], tokenizer: str | Tokenizer, vocab_size: int | None, shown: str
-) -> Prepared:
-    text = Text(shown, files)
+def _large_text(text: Text, hashes: list[str], tokenizer: str | Tokenizer, vocab_size: int | None) -> Prepared:
     made = _trained(tokenizer, text, hashes, vocab_size) if isinstance(tokenizer, str) else tokenizer
 
     def make(folder: Path) -> None:
-        write_tokens(text, made, folder)
+        write_tokens(text, made, folder, {"text": text.stamps})
 
     try:
         return _from_cache(cache_dir() / f"prepared-{_sha256(made.fingerprint(), *hashes)}", make)
@@ -136,7 +142,8 @@ def _from_cache(folder: Path, make: Callable[[Path], None]) -> Prepared:
         return open_prepared(folder)
     print(f"data: writing the tokens to {folder}, once", file=sys.stderr, flush=True)
     try:
-        (folder / INDEX).unlink(missing_ok=True)
+        for name in (TOKENIZER, INDEX):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise FileError(f"{folder}: cannot be written: {error.strerror}") from None
     make(folder)

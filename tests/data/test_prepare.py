@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -14,8 +15,9 @@ from fastgpt.data import prepare as module
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.prepare import prepare
 from fastgpt.data.prepared import INDEX, open_prepared, read_index
-from fastgpt.data.shard_writer import ShardWriter
+from fastgpt.data.shard_writer import ShardWriter, alone_in
 from fastgpt.data.sources import DataError
+from fastgpt.files import FileError
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
 AWKWARD = ("\ufeffzwölf\r\n日本語 🎉\r" + TEXT).encode()
@@ -147,6 +149,7 @@ def test_data_that_cannot_be_used(text, documents, tmp_path) -> None:
 
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "dull.txt").write_text("aaa")
+    (tmp_path / "bright.txt").write_text("a")
     (tmp_path / "latin.txt").write_bytes(b"a\xe9")
     (tmp_path / "some.jsonl").write_text('{"text": "a"}\n{}\n')
     assert "empty.txt' is empty: give a file with text" in refused(tmp_path / "empty.txt")
@@ -154,7 +157,9 @@ def test_data_that_cannot_be_used(text, documents, tmp_path) -> None:
         tmp_path / "empty.txt", tokenizer=CharTokenizer("ab")
     )
     assert "dull.txt' has one distinct character, 'a'" in refused(tmp_path / "dull.txt")
-    assert "'a'" in refused(tmp_path / "dull.txt", tmp_path / "dull.txt"), "the end of text is no character of the text"
+    assert "'a'" in refused(tmp_path / "dull.txt", tmp_path / "bright.txt"), (
+        "the end of text is no character of the text"
+    )
     assert "latin.txt' is not UTF-8: byte 0xe9 at offset 1; if it is text, convert" in refused(tmp_path / "latin.txt")
     assert "some.jsonl', line 2: has no field 'text'" in refused(tmp_path / "some.jsonl")
     assert "in the text from character 0 on: character 'z'" in refused(text, tokenizer=CharTokenizer("ab"))
@@ -163,8 +168,68 @@ def test_data_that_cannot_be_used(text, documents, tmp_path) -> None:
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "README.md").touch()
     assert "nothing' holds no files named *.txt, *.jsonl, *.parquet: put" in refused(tmp_path / "nothing")
+    assert "bright.txt' is in it twice" in refused(tmp_path, tmp_path / "nothing" / ".." / "bright.txt")
+    (tmp_path / "ended.JSONL").write_text('{"text": "whole"}\n{"text": "en\\u0003ded"}\n')
+    assert "from character 0 on: a document has the character '\\x03', which ends" in refused(tmp_path / "ended.JSONL")
     assert "'none' does not exist" in refused("none")
     assert "vocab_size" in refused(text, tokenizer="bpe", error=ValueError)
+
+
+def test_a_document_that_is_the_only_one_is_divided_as_a_stream(tmp_path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "abcdefghi" * 11}))
+    prepared = prepare([tmp_path / "one.jsonl"], "char", tmp_path / "out")
+    assert (len(prepared.train), len(prepared.val)) == (90, 10)
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypatch) -> None:
+    def changing(batch, tokenizer, encode=encoding.encode):
+        text.write_bytes(AWKWARD + b"more")
+        return encode(batch, tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode", changing)
+        with pytest.raises(
+            DataError, match=r"text\.txt' was changed while it was read: start again when nothing writes"
+        ):
+            prepare([text], "char", tmp_path / "out")
+    assert (
+        prepare([text], "char", tmp_path / "out").tokenizer.decode(open_prepared(tmp_path / "out").val[-4:]) == "more"
+    )
+
+
+def test_a_folder_that_another_process_prepares_is_left_alone(text, tmp_path, monkeypatch) -> None:
+    """Neither while it trains the tokenizer, nor when it has finished before the lock was free."""
+    pytest.importorskip("fcntl")
+    with alone_in(tmp_path / "out"), pytest.raises(FileError, match="another process writes it now"):
+        prepare([text], "char", tmp_path / "out")
+    (tmp_path / "other.txt").write_text("other text")
+
+    @contextlib.contextmanager
+    def after_another(folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "alone_in", alone_in)
+            prepare([tmp_path / "other.txt"], "char", folder)
+        yield
+
+    monkeypatch.setattr(module, "alone_in", after_another)
+    with pytest.raises(DataError, match="holds other data"):
+        prepare([text], "char", tmp_path / "out")
+    assert len(open_prepared(tmp_path / "out", verify=True).all) == len("other text")
+
+
+def test_no_file_of_the_user_is_overwritten_or_hidden(text, tmp_path) -> None:
+    own = tmp_path / "model" / "tokenizer.json"
+    own.parent.mkdir()
+    own.write_text("{}")
+    with pytest.raises(
+        DataError, match=r"model' holds a tokenizer\.json, which would be overwritten: remove it, or ch"
+    ):
+        prepare([text], "char", own.parent)
+    assert own.read_text() == "{}" and list(own.parent.iterdir()) == [own]
+    before = set(tmp_path.iterdir())
+    with pytest.raises(DataError, match=r"holds the text itself, text\.txt: choose another folder"):
+        prepare([text], "char", tmp_path)
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_the_command(text, documents, tmp_path, capsys) -> None:

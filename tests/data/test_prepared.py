@@ -64,6 +64,10 @@ def test_a_shard_that_is_missing_or_not_whole(folder) -> None:
         lambda index: {},
         lambda index: [],
         lambda index: {**index, "dtype": "int8"},
+        lambda index: {**index, "dtype": "uint32", "shards": [{**shard, "tokens": 1} for shard in index["shards"]]},
+        lambda index: {**index, "shards": index["shards"][::-1]},
+        lambda index: {**index, "shards": [*index["shards"], index["shards"][0]]},
+        lambda index: {**index, "shards": [{**index["shards"][0], "file": "../outside.bin"}]},
         lambda index: {**index, "shards": [{"file": "tokens-00000.bin"}]},
         lambda index: {**index, "shards": None},
         lambda index: {**index, "train_tokens": "many"},
@@ -81,9 +85,10 @@ def test_an_index_of_another_version_or_of_no_json(folder) -> None:
     (folder / INDEX).write_text(json.dumps({**index, "version": 2}))
     with pytest.raises(DataError, match="its version is 2, not 1: remove the folder and prepare the data again"):
         open_prepared(folder)
-    (folder / INDEX).write_text("{")
-    with pytest.raises(DataError, match="no index"):
-        open_prepared(folder)
+    for text in ("{", "[" * 100_000):
+        (folder / INDEX).write_text(text)
+        with pytest.raises(DataError, match="no index"):
+            open_prepared(folder)
 
 
 def test_another_tokenizer_than_that_of_the_index(folder) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fastgpt.data import shard_writer
 from fastgpt.data.prepared import INDEX, open_prepared
-from fastgpt.data.shard_writer import PROGRESS, Progress, ShardWriter, read_unfinished
+from fastgpt.data.shard_writer import PROGRESS, Progress, ShardWriter, alone_in, read_unfinished
 from fastgpt.files import FileError
 from fastgpt.tokenizer import CharTokenizer
 
@@ -41,7 +41,7 @@ def test_batches_and_shards_end_anywhere(tmp_path, shard_tokens) -> None:
     assert set(sizes[:-1]) <= {shard_tokens} and 0 < sizes[-1] <= shard_tokens
     assert len(opened.train) == 39 * 40 // 2, "of 44 documents 39 are trained on"
     files = sorted(path.name for path in folder.iterdir() if "tokens" not in path.name)
-    assert files == [".lock", INDEX, "tokenizer.json"]
+    assert files == [INDEX, "tokenizer.json"]
 
 
 @pytest.mark.parametrize("until", [0, 5, 11, 12, 30, 44])
@@ -56,13 +56,15 @@ def test_a_process_that_ended_is_gone_on_from(tmp_path, until) -> None:
     assert (tmp_path / "again" / INDEX).read_bytes() == (tmp_path / "whole" / INDEX).read_bytes()
 
 
-@pytest.mark.parametrize("change", ["about", "shard", "progress", "batches"])
+@pytest.mark.parametrize("change", ["about", "shard", "progress", "nested", "batches"])
 def test_what_does_not_fit_is_not_gone_on_from(tmp_path, monkeypatch, change) -> None:
     write(tmp_path, 30)
     if change == "shard":
         (tmp_path / "tokens-00001.bin").write_bytes(b"")
     elif change == "progress":
         (tmp_path / PROGRESS).write_text("{")
+    elif change == "nested":
+        (tmp_path / PROGRESS).write_text("[" * 100_000)
     elif change == "batches":
         monkeypatch.setattr(shard_writer, "_PROGRESS_VERSION", [1, 1])
     assert write(tmp_path, about=1 if change == "about" else None) == 0
@@ -106,17 +108,21 @@ def test_a_run_keeps_its_maps_when_the_folder_is_written_again(tmp_path) -> None
 def test_a_second_process_is_kept_out(tmp_path) -> None:
     pytest.importorskip("fcntl")
     with (
-        ShardWriter(tmp_path, TOKENIZER, {}),
+        alone_in(tmp_path / "out"),
         pytest.raises(FileError, match="another process writes it now; wait until it has ended"),
+        alone_in(tmp_path / "out"),
     ):
-        ShardWriter(tmp_path, TOKENIZER, {})
-    write(tmp_path)
+        pass
+    with alone_in(tmp_path / "out"):
+        pass
 
 
 def test_a_folder_that_is_a_file(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match=r"file: cannot be written: .*; make room there, or choose another folder \(0"):
         write(tmp_path / "file")
+    with pytest.raises(FileError, match=r"file: cannot be written: .*; choose another"), alone_in(tmp_path / "file"):
+        pass
     assert read_unfinished(tmp_path) is None
 
 
@@ -126,5 +132,6 @@ def test_the_ends_of_many_documents_take_bounded_memory(monkeypatch) -> None:
     for end in range(10, 100_010, 10):
         progress.add_document(end)
     assert progress.n_documents == 10_000 and len(progress.ends) <= 100
+    assert [Progress(n_documents=n, ends=[7, 50, 60][:n]).train_tokens(60) for n in (1, 2, 3)] == [54, 7, 50]
     trained_on = progress.train_tokens(100_000)
     assert trained_on % 10 == 0 and 88_000 <= trained_on <= 90_000

@@ -17,9 +17,11 @@ from command_line import SMALL, TEXT
 from fastgpt import GPT, GPTConfig
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
-from fastgpt.data import stored
+from fastgpt.data import encoding, stored
 from fastgpt.data.corpus import Corpus
 from fastgpt.data.prepare import prepare, write_tokens
+from fastgpt.data.prepared import INDEX
+from fastgpt.data.shard_writer import PROGRESS, ShardWriter
 from fastgpt.data.shards import ShardedTokens
 from fastgpt.data.sources import DataError, load_text
 from fastgpt.evaluate import examples_of
@@ -117,6 +119,17 @@ def test_a_prepared_folder_is_a_corpus_and_has_its_tokenizer(prepared, text) -> 
         corpus = Corpus.load(prepared, tokenizer, vocab_size=280)
         assert corpus.tokenizer.to_json() == TOKENIZER.to_json() and corpus.has_fingerprint(read.fingerprint)
         assert np.array_equal(corpus.train, read.train) and np.array_equal(corpus.val, read.val)
+
+
+def test_a_folder_that_is_not_prepared_to_the_end(prepared) -> None:
+    (prepared / INDEX).unlink()
+    with ShardWriter(prepared, TOKENIZER, {}):
+        pass
+    with pytest.raises(DataError, match=r"prepared' holds the beginning of prepared data: the same `fastgpt data prep"):
+        Corpus.load(prepared)
+    (prepared / "text.txt").write_text(TEXT)
+    (prepared / PROGRESS).write_text("{}")  # of anything else
+    assert Corpus.load(prepared).digest is None
 
 
 def test_a_prepared_folder_of_another_tokenizer(prepared, text, tmp_path) -> None:
@@ -248,6 +261,24 @@ def test_a_cache_that_cannot_be_written(large, cache) -> None:
     with pytest.warns(UserWarning, match="cannot be written.*FASTGPT_CACHE"):
         corpus = Corpus.load(large)
     assert np.array_equal(corpus.train, first.train) and corpus.fingerprint == first.fingerprint
+
+
+def test_tokens_of_a_text_that_changes_while_it_is_read_are_not_kept(large, monkeypatch) -> None:
+    """Later starts would take them for the tokens of the text as it was."""
+
+    def changing(batch, tokenizer, encode=encoding.encode):
+        large.write_text(TEXT[::-1])
+        return encode(batch, tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode", changing)
+        with pytest.raises(DataError, match=r"text\.txt' was changed while it was read"):
+            Corpus.load(large, TOKENIZER)
+    large.write_text(TEXT)
+    assert np.array_equal(
+        np.asarray(Corpus.load(large, TOKENIZER).train),
+        TOKENIZER.encode_array(TEXT)[: len(TOKENIZER.encode_array(TEXT)) * 9 // 10],
+    )
 
 
 def test_errors_of_large_texts_name_the_text(large, tmp_path) -> None:
