@@ -119,11 +119,14 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
     import torch
 
     from .training import runs
+    from .training.processes import HOW_TO_START
 
     _check_processes(settings, processes)
     on_backend = _on_backend(settings.backend, settings.device)
     if advice := settings.rate_of_another_optimizer():
         print(advice)
+    if processes.size == 1 and settings.parallel != "auto":
+        print(f"parallel: {settings.parallel} is for several processes, and this is the only one; {HOW_TO_START}")
     restarted = processes.has_begun(out)
     saved = runs.load_latest(out) if settings.resume or (restarted and runs.can_resume(out)) else None
     processes.check_same({"out": None if saved is None else str(saved.path)})
@@ -133,13 +136,15 @@ def _train(settings: TrainSettings, out: str, initial: Any, tokenizer: Any, proc
         vocab_size = initial.cfg.vocab_size
     elif saved is not None:
         vocab_size = saved.config().vocab_size
+    recorded = settings.recorded() | {"threads": torch.get_num_threads()}  # of which some sums depend in their bits
+    if processes.size > 1:  # they share the cores of a machine, and a run goes on in another number of them
+        del recorded["threads"]
     run: dict[str, Any] = {
         "kind": settings.model,
         "config": settings.model_config(vocab_size),
         "train_config": settings.train_config(),
         "corpus": corpus,
-        # PyTorch divides some sums among its threads, so the bits of a run depend on their number.
-        "settings": settings.recorded() | {"threads": torch.get_num_threads()},
+        "settings": recorded,
         "resume_command": f"{_program(processes)} train --out {shlex.quote(out)} --resume",
         "processes": processes,
     }
