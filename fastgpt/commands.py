@@ -31,6 +31,7 @@ from .studies.settings import STUDIES, LearnSettings, StudySettings
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .data.corpus import Corpus
+    from .tokenizer import Tokenizer
     from .training.loop import Trainer
     from .training.processes import Processes
 
@@ -181,6 +182,7 @@ def _check_processes(settings: TrainSettings, processes: Processes) -> None:
 def _corpus(settings: TrainSettings, saved: Checkpoint | None, tokenizer: Any, processes: Processes) -> Corpus:
     """The data by the tokenizer of the run so far, or by `tokenizer`: its name, its folder, or itself."""
     from .data.corpus import Corpus
+    from .data.stored import is_stored
     from .tokenizer_files import read_tokenizer
 
     if saved is not None:
@@ -196,10 +198,17 @@ def _corpus(settings: TrainSettings, saved: Checkpoint | None, tokenizer: Any, p
             layout=settings.layout,
         )
     processes.check_same({"data": corpus.fingerprint})
-    n_tokens = corpus.tokenizer.vocab_size
-    if tokenizer == "bpe" and n_tokens < (settings.vocab_size or 0):
-        print(f"vocab_size: {n_tokens} tokens, not {settings.vocab_size}: no further pair occurs twice in the text")
+    if tokenizer == "bpe":
+        _say_another_size(corpus.tokenizer, settings.vocab_size, is_stored(settings.data))
     return corpus
+
+
+def _say_another_size(bpe: Tokenizer, asked: int | None, is_stored: bool = False) -> None:
+    """Tell why a BPE has not as many tokens as were asked for. One for documents has another one, which ends them."""
+    if asked is None or asked <= bpe.vocab_size <= asked + (bpe.end_of_text is not None):
+        return
+    why = "those of the folder of tokens" if is_stored else "no further pair occurs twice in the text"
+    print(f"vocab_size: {bpe.vocab_size} tokens, not {asked}: {why}")
 
 
 def _run_to_the_end(trainer: Trainer, settings: TrainSettings, out: str) -> None:
@@ -359,6 +368,8 @@ def data_prepare(settings: DataPrepareSettings) -> None:
     tokenizer = settings.tokenizer if named else read_tokenizer(settings.tokenizer)
     processes = settings.processes or available_cores()
     found = prepare(data, tokenizer, folder, vocab_size=settings.vocab_size, field=settings.field, processes=processes)
+    if settings.tokenizer == "bpe":
+        _say_another_size(found.tokenizer, settings.vocab_size)
     if was_prepared:
         print(f"{out} was prepared already, and all of its shards are whole")
     sizes = f"{len(found.train):,} tokens to train on and {len(found.val):,} to validate"

@@ -243,6 +243,24 @@ def test_the_command(text, documents, tmp_path, capsys) -> None:
     assert main([*command, "--vocab-size", "300"]) == 0
     assert "was prepared already, and all of its shards are whole" in capsys.readouterr().out
     assert main(["train", "--data", out, "--out", str(tmp_path / "run"), *SMALL]) == 0
+    assert "vocab_size" not in capsys.readouterr().out, "the token that ends documents is beyond what was asked for"
+    other = [
+        "train",
+        "--data",
+        out,
+        "--tokenizer",
+        "bpe",
+        "--vocab-size",
+        "290",
+        "--out",
+        str(tmp_path / "290"),
+        *SMALL,
+    ]
+    assert main(other) == 0
+    assert "vocab_size: 301 tokens, not 290: those of the folder of tokens" in capsys.readouterr().out
+    large = ["data", "prepare", "--data", str(text), "--out", str(tmp_path / "large"), "--tokenizer", "bpe"]
+    assert main([*large, "--vocab-size", "30000", "--processes", "1"]) == 0
+    assert "tokens, not 30000: no further pair occurs twice in the text" in capsys.readouterr().out
     more = ["data", "prepare", "--data", str(text), "--out", str(tmp_path / "more"), "--tokenizer", out]
     assert main(more) == 0
     assert open_prepared(tmp_path / "more").tokenizer.to_json() == open_prepared(tmp_path / "out").tokenizer.to_json()
