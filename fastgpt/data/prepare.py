@@ -30,7 +30,7 @@ from ..files import expand_path
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size
 from .documents import ENDINGS, read_documents
 from .encoding import Batch, batches_of, encoded
-from .prepared import TOKENIZER, Prepared, is_prepared, open_prepared, read_index
+from .prepared import INDEX, TOKENIZER, Prepared, is_prepared, open_prepared, read_index
 from .shard_writer import PROGRESS, SHARD_TOKENS, ShardWriter, alone_in, read_unfinished
 from .sources import DataError, find_files, load_text
 from .text_pieces import read_pieces
@@ -166,9 +166,10 @@ def _check_out(out: Path, text: Text) -> None:
     inside = next((file for file in text.files if out.resolve() in file.resolve().parents), None)
     if inside:
         raise DataError(f"{str(out)!r} holds the text itself, {inside.name}: choose another folder for the tokens")
-    if (out / TOKENIZER).exists() and not (out / PROGRESS).exists() and not is_prepared(out):
+    other = next((name for name in (TOKENIZER, INDEX) if (out / name).exists()), None)
+    if other and not (out / PROGRESS).exists() and not is_prepared(out):
         raise DataError(
-            f"{str(out)!r} holds a {TOKENIZER}, which would be overwritten: remove it, or choose another folder"
+            f"{str(out)!r} holds a file {other}, which would be overwritten: remove it, or choose another folder"
         )
 
 

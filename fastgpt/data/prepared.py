@@ -46,7 +46,10 @@ class Prepared:
 
 
 def is_prepared(folder: Path) -> bool:
-    return (folder / INDEX).is_file()
+    """Whether the folder is prepared data, perhaps damaged. Other programs write an index.json, too, but no such files
+    beside it."""
+    has_tokens = (folder / TOKENIZER).is_file() or any(folder.glob("tokens-*.bin"))
+    return has_tokens and (folder / INDEX).is_file()
 
 
 def shard_name(number: int) -> str:

@@ -218,14 +218,13 @@ def test_a_folder_that_another_process_prepares_is_left_alone(text, tmp_path, mo
 
 
 def test_no_file_of_the_user_is_overwritten_or_hidden(text, tmp_path) -> None:
-    own = tmp_path / "model" / "tokenizer.json"
-    own.parent.mkdir()
-    own.write_text("{}")
-    with pytest.raises(
-        DataError, match=r"model' holds a tokenizer\.json, which would be overwritten: remove it, or ch"
-    ):
-        prepare([text], "char", own.parent)
-    assert own.read_text() == "{}" and list(own.parent.iterdir()) == [own]
+    for name in ("tokenizer.json", "index.json"):
+        own = tmp_path / f"with {name}" / name
+        own.parent.mkdir()
+        own.write_text("{}")
+        with pytest.raises(DataError, match=rf"holds a file {name}, which would be overwritten: remove it, or choose"):
+            prepare([text], "char", own.parent)
+        assert own.read_text() == "{}" and list(own.parent.iterdir()) == [own]
     before = set(tmp_path.iterdir())
     with pytest.raises(DataError, match=r"holds the text itself, text\.txt: choose another folder"):
         prepare([text], "char", tmp_path)

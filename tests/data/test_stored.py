@@ -121,6 +121,11 @@ def test_a_prepared_folder_is_a_corpus_and_has_its_tokenizer(prepared, text) -> 
         assert np.array_equal(corpus.train, read.train) and np.array_equal(corpus.val, read.val)
 
 
+def test_a_text_beside_another_program_s_index_stays_a_text(text) -> None:
+    (text.parent / INDEX).write_text('{"pages": []}')
+    assert np.array_equal(Corpus.load(text.parent).train, Corpus.load(text).train)
+
+
 def test_a_folder_that_is_not_prepared_to_the_end(prepared) -> None:
     (prepared / INDEX).unlink()
     with ShardWriter(prepared, TOKENIZER, {}):
