@@ -334,8 +334,8 @@ class Collective:
 def collectives(cfg: GPTConfig, job: Job) -> list[Collective]:
     """The exchanges of one optimizer step.
 
-    DDP adds up the float32 gradients once, after the last micro-step (Li et al. 2020). FSDP gathers the blocks twice in
-    each micro-step, the outer parameters once because they stay whole, and scatters the sums of the gradients once
+    DDP adds up the float32 gradients once, after the last micro-step (Li et al. 2020). In each micro-step FSDP gathers
+    the blocks twice and the outer parameters once, because they stay whole, and scatters the sums of the gradients
     (ZeRO, section 7.2.2).
     """
     n = job.gpus

@@ -7,9 +7,7 @@ and of its moments; a block's parameters are gathered before it computes, and gi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +37,16 @@ def parallel_loss(model: LanguageModel, cfg: TrainConfig, processes: Processes, 
     By FSDP the model's parameters become DTensors here: the optimizer is made after it. Raises ConfigError as
     `check_parallel` does.
 
-    After a backward pass every gradient is the mean over the processes. That of the step's last micro-batch exchanges
-    them: the others belong inside `loss.no_sync()`, forward and backward, and their gradients are kept for it.
+    After a backward pass every gradient is the mean over the processes. By DDP that of the step's last micro-batch
+    exchanges them: the others belong inside `loss.no_sync()`, forward and backward, and their gradients are kept for
+    it. By FSDP each micro-batch exchanges its own: kept until the last one, they would be those of the whole model.
     """
     check_parallel(cfg, processes, precision)
     loss: Loss = torch.compile(model.loss) if cfg.compile else model.loss
     if processes.size == 1:
         return loss
     if cfg.parallel == "fsdp":
-        return _sharded(_ShardedLoss(model, loss), precision)
+        return _sharded(_LossModule(model, loss), precision)
     # Gradients are views of the buffers that are exchanged, which spares a copy of them all.
     return nn.parallel.DistributedDataParallel(_LossModule(model, loss), gradient_as_bucket_view=True)
 
@@ -63,21 +62,7 @@ class _LossModule(nn.Module):
         return self._loss(x, y)
 
 
-class _ShardedLoss(_LossModule):
-    """The loss of a model that `_sharded` shards."""
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Inside, gradients stay in this process, each of them whole, until one is exchanged."""
-        module: Any = self  # it is an FSDPModule, too
-        module.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            module.set_requires_gradient_sync(True)
-
-
-def _sharded(loss: _ShardedLoss, precision: Precision) -> Loss:
+def _sharded(loss: _LossModule, precision: Precision) -> Loss:
     """`loss`, each block of whose model is gathered by itself, and all other parameters with the whole.
 
     The whole is the loss and not the model, so that embeddings, norms and the fused head see plain tensors. In half
@@ -87,6 +72,8 @@ def _sharded(loss: _ShardedLoss, precision: Precision) -> Loss:
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # A block may give back the stream as it is, and its last product may be a view. Nothing changes either in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     half = None if precision.dtype == torch.float32 else precision.dtype
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in getattr(loss.model, "blocks", ()):

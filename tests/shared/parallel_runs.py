@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastgpt.training import runs
 from fastgpt.training.loop import Interrupted
 from fastgpt.training.parallel import parallel_loss
 from fastgpt.training.processes import Processes
-from fastgpt.training.step import Precision
+from fastgpt.training.step import Precision, make_optimizer, training_step
 from small_runs import MODEL
 
 # What is trained: the layout, whose targets are uneven in names, and what differs from TRAIN.
@@ -108,3 +109,23 @@ def sharded(rank: int, n: int, dtype: str) -> dict[str, Any]:
         "same names": [name for name, _ in model.named_parameters()] == [name for name, _ in whole.named_parameters()],
         "seen": {name: [str(dtype) for dtype in dtypes] for name, dtypes in seen.items()},
     }
+
+
+def between_micro_batches(rank: int, n: int) -> float:
+    """The share of a model's gradients that this process holds when the second micro-batch of a step begins.
+
+    The model's first block gives back its input, of which PyTorch warns.
+    """
+    cfg, precision, processes = TrainConfig(parallel="fsdp"), Precision(torch.device("cpu")), Processes(rank, n)
+    model = build_model(GPTConfig(vocab_size=11, feed_forward=False, **MODEL), 1)
+    warnings.filterwarnings("error", message="FSDP2")
+    loss = parallel_loss(model, cfg, processes, precision)
+    n_held = []
+
+    def see(module: Any, inputs: Any) -> None:
+        n_held.append(sum(p.grad.to_local().numel() for p in model.parameters() if p.grad is not None))
+
+    loss.register_forward_pre_hook(see)
+    x = torch.zeros(2, 4, dtype=torch.int64)
+    training_step(model, loss, make_optimizer(model, cfg), [(x, x), (x, x)], precision, 1.0, processes=processes)
+    return n_held[1] / model.num_parameters()

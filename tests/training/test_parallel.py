@@ -58,6 +58,11 @@ def test_fsdp_gives_each_process_a_part_and_the_loss_and_gradients_of_the_whole_
         assert found["seen"] == {"stream": ["torch.float32"], "weight": [f"torch.{dtype}"]}
 
 
+def test_between_micro_batches_each_process_of_fsdp_keeps_its_part_of_the_gradients(gloo):
+    """The memory of a plan has no whole gradients, and its exchanges are those of each micro-step."""
+    assert gloo(2, parallel.between_micro_batches) == pytest.approx([0.5, 0.5], abs=0.1)
+
+
 def test_what_fsdp_cannot_do_is_refused_and_one_process_does_it():
     precision = Precision(torch.device("cpu"), "float16")
     for name, cfg in (("dtype", TrainConfig(parallel="fsdp")), ("compile", TrainConfig(parallel="fsdp", compile=True))):
