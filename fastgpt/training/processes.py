@@ -135,13 +135,13 @@ def of_environment(environment: Mapping[str, str]) -> Processes | None:
                 f"{name}: is missing in the environment, which has a part of torchrun's; {HOW_TO_START}"
             )
     values = []
-    for name in _OF_TORCHRUN[:3]:
+    for name in (*_OF_TORCHRUN[:3], "MASTER_PORT"):
         if not environment[name].isdecimal():
             raise TrainingError(
                 f"{name}: expected a number in the environment, got {environment[name]!r}; {HOW_TO_START}"
             )
         values.append(int(environment[name]))
-    rank, size, local_rank = values
+    rank, size, local_rank, _ = values
     if not rank < size:
         raise TrainingError(
             f"RANK: expected less than WORLD_SIZE={size} in the environment, got {rank}; {HOW_TO_START}"
@@ -167,7 +167,14 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
         backend = "cpu:gloo,cuda:nccl"
     import torch.distributed as dist
 
-    store, _, _ = next(dist.rendezvous("env://", processes.rank, processes.size))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", processes.rank, processes.size))
+    except (RuntimeError, ValueError) as error:
+        place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        raise TrainingError(
+            f"MASTER_ADDR, MASTER_PORT: the {processes.size} processes do not meet at {place}: "
+            f"{str(error).splitlines()[0].rstrip('.')}; {HOW_TO_START}"
+        ) from error
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if kept_by_torchrun:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
@@ -31,10 +33,21 @@ def test_a_part_of_the_environment_is_refused_by_name(name):
         of_environment(rest)
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", "2"), ("RANK", "one"), ("WORLD_SIZE", "-2")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "2"), ("RANK", "one"), ("WORLD_SIZE", "-2"), ("MASTER_PORT", "ssh")]
+)
 def test_a_wrong_environment_is_refused_by_name(name, value):
     with pytest.raises(TrainingError, match=f"^{name}: expected"):
         of_environment(TORCHRUN | {name: value})
+
+
+def test_a_port_that_another_program_has_is_named():
+    with socket.create_server(("localhost", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        first = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port}
+        expected = f"^MASTER_ADDR, MASTER_PORT: the 2 processes do not meet at localhost:{port}: .*torchrun"
+        with pytest.raises(TrainingError, match=expected), joined("cpu", first):
+            pass
 
 
 def test_rows_of_a_batch_that_the_processes_share():
