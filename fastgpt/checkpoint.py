@@ -106,6 +106,7 @@ class Checkpoint:
     def _load_sharded(cls, path: Path) -> Checkpoint:
         settings = sharded.read_settings(path)
         fields = _checked(settings, path / sharded.SETTINGS)
+        sharded.check_step(path, fields["state"].get("step"))
         sharded.check_shards(path, settings["shards"])
         return cls(**fields, tensors=sharded.empty_tensors(path), path=path)
 

@@ -63,6 +63,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def check_step(path: Path, step: object) -> None:
+    """Raise FileError where the directory is named as that of another step: by their names a run finds its newest."""
+    if _STEP.fullmatch(path.name) and step != step_of(path):
+        raise FileError(f"{path}: is of step {step!r}, by its {SETTINGS}; give it its old name, or {REMEDY}")
+
+
 def check_shards(path: Path, sizes: Mapping[str, int]) -> None:
     """Raise FileError for the first file that is missing, has another size than `sizes` says, or does not belong."""
     from safetensors import safe_open

@@ -85,6 +85,16 @@ def without(field: str):
     return change
 
 
+def of_step(step: int):
+    def change(path: Path) -> None:
+        file = path / "checkpoint.json"
+        settings = json.loads(file.read_text())
+        settings["state"]["step"] = step
+        file.write_text(json.dumps(settings))
+
+    return change
+
+
 REMEDY = "copy the whole directory again, or remove it to go on from an older one, if there is one"
 
 
@@ -101,6 +111,7 @@ REMEDY = "copy the whole directory again, or remove it to go on from an older on
         (without("shards"), "checkpoint.json: field 'shards' is missing"),
         (without("state"), "checkpoint.json: field 'state' is missing"),
         (without("tokenizer"), "checkpoint.json: field 'tokenizer' is missing"),
+        (of_step(3), f"step-00000004: is of step 3, by its checkpoint.json; give it its old name, or {REMEDY}"),
     ],
 )
 def test_damage_names_the_file_and_the_remedy(run, capsys, change, message):

@@ -49,6 +49,7 @@ from .step import (
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, by AdamW's own names
 MUON_MOMENTS = ("momentum_buffer",)  # Muon's, of a matrix
+COUNTERS: dict[str, Any] = {"step": int, "tokens": int, "elapsed_s": (int, float), "best_val": (int, float, type(None))}
 STEPS_CUT_AT_ONCE = 16  # on a CPU: the code that cuts batches has left the caches after a step, and is slow then
 
 
@@ -135,9 +136,7 @@ class Trainer:
                 f"{saved.path}: field 'data' is not the fingerprint of the data given, which is as long, but not the "
                 f"same: resume with the data the run was started with"
             )
-        for key in self.state:
-            if key not in saved.state:
-                raise CheckpointError(f"{saved.path}: field 'state' has no {key!r}")
+        _check_counters(saved)
         moments = self._empty_moments()
         saved = self._with_checked_moments(saved, moments)
         scaler = self._checked_scaler(saved)
@@ -276,11 +275,12 @@ class Trainer:
             if state["step"] % cfg.log_interval == 0:
                 self._write("train", loss, rate)
             self._progress.interval(state["step"], len(values), loss, rate, elapsed)
-        is_due = state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_steps
+        has_moved = state["step"] > first  # else this step has been evaluated, if it was due, and saved
+        is_due = has_moved and (state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_steps)
         done = self._evaluate_and_save() if is_due else False
         if done or not self._stopped():
             return done
-        if not is_due:
+        if has_moved and not is_due:
             self._save()
         name = signal.Signals(self._stop).name
         hint = f" Resume with: {self.resume_command}" if self.resume_command else ""
@@ -389,6 +389,16 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _check_counters(saved: Checkpoint) -> None:
+    """Raise CheckpointError for the first counter of a run that is missing in `saved` or cannot be one."""
+    for name, kinds in COUNTERS.items():
+        if name not in saved.state:
+            raise CheckpointError(f"{saved.path}: field 'state' has no {name!r}")
+        value = saved.state[name]
+        if not isinstance(value, kinds) or (isinstance(value, (int, float)) and not value >= 0):
+            raise CheckpointError(f"{saved.path}: field {name!r} of 'state' is {value!r}, which a run cannot have")
 
 
 def _rate(tokens: int, seconds: float) -> float:

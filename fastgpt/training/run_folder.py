@@ -93,10 +93,10 @@ class RunFolder:
         )
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: the resumed run writes them again."""
+        """Drop the metrics that the run writes again when it goes on from `step`: from 0, those of step 0 as well."""
         if not self.metrics_path.exists():
             return
-        kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= step]
+        kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= step and step > 0]
         with atomic_path(self.metrics_path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 

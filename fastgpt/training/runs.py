@@ -50,7 +50,7 @@ def start(
     processes.rows(train_config.batch_size)  # refused before anything is written
     if processes.is_first:
         if again:
-            folder.rewind(-1)
+            folder.rewind(0)
         folder.create(_recorded(kind, config, train_config) if settings is None else settings)
     if initial is None:
         initial = build_model(config, train_config.seed, kind)

@@ -78,7 +78,7 @@ class _Writer(HuggingFaceStorageWriter):
             file.flush()
             os.fsync(file.fileno())
         sync_folder(self.temporary)
-        if self.target.exists():  # the same step of the same run, which was resumed there and stopped at once
+        if self.target.is_dir():  # the same step of the same run, which was resumed there and stopped at once
             shutil.rmtree(self.temporary)
         else:
             self.temporary.rename(self.target)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -45,6 +47,39 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus, tmp_path, stop_at, mon
         for run in ("whole", "parts")
     ]
     assert losses[0] == losses[1]
+
+
+def test_stopped_before_a_step_it_has_evaluated_once_and_so_has_the_run_that_goes_on(corpus, tmp_path, monkeypatch):
+    trainer(corpus, tmp_path / "whole").run()
+    stopped = trainer(corpus, tmp_path / "parts")
+    save = stopped._save
+
+    def save_when_signalled(is_best: bool) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(is_best)
+
+    monkeypatch.setattr(stopped, "_save", save_when_signalled)
+    with pytest.raises(Interrupted, match=r"SIGTERM: stopped at step 0 and saved "):
+        stopped.run()
+    assert [row["step"] for row in read_metrics(stopped.folder.metrics_path)] == [0]
+
+    resumed = trainer(corpus, tmp_path / "parts", new=False)
+    resumed.restore(Checkpoint.load(resumed.folder.latest))
+    resumed.folder.rewind(resumed.state["step"])
+    resumed.run()
+    rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "parts")]
+    assert [(row["step"], row["loss"]) for row in rows[0]] == [(row["step"], row["loss"]) for row in rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", -3), ("step", 2.5), ("tokens", None), ("best_val", "low"), ("best_val", math.nan)]
+)
+def test_counters_that_no_run_has_are_refused(corpus, tmp_path, name, value):
+    new = trainer(corpus, tmp_path)
+    saved = new.checkpoint()
+    saved.state[name] = value
+    with pytest.raises(CheckpointError, match=rf"field '{name}' of 'state' is {value!r}, which a run cannot have"):
+        new.restore(saved)
 
 
 def cli(*args: str) -> tuple[int, str]:
