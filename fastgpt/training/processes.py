@@ -161,8 +161,10 @@ def joined(device: str, environment: Mapping[str, str] = os.environ) -> Iterator
     if processes is None or (processes.size == 1 and not kept_by_torchrun):
         yield ALONE
         return
-    backend = "gloo"
-    if resolve_device(device).type == "cuda":
+    backend, kind = "gloo", resolve_device(device).type
+    if kind not in ("cpu", "cuda") and processes.size > 1:  # gloo moves no tensors of Apple's GPU
+        raise ConfigError(f"device: several processes train on CUDA GPUs or on CPUs, not on {kind}: give --device cpu")
+    if kind == "cuda":
         _take_own_gpu(device, processes.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     import torch.distributed as dist

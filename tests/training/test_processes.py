@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import processes_together as together
-from fastgpt.training import TrainingError
+from fastgpt.config import ConfigError
+from fastgpt.training import TrainingError, processes
 from fastgpt.training.processes import ALONE, Processes, joined, of_environment, shown
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -48,6 +49,12 @@ def test_a_port_that_another_program_has_is_named():
         expected = f"^MASTER_ADDR, MASTER_PORT: the 2 processes do not meet at localhost:{port}: .*torchrun"
         with pytest.raises(TrainingError, match=expected), joined("cpu", first):
             pass
+
+
+def test_a_device_whose_tensors_cannot_be_exchanged_is_refused_before_processes_join(monkeypatch):
+    monkeypatch.setattr(processes, "resolve_device", torch.device)
+    with pytest.raises(ConfigError, match=r"^device: .* not on mps: give --device cpu"), joined("mps", TORCHRUN):
+        pass
 
 
 def test_rows_of_a_batch_that_the_processes_share():
