@@ -97,12 +97,13 @@ class Cluster:
     """What the GPUs and the links between them can do. The defaults are those of nodes with eight H100.
 
     Args:
-        memory_gb: of a GPU, for the tensors of training; what CUDA and its allocator take beside them is not planned.
+        memory_gb: gigabytes of a GPU, for the tensors of training; what CUDA and its allocator take beside them is not
+            planned.
         flops: operations per second of a GPU's matrix products in the dtype of the plan.
-        efficiency: the share of them that training reaches.
-        bandwidth_gb_s: that a GPU sends to another one of its node, in one direction.
-        network_gb_s: that a node sends to another one, in one direction, by all its adapters.
-        gpus_per_node: GPUs that are linked without the network.
+        efficiency: the share of these operations that training reaches.
+        bandwidth_gb_s: gigabytes per second that a GPU sends to another one of its node, in one direction.
+        network_gb_s: gigabytes per second that a node sends to another one, in one direction, by all its adapters.
+        gpus_per_node: GPUs of a node, which are linked without the network.
     """
 
     memory_gb: float = 80.0

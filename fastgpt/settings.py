@@ -250,8 +250,9 @@ class DataPrepareSettings:
     # what this command wrote.
     tokenizer: str = "char"
     vocab_size: int | None = None  # number of tokens of a bpe tokenizer.
-    field: str = "text"  # of JSON lines and Parquet, which has the text.
-    processes: int | None = None  # that tokenize by BPE, of about 0.1 GB each; by default one for each core.
+    field: str = "text"  # the field of JSON lines and Parquet that has the text.
+    # how many processes tokenize by BPE, with about 0.1 GB each; by default one for each core.
+    processes: int | None = None
     config: str | None = None  # a TOML file with any of these settings.
 
 
