@@ -76,6 +76,11 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         raise DataError(
             f"{str(path)!r}: Parquet files are read by pyarrow, which is not installed: pip install pyarrow"
         ) from None
+    except ImportError as error:
+        raise DataError(
+            f"{str(path)!r}: Parquet files are read by pyarrow, which does not start here ({error}): install it again"
+        ) from None
+    row = 0
     try:
         with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             names = file.schema_arrow.names
@@ -86,5 +91,10 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
             for row, value in enumerate(values, 1):
                 yield f"{str(path)!r}, row {row}", value
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{str(path)!r}, one of the rows {row + 1:,} to {row + _ROWS_AT_ONCE:,}: field {field!r} is not UTF-8 "
+            f"(byte 0x{error.object[error.start]:02x}): correct or remove it"
+        ) from None
     except pyarrow.ArrowException as error:
         raise DataError(f"{str(path)!r} is no whole Parquet file ({error}): fetch it again") from None

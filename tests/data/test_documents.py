@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from fastgpt.data.documents import read_documents
@@ -91,6 +92,25 @@ def test_a_damaged_parquet_file(tmp_path) -> None:
 def test_without_pyarrow_the_command_that_installs_it_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert refused(tmp_path / "data.parquet").endswith("not installed: pip install pyarrow")
+
+
+def test_a_pyarrow_that_does_not_start(tmp_path, monkeypatch) -> None:
+    (tmp_path / "pyarrow.py").write_text("raise ImportError('libarrow.so is missing')\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "does not start here (libarrow.so is missing): install it again" in refused(tmp_path / "data.parquet")
+
+
+def test_a_row_that_is_not_utf8(tmp_path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    offsets, letters = np.array([0, 2, 5], "<i4").tobytes(), b"okab\xff"
+    column = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(offsets), pyarrow.py_buffer(letters))
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "data.parquet")
+    message = refused(tmp_path / "data.parquet")
+    assert "one of the rows 1 to 256: field 'text' is not UTF-8 (byte 0xff): correct or remove it" in message
 
 
 def test_other_files(tmp_path) -> None:
