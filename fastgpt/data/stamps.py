@@ -47,7 +47,8 @@ def _kept(
 ) -> Found:
     def read(kept: Path) -> dict[str, Any] | None:
         try:
-            content = json.loads(kept.read_text(encoding="utf-8"))
+            digest, _, text = kept.read_text(encoding="utf-8").partition("\n")
+            content = json.loads(text) if digest == _sha256(text) else {}  # a damaged one could be taken for true
             is_same = content["stamp"] == stamp and stamp["mtime_ns"] < content["read_at"] - _COARSEST_CLOCK_NS
             return content if is_same and isinstance(content["found"], dict) else None
         except (OSError, ValueError, KeyError, TypeError):
@@ -55,13 +56,17 @@ def _kept(
 
     words = f"{find.__module__}.{find.__qualname__} {stamp['path']}"
     kept = cached(
-        f"stamp-{hashlib.sha256(words.encode('utf-8', 'surrogateescape')).hexdigest()}.json",
+        f"stamp-{_sha256(words)}.json",
         read=read,
         make=make,
-        parts=lambda content: [json.dumps(content).encode()],
+        parts=lambda content: [f"{_sha256(json.dumps(content))}\n{json.dumps(content)}".encode()],
         consequence="the files of the data are read anew at each start",
     )
     return kept["found"]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def sha256_of(path: Path) -> dict[str, str]:
