@@ -47,9 +47,17 @@ class Prepared:
 
 def is_prepared(folder: Path) -> bool:
     """Whether the folder is prepared data, perhaps damaged. Other programs write an index.json, too, but no such files
-    beside it."""
-    has_tokens = (folder / TOKENIZER).is_file() or any(folder.glob("tokens-*.bin"))
-    return has_tokens and (folder / INDEX).is_file()
+    beside it. Raises DataError where that cannot be known."""
+    try:
+        has_tokens = (folder / TOKENIZER).is_file() or any(folder.glob("tokens-*.bin"))
+        return has_tokens and (folder / INDEX).is_file()
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: OSError) -> DataError:
+    remedy = _REMEDY if isinstance(error, FileNotFoundError) else "check the path and its permissions"
+    return DataError(f"{error.filename!r} cannot be read: {error.strerror}; {remedy}")
 
 
 def shard_name(number: int) -> str:
@@ -91,7 +99,7 @@ def open_prepared(folder: Path, verify: bool = False) -> Prepared:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"{error.filename!r} cannot be read: {error.strerror}; {_REMEDY}") from None
+        raise _unreadable(error) from None
     except (ValueError, KeyError, TypeError) as error:
         raise _no_index(path, error) from None
 
@@ -103,7 +111,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["version"]
     except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; {_REMEDY}") from None
+        raise _unreadable(error) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _no_index(path, error) from None
     if version != VERSION:

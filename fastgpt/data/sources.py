@@ -69,11 +69,11 @@ def find_files(source: str | os.PathLike[str], pattern: str) -> list[Path]:
     path = expand_path(source)
     try:
         if path.is_dir():
-            files = sorted(file for file in path.rglob(pattern) if file.is_file())
+            files = [file for file in _all_files(path) if fnmatch.fnmatch(file.name, pattern)]
             if not files:
                 remedy = "put some there, or give one file's path"
-                for file in sorted(path.rglob("*")):
-                    if file.is_file() and (other := _read_otherwise(file, source, pattern)):
+                for file in _all_files(path):
+                    if other := _read_otherwise(file, source, pattern):
                         remedy = f"{file.name} {other}"
                         break
                 raise DataError(f"{shown} holds no files named {pattern}: {remedy}")
@@ -88,21 +88,33 @@ def find_files(source: str | os.PathLike[str], pattern: str) -> list[Path]:
                 f"again: write it to a file and give that"
             )
     except OSError as error:
-        raise DataError(f"{shown} cannot be read: {error.strerror}; check the path and its permissions") from None
+        where = shown if error.filename is None else repr(str(error.filename))
+        raise DataError(f"{where} cannot be read: {error.strerror}; check the path and its permissions") from None
     raise DataError(f"{shown} does not exist: give {known}")
+
+
+def _all_files(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, by their paths. Raises OSError for a folder that cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = (Path(inside, name) for inside, _, names in os.walk(folder, onerror=fail) for name in names)
+    return sorted(file for file in found if file.is_file())
 
 
 def _read_otherwise(file: Path, source: str | os.PathLike[str], pattern: str) -> str | None:
     """What the file has by its name, and how that is read, where it is not a text that fits `pattern`; else None."""
-    if file.suffix == ".bin":
+    suffix = file.suffix.lower()
+    if suffix == ".bin":
         return (
             "has tokens, by its name: give the folder that has those of both splits, train.bin and "
             "val.bin or NAME_train_000001.bin and NAME_val_000001.bin"
         )
-    if file.suffix not in DOCUMENTS or fnmatch.fnmatch(file.name, pattern):
+    if suffix not in DOCUMENTS or fnmatch.fnmatch(file.name, pattern):
         return None
     return (
-        f"has {DOCUMENTS[file.suffix]}, not plain text: fastgpt data prepare "
+        f"has {DOCUMENTS[suffix]}, not plain text: fastgpt data prepare "
         f"--data {shlex.quote(os.fspath(source))} --out TOKENS makes tokens of its texts, for --data TOKENS; prompts "
         f"and completions are read from JSON lines by --layout completions"
     )

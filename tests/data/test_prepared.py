@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +80,25 @@ def test_a_damaged_index(folder, change) -> None:
     (folder / INDEX).write_text(json.dumps(change(json.loads((folder / INDEX).read_text()))))
     with pytest.raises(DataError, match=r"index\.json' is no index of prepared data .* again"):
         open_prepared(folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, TOKENIZER, "tokens-00001.bin"])
+def test_a_file_that_may_not_be_read_is_not_to_be_removed(folder, monkeypatch, name) -> None:
+    def refuse(path, *arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def refusing(own):
+        return lambda path, *a, **k: (refuse if Path(path).name == name else own)(path, *a, **k)
+
+    for owner, function in ((Path, "read_text"), (prepared, "open_shard")):
+        monkeypatch.setattr(owner, function, refusing(getattr(owner, function)))
+    with pytest.raises(
+        DataError, match=f"{name}' cannot be read: Permission denied; check the path and its permissions"
+    ):
+        open_prepared(folder)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(DataError, match=r"json' cannot be read: Permission denied; check the path"):
+        is_prepared(folder)
 
 
 def test_an_index_of_another_version_or_of_no_json(folder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import http.server
@@ -68,7 +69,21 @@ def test_bad_sources(tmp_path) -> None:
     refuses(tmp_path / "folder", "no files named *.txt")
 
 
-@pytest.mark.parametrize("name, kind", [("rows.jsonl", "JSON lines"), ("rows.parquet", "Parquet")])
+def test_a_folder_inside_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    assert load_text(tmp_path) == "text"
+
+    def refuse(path, scandir=os.scandir):
+        if Path(path).name == "inside":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refuses(tmp_path, "inside' cannot be read: Permission denied; check the path and its permissions")
+
+
+@pytest.mark.parametrize("name, kind", [("rows.jsonl", "JSON lines"), ("rows.PARQUET", "Parquet")])
 def test_documents_are_for_the_command_that_reads_them(tmp_path, name, kind) -> None:
     (tmp_path / name).write_bytes(b"PAR1")
     for source in (tmp_path / name, tmp_path):
