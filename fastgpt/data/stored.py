@@ -91,9 +91,11 @@ def _prepared_folder(path: Path, tokenizer: str | Tokenizer) -> Prepared:
     own = prepared.tokenizer
     is_same = tokenizer in ("char", own.kind) if isinstance(tokenizer, str) else _same(tokenizer, own)
     if not is_same:
+        remedy = "leave --tokenizer out" if isinstance(tokenizer, str) else "give data that were prepared with this one"
+        wanted = tokenizer if isinstance(tokenizer, str) else f"{tokenizer.kind} of {tokenizer.vocab_size}"
         raise DataError(
-            f"{str(path)!r} was prepared with another tokenizer, a {own.kind} of {own.vocab_size} tokens: leave "
-            f"--tokenizer out, or prepare the text again with the tokenizer that is wanted"
+            f"{str(path)!r} was prepared with another tokenizer, a {own.kind} of {own.vocab_size} tokens, than the "
+            f"{wanted} that is asked for: {remedy}, or prepare the text again with the tokenizer that is wanted"
         )
     return prepared
 
