@@ -44,6 +44,7 @@ from .settings import (
     TrainSettings,
     UsageError,
     check_common,
+    is_one_of_several,
     with_sources,
 )
 from .studies.settings import STUDIES, LearnSettings, question
@@ -228,6 +229,8 @@ def _run(args: Sequence[str]) -> int:
     except RuntimeError:  # of the folder or the file that settings are read from
         _let_first_process_speak()
         raise
+    if is_one_of_several() and not isinstance(settings, TrainSettings):
+        raise UsageError("torchrun: only fastgpt train shares its work among processes; give this command without it")
     with use_threads(getattr(settings, "threads", None)):
         return command.run(settings) or 0
 

@@ -386,9 +386,14 @@ def _of_resumed_run(kind: type, given: dict[str, Any], out: str) -> dict[str, An
     if "preset" in given:
         raise UsageError(f"--preset: the run in {out} has its settings already; leave it out, or start another run")
     values = _settings_of_run(Path(out), kind)
-    if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":  # one of several processes, which share the cores
+    if is_one_of_several():  # which share the cores
         values.pop("threads", None)
     return values
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun has started this process beside others."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _settings_of_run(out: Path, kind: type = TrainSettings) -> dict[str, Any]:

@@ -46,3 +46,12 @@ def test_of_the_processes_of_torchrun_the_first_names_what_is_wrong_in_the_comma
             monkeypatch.setenv("LOCAL_RANK", rank)
             assert main(["train", *arguments]) == code
             assert heard == pauses and capsys.readouterr().err.startswith("fastgpt train: ")
+
+
+def test_commands_that_torchrun_would_only_repeat_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    for size, code in (("1", 0), ("2", 2)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert main(["data", "show"]) == code
+    assert "torchrun: only fastgpt train shares its work among processes" in capsys.readouterr().err
+    assert main(["data", "show", "--help"]) == 0
