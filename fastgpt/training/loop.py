@@ -1,13 +1,12 @@
 """The training loop: steps, evaluation, checkpoints, and a stop that loses nothing.
 
-A run can be stopped anywhere and resumed to the same bits: the batch of step s follows from (seed, s) alone, and
-weights, moments, counters, the gradient scaler and the random state of dropout are in every checkpoint.
+A run can be stopped anywhere and resumed to the same bits: the batch of step s follows from (seed, s) alone, and all
+other state is in every checkpoint (snapshot.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import signal
 import sys
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cuda_graph
-from ..checkpoint import Checkpoint, CheckpointError, check_same, model_tensors
+from ..checkpoint import Checkpoint
 from ..config import TrainConfig
 from ..data.corpus import Corpus
 from ..data.layouts import IGNORED, layout_class
@@ -28,9 +27,8 @@ from ..data.prefetch import Prefetcher
 from ..language_model import LanguageModel
 from ..machine import resolve_device
 from ..model import GPT
-from . import TrainingError
+from . import TrainingError, snapshot
 from .graph import GraphedStep, is_graphed
-from .muon import Muon
 from .parallel import parallel_loss
 from .processes import ALONE, Processes
 from .progress import Progress
@@ -47,9 +45,6 @@ from .step import (
     training_step,
 )
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, by AdamW's own names
-MUON_MOMENTS = ("momentum_buffer",)  # Muon's, of a matrix
-COUNTERS: dict[str, Any] = {"step": int, "tokens": int, "elapsed_s": (int, float), "best_val": (int, float, type(None))}
 STEPS_CUT_AT_ONCE = 16  # on a CPU: the code that cuts batches has left the caches after a step, and is slow then
 
 
@@ -90,113 +85,13 @@ class Trainer:
         self._signal = 0  # that this process has received; 0 for none
         self._stop = 0  # and that any process has received
 
-    # --- state ----------------------------------------------------------------------------------------------------
-
-    def _trained(self) -> dict[str, Tensor]:
-        """The parameters that are not frozen, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def _moments_of(self, parameter: Tensor) -> tuple[str, ...]:
-        by_muon = self.optimizer.matrices if isinstance(self.optimizer, Muon) else ()
-        return MUON_MOMENTS if any(parameter is matrix for matrix in by_muon) else MOMENTS
-
     def checkpoint(self) -> Checkpoint:
-        tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
-        for name, parameter in self._trained().items():
-            moments = self.optimizer.state.get(parameter)
-            for moment in self._moments_of(parameter):
-                zeros = torch.zeros((), dtype=torch.float32) if moment == "step" else torch.zeros_like(parameter)
-                tensors[f"{moment}.{name}"] = moments[moment] if moments else zeros
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type != "cpu":
-            tensors[f"rng.{self.device.type}"] = torch.get_device_module(self.device).get_rng_state(self.device)
-        state = {**self.state, "train_tokens": len(self.corpus.train), "data": self.corpus.fingerprint}
-        if self.precision.scaler.is_enabled():
-            state["scaler"] = self.precision.scaler.state_dict()
-        return Checkpoint(
-            dataclasses.asdict(self.model.cfg),
-            dataclasses.asdict(self.cfg),
-            state,
-            self.corpus.tokenizer.to_json(),
-            tensors,
-            model=self.model.kind,
-        )
+        """The state of the run as it is now; its tensors are the run's own."""
+        return snapshot.take(self)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Take up where `saved` left off. Everything is checked before anything is changed."""
-        weights = model_tensors(self.model)
-        check_same(saved.path, "model", saved.part("model"), weights)
-        if saved.state.get("train_tokens") != len(self.corpus.train):
-            raise CheckpointError(
-                f"{saved.path}: field 'train_tokens' is {saved.state.get('train_tokens')}, but the data given has "
-                f"{len(self.corpus.train)}: resume with the data the run was started with"
-            )
-        if "data" in saved.state and not self.corpus.has_fingerprint(saved.state["data"]):  # older ones do not say
-            raise CheckpointError(
-                f"{saved.path}: field 'data' is not the fingerprint of the data given, which is as long, but not the "
-                f"same: resume with the data the run was started with"
-            )
-        _check_counters(saved)
-        moments = self._empty_moments()
-        saved = self._with_checked_moments(saved, moments)
-        scaler = self._checked_scaler(saved)
-        self._restore_random_state(saved)
-        targets = {f"model.{name}": tensor for name, tensor in weights.items()}
-        if saved.state["step"] > 0:  # else the optimizer makes its zeros itself
-            targets |= {f"{kind}.{name}": t for name, kinds in moments.items() for kind, t in kinds.items()}
-        saved.read_into(targets)
-        self.precision.scaler.load_state_dict(scaler)
-        self.state = {key: saved.state[key] for key in self.state}
-        if self.state["step"] > 0:
-            self.optimizer.state.update({p: moments[name] for name, p in self._trained().items()})
-
-    def _empty_moments(self) -> dict[str, dict[str, Tensor]]:
-        """Memory for the optimizer's state: the tensors of each parameter by their kind."""
-        step_device = self.device if self.optimizer.param_groups[-1]["fused"] else torch.device("cpu")  # AdamW's rule
-        return {
-            name: {
-                kind: torch.empty((), dtype=torch.float32, device=step_device)
-                if kind == "step"
-                else torch.empty_like(parameter.detach())
-                for kind in self._moments_of(parameter)
-            }
-            for name, parameter in self._trained().items()
-        }
-
-    def _with_checked_moments(self, saved: Checkpoint, moments: dict[str, dict[str, Tensor]]) -> Checkpoint:
-        """`saved`, whose optimizer state fits `moments`. What older checkpoints have of frozen parameters may stay."""
-        frozen = {name for name, _ in self.model.named_parameters()} - moments.keys()
-        if not saved.part("step"):  # an older checkpoint, whose parameters all took every step
-            step = torch.tensor(saved.state["step"], dtype=torch.float32)
-            steps = {f"step.{name}": step for name, kinds in moments.items() if "step" in kinds}
-            saved = dataclasses.replace(saved, tensors=saved.tensors | steps)
-        for kind in MOMENTS + MUON_MOMENTS:
-            expected = {name: kinds[kind] for name, kinds in moments.items() if kind in kinds}
-            found = {name: tensor for name, tensor in saved.part(kind).items() if name not in frozen}
-            check_same(saved.path, kind, found, expected)
-        return saved
-
-    def _checked_scaler(self, saved: Checkpoint) -> dict[str, Any]:
-        """The saved state of the gradient scaler, or its present state where the checkpoint has none."""
-        now = self.precision.scaler.state_dict()
-        found = saved.state.get("scaler", now)
-        if not isinstance(found, dict) or not all(isinstance(found.get(key), (int, float)) for key in now):
-            raise CheckpointError(f"{saved.path}: field 'scaler' of 'state' is no state of a gradient scaler")
-        return found
-
-    def _restore_random_state(self, saved: Checkpoint) -> None:
-        """Set the random generators' states. A state from another kind of device is left out."""
-        states, name, device = saved.read("rng"), "cpu", self.device
-        if name not in states:
-            raise CheckpointError(f"{saved.path}: tensor rng.cpu is missing")
-        try:
-            torch.set_rng_state(states[name])
-            if device.type != "cpu" and (name := device.type) in states:
-                torch.get_device_module(device).set_rng_state(states[name], device)
-        except (RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{saved.path}: tensor rng.{name} is not a random state ({error})") from None
-
-    # --- the loop -------------------------------------------------------------------------------------------------
+        """Take up where `saved` left off. Everything is checked before anything is changed: CheckpointError."""
+        snapshot.restore(self, saved)
 
     def finished(self) -> str | None:
         """Where there is nothing left to do, what was reached and how to go on; else None."""
@@ -235,7 +130,7 @@ class Trainer:
                 while state["step"] < cfg.max_steps and not done:
                     done = self._interval(iter(batches))
                 self._saver.wait()
-                if state["step"] >= cfg.max_steps and self.folder.last_checkpoint() is None:
+                if state["step"] >= cfg.max_steps and self.processes.any(self.folder.last_checkpoint() is None):
                     self._save()
                     self._saver.wait()
         if self.processes.is_first:
@@ -389,16 +284,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _check_counters(saved: Checkpoint) -> None:
-    """Raise CheckpointError for the first counter of a run that is missing in `saved` or cannot be one."""
-    for name, kinds in COUNTERS.items():
-        if name not in saved.state:
-            raise CheckpointError(f"{saved.path}: field 'state' has no {name!r}")
-        value = saved.state[name]
-        if not isinstance(value, kinds) or (isinstance(value, (int, float)) and not value >= 0):
-            raise CheckpointError(f"{saved.path}: field {name!r} of 'state' is {value!r}, which a run cannot have")
 
 
 def _rate(tokens: int, seconds: float) -> float:
