@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..baselines import build_model
-from ..checkpoint import Checkpoint, CheckpointError
+from ..checkpoint import Checkpoint, CheckpointError, newest
 from ..config import GPTConfig, TrainConfig
 from ..data.corpus import Corpus
 from ..language_model import LanguageModel
@@ -105,6 +105,7 @@ def load_latest(out: str | Path) -> Checkpoint:
     if last is None:
         remedy = "give another --out" if folder.has_begun() else "leave --resume out"
         raise CheckpointError(f"{folder.latest}: no such checkpoint to resume from; {remedy} to start")
+    newest(folder.checkpoints, "best")  # a damaged one is named now, and not when the run next saves
     return Checkpoint.load(last)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastgpt.checkpoint import Checkpoint, newest
+from fastgpt.checkpoint import Checkpoint, CheckpointError, newest
 from fastgpt.training.loop import Interrupted
 from fastgpt.training.runs import load_latest
 from fastgpt.training.saving import saver
@@ -58,6 +58,13 @@ def test_one_process_resumes_from_several_to_the_same_bits(corpus, tmp_path, mon
     resumed.restore(load_latest(tmp_path / "parts"))
     resumed.run()
     assert_same_checkpoint(whole.folder.latest, resumed.folder.latest)
+
+
+def test_a_damaged_best_checkpoint_is_named_at_the_start_and_not_when_the_run_next_saves(run):
+    settings = run.folder.checkpoints / "step-00000004" / "checkpoint.json"
+    settings.unlink()
+    with pytest.raises(CheckpointError, match=f"^{settings}: cannot be read: .*; copy the whole directory again"):
+        load_latest(run.folder.path)
 
 
 def test_what_a_killed_run_left_is_removed_at_the_next_start(run):
