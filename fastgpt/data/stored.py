@@ -120,7 +120,13 @@ def _large_text(text: Text, hashes: list[str], tokenizer: str | Tokenizer, vocab
             f"{error}: the text is tokenized again next time; set FASTGPT_CACHE to a writable folder", stacklevel=2
         )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its maps outlive it
-        make(Path(folder))
+        try:
+            make(Path(folder))
+        except FileError as error:
+            raise FileError(
+                f"{folder}: the tokens cannot be written there either: {error.__cause__ or error}; set FASTGPT_CACHE "
+                f"to a folder with room for them"
+            ) from error
         return open_prepared(Path(folder))
 
 

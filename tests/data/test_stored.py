@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from fastgpt.data.shard_writer import PROGRESS, ShardWriter
 from fastgpt.data.shards import ShardedTokens
 from fastgpt.data.sources import DataError, load_text
 from fastgpt.evaluate import examples_of
+from fastgpt.files import FileError
 from fastgpt.studies.experiment import frequency_loss
 from fastgpt.studies.learn import counted_bigram
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
@@ -266,6 +268,20 @@ def test_a_cache_that_cannot_be_written(large, cache) -> None:
     with pytest.warns(UserWarning, match="cannot be written.*FASTGPT_CACHE"):
         corpus = Corpus.load(large)
     assert np.array_equal(corpus.train, first.train) and corpus.fingerprint == first.fingerprint
+
+
+def test_no_folder_has_room_for_the_tokens(large, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "_write", full)
+    with (
+        pytest.warns(UserWarning, match="No space left on device"),
+        pytest.raises(
+            FileError, match=r"cannot be written there either: .*No space left.*; set FASTGPT_CACHE to a fol"
+        ),
+    ):
+        Corpus.load(large)
 
 
 def test_tokens_of_a_text_that_changes_while_it_is_read_are_not_kept(large, monkeypatch) -> None:
