@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .config import MAX_HEAD_SIZE, ConfigError, GPTConfig
 from .language_model import LanguageModel
 from .model import GPT
 from .modules import embed
-from .ops.dropout import dropout
+from .ops.dropout import dropout, dropout_between_layers, within_rows
 
 
 class Bigram(LanguageModel):
@@ -89,6 +89,7 @@ class Recurrent(LanguageModel):
     """
 
     layers: ClassVar[Callable[..., nn.RNNBase]]
+    layer: ClassVar[Callable[..., Any]]  # one of them, as a function
 
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__(cfg)
@@ -117,28 +118,40 @@ class Recurrent(LanguageModel):
         x = dropout(embed(idx, self.token_embedding), p)  # (B, T, C)
         if idx.numel() == 0:  # torch's layers refuse a sequence without steps
             return x
+        if self.training and self.rnn.dropout > 0.0 and within_rows():
+            return dropout(self._layer_by_layer(x), p)
         x, state = self.rnn(x, None if cache is None else cache.value)
         if cache is not None:
             cache.value, cache.length = state, cache.length + idx.shape[1]
         return dropout(x, p)
 
+    def _layer_by_layer(self, x: Tensor) -> Tensor:
+        """self.rnn(x), x (B, T, C), with the dropout of this process's rows: PyTorch's layers know of no other rows."""
+        h = x.new_zeros(1, x.shape[0], x.shape[2])
+        before = (h, h) if self.kind == "lstm" else h
+        for number, weights in enumerate(self.rnn.all_weights):
+            if number > 0:
+                x = dropout_between_layers(x, self.rnn.dropout)
+            x = type(self).layer(x, before, weights, self.rnn.bias, 1, 0.0, True, False, True)[0]
+        return x
+
 
 class RNN(Recurrent):
     """Elman's network (1990): h_t = tanh(W x_t + U h_{t-1})."""
 
-    kind, layers = "rnn", nn.RNN
+    kind, layers, layer = "rnn", nn.RNN, torch.rnn_tanh
 
 
 class GRU(Recurrent):
     """Gated recurrent units (Cho et al. 2014)."""
 
-    kind, layers = "gru", nn.GRU
+    kind, layers, layer = "gru", nn.GRU, torch.gru
 
 
 class LSTM(Recurrent):
     """Long short-term memory (Hochreiter and Schmidhuber 1997)."""
 
-    kind, layers = "lstm", nn.LSTM
+    kind, layers, layer = "lstm", nn.LSTM, torch.lstm
 
 
 MODELS: dict[str, type[LanguageModel]] = {cls.kind: cls for cls in (GPT, Bigram, PositionalBigram, RNN, GRU, LSTM)}

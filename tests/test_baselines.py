@@ -16,6 +16,7 @@ from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
 from fastgpt.config import ConfigError
 from fastgpt.generate import stream
+from fastgpt.ops.dropout import rows_from
 
 CFG = GPTConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=12, dropout=0.0)
 RECURRENT = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
@@ -191,6 +192,24 @@ def test_matched_models_have_the_parameters_of_the_gpt(kind, cfg):
             assert isinstance(model, RECURRENT[kind])
             assert model.cfg.n_layer == (n_layer or cfg.n_layer) and model.cfg.block_size == cfg.block_size
             assert abs(model.num_parameters() / wanted - 1.0) < 0.02
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_parts_of_a_batch_of_a_recurrent_model_drop_what_the_whole_batch_drops(kind, bias):
+    model = made(kind, dropout=0.5, n_layer=3, bias=bias).train()
+    idx = torch.randint(13, (6, 8), generator=torch.Generator().manual_seed(1))
+
+    def hidden(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(2)
+        return model.hidden(idx[rows]), torch.get_rng_state()
+
+    whole, state = hidden(slice(0, 6))
+    for first in (0, 3):
+        with rows_from(first, 6):
+            part, its_state = hidden(slice(first, first + 3))
+        torch.testing.assert_close(part, whole[first : first + 3])
+        assert torch.equal(its_state, state)
 
 
 @pytest.mark.parametrize("kind", RECURRENT)

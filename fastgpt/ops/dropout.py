@@ -35,7 +35,8 @@ def rows_from(first_sequence: int, n_sequences: int) -> Iterator[None]:
     Sequence 0 of a call is sequence `first_sequence` of a batch of `n_sequences`. Dropout then draws the masks that
     the whole batch would have for these sequences, and leaves torch's generator where the whole batch would leave it.
     So processes that divide a batch, and whose generators have the same state, drop what one process would drop. Only
-    PyTorch's own attention on a GPU has other masks inside than outside, because its kernel cannot draw a part.
+    PyTorch's own attention and its recurrent layers on a GPU have other masks inside than outside, because their
+    kernels cannot draw a part.
 
     The backward pass of an op uses the rows of its forward pass, wherever it runs; what is computed anew in a backward
     pass (`torch.utils.checkpoint`) has to be inside, too. It holds for all threads of the process, because autograd
@@ -138,3 +139,14 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     lanes = draws.view(torch.int16)[:numel].view(shape)[first : first + x.shape[0]]
     scale = 2**16 / (2**16 - dropped_lanes)
     return x * (lanes >= dropped_lanes - 2**15).to(x.dtype).mul_(scale)
+
+
+def dropout_between_layers(x: Tensor, p: float) -> Tensor:
+    """Inside of `rows_from`, for x (B, T, C), what PyTorch's recurrent layers have between them for the whole batch.
+
+    They draw their masks as (T, B, C). On a GPU theirs are cuDNN's, which only has the same chances.
+    """
+    assert _rows is not None
+    first = first_sequence_of(x, p)
+    factors = torch.nn.functional.dropout(x.new_ones(x.shape[1], _rows[1], x.shape[2]), p)
+    return x * factors[:, first : first + x.shape[0]].transpose(0, 1)

@@ -61,10 +61,9 @@ def _gathered_for_mean(parameter: Any) -> Tensor:
 # The places of the rows and their targets, and of the parameters, among an op's arguments.
 _ROWS = {"cross_entropy": (0, 1), "linear_cross_entropy": (0, 2)}
 _WEIGHTS = {"cross_entropy": {"weight": 2}, "linear_cross_entropy": {"weight": 1, "bias": 3}}
-_CLASSES = {
-    "cross_entropy": 1,
-    "linear_cross_entropy": -1,
-}  # the rows' dimensions before this one are those of the targets
+# The rows' dimension of the classes, or of the channels. The dimensions before it are the first ones of the targets,
+# too: where the rows are sharded along one of them, the targets are sharded alike.
+_CLASSES = {"cross_entropy": 1, "linear_cross_entropy": -1}
 
 
 def _loss_of_all(op: str, run: Callable[..., Any], args: tuple) -> Any:
