@@ -112,20 +112,7 @@ class Trainer:
             self._take = GraphedStep(self._take_eagerly, self.model, self.optimizer, self.precision, self._recorder)
         with self._signals():
             self._progress = Progress(cfg, state["step"], lines)
-            on_cpu = self.device.type == "cpu"
-            batches = Prefetcher(
-                self.corpus.examples("train", self.model.cfg.block_size),
-                cfg.batch_size,
-                cfg.seed,
-                state["step"] * cfg.grad_accum,
-                device=self.device,
-                # The micro-batches of a step and one more ahead, or those of several steps.
-                depth=cfg.grad_accum * STEPS_CUT_AT_ONCE if on_cpu else cfg.grad_accum + 1,
-                threaded=not on_cpu,
-                order=cfg.order,
-                rows=self._rows,
-            )
-            with self._progress, batches:
+            with self._progress, self._batches() as batches:
                 done = self._evaluate_and_save() if state["step"] == 0 else False
                 while state["step"] < cfg.max_steps and not done:
                     done = self._interval(iter(batches))
@@ -138,6 +125,22 @@ class Trainer:
             if problem:
                 print(problem)
         return dict(state)
+
+    def _batches(self) -> Prefetcher:
+        """The micro-batches from the present step on, of this process's rows."""
+        cfg, on_cpu = self.cfg, self.device.type == "cpu"
+        return Prefetcher(
+            self.corpus.examples("train", self.model.cfg.block_size),
+            cfg.batch_size,
+            cfg.seed,
+            self.state["step"] * cfg.grad_accum,
+            device=self.device,
+            # The micro-batches of a step and one more ahead, or those of several steps.
+            depth=cfg.grad_accum * STEPS_CUT_AT_ONCE if on_cpu else cfg.grad_accum + 1,
+            threaded=not on_cpu,
+            order=cfg.order,
+            rows=self._rows,
+        )
 
     def _interval(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
         """Train up to the next step whose loss is read, which waits for a GPU. Returns True when training is over."""
@@ -177,16 +180,18 @@ class Trainer:
             return done
         if has_moved and not is_due:
             self._save()
-        name = signal.Signals(self._stop).name
-        hint = f" Resume with: {self.resume_command}" if self.resume_command else ""
         self._saver.wait()
-        saved = self.folder.last_checkpoint()
-        raise Interrupted(f"{name}: stopped at step {state['step']} and saved {saved}.{hint}")
+        raise self._interrupted()
 
     def _stopped(self) -> bool:
         """Whether a signal has reached any of the processes, which then all stop at this step."""
         self._stop = self.processes.largest(self._signal)
         return self._stop != 0
+
+    def _interrupted(self) -> Interrupted:
+        name, saved = signal.Signals(self._stop).name, self.folder.last_checkpoint()
+        hint = f" Resume with: {self.resume_command}" if self.resume_command else ""
+        return Interrupted(f"{name}: stopped at step {self.state['step']} and saved {saved}.{hint}")
 
     def _check_losses(self, values: list[float], first: int) -> None:
         """Raise TrainingError for a loss that is not finite, or where float16 gradients overflow at any scale."""
