@@ -71,6 +71,8 @@ class Job:
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         _expect(self.parallel in PARALLELS, "parallel", self.parallel, f"one of {', '.join(PARALLELS)}")
         _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        is_half = self.is_sharded and self.dtype == "float16"
+        _expect(not is_half, "dtype", self.dtype, "bfloat16 or float32 with parallel=fsdp, as in training")
         _expect(self.batch_size % self.gpus == 0, "batch_size", self.batch_size, f"a multiple of gpus={self.gpus}")
 
     @property
@@ -117,6 +119,9 @@ class Cluster:
         for name in ("memory_gb", "flops", "bandwidth_gb_s", "network_gb_s"):
             _expect(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         _expect(0 < self.efficiency <= 1, "efficiency", self.efficiency, "a number in (0, 1]")
+        for name in ("memory_gb", "flops", "efficiency", "bandwidth_gb_s", "network_gb_s"):
+            # Beyond, a time or a size would be infinite.
+            _expect(1e-30 <= getattr(self, name) <= 1e30, name, getattr(self, name), "a number from 1e-30 to 1e30")
         _expect(self.gpus_per_node >= 1, "gpus_per_node", self.gpus_per_node, "an integer of at least 1")
 
 
@@ -145,13 +150,14 @@ def root_shapes(cfg: GPTConfig) -> list[Shape]:
     return [*tables, *norm]
 
 
-def all_shapes(cfg: GPTConfig) -> list[Shape]:
-    return root_shapes(cfg) + block_shapes(cfg) * cfg.n_layer
-
-
 def count(shapes: Iterable[Shape], n_shards: int = 1) -> int:
     """Numbers in the largest shard. FSDP2 cuts each parameter along its rows, into parts of equal size but the last."""
     return sum(-(-shape[0] // n_shards) * prod(shape[1:]) for shape in shapes)
+
+
+def parameters(cfg: GPTConfig, n_shards: int = 1) -> int:
+    """Numbers in all parameters, P, or in the largest shard of each."""
+    return count(root_shapes(cfg), n_shards) + cfg.n_layer * count(block_shapes(cfg), n_shards)
 
 
 # ---- memory ----
@@ -222,8 +228,8 @@ def half_copies(cfg: GPTConfig, size: int, is_sharded: bool = False) -> int:
 
     FSDP gathers a block's matrices in half precision, so that the head's alone is copied.
     """
-    matrices = [] if is_sharded else [shape for shape in block_shapes(cfg) if len(shape) == 2] * cfg.n_layer
-    return 0 if size == FLOAT32 else size * (count(matrices) + cfg.vocab_size * cfg.n_embd)
+    matrices = 0 if is_sharded else cfg.n_layer * count(shape for shape in block_shapes(cfg) if len(shape) == 2)
+    return 0 if size == FLOAT32 else size * (matrices + cfg.vocab_size * cfg.n_embd)
 
 
 def memory(cfg: GPTConfig, job: Job) -> dict[str, int]:
@@ -233,8 +239,7 @@ def memory(cfg: GPTConfig, job: Job) -> dict[str, int]:
     by N, as ZeRO's third stage. It gathers the outer parameters, which both ends of the model read, in float32, and the
     block that is computed and the next one, and makes whole gradients of the outer parameters and of one block.
     """
-    size, shapes = job.size, all_shapes(cfg)
-    shard = count(shapes, job.gpus if job.is_sharded else 1)
+    size, shard = job.size, parameters(cfg, job.gpus if job.is_sharded else 1)
     parts = {
         "weights": FLOAT32 * shard,
         "gradients": FLOAT32 * shard,
@@ -343,9 +348,9 @@ def collectives(cfg: GPTConfig, job: Job) -> list[Collective]:
     if n == 1:
         return []
     if not job.is_sharded:
-        gradients = FLOAT32 * count(all_shapes(cfg))
+        gradients = FLOAT32 * parameters(cfg)
         return [Collective("all_reduce", gradients, ring_all_reduce(gradients, n), "backward")]
-    blocks, root = (n * count(shapes, n) for shapes in (block_shapes(cfg) * cfg.n_layer, root_shapes(cfg)))
+    blocks, root = n * cfg.n_layer * count(block_shapes(cfg), n), n * count(root_shapes(cfg), n)
     made = (
         ("all_gather_forward", job.size * blocks + FLOAT32 * root, "forward"),
         ("all_gather_backward", job.size * blocks, "backward"),
@@ -420,7 +425,7 @@ class Plan:
 
     @property
     def n_parameters(self) -> int:
-        return count(all_shapes(self.cfg))
+        return parameters(self.cfg)
 
     @property
     def tokens(self) -> int:

@@ -46,7 +46,7 @@ def batch_of(cfg: GPTConfig, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_parameters(changes):
     model = model_of(**changes)
-    assert plan.count(plan.all_shapes(model.cfg)) == model.num_parameters()
+    assert plan.parameters(model.cfg) == model.num_parameters()
     block = [tuple(p.shape) for p in model.blocks[0].parameters()]
     assert sorted(plan.block_shapes(model.cfg)) == sorted(block)
 
@@ -148,7 +148,7 @@ def test_what_a_ring_sends():
     """Each of 4 processes sends 3 of 4 quarters to scatter the sums, and 3 to gather them."""
     assert plan.ring_half(400, 4) == 300 and plan.ring_all_reduce(400, 4) == 600
     cfg = GPTConfig.preset("gpt2")
-    n_bytes = 4 * plan.count(plan.all_shapes(cfg))
+    n_bytes = 4 * plan.parameters(cfg)
     assert Plan(cfg, Job(gpus=8, batch_size=8, grad_accum=4)).sent == {"all_reduce": 2 * 7 / 8 * n_bytes}
     sharded = Job(gpus=8, parallel="fsdp", batch_size=8, dtype="float32")
     once = Plan(cfg, sharded).sent
@@ -251,6 +251,12 @@ def test_the_command_needs_no_torch():
         ("--parallel tensor", "--parallel: expected one of auto, ddp, fsdp, got 'tensor'"),
         ("--dtype int8", "--dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
         ("--memory-gb 0", "--memory-gb: expected more than 0, got 0.0"),
+        (
+            "--dtype float16 --gpus 2 --parallel fsdp",
+            "--dtype: expected bfloat16 or float32 with parallel=fsdp, as in training, got 'float16'",
+        ),
+        ("--memory-gb 1e300", "--memory-gb: expected a number from 1e-30 to 1e30, got 1e+300"),
+        ("--efficiency 1e-300", "--efficiency: expected a number from 1e-30 to 1e30, got 1e-300"),
         ("--flops -1", "--flops: expected more than 0, got -1.0"),
         ("--efficiency 1.5", "--efficiency: expected a number in (0, 1], got 1.5"),
         ("--bandwidth-gb-s 0", "--bandwidth-gb-s: expected more than 0, got 0.0"),
@@ -262,6 +268,14 @@ def test_the_command_needs_no_torch():
 def test_errors_name_the_option(words, error, capsys):
     assert main(["plan", *words.split()]) == 2
     assert capsys.readouterr().err == f"fastgpt plan: {error}\n"
+
+
+def test_a_model_of_any_size_takes_no_memory_to_plan():
+    cfg = GPTConfig(vocab_size=2, block_size=1024, n_layer=2**31 - 1, n_head=1, n_embd=8)
+    found = Plan(cfg, Job(gpus=2, batch_size=2, parallel="fsdp"))
+    per_block = plan.count(plan.block_shapes(cfg))
+    assert found.n_parameters == (2**31 - 1) * per_block + plan.count(plan.root_shapes(cfg))
+    assert not found.fits and found.largest_batch == 0
 
 
 def test_errors_name_the_argument():
