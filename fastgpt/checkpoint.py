@@ -244,6 +244,10 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{path}: no such file or folder; expected the folder of a run, as fastgpt train writes it, or of a "
             f"saved model"
         )
+    if not path.is_dir() and sharded.is_sharded(path.parent):
+        raise CheckpointError(
+            f"{path}: is one file of a checkpoint of several processes; give its folder, {path.parent}"
+        )
     if not path.is_dir() or sharded.is_sharded(path):
         return path
     for folder in (path / "checkpoint", path):

@@ -123,6 +123,13 @@ def test_damage_names_the_file_and_the_remedy(run, capsys, change, message):
     assert re.search(message, said) and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", [SHARD, "checkpoint.json"])
+def test_one_file_of_it_is_refused_and_its_folder_named(run, name):
+    folder = run / "checkpoint" / "step-00000004"
+    with pytest.raises(CheckpointError, match=f"{name}: is one file of .*; give its folder, {folder}$"):
+        fastgpt.load(folder / name)
+
+
 def test_the_larger_step_counts_whichever_its_form(tmp_path):
     folder = tmp_path / "checkpoint"
     assert newest(folder, "latest") is None
