@@ -20,7 +20,6 @@ import importlib
 import inspect
 import multiprocessing
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -322,7 +321,7 @@ def self_test_typical_variants(device: torch.device) -> None:
 
 def dispatch(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
     """Run `op` on the backend that `choose` names; the device is that of the first argument, a tensor."""
-    if dtensor.MODULE in sys.modules and dtensor.has_local_tensors(op, args):
+    if dtensor.is_loaded() and dtensor.has_local_tensors(op, args):
         return dtensor.on_local_tensors(op, partial(dispatch, op, backend), *args, **kwargs)
     device_type = "cpu" if args[0].is_cpu else args[0].device.type  # reading `device.type` takes 10 us with cold caches
     name, reasons = choose(op, backend, device_type, args, kwargs)

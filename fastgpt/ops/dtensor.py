@@ -21,20 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULE = "torch.distributed.tensor"  # callers ask first whether it is loaded, since that takes no call
+_MODULE = "torch.distributed.tensor"
+
+
+def is_loaded() -> bool:
+    """Whether there may be DTensors."""
+    if torch.compiler.is_compiling():  # which would copy sys.modules, while other threads may import
+        return hasattr(torch.distributed, "tensor")
+    return _MODULE in sys.modules
 
 
 def is_kind(kind: type) -> bool:
     """Whether `kind` is the class of DTensors."""
-    return MODULE in sys.modules and kind is sys.modules[MODULE].DTensor
+    return is_loaded() and kind is torch.distributed.tensor.DTensor
 
 
 def has_local_tensors(op: str, args: tuple) -> bool:
-    """Whether some of `args` are DTensors that `on_local_tensors` replaces; torch.distributed.tensor is loaded.
+    """Whether some of `args` are DTensors that `on_local_tensors` replaces; torch.distributed.tensor `is_loaded`.
 
     Rows that are a DTensor are left to PyTorch's own ops, except for the losses.
     """
-    kind = sys.modules[MODULE].DTensor
+    kind = torch.distributed.tensor.DTensor
     return kind in map(type, args) and (op in _ROWS or type(args[0]) is not kind)
 
 

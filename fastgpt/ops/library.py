@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -242,12 +241,12 @@ def hooks_of(module: nn.Module) -> str | None:
 
 def has_hooks_of_fsdp_alone(module: nn.Module) -> bool:
     """Whether whatever runs when `module` is called, besides its forward, was put there by `fully_shard`."""
-    if "torch.distributed.fsdp" not in sys.modules or torch.nn.modules.module._has_any_global_hook():
+    if not hasattr(torch.distributed, "fsdp") or torch.nn.modules.module._has_any_global_hook():
         return False
     hooks = (hook for kind in (module._forward_pre_hooks, module._forward_hooks) for hook in dict.values(kind))
     owners = {type(getattr(hook, "__self__", None)).__module__ for hook in hooks}
     return (
-        isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule)
+        isinstance(module, torch.distributed.fsdp.FSDPModule)
         and all(owner.startswith("torch.distributed.fsdp.") for owner in owners)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )

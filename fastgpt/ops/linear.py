@@ -8,7 +8,6 @@ matrix product (csrc/matmul_tiles.h), forward and backward. FASTGPT_BACKEND=nati
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ _linear_native = define_op(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) -> (..., N); see `torch.nn.functional.linear`."""
-    if dtensor.MODULE in sys.modules and dtensor.has_local_tensors("linear", (x, weight, bias)):
+    if dtensor.is_loaded() and dtensor.has_local_tensors("linear", (x, weight, bias)):
         return dtensor.on_local_tensors("linear", linear, x, weight, bias)
     if torch.compiler.is_compiling() or not _native_serves(x, weight, bias):
         return F.linear(x, weight, bias)
