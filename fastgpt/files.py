@@ -16,6 +16,8 @@ from pathlib import Path
 
 from .config import ConfigError
 
+_OPEN_FILES = 256  # more than a program has open besides its data
+
 
 class FileError(RuntimeError):
     """A file cannot be written, or cannot be read as what it should be. The message names the file and the reason."""
@@ -134,3 +136,21 @@ def link_or_copy(source: Path, target: Path) -> None:
         raise FileError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def allow_open_files(n: int) -> None:
+    """Let this process have `n` more files open than the few of any program: a memory map keeps its file open.
+
+    Raises FileError where the system sets a limit below that.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    needed = n + _OPEN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise FileError(f"{n:,} files have to be open at once, and the system allows {hard:,}: raise ulimit -n")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

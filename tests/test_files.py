@@ -14,7 +14,7 @@ import pytest
 
 from fastgpt import files
 from fastgpt.config import ConfigError
-from fastgpt.files import FileError, atomic_path, expand_path, link_or_copy, make_output_folder
+from fastgpt.files import FileError, allow_open_files, atomic_path, expand_path, link_or_copy, make_output_folder
 
 
 def test_a_really_full_disk(tmp_path):
@@ -67,6 +67,26 @@ def test_an_output_folder_is_made_or_refused_with_the_remedy(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match=r"file: the output folder cannot be written: .*; give another --out"):
         make_output_folder(tmp_path / "file")
+
+
+def test_the_limit_of_open_files_is_raised_where_the_system_allows_it(monkeypatch) -> None:
+    resource = pytest.importorskip("resource")
+    limits = [1024, 4096]
+
+    def set_limits(what, new):
+        limits[:] = new
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", set_limits)
+    allow_open_files(500)
+    assert limits == [1024, 4096]
+    allow_open_files(2000)
+    assert limits[0] >= 2100 and limits[1] == 4096
+    with pytest.raises(FileError, match="4,000 files have to be open at once, and the system allows 4,096"):
+        allow_open_files(4000)
+    limits[1] = resource.RLIM_INFINITY
+    allow_open_files(4000)
+    assert limits[0] >= 4100
 
 
 def test_home_folders_are_expanded(monkeypatch, tmp_path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_path
+from ..files import allow_open_files, atomic_path
 from ..tokenizer import Tokenizer, tokenizer_from_json
 from .shards import ShardedTokens
 from .sources import DataError
@@ -87,6 +87,7 @@ def open_prepared(folder: Path, verify: bool = False) -> Prepared:
             if shard["file"] != shard_name(number):
                 raise ValueError(f"shard {number} is {shard['file']!r}; expected {shard_name(number)}")
         dtype, middle = DTYPES[index["dtype"]], index["train_tokens"]
+        allow_open_files(len(index["shards"]))
         shards = [open_shard(folder / shard["file"], dtype, shard["tokens"]) for shard in index["shards"]]
         for shard in tqdm(index["shards"], "comparing the tokens with their sums", disable=None, leave=False, delay=1):
             _compare(folder / shard["file"], shard["sha256"], verify)

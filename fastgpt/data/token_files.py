@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import allow_open_files
 from ..tokenizer import Tokenizer
 from .shards import pieces
 from .sources import DataError
@@ -63,7 +64,8 @@ def open_token_files(folder: Path, tokenizer: str | Tokenizer) -> TokenFiles:
             f"{shown} holds tokens, not text, so the tokenizer {tokenizer!r} cannot be trained on it: give the one "
             f"that made them, as --tokenizer FOLDER with GPT-2's vocab.json and merges.txt"
         )
-    splits, digest = {}, hashlib.sha256()
+    splits: dict[str, list[np.ndarray]] = {}
+    digest = hashlib.sha256()
     own, theirs = ([file for split in _SPLITS for file in find(folder, split)] for find in (_nanogpt, _llm_c))
     if own and theirs:
         raise DataError(
@@ -75,6 +77,7 @@ def open_token_files(folder: Path, tokenizer: str | Tokenizer) -> TokenFiles:
         if not files:
             raise DataError(f"{shown} has no file of the {split} split, {split}.bin or NAME_{split}_000001.bin: add it")
         _check_all_there(files)
+        allow_open_files(len(files) + len(splits.get("train", ())))
         splits[split] = [_open(file) for file in files]
         digest.update(f" {split}".encode())
         for file in files:
