@@ -233,8 +233,10 @@ class ShardWriter:
 def alone_in(folder: Path) -> Iterator[None]:
     """Make the folder, and be the only process in it until the end, or until this process ends.
 
-    On a disk without locks there may be others. Raises FileError where another process is inside.
+    On a disk without locks there may be others. Raises FileError where another process is inside. A folder that was
+    made here goes again where an error leaves nothing in it.
     """
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "wb")  # noqa: SIM115  -- it is closed below
@@ -249,4 +251,11 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise FileError(f"{folder}: another process writes it now; wait until it has ended") from None
         except (ImportError, OSError):
             pass
-        yield
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if is_new and os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
+            raise
