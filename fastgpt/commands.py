@@ -165,12 +165,13 @@ def _check_processes(settings: TrainSettings, processes: Processes) -> None:
     from .baselines import model_class
     from .cuda_graph import recorder
     from .machine import resolve_device
+    from .ops.backend import preferred
     from .training.graph import is_graphed
     from .training.parallel import check_parallel
     from .training.step import Precision, check_checkpointing
 
     train_config = settings.train_config()
-    processes.check_same(settings.recorded())
+    processes.check_same({**settings.recorded(), "backend": preferred()})
     processes.rows(train_config.batch_size)
     check_checkpointing(model_class(settings.model), train_config)
     device = resolve_device(train_config.device)

@@ -18,6 +18,7 @@ from fastgpt import commands
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.cli import main
 from fastgpt.ops.backend import OPS
+from fastgpt.settings import TrainSettings
 from fastgpt.training.processes import ALONE, Processes
 from fastgpt.training.run_folder import read_metrics
 from sharded_checkpoints import write_sharded
@@ -253,3 +254,11 @@ def test_a_prompt_that_a_study_cannot_encode_is_named(text_file, tmp_path, capsy
     arguments = ["--quick", "--prompt", "#", "--data", str(text_file), "--out", str(tmp_path / "study")]
     assert main(["study", "attention", *arguments]) == 1
     assert capsys.readouterr().err.startswith("fastgpt study: --prompt: character '#'")
+
+
+def test_processes_that_train_together_prefer_the_same_backend(monkeypatch):
+    compared = []
+    monkeypatch.setattr(Processes, "check_same", lambda self, settings: compared.append(settings))
+    with fastgpt.use_backend("torch"):  # as FASTGPT_BACKEND does
+        commands._check_processes(TrainSettings(out="run"), ALONE)
+    assert compared[0]["backend"] == "torch" and compared[0]["seed"] == TrainSettings.seed

@@ -72,9 +72,10 @@ def first_lines(trainer: Trainer, settings: str, source: str) -> list[str]:
     model, cfg, corpus, device = trainer.model, trainer.cfg, trainer.corpus, trainer.device
     shape = model.cfg
     layers = "" if model.kind.endswith("bigram") else f"{_counted(shape.n_layer, 'layer')}, width {shape.n_embd}, "
-    threads = f", {_counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    several = trainer.processes.size > 1
+    threads = f", {_counted(torch.get_num_threads(), 'thread')}{' each' * several}" if device.type == "cpu" else ""
     way = "FSDP2" if cfg.parallel == "fsdp" else "DDP"
-    processes = f", {trainer.processes.size} processes by {way}" if trainer.processes.size > 1 else ""
+    processes = f", {trainer.processes.size} processes by {way}" if several else ""
     examples, rows = corpus.examples("train", shape.block_size), cfg.batch_size * cfg.grad_accum
     tokens = rows * examples.row_size
     epochs = f"; {examples.epoch_size / rows:,.1f} steps are an epoch" if cfg.order == "epochs" else ""

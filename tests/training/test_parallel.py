@@ -102,6 +102,7 @@ def test_torchrun_starts_failed_processes_again_and_the_run_goes_on(tmp_path, al
     # A checkpoint is written in the background: the one before is complete, the last may not be.
     assert first in (0, 4) and second in (4, 8)
     assert ran.stdout.count("done: step 12") == 1
+    assert "device: cpu, 2 processes by DDP, 1 thread each, float32" in ran.stdout
     assert "threads" not in tomllib.loads((tmp_path / "two" / "config.toml").read_text(encoding="utf-8"))
     assert main(["train", "--data", data, "--out", str(tmp_path / "one"), "--parallel", "ddp", *TRAINED]) == 0
     assert "parallel: ddp is for several processes, and this is the only one; start" in capsys.readouterr().out
