@@ -52,6 +52,7 @@ def main() -> int | str | None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, stop)
     from .cli import main as run
+    from .settings import is_one_of_several
     from .threads import choose_waiting
 
     choose_waiting()
@@ -61,7 +62,7 @@ def main() -> int | str | None:
     except SystemExit as end:
         code = end.code
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is over, whatever comes while the process is taken down
-    if "RANK" in os.environ and isinstance(code, int):  # torchrun has started this process
+    if is_one_of_several() and isinstance(code, int):
         end_at_once(code)
     return code
 

@@ -52,7 +52,7 @@ def spelled_bytes(token: str) -> bytes:
         raise ValueError(f"not a byte-level vocabulary: {error} in token {token!r} spells no byte") from None
 
 
-def bpe_encoder(vocab: list[str], merges: list[tuple[str, str]]) -> Any:
+def encoder_of(vocab: list[str], merges: list[tuple[str, str]]) -> Any:
     """The library's tokenizer of this vocabulary. Raises ValueError where the merges do not fit it."""
     try:
         from tokenizers import Tokenizer as Encoder
@@ -105,11 +105,11 @@ def train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[A
     """The vocabulary and the merges that the library learns from the text that `texts` make together.
 
     A text of at most 32 MiB, whose distinct words have at most 3 MiB, is trained on as a whole. Of a larger one pieces
-    are taken that are spread evenly over it. The process then takes less than 400 MB.
+    are taken that are spread evenly over it, so that memory does not grow with the text.
     """
     from tokenizers import trainers
 
-    encoder = bpe_encoder(sorted(BYTE_OF), [])
+    encoder = encoder_of(sorted(BYTE_OF), [])
     encoder.pre_tokenizer = training_pre_tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -126,7 +126,7 @@ def train(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[A
 
 
 def _give_memory_back() -> None:
-    """The C library of Linux keeps what training has freed, up to 250 MB, unless it is asked for it."""
+    """The C library of Linux keeps what training has freed, hundreds of megabytes, unless it is asked for it."""
     with contextlib.suppress(OSError, TypeError, AttributeError):  # as it is elsewhere
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -66,11 +66,18 @@ def _on_backend(name: str, device: str) -> contextlib.AbstractContextManager:
     Refuses one that can serve nothing on `device`, before anything is read.
     """
     from .machine import resolve_device
-    from .ops.backend import check_preference, preferred, use_backend
+    from .ops.backend import check_preference, use_backend
 
     source = "FASTGPT_BACKEND" if name == "auto" else "--backend"
-    check_preference(preferred() if name == "auto" else name, source, resolve_device(device).type)
+    check_preference(_backend(name), source, resolve_device(device).type)
     return contextlib.nullcontext() if name == "auto" else use_backend(name)
+
+
+def _backend(name: str) -> str:
+    """The backend that --backend `name` prefers: with "auto" the environment's."""
+    from .ops.backend import preferred
+
+    return preferred() if name == "auto" else name
 
 
 def _initial(settings: TrainSettings) -> tuple[Any, Any, TrainSettings]:
@@ -165,13 +172,12 @@ def _check_processes(settings: TrainSettings, processes: Processes) -> None:
     from .baselines import model_class
     from .cuda_graph import recorder
     from .machine import resolve_device
-    from .ops.backend import preferred
     from .training.graph import is_graphed
     from .training.parallel import check_parallel
     from .training.step import Precision, check_checkpointing
 
     train_config = settings.train_config()
-    processes.check_same({**settings.recorded(), "backend": preferred()})
+    processes.check_same({**settings.recorded(), "backend": _backend(settings.backend)})
     processes.rows(train_config.batch_size)
     check_checkpointing(model_class(settings.model), train_config)
     device = resolve_device(train_config.device)
@@ -357,14 +363,12 @@ def data_prepare(settings: DataPrepareSettings) -> None:
         raise UsageError(f"--processes: expected at least 1, got {settings.processes}")
     from .data.prepare import prepare
     from .data.prepared import is_prepared
-    from .files import expand_path, make_output_folder
+    from .files import expand_path
     from .threads import available_cores
     from .tokenizer_files import read_tokenizer
 
     folder = expand_path(out)
     was_prepared = is_prepared(folder)
-    if not was_prepared:
-        make_output_folder(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
     named = settings.tokenizer in ("char", "bpe")
     tokenizer = settings.tokenizer if named else read_tokenizer(settings.tokenizer)
     processes = settings.processes or available_cores()

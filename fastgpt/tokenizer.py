@@ -162,7 +162,7 @@ class BPETokenizer(Tokenizer):
             )
         special_ids = set(self.special_tokens.values())
         self._bytes = [t.encode() if i in special_ids else bpe.spelled_bytes(t) for i, t in enumerate(vocab)]
-        self._encoder = bpe.bpe_encoder(vocab, merges)
+        self._encoder = bpe.encoder_of(vocab, merges)
 
     @classmethod
     def train(cls, text: str | Iterable[str], vocab_size: int) -> BPETokenizer:

@@ -181,11 +181,12 @@ def test_one_of_several_processes_is_not_taken_down(ends, rank):
             {ends}
 
         atexit.register(lambda: print(" and taken down", end=""))
-        cli.COMMANDS["doctor"] = cli.COMMANDS["doctor"]._replace(run=run)
-        sys.argv = ["fastgpt", "doctor"]
+        cli.COMMANDS["train"] = cli.COMMANDS["train"]._replace(run=run)
+        sys.argv = ["fastgpt", "train", "--out", "run"]
         sys.exit(__main__.main())
     """
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | ({"RANK": rank} if rank else {})
+    of_torchrun = {"RANK": rank, "WORLD_SIZE": "2"} if rank else {}
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | of_torchrun
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=60
     )

@@ -260,5 +260,7 @@ def test_processes_that_train_together_prefer_the_same_backend(monkeypatch):
     compared = []
     monkeypatch.setattr(Processes, "check_same", lambda self, settings: compared.append(settings))
     with fastgpt.use_backend("torch"):  # as FASTGPT_BACKEND does
-        commands._check_processes(TrainSettings(out="run"), ALONE)
-    assert compared[0]["backend"] == "torch" and compared[0]["seed"] == TrainSettings.seed
+        for given in ({}, {"backend": "native"}):
+            commands._check_processes(TrainSettings(out="run", **given), ALONE)
+    assert [settings["backend"] for settings in compared] == ["torch", "native"]
+    assert compared[0]["seed"] == TrainSettings.seed

@@ -14,6 +14,7 @@ import numpy as np
 from ..config import ConfigError
 from ..files import FileError, atomic_path, cache_dir
 from ..tokenizer import BPETokenizer, Tokenizer, bpe_size, tokenizer_from_json
+from .shards import token_dtype
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 Kept = TypeVar("Kept")
@@ -58,7 +59,7 @@ def _warn_uncached(reason: str, consequence: str) -> None:
 
 def cached_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """The tokens of `text`, memory-mapped where they are in the cache."""
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    dtype = token_dtype(tokenizer)
 
     def encode() -> np.ndarray:
         tokens = tokenizer.encode_array(text).astype(dtype)
@@ -66,7 +67,7 @@ def cached_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
         return tokens
 
     return cached(
-        f"tokens-{_sha256(f'{_sha256(text)} {tokenizer.fingerprint()}')}.npy",
+        f"tokens-{sha256(f'{sha256(text)} {tokenizer.fingerprint()}')}.npy",
         read=lambda path: _open_tokens(path, dtype),
         make=encode,
         parts=_token_parts,
@@ -100,7 +101,7 @@ def _open_tokens(path: Path, dtype: np.dtype) -> np.ndarray | None:
 def cached_bpe(text: str, vocab_size: int | None) -> BPETokenizer:
     """The tokenizer that `text` trains: training takes far longer than encoding, and gives the same each time."""
     size = bpe_size(vocab_size)
-    name = f"bpe-{_sha256(f'{_sha256(text)} {size} {BPETokenizer.training_version}')}.json"
+    name = f"bpe-{sha256(f'{sha256(text)} {size} {BPETokenizer.training_version}')}.json"
     return cached_tokenizer(name, BPETokenizer, lambda: BPETokenizer.train(text, size))
 
 
@@ -110,20 +111,32 @@ def cached_tokenizer(name: str, kind: type[Trained], train: Callable[[], Trained
         name,
         read=lambda path: _open_tokenizer(path, kind),
         make=train,
-        parts=lambda tokenizer: [f"{tokenizer.fingerprint()}\n{tokenizer.to_json()}".encode()],
+        parts=lambda tokenizer: [with_sum(tokenizer.to_json())],
         consequence="the tokenizer is trained again next time",
     )
 
 
 def _open_tokenizer(path: Path, kind: type[Trained]) -> Trained | None:
-    """The kept tokenizer, which has to have the fingerprint before it; None where there is none or it is damaged."""
+    """The kept tokenizer; None where there is none or it is damaged."""
     try:
-        fingerprint, _, text = path.read_text(encoding="utf-8").partition("\n")
-        tokenizer = tokenizer_from_json(text) if _sha256(text) == fingerprint else None
+        tokenizer = tokenizer_from_json(read_with_sum(path))
     except (OSError, ValueError):
         return None
     return tokenizer if isinstance(tokenizer, kind) else None
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def with_sum(text: str) -> bytes:
+    """What a file has of a text that `read_with_sum` reads: the sum is that of the text."""
+    return f"{sha256(text)}\n{text}".encode()
+
+
+def read_with_sum(path: Path) -> str:
+    """The text that `with_sum` made. Raises ValueError where it is damaged, and OSError where it cannot be read."""
+    found, _, text = path.read_text(encoding="utf-8").partition("\n")
+    if sha256(text) != found:
+        raise ValueError("the text has another sum than the file")
+    return text
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

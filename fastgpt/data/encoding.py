@@ -19,7 +19,7 @@ import numpy as np
 
 from ..bpe import cut
 from ..tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
-from .prepared import DTYPES, dtype_name
+from .shards import token_dtype
 
 Batch = list[tuple[str, bool]]  # pieces of text, and whether a document ends behind each
 Encoded = tuple[np.ndarray, list[int], int]  # tokens, numbers of them at the ends of documents, characters
@@ -50,7 +50,7 @@ def batches_of(documents: Iterable[Iterable[str]], with_ends: bool) -> Iterator[
 
 def encode(batch: Batch, tokenizer: Tokenizer) -> Encoded:
     """The tokens of a batch, in the dtype of shards; an `end_of_text` behind each document."""
-    dtype = DTYPES[dtype_name(tokenizer)]
+    dtype = token_dtype(tokenizer)
     parts, ends, n = [], [], 0
     for text, is_end in batch:
         parts.append(tokenizer.encode_array(text).astype(dtype))

@@ -1,7 +1,7 @@
 """A prepared folder: the tokens of a text of any size in shards, with their tokenizer and an index.
 
     prepare(["corpus.txt"], "char", folder)     # see prepare.py
-    prepared = open_prepared(folder)            # memory maps; nothing of the tokens is read
+    prepared = open_prepared(folder)            # memory maps; only tokens that are new here are read, once
 
 index.json has the tokenizer's fingerprint, the dtype, each shard's number of tokens and sha256, and how many of all
 tokens are to be trained on: the others, at the end, are the validation split. It is written last, so that a folder
@@ -20,13 +20,12 @@ import numpy as np
 
 from ..files import allow_open_files, atomic_path
 from ..tokenizer import Tokenizer, tokenizer_from_json
-from .shards import ShardedTokens
+from .shards import ShardedTokens, token_dtype
 from .sources import DataError
 from .stamps import known, sha256_of
 
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
 VERSION = 1
-DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _REMEDY = "remove the folder and prepare the data again"
 
 
@@ -64,11 +63,6 @@ def shard_name(number: int) -> str:
     return f"tokens-{number:05d}.bin"
 
 
-def dtype_name(tokenizer: Tokenizer) -> str:
-    """That of the tokens in the shards."""
-    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-
-
 def open_prepared(folder: Path, verify: bool = False) -> Prepared:
     """The tokens in `folder`, as memory maps. DataError names what is missing or damaged, and what to do.
 
@@ -81,12 +75,12 @@ def open_prepared(folder: Path, verify: bool = False) -> Prepared:
     path = folder / INDEX
     try:
         tokenizer = read_tokenizer(folder, index["tokenizer"])
-        if index["dtype"] != dtype_name(tokenizer):
-            raise ValueError(f"dtype is {index['dtype']!r}; expected {dtype_name(tokenizer)}")
+        dtype, middle = token_dtype(tokenizer), index["train_tokens"]
+        if index["dtype"] != dtype.name:
+            raise ValueError(f"dtype is {index['dtype']!r}; expected {dtype.name}")
         for number, shard in enumerate(index["shards"]):
             if shard["file"] != shard_name(number):
                 raise ValueError(f"shard {number} is {shard['file']!r}; expected {shard_name(number)}")
-        dtype, middle = DTYPES[index["dtype"]], index["train_tokens"]
         allow_open_files(len(index["shards"]))
         shards = [open_shard(folder / shard["file"], dtype, shard["tokens"]) for shard in index["shards"]]
         for shard in tqdm(index["shards"], "comparing the tokens with their sums", disable=None, leave=False, delay=1):

@@ -25,17 +25,8 @@ import numpy as np
 from ..files import FileError
 from ..tokenizer import Tokenizer
 from .encoding import BATCH_CHARACTERS
-from .prepared import (
-    DTYPES,
-    INDEX,
-    TOKENIZER,
-    VERSION,
-    dtype_name,
-    open_shard,
-    read_tokenizer,
-    shard_name,
-    write_whole,
-)
+from .prepared import INDEX, TOKENIZER, VERSION, open_shard, read_tokenizer, shard_name, write_whole
+from .shards import token_dtype
 from .stamps import note, sha256_of
 
 PROGRESS = "progress.json"
@@ -98,7 +89,7 @@ def read_unfinished(folder: Path) -> Unfinished | None:
         if kept["version"] != _PROGRESS_VERSION:
             return None
         for shard in progress.shards:
-            open_shard(folder / shard["file"], DTYPES[dtype_name(tokenizer)], shard["tokens"])
+            open_shard(folder / shard["file"], token_dtype(tokenizer), shard["tokens"])
         return Unfinished(kept["about"], tokenizer, progress)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -117,7 +108,7 @@ class ShardWriter:
         self, folder: Path, tokenizer: Tokenizer, about: dict[str, Any], shard_tokens: int = SHARD_TOKENS
     ) -> None:
         self.folder, self.tokenizer, self.about, self.shard_tokens = folder, tokenizer, about, shard_tokens
-        self.dtype = DTYPES[dtype_name(tokenizer)]
+        self.dtype = token_dtype(tokenizer)
         self._file: BinaryIO | None = None
         self._n, self._digest = 0, hashlib.sha256()  # of the shard that is being written
         self.progress = Progress()
@@ -233,10 +224,10 @@ class ShardWriter:
 def alone_in(folder: Path) -> Iterator[None]:
     """Make the folder, and be the only process in it until the end, or until this process ends.
 
-    On a disk without locks there may be others. Raises FileError where another process is inside. A folder that was
-    made here goes again where an error leaves nothing in it.
+    On a disk without locks there may be others. Raises FileError where another process is inside. Folders that were
+    made here go again where an error leaves nothing in them.
     """
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "wb")  # noqa: SIM115  -- it is closed below
@@ -255,7 +246,8 @@ def alone_in(folder: Path) -> Iterator[None]:
             yield
         except BaseException:
             with contextlib.suppress(OSError):
-                if is_new and os.listdir(folder) == [".lock"]:
+                if made and os.listdir(folder) == [".lock"]:
                     (folder / ".lock").unlink()
-                    folder.rmdir()
+                    for path in made:
+                        path.rmdir()
             raise

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..tokenizer import Tokenizer
+
 _TOKENS_AT_ONCE = 1 << 20
 
 
@@ -90,6 +92,11 @@ class ShardedTokens:
 
 
 Tokens = np.ndarray | ShardedTokens
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """That in which tokens are kept in files: little-endian, uint16 where the vocabulary allows it, else uint32."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def windows(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndarray:

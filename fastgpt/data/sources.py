@@ -69,13 +69,11 @@ def find_files(source: str | os.PathLike[str], pattern: str) -> list[Path]:
     path = expand_path(source)
     try:
         if path.is_dir():
-            files = [file for file in _all_files(path) if fnmatch.fnmatch(file.name, pattern)]
+            found = _all_files(path)
+            files = [file for file in found if fnmatch.fnmatch(file.name, pattern)]
             if not files:
-                remedy = "put some there, or give one file's path"
-                for file in _all_files(path):
-                    if other := _read_otherwise(file, source, pattern):
-                        remedy = f"{file.name} {other}"
-                        break
+                others = (f"{f.name} {other}" for f in found if (other := _read_otherwise(f, source, pattern)))
+                remedy = next(others, "put some there, or give one file's path")
                 raise DataError(f"{shown} holds no files named {pattern}: {remedy}")
             return files
         if path.is_file():

@@ -17,12 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .cache import cached
+from .cache import cached, read_with_sum, sha256, with_sum
 
 _COARSEST_CLOCK_NS = 2 * 10**9  # FAT keeps times in steps of 2 s
 _READ_AT_ONCE = 1 << 20  # bytes
-
-
 Found = dict[str, Any]  # JSON
 
 
@@ -47,8 +45,7 @@ def _kept(
 ) -> Found:
     def read(kept: Path) -> dict[str, Any] | None:
         try:
-            digest, _, text = kept.read_text(encoding="utf-8").partition("\n")
-            content = json.loads(text) if digest == _sha256(text) else {}  # a damaged one could be taken for true
+            content = json.loads(read_with_sum(kept))  # a damaged one could be taken for true
             is_same = content["stamp"] == stamp and stamp["mtime_ns"] < content["read_at"] - _COARSEST_CLOCK_NS
             return content if is_same and isinstance(content["found"], dict) else None
         except (OSError, ValueError, KeyError, TypeError):
@@ -56,17 +53,13 @@ def _kept(
 
     words = f"{find.__module__}.{find.__qualname__} {stamp['path']}"
     kept = cached(
-        f"stamp-{_sha256(words)}.json",
+        f"stamp-{sha256(words)}.json",
         read=read,
         make=make,
-        parts=lambda content: [f"{_sha256(json.dumps(content))}\n{json.dumps(content)}".encode()],
+        parts=lambda content: [with_sum(json.dumps(content))],
         consequence="the files of the data are read anew at each start",
     )
     return kept["found"]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def sha256_of(path: Path) -> dict[str, str]:

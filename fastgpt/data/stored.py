@@ -8,7 +8,6 @@ of the text's files, which are kept with the files' sizes and times (see `stamps
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from ..config import SOURCES, ConfigError
 from ..files import FileError, cache_dir, expand_path
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer, bpe_size
-from .cache import cached_tokenizer
+from .cache import cached_tokenizer, sha256
 from .prepare import Text, trained, write_tokens
 from .prepared import INDEX, TOKENIZER, Prepared, is_prepared, open_prepared
 from .shard_writer import read_unfinished
@@ -114,7 +113,7 @@ def _large_text(text: Text, hashes: list[str], tokenizer: str | Tokenizer, vocab
         write_tokens(text, made, folder, {"text": text.stamps})
 
     try:
-        return _from_cache(cache_dir() / f"prepared-{_sha256(made.fingerprint(), *hashes)}", make)
+        return _from_cache(cache_dir() / f"prepared-{sha256(' '.join([made.fingerprint(), *hashes]))}", make)
     except (ConfigError, FileError) as error:  # no home folder is known, or it cannot be written
         warnings.warn(
             f"{error}: the text is tokenized again next time; set FASTGPT_CACHE to a writable folder", stacklevel=2
@@ -134,14 +133,10 @@ def _trained(name: str, text: Text, hashes: list[str], vocab_size: int | None) -
     """The tokenizer called `name`, trained on the text, or as the cache has it of files with these hashes."""
     wanted = ("char",) if name == "char" else ("bpe", str(bpe_size(vocab_size)), str(BPETokenizer.training_version))
     return cached_tokenizer(
-        f"{name}-{_sha256(*wanted[1:], *hashes)}.json",
+        f"{name}-{sha256(' '.join([*wanted[1:], *hashes]))}.json",
         CharTokenizer if name == "char" else BPETokenizer,
         lambda: trained(text, name, vocab_size),
     )
-
-
-def _sha256(*words: str) -> str:
-    return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
 def _from_cache(folder: Path, make: Callable[[Path], None]) -> Prepared:
@@ -166,7 +161,7 @@ def _alone_with(hashes: list[str]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as inside:
         with contextlib.suppress(ConfigError, OSError):  # no cache that can be written, or no locks there
-            path = cache_dir() / f"text-{_sha256(*hashes)}.lock"
+            path = cache_dir() / f"text-{sha256(' '.join(hashes))}.lock"
             path.parent.mkdir(parents=True, exist_ok=True)
             file = inside.enter_context(open(path, "wb"))
             if os.name == "posix":

@@ -135,3 +135,12 @@ def test_the_ends_of_many_documents_take_bounded_memory(monkeypatch) -> None:
     assert [Progress(n_documents=n, ends=[7, 50, 60][:n]).train_tokens(60) for n in (1, 2, 3)] == [54, 7, 50]
     trained_on = progress.train_tokens(100_000)
     assert trained_on % 10 == 0 and 88_000 <= trained_on <= 90_000
+
+
+def test_folders_that_were_made_for_nothing_go_again(tmp_path) -> None:
+    for n_files in (0, 1):
+        with pytest.raises(ValueError, match="wrong"), alone_in(tmp_path / "a" / "b" / "c"):
+            for number in range(n_files):
+                (tmp_path / "a" / "b" / "c" / f"{number}.bin").touch()
+            raise ValueError("wrong")
+        assert len(list((tmp_path / "a").rglob("*.bin"))) == n_files == len(list(tmp_path.iterdir()))
