@@ -116,13 +116,14 @@ def test_marks_line_ends_and_nul(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (gzip.compress(b"text"), ("compressed by gzip, not text", "gunzip")),
+        (gzip.compress(b"text", mtime=0), ("compressed by gzip, not text", "gunzip")),
         (bz2.compress(b"text"), ("compressed by bzip2", "bunzip2")),
         (lzma.compress(b"text"), ("compressed by xz", "unxz")),
         (b"\x28\xb5\x2f\xfd\x04", ("compressed by zstd", "unzstd")),
         (b"PK\x03\x04\xff", ("a zip archive", "unzip")),
         (b"PAR1\xff", ("a Parquet file", "fastgpt data prepare")),
     ],
+    ids=["gzip", "bzip2", "xz", "zstd", "zip", "parquet"],
 )
 def test_a_file_of_another_kind_is_named(tmp_path, raw, words) -> None:
     file = tmp_path / "it"
