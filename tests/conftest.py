@@ -42,6 +42,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # CI asks for the extension: what cannot be compiled there is an error, and elsewhere a reason to skip.
 if os.environ.get("FASTGPT_NATIVE") == "require":
     os.environ["EXTENSION_REQUIRED"] = "1"
+if os.environ.get("FASTGPT_BROWSER") == "require":  # so it does for the browser that opens the page of `fastgpt serve`
+    os.environ["BROWSER_REQUIRED"] = "1"
 
 # A backend that a user prefers, and what an outer `make` hands to the `make` that a test starts.
 for name in [name for name in os.environ if name.startswith(("FASTGPT_", "MAKE", "MFLAGS"))]:

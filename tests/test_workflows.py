@@ -50,7 +50,8 @@ def test_ci_does_all_that_the_machine_can():
     assert [command.split()[1] for command in commands(job)] == [
         "install", "lint", "types", "test", "sanitize", "wheel",
     ]  # fmt: skip
-    assert job["env"] == {"FASTGPT_NATIVE": "require"}, "else a failed build would make its tests skip"
+    required = {"FASTGPT_NATIVE": "require", "FASTGPT_BROWSER": "require"}
+    assert job["env"] == required, "else a failed build, or a missing browser, would make their tests skip"
     python = next(step["with"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
     assert python["cache"] == "pip" and (ROOT / python["cache-dependency-path"]).is_file()
     assert any("upload-artifact" in step.get("uses", "") and "whl" in step["with"]["path"] for step in job["steps"])
