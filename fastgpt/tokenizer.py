@@ -315,6 +315,16 @@ def tokenizer_from_json(text: str) -> CharTokenizer | BPETokenizer:
     raise ValueError(f"tokenizer: kind is {kind!r}; expected 'char' or 'bpe'")
 
 
+def label(tokenizer: Tokenizer, token: int) -> str:
+    """A token as visible text: a blank or line break as a sign, and bytes that are no whole character as numbers."""
+    raw = tokenizer.token_bytes(token)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<{byte:02x}>" for byte in raw)
+    return "".join(c if c.isprintable() else f"<{ord(c):x}>" for c in text.translate(VISIBLE))
+
+
 def bpe_size(vocab_size: Any) -> int:
     """`vocab_size` as an int, where a byte-level BPE can have it."""
     try:

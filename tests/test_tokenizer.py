@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt.tokenizer import BPETokenizer, CharTokenizer, StreamDecoder, tokenizer_from_json
+from fastgpt.tokenizer import BPETokenizer, CharTokenizer, StreamDecoder, label, tokenizer_from_json
 
 SAMPLE = "First Citizen:\nWe're all résumés, naïve — 日本語 🎉🎉!\n\n  Speak, speak. It's 1623.\n" * 20
 
@@ -256,3 +256,11 @@ def test_gpt2_files_missing_or_foreign(tmp_path) -> None:
 def test_the_library_is_imported_late() -> None:
     code = "import sys, fastgpt.tokenizer as t; t.CharTokenizer.train('ab'); assert 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_labels():
+    tokenizer = CharTokenizer("\n \t$aé\x07")
+    assert [label(tokenizer, i) for i in range(7)] == ["⏎", "␣", "⇥", "$", "a", "é", "<7>"]
+    bpe = BPETokenizer.train("the cat and the dog " * 20, 280)
+    labels = [label(bpe, i) for i in range(bpe.vocab_size)]
+    assert "␣the" in labels and "<ff>" in labels

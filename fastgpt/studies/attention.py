@@ -1,7 +1,7 @@
 """Attention: which tokens each head of each layer attends to, for one prompt.
 
-No attention kernel stores the probabilities, so they are computed here a second time, from the q and k of the running
-model. As a check, the probabilities times v are compared with the output of the attention op.
+`attention_maps` computes the probabilities a second time, because no attention kernel keeps them. As a check, the
+probabilities times v are compared with the output of the attention op.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..attention_maps import capture
 from ..generate_text import prompt_tokens
 from ..loading import load
 from ..machine import resolve_device
-from ..model import GPT, CausalSelfAttention
-from ..ops.reference import causal_mask
+from ..model import GPT
 from ..plots import GRID, panels
-from ..tokenizer import Tokenizer
-from .experiment import StudyError, at_least, label, small_gpt, train_small_gpt
+from ..tokenizer import Tokenizer, label
+from .experiment import StudyError, at_least, small_gpt, train_small_gpt
 from .page import counted, listed, together
 from .settings import AttentionSettings
 
@@ -87,39 +86,6 @@ def encode(model: GPT, tokenizer: Tokenizer, prompt: str) -> Tensor:
             f"--prompt: {idx.shape[1]} tokens do not fit the model's context of {model.cfg.block_size}; shorten it"
         )
     return idx
-
-
-@torch.no_grad()
-def capture(model: GPT, idx: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each layer: probabilities (1, H, T, T), v (1, H, T, D), and the attention op's output (1, H, T, D)."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def keep(qkv: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        B, T, width = output.shape
-        D = width // 3 // model.cfg.n_head
-        q, k, v = output.view(B, T, 3, model.cfg.n_head, D).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        out = ops.attention(q, k, v, is_causal=model.cfg.is_causal)
-        found.append((probabilities(q, k, model.cfg.is_causal), v, out))
-
-    attentions = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
-    hooks = [attention.qkv.register_forward_hook(keep) for attention in attentions]
-    was_training = model.training
-    try:
-        model.eval()
-        model.hidden(idx.to(model.token_embedding.weight.device))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def probabilities(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask): (B, H, T, D) twice -> (B, H, T, T)."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    if is_causal:
-        scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -math.inf)
-    return torch.softmax(scores, dim=-1)
 
 
 def summary(maps: Tensor) -> dict[str, Any]:

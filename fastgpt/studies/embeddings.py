@@ -21,7 +21,8 @@ from torch import Tensor
 from ..config import ConfigError
 from ..loading import load
 from ..plots import BLUE, INK, VERMILION, label_points, panels
-from .experiment import StudyError, at_least, label, small_gpt, train_small_gpt
+from ..tokenizer import label
+from .experiment import StudyError, at_least, small_gpt, train_small_gpt
 from .page import counted, together
 from .settings import EmbeddingsSettings
 

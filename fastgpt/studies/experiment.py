@@ -18,7 +18,6 @@ from ..data.layouts import evaluation_blocks, random_batch
 from ..data.shards import pieces
 from ..machine import facts, resolve_device, short_commit
 from ..model import GPT
-from ..tokenizer import VISIBLE, Tokenizer
 from ..training.step import Precision, learning_rate, make_optimizer, mean_loss, training_step
 
 VALIDATION_BLOCKS = 64
@@ -76,16 +75,6 @@ def new_gpt(cfg: GPTConfig, seed: int) -> GPT:
     """A freshly initialised GPT whose weights follow from `seed`."""
     torch.manual_seed(seed)
     return GPT(cfg)
-
-
-def label(tokenizer: Tokenizer, token: int) -> str:
-    """A token as visible text: a blank or line break as a sign, and bytes that are no whole character as numbers."""
-    raw = tokenizer.token_bytes(token)
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        return "".join(f"<{byte:02x}>" for byte in raw)
-    return "".join(c if c.isprintable() else f"<{ord(c):x}>" for c in text.translate(VISIBLE))
 
 
 def small_gpt(settings: Any) -> tuple[GPT, Corpus]:

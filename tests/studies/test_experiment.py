@@ -1,4 +1,4 @@
-"""What the studies share: labels, lists of numbers, trained models, and errors in one line."""
+"""What the studies share: lists of numbers, trained models, and errors in one line."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ import pytest
 
 from fastgpt.cli import main
 from fastgpt.config import ConfigError
-from fastgpt.studies.experiment import label, numbers
-from fastgpt.tokenizer import BPETokenizer, CharTokenizer
-
-
-def test_labels():
-    tokenizer = CharTokenizer("\n \t$aé\x07")
-    assert [label(tokenizer, i) for i in range(7)] == ["⏎", "␣", "⇥", "$", "a", "é", "<7>"]
-    bpe = BPETokenizer.train("the cat and the dog " * 20, 280)
-    labels = [label(bpe, i) for i in range(bpe.vocab_size)]
-    assert "␣the" in labels and "<ff>" in labels
+from fastgpt.studies.experiment import numbers
 
 
 def trained(kind: str, text_file: Path, folder: Path) -> str:
