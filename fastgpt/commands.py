@@ -220,7 +220,9 @@ def _say_another_size(bpe: Tokenizer, asked: int | None, is_stored: bool = False
 
 def _run_to_the_end(trainer: Trainer, settings: TrainSettings, out: str) -> None:
     """Train to the end, and say what is trained and how it ended."""
+    from .training.loggers import Loggers, opened
     from .training.muon import who_trains
+    from .training.profile import StepProfile
     from .training.progress import first_lines
 
     if (reached := trainer.finished()) is not None:
@@ -229,8 +231,13 @@ def _run_to_the_end(trainer: Trainer, settings: TrainSettings, out: str) -> None
     print(*first_lines(trainer, settings.origin(trainer.device.type), settings.data), sep="\n", flush=True)
     if trainer.cfg.optimizer == "muon":
         print(f"optimizer: {who_trains(trainer.optimizer)}", flush=True)
-    state = trainer.run()
-    print(f"done: step {state['step']}, best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training")
+    step, is_first = trainer.state["step"], trainer.processes.is_first
+    if settings.profile and is_first:
+        trainer.profile = StepProfile(trainer.folder.path, trainer.device, step, trainer.cfg.max_steps)
+    with opened(settings.log, trainer.folder, settings.recorded(), step) if is_first else Loggers() as trainer.loggers:
+        state = trainer.run()
+        end = f"best val loss {state['best_val']:.4f}, {state['elapsed_s']:.1f} s of training"
+        print(f"done: step {state['step']}, {end}", flush=True)
 
 
 def _program(processes: Processes) -> str:

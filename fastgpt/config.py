@@ -21,6 +21,7 @@ DEFAULT_TEXT = "shakespeare"  # of every command: whoever could install FastGPT 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of autocast in training
 PARALLELS = ("auto", "ddp", "fsdp")  # how several processes train a model together
 OPTIMIZERS = ("adamw", "muon")
+LOGGERS = ("tensorboard", "wandb")  # training.loggers has a class for each, which needs the package of that name
 BACKENDS = ("torch", "triton", "native")  # of the ops; here, because ops.backend imports PyTorch
 MAX_HEAD_SIZE = 256  # of ops.attention, on every backend
 

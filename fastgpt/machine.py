@@ -95,6 +95,17 @@ def _nvidia_smi(field: str) -> str | None:
     return _output_of("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", "0")
 
 
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes that this process takes now; on a CUDA device the most that its tensors took. None where it is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return None
+
+
 # ---- versions ----
 
 

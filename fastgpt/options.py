@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .settings import PATHS, UsageError, flag
 
-_METAVARS = {"data": "PATH|NAME", "tokenizer": "NAME|PATH"}
+_METAVARS = {"data": "PATH|NAME", "tokenizer": "NAME|PATH", "log": "LIST"}
 _METAVARS |= dict.fromkeys(("prompt", "stop", "words", "analogy"), "TEXT")
 _METAVARS |= {name: "PATH" for name in PATHS if name not in _METAVARS}
 # What a word without an option is probably the value of: the first of these that the command has and was not given.

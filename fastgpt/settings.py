@@ -19,6 +19,7 @@ import difflib
 import os
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from .config import (
     BACKENDS,
     DEFAULT_TEXT,
     FINE_TUNING,
+    LOGGERS,
     SOURCES,
     ConfigError,
     GPTConfig,
@@ -76,6 +78,10 @@ class RunSettings:
     # char, bpe (trained on the data), or a folder that has one: a saved model, GPT-2's vocab.json and merges.txt, or
     # what fastgpt data prepare wrote.
     tokenizer: str = "char"
+    # also log to tensorboard, to wandb, or to both with a comma between them.
+    log: str = "none"
+    # record a few steps after the first ones, and write a trace that Perfetto opens, trace.json.gz, into --out.
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class TrainSettings(TrainConfig, GPTConfig, RunSettings):
     def recorded(self) -> dict[str, Any]:
         """What config.toml keeps. Paths are absolute: the run may be resumed from another working directory."""
         values = dataclasses.asdict(self)
-        for name in ("config", "resume", "preset"):
+        for name in ("config", "resume", "preset", "profile"):
             del values[name]
         values |= {name: absolute(values[name]) for name in ("data", "tokenizer")}
         return values | {"init_from": _recorded_start(self.init_from)}
@@ -475,7 +481,8 @@ def _recorded_start(path: str | None) -> str | None:
 
 
 def check_common(settings: Any) -> None:
-    """The settings that several commands have: a seed of 63 bits, a backend that exists, a number of threads."""
+    """Refuse a seed of more than 63 bits, a backend or a logger that is not there, and a number of threads."""
+    loggers_of(getattr(settings, "log", "none"))
     seed, backend = getattr(settings, "seed", None), getattr(settings, "backend", "auto")
     if seed is not None and not 0 <= seed < 2**63:
         raise UsageError(f"--seed: expected an integer in [0, 2**63), got {seed}")
@@ -485,3 +492,18 @@ def check_common(settings: Any) -> None:
     threads = getattr(settings, "threads", None)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"--threads: expected an integer in [1, {MOST_THREADS}], got {threads}")
+
+
+def loggers_of(log: str) -> list[str]:
+    """The loggers that --log names, each once. Raises UsageError for one that does not exist or is not installed."""
+    names = list(dict.fromkeys(part.strip() for part in log.split(",")))
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in LOGGERS:
+            expected = f"{' or '.join(LOGGERS)}, both with a comma between them, or none"
+            raise UsageError(f"--log: unknown logger {name!r}; expected {expected}")
+        package = find_spec(name)
+        if package is None or package.origin is None:  # a folder that is called like the package is none
+            raise UsageError(f"--log: {name} is not installed: pip install 'fastgpt-kernels[{name}]'")
+    return names

@@ -191,6 +191,7 @@ COMMANDS_WITHOUT_TORCH = [
     (["train"], 2),
     (["train", "--data", "x", "--out", "y", "--n-embd", "7", "--n-head", "2"], 2),
     (["train", "--data", "x", "--out", "y", "--backend", "cudnn"], 2),
+    (["train", "--data", "x", "--out", "y", "--log", "tensorbord"], 2),
     (["sample", "--checkpoint", "x", "--prompt", ""], 2),
     (["parity", "--help"], 0),
     (["study", "--help"], 0),

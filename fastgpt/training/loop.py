@@ -29,8 +29,10 @@ from ..machine import resolve_device
 from ..model import GPT
 from . import TrainingError, snapshot
 from .graph import GraphedStep, is_graphed
+from .loggers import Loggers
 from .parallel import parallel_loss
 from .processes import ALONE, Processes
+from .profile import StepProfile
 from .progress import Progress
 from .run_folder import RunFolder, plot_loss
 from .saving import saver
@@ -84,6 +86,8 @@ class Trainer:
         self._take: Callable[[Sequence[Batch], float], Tensor] = self._take_eagerly
         self._signal = 0  # that this process has received; 0 for none
         self._stop = 0  # and that any process has received
+        self.loggers = Loggers()  # these may be replaced before `run`
+        self.profile: StepProfile | None = None
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run as it is now; its tensors are the run's own."""
@@ -111,8 +115,8 @@ class Trainer:
         if self._recorder is not None:  # a graph belongs to the tensors that it was recorded with
             self._take = GraphedStep(self._take_eagerly, self.model, self.optimizer, self.precision, self._recorder)
         with self._signals():
-            self._progress = Progress(cfg, state["step"], lines)
-            with self._progress, self._batches() as batches:
+            self._progress = Progress(cfg, state["step"], lines, self.device)
+            with self._progress, self._profile_closed(), self._batches() as batches:
                 done = self._evaluate_and_save() if state["step"] == 0 else False
                 while state["step"] < cfg.max_steps and not done:
                     done = self._interval(iter(batches))
@@ -154,8 +158,9 @@ class Trainer:
         )
         losses, counts, tokens = [], [], 0
         while state["step"] < end and not self._stopped():
-            micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
-            losses.append(self._step(micro_batches))
+            with self._profiled():
+                micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
+                losses.append(self._step(micro_batches))
             tokens += processes.size * sum(x.numel() for x, _ in micro_batches)
             if not self._equal_targets:
                 counts.append(torch.stack([count_targets(y) for _, y in micro_batches]).sum())
@@ -182,6 +187,21 @@ class Trainer:
             self._save()
         self._saver.wait()
         raise self._interrupted()
+
+    def _profiled(self) -> contextlib.AbstractContextManager:
+        """Around a step, whose batches belong to it."""
+        if self.profile is None:
+            return contextlib.nullcontext()
+        return self.profile.step(self.state["step"] + 1, self._progress.say)
+
+    @contextlib.contextmanager
+    def _profile_closed(self) -> Iterator[None]:
+        """A run that is stopped amid the steps of its profile leaves a trace of those it has taken."""
+        try:
+            yield
+        finally:
+            for line in self.profile.close() if self.profile is not None else []:
+                self._progress.say(line)
 
     def _stopped(self) -> bool:
         """Whether a signal has reached any of the processes, which then all stop at this step."""
@@ -237,7 +257,7 @@ class Trainer:
         return mean_loss(self.loss, x, y, batch_size // processes.size, self.precision, processes)
 
     def _evaluate_and_save(self) -> bool:
-        state, target = self.state, self.cfg.target_loss
+        began, state, target = time.perf_counter(), self.state, self.cfg.target_loss
         train_loss, val_loss = self.evaluate("train"), self.evaluate("val")
         if not math.isfinite(val_loss):
             raise self._failure(f"step {state['step']}: the validation loss is {val_loss}")
@@ -246,6 +266,7 @@ class Trainer:
         if best:
             state["best_val"] = val_loss
         self._save(best)
+        self._progress.evaluated(time.perf_counter() - began)
         skipped = self.skipped_steps()
         self._progress.say(
             f"step {state['step']}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {state['elapsed_s']:.1f} s"
@@ -269,6 +290,8 @@ class Trainer:
         }
         if self.processes.is_first:
             self.folder.append(row)
+            for problem in self.loggers.row(row):
+                self._progress.say(problem)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """What a run says: what will be trained, how long it will take, and how it goes.
 
-On a terminal a bar shows the last step. Elsewhere, as in a file or a notebook, each logged interval has a line.
+On a terminal there is a bar. Elsewhere, as in a file or a notebook, each logged interval has a line. Both show the
+loss, tokens per second, the time left, and the memory that this process takes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import TrainConfig
+from ..machine import memory_in_use
 from ..ops import backend
 
 if TYPE_CHECKING:
@@ -19,16 +21,18 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Shows the steps of a run that is at step `step`. `lines` off leaves out the line of each interval."""
+    """Shows the steps of a run on `device` that is at `step`. `lines` off leaves out the line of each interval."""
 
-    def __init__(self, cfg: TrainConfig, step: int, lines: bool = True) -> None:
+    def __init__(self, cfg: TrainConfig, step: int, lines: bool = True, device: torch.device | None = None) -> None:
         from tqdm import tqdm
 
         on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
-        self.bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=not on_terminal, dynamic_ncols=True)
-        self.cfg = cfg
+        self.bar = tqdm(total=cfg.max_steps, initial=step, disable=not on_terminal, dynamic_ncols=True, bar_format=_BAR)
+        self.cfg, self._device = cfg, device or torch.device("cpu")
         self._lines = lines and not on_terminal
         self._is_estimated = not lines
+        self._step_s: float | None = None  # seconds of training that a step takes, mostly by the last intervals
+        self._evaluation_s = 0.0  # and of the last evaluation
 
     def __enter__(self) -> Progress:
         return self
@@ -45,14 +49,40 @@ class Progress:
 
     def interval(self, step: int, n_steps: int, loss: float, tokens_per_s: float, elapsed_s: float) -> None:
         """Tell of the `n_steps` up to `step`, which took `elapsed_s` seconds, and once how long the rest will take."""
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-        if self._lines and step % self.cfg.log_interval == 0:
-            self.say(f"step {step}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s")
-        left = self.cfg.max_steps - step
+        seconds, left = elapsed_s / n_steps, self.cfg.max_steps - step
+        self._step_s = seconds if self._step_s is None else 0.7 * self._step_s + 0.3 * seconds
+        has_line = self._lines and step % self.cfg.log_interval == 0
+        if has_line or not self.bar.disable:
+            memory = memory_in_use(self._device)
+            parts = [f"{tokens_per_s:,.0f} tokens/s", f"{self._time_left(step)} left" if left else "", size(memory)]
+            rest = ", ".join(filter(None, parts))
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rest}", refresh=False)
+        if has_line:
+            self.say(f"step {step}: loss {loss:.4f}, {rest}")
         if not self._is_estimated and left:
             self._is_estimated = True
-            seconds = elapsed_s / n_steps
-            self.say(f"{_counted(left, 'step')} to go, {duration(left * seconds)} at {1000 * seconds:,.0f} ms a step")
+            pace = f"{1000 * seconds:,.0f} ms a step"
+            self.say(f"{_counted(left, 'step')} to go, {self._time_left(step)} at {pace}")
+
+    def evaluated(self, seconds: float) -> None:
+        """Take into account that an evaluation, and the checkpoint after it, took so long."""
+        self._evaluation_s = seconds
+
+    def _time_left(self, step: int) -> str:
+        """How long the steps and the evaluations after `step` will take."""
+        last, every = self.cfg.max_steps, self.cfg.eval_interval
+        evaluations = last // every - step // every + (last % every != 0)
+        return duration((last - step) * (self._step_s or 0.0) + evaluations * self._evaluation_s)
+
+
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"  # tqdm's own time left counts evaluations as slow steps
+
+
+def size(n_bytes: int | None) -> str:
+    """Memory in MB or GB; nothing where it is not known."""
+    if n_bytes is None:
+        return ""
+    return f"{n_bytes / 1e6:,.0f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:,.1f} GB"
 
 
 def duration(seconds: float) -> str:

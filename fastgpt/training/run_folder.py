@@ -27,6 +27,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoint"
         self.latest = self.checkpoints / "latest.safetensors"  # of a run of one process, as `best`
         self.best = self.checkpoints / "best.safetensors"
+        self.logged_until: int | None = None  # the step of the last row there was before `rewind`
 
     def create(self, settings: dict[str, Any]) -> None:
         """Start a new run. A folder that already holds one is refused: resuming it, or another folder, is the way."""
@@ -96,7 +97,9 @@ class RunFolder:
         """Drop the metrics that the run writes again when it goes on from `step`: from 0, those of step 0 as well."""
         if not self.metrics_path.exists():
             return
-        kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= step and step > 0]
+        rows = read_metrics(self.metrics_path)
+        self.logged_until = max((row["step"] for row in rows), default=None)
+        kept = [row for row in rows if row["step"] <= step and step > 0]
         with atomic_path(self.metrics_path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 

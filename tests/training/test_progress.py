@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
 import sys
+import threading
 
 import pytest
+import torch
 
 from fastgpt import use_backend
 from fastgpt.baselines import MODELS
 from fastgpt.cli import main
+from fastgpt.machine import memory_in_use
 from fastgpt.training import progress
-from fastgpt.training.progress import Progress, duration, first_lines
+from fastgpt.training.progress import Progress, duration, first_lines, size
 from small_runs import TRAIN, trainer
 
 
@@ -44,6 +49,9 @@ def test_without_a_terminal_each_logged_interval_has_a_line(corpus, tmp_path, ca
     trainer(corpus, tmp_path, dataclasses.replace(TRAIN, log_interval=3)).run()
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
+    memory = "" if memory_in_use(torch.device("cpu")) is None else r", [\d,.]+ [MG]B"
+    assert [line for line in lines if re.fullmatch(rf"step 9: loss .* tokens/s, about [\d.]+ \w+ left{memory}", line)]
+    assert [line for line in lines if re.fullmatch(rf"step 12: loss .* tokens/s{memory}", line)], "nothing is left"
     assert [int(m[1]) for line in lines if (m := re.match(r"step (\d+): loss [\d.]+, [\d,]+ tokens/s", line))] == [
         3,
         6,
@@ -69,6 +77,43 @@ def test_a_terminal_has_a_bar_in_place_of_the_lines(corpus, tmp_path, monkeypatc
     assert "12/12" in captured.err
 
 
+def on_a_terminal(*command: str) -> str:
+    """What a command writes to the terminal that it runs on, which has 100 columns."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, (24).to_bytes(2, sys.byteorder) + (100).to_bytes(2, sys.byteorder) + bytes(4))
+    written: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while data := os.read(ours, 65536):
+                written.append(data)
+        except OSError:  # Linux's way to say that the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    done = subprocess.run(command, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    reader.join()
+    os.close(ours)
+    text = b"".join(written).decode()
+    assert done.returncode == 0, text
+    return text
+
+
+def test_the_bar_of_a_terminal_shows_loss_speed_time_left_and_memory(text_file, tmp_path):
+    words = ["train", "--data", str(text_file), "--out", str(tmp_path / "run"), "--device", "cpu", "--n-embd", "16"]
+    words += ["--max-steps", "400", "--log-interval", "2", "--eval-batches", "1", "--batch-size", "4"]
+    text = on_a_terminal(sys.executable, "-m", "fastgpt", *words)
+    bars = [part for part in re.split(r"[\r\n]+", text) if re.match(r" *\d+%\|", part)]
+    memory = "" if memory_in_use(torch.device("cpu")) is None else r", [\d,.]+ [MG]B"
+    pattern = rf" *\d+%\|.*\| \d+/400, loss \d\.\d{{3}}, [\d,]+ tokens/s, about [\d.]+ \w+ left{memory}"
+    assert [bar for bar in bars if re.fullmatch(pattern, bar.rstrip("\x1b[A "))], text
+    assert all(len(bar) <= 100 for bar in bars)
+    assert "\nstep 400: train loss" in text.replace("\r", "\n") and "step 2: loss" not in text
+
+
 def test_a_pipe_gets_each_line_at_once(monkeypatch):
     flushed = []
     monkeypatch.setattr("builtins.print", lambda text, flush=False: flushed.append(flush))
@@ -81,6 +126,19 @@ def test_a_pipe_gets_each_line_at_once(monkeypatch):
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_the_time_left_counts_the_evaluations_to_come(capsys):
+    shown = Progress(dataclasses.replace(TRAIN, max_steps=100, eval_interval=40), 0)
+    shown.evaluated(1000.0)
+    shown.interval(20, 10, 2.0, 100.0, elapsed_s=10.0)  # evaluations at 40, 80 and 100
+    assert f"80 steps to go, {duration(80 * 1.0 + 3 * 1000.0)} at 1,000 ms a step" in capsys.readouterr().out
+    shown.interval(80, 10, 2.0, 100.0, elapsed_s=20.0)
+    assert f"{duration(20 * 1.3 + 1000.0)} left" in capsys.readouterr().out
+
+
+def test_memory_is_told_where_it_is_known():
+    assert [size(n) for n in (None, 312_400_000, 1_260_000_000)] == ["", "312 MB", "1.3 GB"]
 
 
 @pytest.mark.parametrize("kind", MODELS)
