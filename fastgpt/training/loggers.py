@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,8 +58,9 @@ class TensorBoard:
         # What a killed run had logged beyond its last checkpoint is logged again, and is to be seen once.
         again_from = step + 1 if step > 0 else 0
         self._writer = SummaryWriter(str(path), purge_step=None if self.is_new else again_from)
+        file: Any = self._writer.file_writer  # which is typed as None
         for summary in hparams(dict(settings), {"val/loss": None, "train/loss": None}):
-            self._writer.file_writer.add_summary(summary)
+            file.add_summary(summary)
 
     def row(self, row: Row) -> None:
         for name, value in numbers_of(row).items():
@@ -128,7 +129,8 @@ def _mode() -> Any:
     return "offline"
 
 
-KINDS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}  # config.LOGGERS names them
+Opens = Callable[["RunFolder", Mapping[str, Any], int], Logger]
+KINDS: dict[str, Opens] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}  # config.LOGGERS names them
 
 
 class Loggers:
