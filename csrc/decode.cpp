@@ -125,17 +125,42 @@ class Decoding {
   std::deque<std::vector<float>> buffers_;
 };
 
+// The place of each of n new tokens: row i and `length`, or what `rows` (n, 2) says.
+std::vector<CachePlace> places_of(const std::optional<Tensor>& rows, int64_t n, const Tensor& cache, int64_t length) {
+  std::vector<CachePlace> places;
+  const int64_t B = cache.size(2), T = cache.size(4);
+  if (!rows.has_value()) {
+    FASTGPT_CHECK(n == B && length >= 0 && length < T, "cache: expected one for n sequences, not full");
+    for (int64_t i = 0; i < n; ++i) places.push_back({i, length});
+    return places;
+  }
+  FASTGPT_CHECK(rows->dim() == 2 && rows->size(0) == n && rows->size(1) == 2 &&
+                    rows->scalar_type() == ScalarType::Long && rows->is_cpu(),
+                "rows: expected int64 (n, 2), on the CPU");
+  const Tensor whole = packed(*rows);
+  std::vector<bool> taken(static_cast<size_t>(B));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = whole.const_data_ptr<int64_t>()[2 * i], filled = whole.const_data_ptr<int64_t>()[2 * i + 1];
+    FASTGPT_CHECK(row >= 0 && row < B && !taken[static_cast<size_t>(row)],
+                  "rows: expected rows of the cache, each once");
+    FASTGPT_CHECK(filled >= 0 && filled < T, "rows: expected lengths below ", T, ", the tokens that a row holds");
+    taken[static_cast<size_t>(row)] = true;
+    places.push_back({row, filled});
+  }
+  return places;
+}
+
 }  // namespace
 
-Tensor decode(const Tensor& tokens, const std::vector<Tensor>& tensors, Tensor cache, int64_t length, int64_t activation,
-              double eps) {
+Tensor decode(const Tensor& tokens, const std::vector<Tensor>& tensors, Tensor cache, int64_t length,
+              const std::optional<Tensor>& rows, int64_t activation, double eps) {
   FASTGPT_CHECK(tokens.dim() == 2 && tokens.size(1) == 1 && tokens.scalar_type() == ScalarType::Long,
-                "tokens: expected int64 (B, 1)");
+                "tokens: expected int64 (n, 1)");
   FASTGPT_CHECK(cache.dim() == 6 && cache.size(0) == 2 && cache.is_contiguous(),
                 "cache: expected (2, L, B, H, block_size, D), contiguous");
-  const int64_t L = cache.size(1), B = cache.size(2), H = cache.size(3), T = cache.size(4), D = cache.size(5);
+  const int64_t L = cache.size(1), B = tokens.size(0), H = cache.size(3), T = cache.size(4), D = cache.size(5);
   const int64_t C = H * D;
-  FASTGPT_CHECK(tokens.size(0) == B && length >= 0 && length < T, "cache: expected one for B sequences, not full");
+  const std::vector<CachePlace> places = places_of(rows, B, cache, length);
   FASTGPT_CHECK(static_cast<int64_t>(tensors.size()) == 6 + TENSORS_PER_BLOCK * L && tensors[0].dim() == 2,
                 "weights: expected ", 6 + TENSORS_PER_BLOCK * L, " tensors");
   FASTGPT_CHECK(activation >= GELU && activation <= RELU2, "activation: unknown");
@@ -158,25 +183,28 @@ Tensor decode(const Tensor& tokens, const std::vector<Tensor>& tensors, Tensor c
   embedding.token_table = weights.table(V, C);
   const int64_t P = weights.rows_of_next();
   const void* positions = weights.table(P, C);
-  FASTGPT_CHECK(length < P, "weights: expected a position table with a row for this token");
   const int64_t row_bytes = C * (storage == FLOAT32 ? 4 : 2);
-  embedding.position_table = static_cast<const char*>(positions) + length * row_bytes;
   embedding.token_stride = embedding.position_stride = embedding.columns = C;
   embedding.length = 1;
   std::vector<char> embedded(static_cast<size_t>(B * row_bytes));
   embedding.out = embedded.data();
-  run.gather[storage](embedding, 0, B);
+  for (int64_t i = 0; i < B; ++i) {
+    const int64_t position = places[static_cast<size_t>(i)].length;
+    FASTGPT_CHECK(position < P, "weights: expected a position table with a row for this token");
+    embedding.position_table = static_cast<const char*>(positions) + position * row_bytes;
+    run.gather[storage](embedding, i, i + 1);
+  }
   run.widen[storage](embedded.data(), x, B * C);
 
   std::function<void()> next_norm = decoding.norm(weights, x, normed, C);
   next_norm();
-  const int64_t layer_bytes = B * H * T * row_bytes / H;
+  const int64_t layer_bytes = cache.size(2) * T * row_bytes;
   char* cached = static_cast<char*>(cache.mutable_data_ptr());
   for (int64_t layer = 0; layer < L; ++layer) {
     decoding.add_linear(decoding.linear(weights, normed, qkv, C, 3 * C));
     AttendNewest attend{};
     attend.qkv = qkv, attend.out = attended, attend.heads = H, attend.head_size = D;
-    attend.capacity = T, attend.length = length;
+    attend.capacity = T, attend.places = places.data();
     attend.keys = cached + layer * layer_bytes;
     attend.values = cached + (L + layer) * layer_bytes;
     decoding.add(B * H, [attend, kernel = run.attend_newest[storage]](int64_t begin, int64_t end) {

@@ -5,9 +5,10 @@
 
 namespace fastgpt {
 
-// tokens (B, 1) int64, cache (2, L, B, H, block_size, D), of which `length` tokens are filled -> logits (B, V). The new
-// keys and values are added to the cache. weights: as in fastgpt/ops/decode.py. The same bits for any number of threads.
+// tokens (n, 1) int64, cache (2, L, B, H, block_size, D), of which `length` tokens are filled -> logits (n, V). The new
+// keys and values are added to the cache. Without `rows`, n is B. rows (n, 2) int64: the row of each token in the cache,
+// and the length of that row. weights: as in fastgpt/ops/decode.py. The same bits for any number of threads.
 Tensor decode(const Tensor& tokens, const std::vector<Tensor>& weights, Tensor cache, int64_t length,
-              int64_t activation, double eps);
+              const std::optional<Tensor>& rows, int64_t activation, double eps);
 
 }  // namespace fastgpt

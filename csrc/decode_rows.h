@@ -57,24 +57,26 @@ inline void store_of(T* p, int64_t n, Vec v) {
   WHOLE ? store(p, v) : store_up_to(p, n, v);
 }
 
-// Row `row`, a pair of a sequence and a head. WHOLE: the head's size is a multiple of LANES.
+// One pair of a sequence and a head. WHOLE: the head's size is a multiple of LANES.
 template <class T, bool WHOLE>
-void attend_row(const AttendNewest& a, int64_t row) {
+void attend_row(const AttendNewest& a, int64_t pair) {
   const int64_t D = a.head_size, C = a.heads * D;
   const Exp exp;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
-  const float* q = a.qkv + row / a.heads * 3 * C + row % a.heads * D;
+  const int64_t sequence = pair / a.heads, head = pair % a.heads, length = a.places[sequence].length;
+  const int64_t row = a.places[sequence].row * a.heads + head;
+  const float* q = a.qkv + sequence * 3 * C + head * D;
   T* keys = static_cast<T*>(a.keys) + row * a.capacity * D;
   T* values = static_cast<T*>(a.values) + row * a.capacity * D;
   for (int64_t d = 0; d < D; d += LANES) {
-    store_of<WHOLE>(keys + a.length * D + d, D - d, load_of<WHOLE>(q + C + d, D - d));
-    store_of<WHOLE>(values + a.length * D + d, D - d, load_of<WHOLE>(q + 2 * C + d, D - d));
+    store_of<WHOLE>(keys + length * D + d, D - d, load_of<WHOLE>(q + C + d, D - d));
+    store_of<WHOLE>(values + length * D + d, D - d, load_of<WHOLE>(q + 2 * C + d, D - d));
   }
   float sums[WIDEST_HEAD] = {};  // of the values, each times exp(score - largest)
   float largest = -3e38f;
   Vec total{};
-  for (int64_t first = 0; first <= a.length; first += LANES) {
-    const int count = static_cast<int>(a.length + 1 - first < LANES ? a.length + 1 - first : LANES);
+  for (int64_t first = 0; first <= length; first += LANES) {
+    const int count = static_cast<int>(length + 1 - first < LANES ? length + 1 - first : LANES);
     Vec products[LANES] = {};
     for (int i = 0; i < count; ++i)
       for (int64_t d = 0; d < D; d += LANES)
@@ -100,15 +102,15 @@ void attend_row(const AttendNewest& a, int64_t row) {
     }
   }
   const float all = sum_lanes(total);
-  float* out = a.out + row * D;
+  float* out = a.out + pair * D;
   for (int64_t d = 0; d < D; d += LANES)
     store_of<WHOLE>(out + d, D - d, load_of<WHOLE>(sums + d, D - d) / all);
 }
 
 template <class T>
 void attend_newest(const AttendNewest& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row)
-    a.head_size % LANES == 0 ? attend_row<T, true>(a, row) : attend_row<T, false>(a, row);
+  for (int64_t pair = begin; pair < end; ++pair)
+    a.head_size % LANES == 0 ? attend_row<T, true>(a, pair) : attend_row<T, false>(a, pair);
 }
 
 }  // namespace

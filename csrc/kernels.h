@@ -139,14 +139,19 @@ struct NormFloats {
   float eps;
 };
 
-// Causal attention of the newest token of every sequence, whose key and value are first added to a cache. A pair of a
-// sequence and a head is a row.
+// Where the newest token of a sequence belongs in a cache: in which row, and after how many tokens.
+struct CachePlace {
+  int64_t row, length;
+};
+
+// Causal attention of the newest token of every sequence, whose key and value are first added to a cache. The kernel
+// takes pairs of a sequence and a head.
 struct AttendNewest {
   const float* qkv;      // (sequences, 3, heads, head_size)
-  void *keys, *values;   // (sequences, heads, capacity, head_size)
+  void *keys, *values;   // (rows of the cache, heads, capacity, head_size)
   float* out;            // (sequences, heads, head_size)
   int64_t heads, head_size, capacity;
-  int64_t length;  // of the cache before this token
+  const CachePlace* places;  // (sequences)
 };
 
 // out[j] = the sum over i < count of rows[i][j]

@@ -51,9 +51,10 @@ class Decoder:
     def __call__(self, idx: Tensor, cache: Any) -> Tensor | None:
         if (
             self.reason is not None
-            or cache.position is not None
+            or (cache.positions is not None and cache.rows is None)
             or cache.length >= cache.tensor.shape[4]
-            or idx.shape[0] != cache.tensor.shape[2]
+            or idx.shape[0] != (cache.tensor.shape[2] if cache.rows is None else len(cache.rows))
+            or idx.shape[0] > MOST_SEQUENCES[cache.tensor.dtype]
             or type(idx) is not Tensor
             or idx.dtype not in (torch.int64, torch.int32)
             or autocast_dtype(cache.tensor) is not None
@@ -65,12 +66,15 @@ class Decoder:
         ):
             return None
         try:
-            logits = decode_(idx.long(), self._weights, cache.tensor, cache.length, self._activation, self._eps)
+            logits = self._decode(idx.long(), cache)
         except RuntimeError as refused:  # before anything was computed: the .data of a parameter no longer fits the op
             self.reason = str(refused)
             return None  # the modules may take it, or say what is wrong in it
         cache.advance(1)
         return logits
+
+    def _decode(self, idx: Tensor, cache: Any) -> Tensor:
+        return decode_(idx, self._weights, cache.tensor, cache.length, self._activation, self._eps, cache.rows)
 
 
 def _layers(model: Any) -> list[Any]:
@@ -98,9 +102,9 @@ def _reason_against(model: Any, cache: Tensor, forwards: Forwards) -> str | None
         return "it computes what its head reads in another way"
     if cfg.norm != "pre" or not cfg.residual or not cfg.feed_forward:
         return "its blocks are not those of GPT-2"
-    L, B, H = cache.shape[1:4]
-    if type(cache) is not Tensor or not cache.is_cpu or MOST_SEQUENCES.get(cache.dtype, 0) < B:
-        return f"the op does not serve {B} sequences in {cache.dtype} on {cache.device}"
+    L, H = cache.shape[1], cache.shape[3]
+    if type(cache) is not Tensor or not cache.is_cpu or cache.dtype not in MOST_SEQUENCES:
+        return f"the op does not serve {cache.dtype} on {cache.device}"
     if len(model.blocks) != L:
         return "it has more or fewer blocks than its configuration"
     for i, block in enumerate(model.blocks):

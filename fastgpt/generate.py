@@ -10,17 +10,17 @@ its state, which has the same size for a text of any length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .config import GPTConfig, as_float, as_int_argument
+from .config import GPTConfig, as_int_argument
+from .draw import Draw, DrawSettings, Generators, check_finite, checked_generators, checked_settings, next_token
+from .generate_batch import Batch, checked_stride
 
-# Between these a temperature and its reciprocal are normal float32 numbers; a GPU may take smaller ones for zero.
-COLDEST, HOTTEST = 2.0**-126, 2.0**126
+__all__ = ["Model", "next_token", "pad_left", "stream", "stream_names"]
 
 
 class Model(Protocol):
@@ -55,94 +55,20 @@ class Model(Protocol):
         """
 
 
-def next_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """logits (B, V) -> token ids (B, 1), as `stream` draws them. Raises ValueError for logits that are not finite."""
-    token, largest = _draw(logits, temperature, top_k, top_p, generator)
-    _check_finite(largest, "logits")
-    return token
+CachedStep = Callable[[Tensor, Any], tuple[Tensor, ...]]  # (tokens after those in the cache, cache) -> as `Draw`
 
 
-def _draw(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """logits (B, V) -> (token ids (B, 1), largest logits (B, 1)). A token is valid if that logit is finite."""
-    largest, likeliest = logits.max(-1, keepdim=True)  # the first of those that are equal
-    if temperature < COLDEST:
-        return likeliest, largest
-    logits, largest = (t if t.dtype == torch.float64 else t.float() for t in (logits, largest))
-    scaled = (logits - largest) / min(temperature, HOTTEST)  # (B, V), at most 0, so that nothing overflows
-    if top_k is not None and top_k < logits.shape[-1]:
-        scaled = scaled.masked_fill(~_largest(logits, top_k), -torch.inf)
-    probs = torch.softmax(scaled, dim=-1)
-    if top_p is not None and top_p < 1.0:
-        order = logits.argsort(descending=True, stable=True)  # not of probs, which a high temperature makes equal
-        ordered = probs.gather(-1, order)
-        left_out = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it have the mass already
-        left_out[:, 0] = False
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered.masked_fill(left_out, 0.0))
-    # The same bits as a draw of torch.multinomial, without its checks, which would wait for a GPU. Each token gets a
-    # waiting time, exponential with rate p_i, which is E / p_i with E of rate 1: token i is the first with probability
-    # p_i. The bound keeps E above 0, because argmax would take 0 / 0.
-    waiting = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=COLDEST)
-    return (probs / waiting).argmax(-1, keepdim=True), largest
-
-
-def _largest(logits: Tensor, k: int) -> Tensor:
-    """A mask (B, V) of the k largest logits of each row: exactly k, of equal ones the first."""
-    smallest = logits.topk(k).values[:, -1:]
-    above, equal = logits > smallest, logits == smallest
-    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-
-
-def _check_finite(largest: Tensor, what: str) -> None:
-    """Raise ValueError if a row's maximum in `largest` (B, 1) is nan or inf (one logit is) or -inf (all are)."""
-    for row, value in enumerate(largest.flatten().tolist()):
-        if not math.isfinite(value):
-            kind = "all are -inf" if value < 0 else f"one is {value}"
-            raise ValueError(f"{what}: in row {row}, {kind}; expected finite numbers, or -inf for some of the tokens")
-
-
-Draw = Callable[[Tensor], tuple[Tensor, Tensor]]  # `_draw` with its settings
-CachedStep = Callable[[Tensor, Any], tuple[Tensor, Tensor]]  # (tokens after those in the cache, cache) -> as `_draw`
-
-
-def _checked(
-    model: Model, idx: Tensor, max_new_tokens: Any, temperature: Any = 1.0, top_k: Any = None, top_p: Any = None
-) -> tuple[int, dict[str, Any]]:
-    """max_new_tokens, and the settings of `_draw`, as Python's numbers. Raises ValueError naming the wrong argument."""
+def _checked(model: Model, idx: Tensor, max_new_tokens: Any, **settings: Any) -> tuple[int, DrawSettings]:
+    """max_new_tokens and the settings of the draw as Python's numbers. Raises ValueError naming the wrong argument."""
     if not isinstance(idx, Tensor) or idx.ndim != 2 or idx.dtype not in (torch.int64, torch.int32):
         raise ValueError("idx: expected token ids of shape (B, T), int64")
     if idx.shape[1] == 0:
         raise ValueError("idx: the prompt is empty; give at least one token")
     n = as_int_argument("max_new_tokens", max_new_tokens, 0)
-    degree = as_float(temperature)
-    if degree is None or not 0.0 <= degree < math.inf:
-        raise ValueError(f"temperature: expected a number of at least 0, got {temperature!r}")
-    k = None if top_k is None else as_int_argument("top_k", top_k, 1)
-    p = as_float(top_p)
-    if top_p is not None and (p is None or not 0.0 < p <= 1.0):
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    checked = checked_settings(**settings)
     if not model.cfg.is_causal:
         raise ValueError("model: generation needs is_causal=True")
-    return n, {"temperature": degree, "top_k": k, "top_p": p}
-
-
-def _checked_stride(model: Model, stride: Any) -> int | None:
-    if stride is None:
-        return None
-    limit = model.context_size
-    if limit is None:
-        raise ValueError("stride: this model reads a text of any length and never drops a token; leave it out")
-    n = as_int_argument("stride", stride, 1)
-    if n > limit:
-        raise ValueError(f"stride: expected at most {limit}, the tokens of the model's context, got {n}")
-    return n
+    return n, checked
 
 
 def stream(
@@ -152,19 +78,37 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     use_cache: bool = True,
     cuda_graph: bool = False,
     stride: int | None = None,
-) -> Iterator[Tensor]:
+    *,
+    repetition_penalty: float = 1.0,
+    attention_mask: Tensor | None = None,
+    return_logprobs: bool = False,
+) -> Iterator[Any]:
     """Yield each next token (B, 1) that continues idx (B, T), int64 or int32, in the dtype of idx.
 
     temperature: divides the logits; 0, or anything below 2**-126, takes the likeliest token. top_k: sample among the k
     likeliest tokens. top_p: sample among the fewest whose probabilities sum to p (Holtzman et al. 2020). Of equally
-    likely tokens all three take those with the lowest ids. generator: a random generator on the device of idx, which
-    makes the sample repeatable. use_cache=False computes the whole context at each step, to compare with. cuda_graph:
-    while the cache serves a token, launch its kernels at once (see generate_graph.py); the model's tensors must then
-    stay where they are until the last token.
+    likely tokens all three take those with the lowest ids. use_cache=False computes the whole context at each step, to
+    compare with. cuda_graph: while the cache serves a token, launch its kernels at once (see generate_graph.py); the
+    model's tensors must then stay where they are until the last token.
+
+    repetition_penalty: before all that, the logits of the tokens that occurred are divided by it where they are
+    positive, and multiplied by it where they are negative (Keskar et al. 2019, arXiv:1909.05858); 1 is off. All tokens
+    of a row count, of its prompt and new ones, those that have left the context included, and no padding.
+
+    generator: a random generator on the device of idx, which makes the sample repeatable, or a list of one for each
+    row. From one generator all rows are drawn together, so a row's tokens depend on how many rows there are; with one
+    of its own, a row gets the tokens that it would get alone.
+
+    attention_mask (B, T), of bools or of 0 and 1, for prompts of unequal lengths: False for the padding, which is on
+    the left, see `pad_left`. Each row goes on as its prompt would alone, up to the last bits of its logits. Where a row
+    is padded, one generator seeds one for each row.
+
+    return_logprobs: yield pairs of the token and its log-probability (B, 1), float32, in nats: that of the model's own
+    distribution, before temperature, top_k, top_p and penalty.
 
     stride: how many of the oldest tokens leave a full context at once, 1 to `block_size`. The keys and values of those
     that stay are computed anew, once, and the cache serves the next tokens until it is full again. By default one token
@@ -177,9 +121,19 @@ def stream(
     Raises ValueError naming the argument at the call, and, while sampling, for logits of which one is nan or inf or
     all of a row are -inf. On a GPU that error comes one token late, so that the next step need not wait for the check.
     """
-    n, settings = _checked(model, idx, max_new_tokens, temperature, top_k, top_p)
-    draw = partial(_draw, generator=generator, **settings)
-    stride = _checked_stride(model, stride)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    n, checked = _checked(model, idx, max_new_tokens, **settings)
+    generator = checked_generators(generator, idx.shape[0])
+    stride = checked_stride(model, stride)
+    if cuda_graph:
+        _check_graph(checked, generator)
+    if attention_mask is not None:
+        lengths = _checked_mask(attention_mask, idx)
+        if min(lengths, default=idx.shape[1]) < idx.shape[1]:
+            if cuda_graph:
+                raise ValueError("cuda_graph: a graph belongs to rows of one length, and attention_mask pads some")
+            return _stream_rows(model, idx, lengths, n, checked, generator, use_cache, stride, return_logprobs)
+    draw = Draw(checked, generator, idx, return_logprobs)
     if not cuda_graph:
         return _stream(model, idx, n, draw, use_cache, stride)
     from .cuda_graph import recorder
@@ -188,22 +142,118 @@ def stream(
     return _stream(model, idx, n, draw, use_cache, stride, GraphedTokens(model, draw, generator, recorder(idx.device)))
 
 
+def _check_graph(settings: DrawSettings, generator: Generators) -> None:
+    """Refuse what a graph, which does the same for every token, cannot do."""
+    if settings.repetition_penalty != 1.0:
+        raise ValueError("repetition_penalty: a CUDA graph does not keep the tokens so far; leave cuda_graph out")
+    if isinstance(generator, list):
+        raise ValueError("generator: a CUDA graph draws from one generator; give one, or leave cuda_graph out")
+
+
+def pad_left(prompts: Sequence[Any], pad: int = 0, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Prompts, lists of ids or tensors (T_i,) -> (idx (B, T), int64, attention_mask (B, T), bool), T the longest.
+
+    `pad` is the id in the places of the padding, on the left; it has no effect. Raises ValueError for an empty prompt.
+
+    >>> idx, attention_mask = pad_left([[5, 6, 7], [8]])
+    >>> model.generate(idx, 20, attention_mask=attention_mask)
+    """
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    for number, row in enumerate(rows):
+        if row.ndim != 1 or row.numel() == 0 or row.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"prompts: expected lists of at least one id, or tensors (T,), got another at {number}")
+    if not rows:
+        raise ValueError("prompts: there are none; give at least one")
+    longest = max(map(len, rows))
+    idx = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        idx[number, longest - len(row) :] = row
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(longest) >= longest - lengths[:, None]
+    return idx.to(device), mask.to(device)
+
+
+def _checked_mask(mask: Any, idx: Tensor) -> list[int]:
+    """How many tokens of each row are no padding. Raises ValueError unless all padding is on the left."""
+    if not isinstance(mask, Tensor) or mask.shape != idx.shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected the shape of idx {tuple(idx.shape)}, got {got}")
+    kept = mask.cpu()
+    if kept.is_floating_point() or kept.is_complex() or not bool(((kept == 0) | (kept == 1)).all()):
+        raise ValueError("attention_mask: expected bools, or the integers 0 and 1")
+    lengths: list[int] = []
+    for number, row in enumerate(kept.bool().tolist()):
+        lengths.append(sum(row))
+        if not row[-1]:
+            what = "is padding alone" if lengths[-1] == 0 else "is padded on the right"
+            raise ValueError(
+                f"attention_mask: row {number} {what}; every row ends with a token, and is padded on the left"
+            )
+        if not all(row[len(row) - lengths[-1] :]):
+            raise ValueError(f"attention_mask: row {number} has padding between its tokens; pad on the left alone")
+    return lengths
+
+
+def generators_of_rows(generator: Generators, n_rows: int, device: torch.device) -> list[torch.Generator | None]:
+    """A generator for each row. One for all, or PyTorch's, seeds them; so no row's draws depend on another's length."""
+    if isinstance(generator, Sequence):
+        return list(generator)
+    if n_rows == 1:
+        return [generator]
+    where = device if generator is None else generator.device
+    seeds = torch.randint(2**63 - 1, (n_rows,), generator=generator, device=where).tolist()
+    return [torch.Generator(where).manual_seed(seed) for seed in seeds]
+
+
+def _stream_rows(
+    model: Model,
+    idx: Tensor,
+    lengths: list[int],
+    max_new_tokens: int,
+    settings: DrawSettings,
+    generator: Generators,
+    use_cache: bool,
+    stride: int | None,
+    return_logprobs: bool,
+) -> Iterator[Any]:
+    """`stream` for the last lengths[i] tokens of each row."""
+    generators = generators_of_rows(generator, len(lengths), idx.device)
+    batch = Batch(model, len(lengths), stride=stride, use_cache=use_cache)
+    logprobs = 0 if return_logprobs else None
+    for row, length, own in zip(idx, lengths, generators, strict=True):
+        batch.add(row[-length:], generator=own, logprobs=logprobs, **settings._asdict())
+    for _ in range(max_new_tokens):
+        drawn = batch.step().values()
+        tokens = idx.new_tensor([[result.token] for result in drawn])
+        if return_logprobs:
+            yield tokens, torch.tensor([[result.logprob] for result in drawn], device=idx.device)
+        else:
+            yield tokens
+
+
 def stream_names(model: Model, idx: Tensor, max_new_tokens: int, boundary: int, **options: Any) -> Iterator[Tensor]:
     """`stream` for a model of names. idx (1, T) begins with the token `boundary`, which starts and ends every name.
 
-    After each end the context is that token alone, so that no name is context of the next, as in training.
-    options: temperature, top_k, top_p, generator and stride of `stream`.
+    After each end the context is that token alone, so that no name is context of the next, as in training; nor do its
+    tokens count for the repetition penalty. options: temperature, top_k, top_p, repetition_penalty, generator and
+    stride of `stream`.
     """
-    generator, stride = options.pop("generator", None), _checked_stride(model, options.pop("stride", None))
+    generator, stride = options.pop("generator", None), checked_stride(model, options.pop("stride", None))
     n, settings = _checked(model, idx, max_new_tokens, **options)
-    return _stream_names(model, idx, n, boundary, partial(_draw, generator=generator, **settings), stride)
+    return _stream_names(model, idx, n, boundary, settings, checked_generators(generator, 1), stride)
 
 
 def _stream_names(
-    model: Model, idx: Tensor, max_new_tokens: int, boundary: int, draw: Draw, stride: int | None
+    model: Model,
+    idx: Tensor,
+    max_new_tokens: int,
+    boundary: int,
+    settings: DrawSettings,
+    generator: Generators,
+    stride: int | None,
 ) -> Iterator[Tensor]:
     while max_new_tokens > 0:
-        for token in _stream(model, idx, max_new_tokens, draw, True, stride):
+        for token in _stream(model, idx, max_new_tokens, Draw(settings, generator, idx), True, stride):
             max_new_tokens -= 1
             yield token
             if int(token) == boundary:
@@ -215,11 +265,11 @@ def _stream(
     model: Model,
     idx: Tensor,
     max_new_tokens: int,
-    draw: Draw,
+    draw: Callable[[Tensor], tuple[Tensor, ...]],
     use_cache: bool,
     stride: int | None,
     by_graph: CachedStep | None = None,
-) -> Iterator[Tensor]:
+) -> Iterator[Any]:
     was_training = model.training
     limit = model.context_size
     cached_up_to = math.inf if limit is None or stride is not None else limit
@@ -244,13 +294,13 @@ def _stream(
                     cache = model.new_cache(idx.shape[0])
                     new = new if cache is None else _joined(context, limit)
                 if cache is not None and cache.length < cached_up_to:
-                    token, largest = step(new, cache)
+                    token, largest, *logprob = step(new, cache)
                 else:
                     context = [_joined(context, limit)]
-                    token, largest = draw(model.next_logits(context[0]))
+                    token, largest, *logprob = draw(model.next_logits(context[0]))
             unread.append((largest, f"model: its logits for position {position}"))
             if len(unread) > late:
-                _check_finite(*unread.pop(0))
+                check_finite(*unread.pop(0))
             new = token.to(idx.dtype)
             if cache is not None and limit is None:
                 context = []  # it is never computed again
@@ -258,9 +308,9 @@ def _stream(
             n_context += 1
             if was_training:
                 model.train()
-            yield new
+            yield (new, *logprob) if logprob else new
         for check in unread:
-            _check_finite(*check)
+            check_finite(*check)
     finally:
         if model.training != was_training:
             model.train(was_training)

@@ -30,7 +30,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torc
 
 
 class GraphedCache(Protocol):
-    """What a cache has so that a graph can use it. `model.KVCache` has it."""
+    """What a cache has so that a graph can use it. `cache.KVCache` has it."""
 
     length: int
 
@@ -42,21 +42,21 @@ class GraphedCache(Protocol):
 
 
 class GraphedTokens:
-    """(the token before, cache) -> (token, largest logit), both (B, 1), by a graph once that was checked."""
+    """(the token before, cache) -> what `draw` gives for its logits: by a graph, once that was checked."""
 
     def __init__(
         self,
         model: Model,
-        draw: Callable[[Tensor], tuple[Tensor, Tensor]],
-        generator: torch.Generator | None,
+        draw: Callable[[Tensor], tuple[Tensor, ...]],
+        generator: Any,  # torch.Generator or None
         recorder: cuda_graph.Recorder,
     ) -> None:
         self._model, self._draw, self._generator, self._recorder = model, draw, generator, recorder
-        self._replay: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._replay: Callable[[], tuple[Tensor, ...]] | None = None
         self._tokens_to_check = CHECKED_TOKENS
         self.reason: str | None = None  # why tokens are computed without a graph
 
-    def __call__(self, new: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, new: Tensor, cache: Any) -> tuple[Tensor, ...]:
         if self.reason is not None or cache.length == 0 or new.shape[1] != 1:  # a prompt has any length
             return self._draw(self._model.next_logits(new, cache))
         if self._replay is None:
@@ -67,11 +67,11 @@ class GraphedTokens:
         self._position.fill_(cache.length)
         if self._tokens_to_check > 0:
             return self._checked(self._replay, new, cache)
-        _, token, largest = self._replay()
+        _, *drawn = self._replay()
         cache.length += 1
-        return token.clone(), largest.clone()  # the next replay writes into the same tensors
+        return tuple(tensor.clone() for tensor in drawn)  # the next replay writes into the same tensors
 
-    def _recorded(self, new: Tensor, cache: Any) -> Callable[[], tuple[Tensor, Tensor, Tensor]] | None:
+    def _recorded(self, new: Tensor, cache: Any) -> Callable[[], tuple[Tensor, ...]] | None:
         reason = cuda_graph.why_not_recorded(self._model)
         if not hasattr(cache, "length_on_device"):
             reason = f"its cache, a {type(cache).__name__}, cannot keep its length on the device"
@@ -81,7 +81,7 @@ class GraphedTokens:
             self._new = new.clone()
             self._position = torch.full((), cache.length, dtype=torch.int64, device=new.device)
 
-            def run() -> tuple[Tensor, Tensor, Tensor]:
+            def run() -> tuple[Tensor, ...]:
                 with cache.length_on_device(self._position):
                     logits = self._model.next_logits(self._new, cache)
                 return logits, *self._draw(logits)
@@ -95,14 +95,12 @@ class GraphedTokens:
         self._give_up(reason)
         return None
 
-    def _checked(
-        self, replay: Callable[[], tuple[Tensor, Tensor, Tensor]], new: Tensor, cache: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _checked(self, replay: Callable[[], tuple[Tensor, ...]], new: Tensor, cache: Any) -> tuple[Tensor, ...]:
         """The token by the graph, and without it, which is what counts; both write the same place of the cache."""
         index = cache.length
         cache.entry(index).zero_()
         with self._drawing_again():
-            logits, token, _ = replay()
+            logits, token, *_ = replay()
         logits, entry = logits.clone(), cache.entry(index).clone()
         with self._drawing_again():
             same_draw = torch.equal(token, self._draw(logits)[0])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import GPTConfig
+from .draw import Generators
 from .generate import stream
 from .modules import call_sharded, head_loss, is_sharded_alone, linear, say_once, why_called
 
@@ -58,7 +59,17 @@ class LanguageModel(nn.Module):
         say_once("the model is called for each new token on all the tokens before it, without a cache", reason)
         return None
 
+    def new_rows(self, n_rows: int) -> Any:
+        """An empty cache of `n_rows` rows that have lengths of their own, see `cache.RowCache`; None as in `new_cache`.
+
+        A model may have the one and not the other: then each sequence is continued alone.
+        """
+        return self._empty_rows(n_rows) if why_called(self, LanguageModel.forward) is None else None
+
     def _empty_cache(self, batch_size: int) -> Any:
+        return None
+
+    def _empty_rows(self, n_rows: int) -> Any:
         return None
 
     def next_logits(self, idx: Tensor, cache: Any = None) -> Tensor:
@@ -147,17 +158,29 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         cuda_graph: bool = False,
         stride: int | None = None,
-    ) -> Tensor:
+        *,
+        repetition_penalty: float = 1.0,
+        attention_mask: Tensor | None = None,
+        return_logprobs: bool = False,
+    ) -> Any:
         """Continue idx (B, T) by `max_new_tokens` tokens: (B, T + max_new_tokens), in the dtype of idx.
 
-        See `fastgpt.generate.stream` for what the settings do.
+        With `return_logprobs`, the pair of that and of the log-probability (B, max_new_tokens), float32, of each new
+        token. See `fastgpt.generate.stream` for what the settings do.
         """
         draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        tokens = stream(self, idx, max_new_tokens, **draw, cuda_graph=cuda_graph, stride=stride)
-        return torch.cat([idx, *tokens], dim=1)
+        draw |= {"repetition_penalty": repetition_penalty, "return_logprobs": return_logprobs}
+        draw |= {"attention_mask": attention_mask, "cuda_graph": cuda_graph, "stride": stride}
+        steps = stream(self, idx, max_new_tokens, **draw)
+        if not return_logprobs:
+            return torch.cat([idx, *steps], dim=1)
+        pairs = list(steps)
+        tokens = torch.cat([idx, *(token for token, _ in pairs)], dim=1)
+        nothing = torch.empty(idx.shape[0], 0, device=idx.device, dtype=torch.float32)
+        return tokens, torch.cat([nothing, *(logprob for _, logprob in pairs)], dim=1)
 
     def generate_text(self, prompt: str, max_new_tokens: int = 500, *, stop: str | None = None, **options: Any) -> str:
         """`prompt` and its continuation: of `max_new_tokens` tokens, or up to the text `stop`, which is left out.

@@ -9,83 +9,23 @@ B sequences of T tokens, C channels in H heads of D, V tokens in the vocabulary,
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import ops, pretrained
+from .cache import KVCache, RowCache
 from .checkpoint import load_parameters, model_tensors
 from .config import GPTConfig
-from .decode import Decoder, decode
+from .decode import decode
 from .language_model import LanguageModel
 from .modules import add_norm, check_unchanged, embed, linear, norm, read_dtype
 from .ops.attention import self_attention, split_heads
-from .ops.attention_cached import attention_cached_
 from .ops.dropout import dropout
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far: one (2, L, B, H, block_size, D) tensor, filled up to `length`.
-
-    It is made at the first `append`, in the dtype and on the device of those keys, which autocast or a wrapped module
-    may have changed. It keeps no gradients: use it under `torch.no_grad()`.
-    """
-
-    def __init__(self, cfg: GPTConfig, batch_size: int) -> None:
-        self.shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.tensor: Tensor | None = None
-        self.length = 0
-        self.decoder: Decoder | None = None  # made at the first token that is computed by one op
-        self.position: Tensor | None = None  # in a CUDA graph: the length, on the device
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copy and pickle keep: not the decoder, which has the model's weights."""
-        return {**self.__dict__, "decoder": None}
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, T, D) of the newest tokens; return those of all `length + T` tokens."""
-        if k.requires_grad or v.requires_grad:
-            raise RuntimeError("cache: keeps no gradients; use it under torch.no_grad(), or train without a cache")
-        if self.tensor is None:
-            self.tensor = k.new_empty(self.shape)
-        if k.shape[0] != self.shape[2]:
-            raise ValueError(f"cache: made for {self.shape[2]} sequences, got {k.shape[0]}")
-        end = self.length + k.shape[2]
-        keys, values = self.tensor[:, layer, :, :, :end]  # (B, H, length + T, D) each
-        keys[:, :, self.length :] = k
-        values[:, :, self.length :] = v
-        return keys, values
-
-    def advance(self, n_tokens: int) -> None:
-        """Count the newest tokens, once every layer has stored theirs."""
-        if self.position is None:
-            self.length += n_tokens
-
-    @contextlib.contextmanager
-    def length_on_device(self, position: Tensor) -> Iterator[None]:
-        """For a CUDA graph: read the length from `position`, 0-dim int64, on the device. Nothing is counted here."""
-        self.position = position
-        try:
-            yield
-        finally:
-            self.position = None
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v of the newest tokens and attend to all, where the length is on the device, in one kernel."""
-        assert self.tensor is not None and self.position is not None
-        keys, values = self.tensor[:, layer]  # (B, H, block_size, D) each
-        return attention_cached_(q, k, v, keys, values, self.position)
-
-    def entry(self, index: int) -> Tensor:
-        """Keys and values of one token: (2, L, B, H, D)."""
-        assert self.tensor is not None
-        return self.tensor[..., index, :]
 
 
 class CausalSelfAttention(nn.Module):
@@ -95,13 +35,13 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
         self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | RowCache | None = None) -> Tensor:
         qkv = linear(self.qkv, x)  # (B, T, 3C)
         p = self.dropout if self.training else 0.0
         if cache is None:
             return linear(self.proj, self_attention(qkv, self.n_head, is_causal=self.is_causal, dropout_p=p))
         q, k, v = split_heads(qkv, self.n_head)  # (B, H, T, D)
-        if cache.position is not None:
+        if isinstance(cache, RowCache) or cache.positions is not None:
             y = cache.attend(self.layer, q, k, v)
         else:
             k, v = cache.append(self.layer, k, v)
@@ -136,7 +76,9 @@ class Block(nn.Module):
         if cfg.feed_forward:
             self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cache: KVCache | RowCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(x, branch) -> (x, branch): the stream (B, T, C), and the last branch's output, None where it was added."""
         p = self.dropout if self.training else 0.0
         if self.norm == "pre" and self.residual:
@@ -197,14 +139,14 @@ class GPT(LanguageModel):
         n = super().num_parameters()
         return n - sum(p.numel() for p in self.position_embedding.parameters()) if non_embedding else n
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: KVCache | RowCache | None = None) -> Tensor:
         """idx (B, T) -> (B, T, C): what the head reads. With a cache, idx are the tokens after those in it."""
         self._check_idx(idx)
         start = 0 if cache is None else cache.length
         self._check_fits(start + idx.shape[1])
         p = self.cfg.dropout if self.training else 0.0
-        if cache is not None and cache.position is not None:  # of one token
-            x = embed(idx, self.token_embedding) + self.position_embedding(cache.position.view(1))
+        if cache is not None and cache.positions is not None:  # of one token
+            x = embed(idx, self.token_embedding) + self.position_embedding(cache.positions)
         else:
             x = embed(idx, self.token_embedding, self.position_embedding, start)
         x, branch = dropout(x, p), None
@@ -217,7 +159,7 @@ class GPT(LanguageModel):
         dtype = read_dtype(x, self, LanguageModel.forward, "lm_head")
         return norm(self.ln_f, x, dtype) if branch is None else add_norm(self.ln_f, x, branch, p, dtype)[0]
 
-    def _run(self, block: nn.Module, x: Tensor, branch: Tensor | None, cache: KVCache | None) -> Any:
+    def _run(self, block: nn.Module, x: Tensor, branch: Tensor | None, cache: KVCache | RowCache | None) -> Any:
         """block(x, branch, cache). With activation checkpointing (Chen et al. 2016, arXiv:1604.06174) the block's input
         alone is kept for backward, which computes the block again, with the same dropout.
         """
@@ -225,13 +167,35 @@ class GPT(LanguageModel):
             return checkpoint(block, x, branch, use_reentrant=False)
         return block(x, branch, cache)
 
-    def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def next_logits(self, idx: Tensor, cache: KVCache | RowCache | None = None) -> Tensor:
         """That of LanguageModel. On a CPU one new token of a few sequences takes one op, see decode.py."""
         logits = None if cache is None else decode(self, idx, cache, _BUILT)
-        return super().next_logits(idx, cache) if logits is None else logits
+        if logits is not None:
+            return logits
+        if isinstance(cache, RowCache) and not self._reads_rows():
+            return torch.cat(
+                [self._alone(new, cache, row) for new, row in zip(idx.split(1), cache.chosen, strict=True)]
+            )
+        return super().next_logits(idx, cache)
+
+    def _reads_rows(self) -> bool:
+        """Whether `hidden` and the blocks are those above, which read a RowCache; others know of a KVCache alone."""
+        block_forward, attention_forward, _, hidden = _BUILT
+        if type(self).hidden is not hidden or "hidden" in self.__dict__:
+            return False
+        return all(_has(b, block_forward) and _has(cast(Block, b).attn, attention_forward) for b in self.blocks)
+
+    def _alone(self, new: Tensor, cache: RowCache, row: int) -> Tensor:
+        alone = cache.only(row)
+        logits = super().next_logits(new, alone)
+        cache.keep(row, alone)
+        return logits
 
     def _empty_cache(self, batch_size: int) -> KVCache:
         return KVCache(self.cfg, batch_size)
+
+    def _empty_rows(self, n_rows: int) -> RowCache:
+        return RowCache(self.cfg, n_rows)
 
     def save_pretrained(self, directory: str | Path, format: str = "fastgpt") -> None:
         """Write config.json, model.safetensors and, where the model has a tokenizer, the tokenizer's files.
@@ -257,6 +221,10 @@ class GPT(LanguageModel):
         model.layout = found.layout
         load_parameters(model, found.tensors, found.source)
         return model.eval()
+
+
+def _has(module: nn.Module, forward: Any) -> bool:
+    return type(module).forward is forward and "forward" not in module.__dict__
 
 
 _BUILT = Block.forward, CausalSelfAttention.forward, MLP.forward, GPT.hidden  # kept: some tools replace them

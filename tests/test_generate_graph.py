@@ -10,11 +10,13 @@ import torch
 
 from fastgpt import GPT, GPTConfig, cuda_graph
 from fastgpt.baselines import build_model
+from fastgpt.cache import KVCache
 from fastgpt.cli import main
 from fastgpt.config import ConfigError
-from fastgpt.generate import _draw, stream
+from fastgpt.draw import DrawSettings
+from fastgpt.draw import draw as draw_token
+from fastgpt.generate import stream
 from fastgpt.generate_graph import CHECKED_TOKENS, GraphedTokens
-from fastgpt.model import KVCache
 from fastgpt.ops import backend
 from stand_in_graph import DoingNothing, Failing, StandIn
 
@@ -61,7 +63,7 @@ def test_the_logits_are_those_of_the_whole_text(use_recorder):
     """In float64, from the cache that the graph alone has written into."""
     use_recorder(StandIn())
     model, logits = built(dtype=torch.float64).eval(), []
-    draw = lambda x: (logits.append(x.clone()), _draw(x, 0.0, None, None, None))[1]  # noqa: E731
+    draw = lambda x: (logits.append(x.clone()), draw_token(x, DrawSettings(0.0)))[1]  # noqa: E731
     step = GraphedTokens(model, draw, None, cuda_graph.recorder(torch.device("cpu")))
     step._tokens_to_check = 0
     text, cache = torch.randint(29, (2, 12)), model.new_cache(2)

@@ -70,6 +70,28 @@ def attention_cached_on_torch_(
     return torch.where(has_room, out, torch.nan)
 
 
+@torch.no_grad()
+def attention_of_rows_(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, rows: Tensor | None, lengths: Tensor, longest: int
+) -> Tensor:
+    """As `attention_cached_` for one new token of each of n sequences, which have lengths of their own.
+
+    q, k, v (n, H, 1, D). Sequence i is in row `rows[i]` of keys and values (B, H, capacity, D), in row i where `rows`
+    is None, and lengths[i] of its tokens are there already: rows (n,), lengths (n, 1), int64, on the device. `longest`
+    is the largest length. What lies behind a sequence's tokens is masked, and has to be finite. By PyTorch, on every
+    device.
+    """
+    at = lengths[:, 0]
+    own = torch.arange(q.shape[0], device=q.device) if rows is None else rows
+    for cache, new in ((keys, k), (values, v)):
+        cache[own, :, at] = new[:, :, 0].to(cache.dtype)
+    keys, values = keys[:, :, : longest + 1], values[:, :, : longest + 1]
+    if rows is not None:
+        keys, values = keys[rows], values[rows]
+    seen = torch.arange(longest + 1, device=q.device) <= lengths  # (n, longest + 1)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+
+
 def _on_triton(q, k, v, keys, values, length, scale):
     from ..triton_kernels import attention_cached
 

@@ -25,22 +25,31 @@ def _flops(tokens, weights, *rest, **options):
 
 
 _decode_native_ = define_op(
-    "decode_native_(Tensor tokens, Tensor[] weights, Tensor(a!) cache, int length, int activation, float eps) "
-    "-> Tensor",
+    "decode_native_(Tensor tokens, Tensor[] weights, Tensor(a!) cache, int length, Tensor? rows, int activation, "
+    "float eps) -> Tensor",
     forward=native.load_at_first_call("decode_native_"),
     fake=lambda tokens, weights, cache, *rest: cache.new_empty((tokens.shape[0], weights[0].shape[0])),
     flops=_flops,
 )
 
 
-def decode_(tokens: Tensor, weights: list[Tensor], cache: Tensor, length: int, activation: str, eps: float) -> Tensor:
-    """tokens (B, 1) int64 after the `length` tokens of cache (2, L, B, H, block_size, D) -> logits (B, V).
+def decode_(
+    tokens: Tensor,
+    weights: list[Tensor],
+    cache: Tensor,
+    length: int,
+    activation: str,
+    eps: float,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """tokens (n, 1) int64 after the `length` tokens of cache (2, L, B, H, block_size, D) -> logits (n, V).
 
-    The keys and values of the new tokens are added to the cache. weights, contiguous, in the dtype of the cache: the
-    tables of tokens and positions; in each block weight and bias of the norm, qkv, proj, the second norm, up and down;
-    those of the last norm and of the head. A bias that is not there is a tensor of no values.
+    The keys and values of the new tokens are added to the cache. Without `rows`, n is B. rows (n, 2), int64: the row of
+    each token in the cache, and the length of that row, at most `length`. weights, contiguous, in the dtype of the
+    cache: the tables of tokens and positions; in each block weight and bias of the norm, qkv, proj, the second norm, up
+    and down; those of the last norm and of the head. A bias that is not there is a tensor of no values.
     """
-    return _decode_native_(tokens, weights, cache, length, ACTIVATIONS.index(activation), eps)
+    return _decode_native_(tokens, weights, cache, length, rows, ACTIVATIONS.index(activation), eps)
 
 
 def reason_against_decode() -> str | None:

@@ -120,10 +120,52 @@ def test_scores_of_any_size_and_values_that_are_not_finite() -> None:
             assert logits[0].isnan().all() and logits[1].isfinite().all()
 
 
+def test_rows_have_lengths_of_their_own(instructions) -> None:
+    """Each has the bits that it has among rows of one length. The rows are some of the cache's, in any order."""
+    model, tokens = built(4)
+    rows, lengths = [5, 0, 6, 2], [0, 1, 4, 23]
+    _, weights, cache, _, activation, eps = arguments(model, tokens)
+    wide = cache.new_full((*cache.shape[:2], 7, *cache.shape[3:]), torch.nan)  # what is behind a row is not read
+    expected = []
+    for length in range(24):
+        if length in lengths:
+            i = lengths.index(length)
+            wide[:, :, rows[i], :, :length] = cache[:, :, i, :, :length]
+        logits = decode_(tokens[:, length : length + 1], weights, cache, length, activation, eps)
+        if length in lengths:
+            expected.append(logits[i])
+    new = torch.stack([tokens[i, length : length + 1] for i, length in enumerate(lengths)])
+    found = decode_(new, weights, wide, 23, activation, eps, torch.tensor([*zip(rows, lengths, strict=True)]))
+    assert torch.equal(found, torch.stack(expected))
+    for row in range(7):
+        filled = lengths[rows.index(row)] + 1 if row in rows else 0
+        assert wide[:, :, row, :, :filled].isfinite().all() and wide[:, :, row, :, filled:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([[0, 3]], "rows: expected int64"),
+        ([[0, 3, 1], [1, 3, 1]], "rows: expected int64"),
+        ([[0.0, 3.0], [1.0, 3.0]], "rows: expected int64"),
+        ([[0, 3], [2, 3]], "rows: expected rows of the cache"),
+        ([[0, 3], [-1, 3]], "rows: expected rows of the cache"),
+        ([[1, 3], [1, 3]], "rows: expected rows of the cache, each once"),
+        ([[0, 3], [1, 24]], "rows: expected lengths below 24"),
+        ([[0, 3], [1, -1]], "rows: expected lengths"),
+    ],
+    ids=str,
+)
+def test_wrong_rows_are_named(rows: list, said: str) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        decode_(*arguments(*built()), torch.tensor(rows))
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([[1, 3], [0, 2]])], ids=["one length", "rows"])
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
+def test_opcheck(dtype: torch.dtype, rows: torch.Tensor | None) -> None:
     tokens, weights, cache, length, _, eps = arguments(*built(dtype=dtype), length=3)
-    torch.library.opcheck(torch.ops.fastgpt.decode_native_.default, (tokens, weights, cache, length, 0, eps))
+    torch.library.opcheck(torch.ops.fastgpt.decode_native_.default, (tokens, weights, cache, length, rows, 0, eps))
 
 
 def test_its_operations_are_counted() -> None:
@@ -149,7 +191,7 @@ def test_only_the_new_tokens_place_in_the_cache_is_written() -> None:
     [
         (lambda a: (a[0].repeat(1, 2), *a[1:]), "tokens: expected int64"),
         (lambda a: (a[0].int(), *a[1:]), "tokens: expected int64"),
-        (lambda a: (a[0][:1], *a[1:]), "cache: expected one for B sequences"),
+        (lambda a: (a[0][:1], *a[1:]), "cache: expected one for n sequences"),
         (lambda a: (a[0], a[1][:-1], *a[2:]), "weights: expected 30 tensors"),
         (lambda a: (a[0], [*a[1][:4], a[1][4].t(), *a[1][5:]], *a[2:]), "weights: expected contiguous"),
         (lambda a: (a[0], [*a[1][:4], a[1][4].double(), *a[1][5:]], *a[2:]), "weights: expected float32"),
