@@ -67,7 +67,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert {t for t in top if not t.endswith(".dist-info")} == {"fastgpt"}, "no top-level triton_kernels"
     assert bool(COMPILER) == any(name.startswith("fastgpt/_C.") for name in names)
     assert bool(COMPILER) == ("fastgpt/_build_error.txt" not in names)
-    for path in (*(ROOT / "fastgpt").rglob("*.py"), ROOT / "fastgpt" / "py.typed"):
+    page = (ROOT / "fastgpt" / "serve" / "static").iterdir()
+    for path in (*(ROOT / "fastgpt").rglob("*.py"), ROOT / "fastgpt" / "py.typed", *page):
         assert str(path.relative_to(ROOT)) in names
     for path in (*(ROOT / "triton_kernels").rglob("*.py"), *(ROOT / "triton_kernels").glob("*.toml")):
         assert f"fastgpt/{path.relative_to(ROOT)}" in names
