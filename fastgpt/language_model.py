@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -182,12 +182,20 @@ class LanguageModel(nn.Module):
         nothing = torch.empty(idx.shape[0], 0, device=idx.device, dtype=torch.float32)
         return tokens, torch.cat([nothing, *(logprob for _, logprob in pairs)], dim=1)
 
-    def generate_text(self, prompt: str, max_new_tokens: int = 500, *, stop: str | None = None, **options: Any) -> str:
-        """`prompt` and its continuation: of `max_new_tokens` tokens, or up to the text `stop`, which is left out.
+    @overload
+    def generate_text(self, prompt: str, max_new_tokens: int = 500, **options: Any) -> str: ...
 
-        The other options are those of `generate`: temperature, top_k, top_p, generator, cuda_graph, stride. The model
-        needs its `tokenizer`, which `fastgpt.load` gives it. Raises ValueError naming the argument, as for a prompt
-        that is empty or has a character that the tokenizer does not know.
+    @overload
+    def generate_text(self, prompt: Sequence[str], max_new_tokens: int = 500, **options: Any) -> list[str]: ...
+
+    def generate_text(self, prompt: str | Sequence[str], max_new_tokens: int = 500, **options: Any) -> str | list[str]:
+        """`prompt` and its continuation: of `max_new_tokens` tokens, or up to a stop text, which is left out.
+
+        options: `stop`, a text or several, of which the first to come ends the text, and those of `generate`:
+        temperature, top_k, top_p, repetition_penalty, generator, cuda_graph, stride. A list of prompts gives a list of
+        texts, each of which ends by itself; `generator` seeds one for each. The model needs its `tokenizer`, which
+        `fastgpt.load` gives it. Raises ValueError naming the argument, as for a prompt that is empty or has a character
+        that the tokenizer does not know.
 
         >>> model, tokenizer = fastgpt.load("runs/shakespeare")
         >>> print(model.generate_text("ROMEO. ", max_new_tokens=200, temperature=0.8))
@@ -199,5 +207,8 @@ class LanguageModel(nn.Module):
                 "model.tokenizer: is None, and text needs one; fastgpt.load reads a model with its tokenizer"
             )
         options["device"], options["layout"] = next(self.parameters()).device, self.layout
-        pieces = stream_text(self, self.tokenizer, prompt, max_new_tokens, num_samples=1, stop=stop, **options)
-        return prompt + "".join(text for _, text in pieces)
+        pieces = stream_text(self, self.tokenizer, prompt, max_new_tokens, num_samples=1, **options)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for number, text in pieces:
+            texts[number] += text
+        return texts[0] if isinstance(prompt, str) else texts

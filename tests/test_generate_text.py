@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastgpt import GPT, GPTConfig
 from fastgpt.baselines import Bigram
 from fastgpt.data.completions import end_token
-from fastgpt.generate_text import _Sample, prompt_tokens, stream_text
+from fastgpt.generate_text import SIDE_BY_SIDE, _Sample, prompt_tokens, stream_text
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "to be, or not to be: that is the question.\nnaïve 日本語 🎉\n" * 20
@@ -25,8 +25,8 @@ def gpt(tokenizer, layout: str = "blocks") -> GPT:
     return model
 
 
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 class Recites:
@@ -67,6 +67,102 @@ def test_a_text_ends_before_the_stop_wherever_tokens_are_cut(text, stop, tokeniz
     shown += sample.finish()
     assert shown == text.partition(stop)[0]
     assert sample.ended and sample.push(0) == sample.finish() == ""
+
+
+def up_to_the_first(text: str, stops: list[str]) -> str:
+    """By definition: read one character after the other, until what was read ends with a stop text."""
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(map(len, complete))]
+    return text
+
+
+@given(
+    text=st.text("abc🎉", max_size=30),
+    stops=st.lists(st.text("abc🎉", min_size=1, max_size=4), max_size=4),
+    tokenizer=st.integers(0, 1),
+)
+def test_of_several_stops_the_first_that_is_complete_ends_the_text(text, stops, tokenizer):
+    tokenizer = (SMALL_BPE, CharTokenizer("abc🎉"))[tokenizer]
+    sample, shown, expected = _Sample(0, tokenizer, stops, None), "", up_to_the_first(text, stops)
+    for token in tokenizer.encode(text):
+        shown += sample.push(token)
+        assert expected.startswith(shown), "what may be the beginning of a stop is held back"
+    assert shown + sample.finish() == expected
+
+
+def test_stops_that_are_parts_of_each_other():
+    for stops, expected in (
+        (["be,", "be"], "to "),
+        (["o b", " be, or"], "t"),
+        (["e, or", "be, or"], "to "),
+        (["not be", "be, on"], "to be, or not"),
+        ([], "to be, or not"),
+    ):
+        model = Recites(CHARS, CHARS.encode("to be, or not"))
+        assert (
+            "".join(text for _, text in stream_text(model, CHARS, "t", 13, stop=[*stops, "🎉"] if stops else stops))
+            == expected
+        )
+
+
+PROMPTS = ["to be", "n", "or not to be: that is", "the question", "to", "be", "q", "that", "is", "日本語 🎉"]
+
+
+@pytest.mark.parametrize("tokenizer", [CHARS, BPE], ids=["char", "bpe"])
+def test_each_of_several_prompts_goes_on_as_it_would_alone(tokenizer):
+    """More prompts than are drawn side by side, each with a generator of its own, and most with an end of their own."""
+    model = gpt(tokenizer)
+    options = {"temperature": 0.9, "repetition_penalty": 1.1, "stop": ["o", "be", "\n"]}
+    found = model.generate_text(PROMPTS, 40, **options, generator=[seeded(i) for i in range(len(PROMPTS))])
+    alone = [model.generate_text(text, 40, **options, generator=seeded(i)) for i, text in enumerate(PROMPTS)]
+    assert found == alone and len(PROMPTS) > SIDE_BY_SIDE
+    assert len({len(text) - len(prompt) for text, prompt in zip(found, PROMPTS, strict=True)}) > 2
+
+
+def test_one_generator_for_several_prompts_makes_them_repeatable_whatever_ends_first():
+    model = gpt(CHARS)
+    whole = model.generate_text(PROMPTS, 30, generator=seeded())
+    assert whole == model.generate_text(PROMPTS, 30, generator=seeded())
+    cut = model.generate_text(PROMPTS, 30, generator=seeded(), stop="o")
+    for prompt, text, shorter in zip(PROMPTS, whole, cut, strict=True):
+        assert shorter == prompt + text.removeprefix(prompt).partition("o")[0]
+    assert model.generate_text(["to", "be"], 0) == ["to", "be"]
+    assert model.generate_text(("to",), 5, generator=seeded()) == [model.generate_text("to", 5, generator=seeded())]
+
+
+def test_samples_of_several_prompts_are_numbered_in_their_order():
+    model, texts = gpt(CHARS), [""] * 6
+    generators = [seeded(i) for i in range(6)]
+    for number, text in stream_text(model, CHARS, ["to", "be", "or"], 9, num_samples=2, generator=generators):
+        texts[number] += text
+    expected = [model.generate_text(["to", "be", "or"][i // 2], 9, generator=seeded(i)) for i in range(6)]
+    assert texts == [text[2:] for text in expected]
+
+
+def test_a_text_that_has_ended_costs_no_more(monkeypatch):
+    model, asked = gpt(CHARS), []
+    next_logits = GPT.next_logits
+
+    def seen(self, idx, cache=None):
+        asked.append(len(idx))
+        return next_logits(self, idx, cache)
+
+    monkeypatch.setattr(GPT, "next_logits", seen)
+    options = {"temperature": 0.9, "stop": ["o", "be"]}
+    model.generate_text(PROMPTS[:5], 40, **options, generator=[seeded(i) for i in range(5)])
+    together = sum(asked)
+    asked.clear()
+    for i, prompt in enumerate(PROMPTS[:5]):
+        model.generate_text(prompt, 40, **options, generator=seeded(i))
+    assert together == sum(asked) < 5 * 40, "tokens that the model has computed"
+
+
+def test_names_after_several_prompts():
+    model = gpt(CHARS, "names")
+    found = model.generate_text(["be", "to"], 5, temperature=0.0)
+    assert found == [model.generate_text(prompt, 5, temperature=0.0) for prompt in ("be", "to")]
 
 
 def test_a_sample_that_has_ended_draws_no_more_tokens():
@@ -126,8 +222,22 @@ def test_what_cannot_be_continued_is_named():
         ({"prompt": "t", "stop": ""}, "stop: is empty"),
         ({"prompt": "t", "stop": "ö"}, "stop: character 'ö' at position 0"),
         ({"prompt": "t", "top_k": 0}, "top_k: expected"),
-        ({"prompt": 5}, "prompt: expected a text, got int"),
-        ({"prompt": "t", "stop": ["o"]}, "stop: expected a text, got list"),
+        ({"prompt": 5}, "prompt: expected a text or a list of texts, got int"),
+        ({"prompt": ["t", 5]}, "prompt: expected texts, got int"),
+        ({"prompt": []}, "prompt: there is none; give at least one text"),
+        ({"prompt": ["t", ""]}, "prompt: is empty"),
+        ({"prompt": ["t", "o"], "top_k": 0}, "top_k: expected"),
+        ({"prompt": ["t", "o"], "stride": 17}, "stride: expected at most 16"),
+        ({"prompt": ["t", "o"], "max_new_tokens": -1}, "max_new_tokens: expected"),
+        ({"prompt": ["t", "o"], "generator": [seeded()]}, "generator: expected one, or 2, one for each row; got 1"),
+        ({"prompt": ["t", "o"], "cuda_graph": True}, "cuda_graph: a graph belongs to texts of one length"),
+        ({"prompt": "t", "stop": 5}, "stop: expected a text or a list of texts, got int"),
+        ({"prompt": "t", "stop": ["o", 5]}, "stop: expected texts, got int"),
+        ({"prompt": "t", "stop": ["o", ""]}, "stop: is empty"),
+        ({"prompt": "t", "stop": ["o", "ö"]}, "stop: character 'ö' at position 0"),
+        ({"prompt": "t", "return_logprobs": True}, "return_logprobs: belongs to token ids, not to texts"),
+        ({"prompt": "t", "attention_mask": None}, "attention_mask: belongs to token ids, not to texts"),
+        ({"prompt": "t", "repetition_penalty": -1}, "repetition_penalty: expected a number above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate_text(**options)
