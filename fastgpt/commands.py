@@ -252,7 +252,7 @@ def _program(processes: Processes) -> str:
 def sample(settings: SampleSettings) -> None:
     (checkpoint,) = _required(settings, "sample")
     for name in ("prompt", "stop"):
-        if getattr(settings, name) == "":
+        if "" in _texts(getattr(settings, name)):
             raise UsageError(f"--{name}: is empty; give at least one character")
     on_backend = _on_backend(settings.backend, settings.device)
     import torch
@@ -269,7 +269,7 @@ def sample(settings: SampleSettings) -> None:
     generator = torch.Generator(device)
     generator.manual_seed(settings.seed) if settings.seed is not None else generator.seed()
     options: dict[str, Any] = {"layout": model.layout, "device": device, "generator": generator}
-    for name in ("num_samples", "stop", "temperature", "top_k", "top_p", "stride"):
+    for name in ("num_samples", "stop", "temperature", "top_k", "top_p", "repetition_penalty", "stride"):
         options[name] = getattr(settings, name)
     if settings.cuda_graph:
         options["cuda_graph"] = True
@@ -278,7 +278,11 @@ def sample(settings: SampleSettings) -> None:
             pieces = stream_text(model, tokenizer, settings.prompt, settings.max_new_tokens, **options)
         except ValueError as error:  # a setting that it cannot have
             raise UsageError(_naming_option(error, settings)) from None
-        _print_samples(pieces, settings.prompt, settings.num_samples)
+        _print_samples(pieces, [text for text in _texts(settings.prompt) for _ in range(settings.num_samples)])
+
+
+def _texts(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else given or ()
 
 
 def _check_default_prompt(layout: str, tokenizer: Any) -> None:
@@ -297,9 +301,12 @@ def _naming_option(error: ValueError, settings: Any) -> str:
     return f"{flag(name)}{colon}{rest}" if name in vars(settings) else str(error)
 
 
-def _print_samples(pieces: Iterator[tuple[int, str]], prompt: str, n: int) -> None:
-    """Print the first sample while it is drawn; the others are drawn beside it, and wait until it is complete."""
-    waiting = [prompt] * n
+def _print_samples(pieces: Iterator[tuple[int, str]], waiting: list[str]) -> None:
+    """Print the first sample while it is drawn; the others are drawn beside it, and wait until it is complete.
+
+    waiting: the text of each sample so far, which is its prompt.
+    """
+    n = len(waiting)
     for number in range(n):
         if n > 1:
             print(f"--- sample {number + 1} of {n} ---")

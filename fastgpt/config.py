@@ -41,6 +41,7 @@ _KINDS_IN_WORDS = {
     "bool": "true or false",
     "str": "text",
     "tuple[str, ...]": "a list of texts",
+    "str | tuple[str, ...]": "text, or a list of texts",
 }
 
 
@@ -51,9 +52,9 @@ def check_types(config: Any) -> None:
     """
     for item in dataclasses.fields(config):
         annotation = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
-        name, _, optional = annotation.partition(" | ")
+        name = annotation.removesuffix(" | None")
         value = getattr(config, item.name)
-        if optional == "None" and value is None:
+        if name != annotation and value is None:
             continue
         try:
             own = _as_kind(name, value)
@@ -104,7 +105,8 @@ def _as_kind(name: str, value: Any) -> Any:
     """`value` as what the annotation `name` says; TypeError where it is something else."""
     if name == "int":
         return as_int(value)
-    kinds: dict[str, type] = {"float": float, "bool": bool, "str": str, "tuple[str, ...]": tuple}
+    kinds: dict[str, Any] = {"float": float, "bool": bool, "str": str, "tuple[str, ...]": tuple}
+    kinds["str | tuple[str, ...]"] = (str, tuple)
     own: Any = as_float(value) if name == "float" else _unboxed(value)
     if not isinstance(own, kinds[name]) or (isinstance(own, tuple) and not all(isinstance(part, str) for part in own)):
         raise TypeError(f"expected {_KINDS_IN_WORDS[name]}, got {value!r}")

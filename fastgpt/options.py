@@ -29,7 +29,7 @@ class Option(NamedTuple):
     """One setting of a command, as the command line has it."""
 
     name: str  # of the setting: max_steps
-    kind: str  # int, float, bool, str, or tuple for several texts
+    kind: str  # int, float, bool, str, texts for one that may be given again, or tuple for several at once
     default: Any
     help: str
 
@@ -40,7 +40,7 @@ class Option(NamedTuple):
     @property
     def metavar(self) -> str:
         """What stands for the value in the help."""
-        if self.kind != "str":
+        if self.kind not in ("str", "texts"):
             return {"int": "N", "float": "X"}.get(self.kind, _METAVARS.get(self.name, "NAME"))
         is_list = isinstance(self.default, str) and "," in self.default
         return _METAVARS.get(self.name, "LIST" if is_list else "NAME")
@@ -51,10 +51,14 @@ def options_of(kind: type) -> list[Option]:
     help_of = _help_of_fields(kind)
     needed = getattr(kind, "REQUIRED", ())
     options = [
-        Option(field.name, re.split(r"\W", str(field.type))[0], field.default, help_of.get(field.name, ""))
+        Option(field.name, _kind_of(str(field.type)), field.default, help_of.get(field.name, ""))
         for field in dataclasses.fields(kind)
     ]
     return sorted(options, key=lambda option: needed.index(option.name) if option.name in needed else len(needed))
+
+
+def _kind_of(annotation: str) -> str:
+    return "texts" if annotation.startswith("str | tuple") else re.split(r"\W", annotation)[0]
 
 
 def _help_of_fields(kind: type) -> dict[str, str]:
@@ -96,7 +100,8 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
-_READ = {"int": _integer, "float": _number, "str": str, "tuple": str}
+_READ = {"int": _integer, "float": _number, "str": str, "texts": str, "tuple": str}
+_WHERE_AGAIN: dict[str, dict[str, Any]] = {"texts": {"action": "append"}, "tuple": {"nargs": "+", "action": "extend"}}
 
 
 def _parser(prog: str, options: Sequence[Option], **texts: Any) -> _Parser:
@@ -112,8 +117,7 @@ def _add(parser: Any, option: Option, text: str) -> None:
     if option.kind == "bool":
         arguments["action"] = argparse.BooleanOptionalAction
     else:
-        arguments |= {"type": _READ[option.kind], "metavar": option.metavar}
-        arguments |= {"nargs": "+", "action": "extend"} if option.kind == "tuple" else {}
+        arguments |= {"type": _READ[option.kind], "metavar": option.metavar, **_WHERE_AGAIN.get(option.kind, {})}
     parser.add_argument(option.flag, **arguments)
 
 
@@ -125,9 +129,16 @@ def read(kind: type, words: Sequence[str], prog: str) -> dict[str, Any]:
     given, unknown = _parser(prog, options).parse_known_args([_with_hyphens(word) for word in words])
     for word in unknown:
         raise UsageError(_about_unknown(word, options, vars(given), prog))
-    # Python before 3.13 drops a value that is "--".
-    values = {name: "--" if value == [] else value for name, value in vars(given).items()}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    several = {option.name for option in options if option.kind == "tuple"}
+    return {name: _value(value, name in several) for name, value in vars(given).items()}
+
+
+def _value(value: Any, is_tuple: bool) -> Any:
+    """What was read, of an option that was given again as a tuple. Python before 3.13 drops a value that is "--"."""
+    if value == [] or not isinstance(value, list):
+        return "--" if value == [] else value
+    values = tuple("--" if part == [] else part for part in value)
+    return values if is_tuple or len(values) > 1 else values[0]
 
 
 def _with_hyphens(word: str) -> str:

@@ -168,13 +168,17 @@ class SampleSettings:
     # a run (its best checkpoint is taken), one checkpoint, a saved model, the folder of a Hugging Face
     # GPT-2, or its name there, as gpt2. In first place it needs no option: fastgpt sample runs/demo.
     checkpoint: str | None = None
-    prompt: str = "\n"  # the text to continue; a text that begins with "-" is given as --prompt=TEXT.
+    # the text to continue; a text that begins with "-" is given as --prompt=TEXT. May be given again.
+    prompt: str | tuple[str, ...] = "\n"
     max_new_tokens: int = 500  # tokens to add.
-    num_samples: int = 1  # how many samples to print, drawn as one batch.
-    stop: str | None = None  # end a sample before this text; a line's end is --stop $'\n' in bash.
+    num_samples: int = 1  # how many samples of a prompt to print, drawn as one batch.
+    # end a sample before this text; a line's end is --stop $'\n' in bash. May be given again: the first ends it.
+    stop: str | tuple[str, ...] | None = None
     temperature: float = 0.8  # divides the logits; 0 takes the likeliest token.
     top_k: int | None = None  # sample among the k likeliest tokens.
     top_p: float | None = None  # sample among the fewest tokens whose probability reaches p.
+    # above 1, the tokens of the text so far become less likely: their logits are divided by it, or multiplied below 0.
+    repetition_penalty: float = 1.0
     # once the context is full, drop this many of its tokens at once instead of one at each step: faster, another text.
     stride: int | None = None
     seed: int | None = None  # repeats a sample.

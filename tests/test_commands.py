@@ -99,6 +99,35 @@ def test_samples_end_at_a_text_and_are_printed_one_after_the_other(run, capsys):
     assert all(text.startswith("All") and text.endswith("\n") and "e" not in text for text in parts[2::2])
 
 
+def test_several_prompts_are_continued_in_their_order_each_to_its_own_stop(run, tmp_path, capsys):
+    options = "--max-new-tokens 60 --seed 1 --device cpu --num-samples 2 --repetition-penalty 1.2".split()
+    both = ["--prompt", "All", "--prompt=those who", "--stop", "e", "--stop", " w"]
+    assert main(["sample", str(run), *options, *both]) == 0
+    said = capsys.readouterr().out
+    parts = re.split(r"--- sample (\d) of 4 ---\n", said)
+    assert parts[1::2] == ["1", "2", "3", "4"]
+    for text, prompt in zip(parts[2::2], ["All", "All", "those who", "those who"], strict=True):
+        new = text.removeprefix(prompt)
+        assert new != text and "e" not in new and " w" not in new and new.endswith("\n")
+    file = tmp_path / "sample.toml"
+    file.write_text('prompt = ["All", "those who"]\nstop = ["e", " w"]\n', encoding="utf-8")
+    assert main(["sample", str(run), *options, "--config", str(file)]) == 0
+    assert capsys.readouterr().out == said
+    for wrong, message in (
+        (["--prompt", "a", "--prompt", ""], "--prompt: is empty; give at least one character"),
+        (["--stop", ""], "--stop: is empty; give at least one character"),
+        (["--prompt", "All", "--prompt", "#"], "--prompt: character '#' at position 0"),
+        (["--repetition-penalty", "0"], "--repetition-penalty: expected a number above 0, got 0.0"),
+        ([*both, "--cuda-graph"], "--cuda-graph: a graph belongs to texts of one length"),
+    ):
+        assert main(["sample", str(run), *wrong]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    file.write_text("prompt = 3\n", encoding="utf-8")
+    assert main(["sample", str(run), "--config", str(file)]) == 2
+    assert "prompt: expected text, or a list of texts, got 3" in capsys.readouterr().err
+
+
 def test_a_model_without_line_ends_needs_a_prompt(tmp_path, capsys):
     (tmp_path / "words.txt").write_text("to be or not to be " * 99)
     assert main(["train", "--data", str(tmp_path / "words.txt"), "--out", str(tmp_path / "out"), *SMALL]) == 0

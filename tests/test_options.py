@@ -113,9 +113,17 @@ def test_a_value_without_its_option_is_told_which_one_it_may_be():
             read(kind, ["a"], "fastgpt")
 
 
+def test_a_text_that_is_given_again_is_one_of_several():
+    given = read(SampleSettings, ["runs/demo", "--prompt", "a b", "--stop=--", "--prompt=-c", "--stop=x"], "")
+    assert given == {"checkpoint": "runs/demo", "prompt": ("a b", "-c"), "stop": ("--", "x")}
+    assert read(SampleSettings, ["--prompt=a"], "") == {"prompt": "a"}
+    with pytest.raises(UsageError, match="'b': every value belongs to an option"):
+        read(SampleSettings, ["--prompt", "a", "b"], "fastgpt sample")
+
+
 def test_the_settings_of_a_command_are_of_kinds_that_can_be_read():
     for kind in each_command().values():
-        assert {option.kind for option in options_of(kind)} <= {"int", "float", "bool", "str", "tuple"}
+        assert {option.kind for option in options_of(kind)} <= {"int", "float", "bool", "str", "texts", "tuple"}
         assert len(options_of(kind)) == len(dataclasses.fields(kind))
 
 
