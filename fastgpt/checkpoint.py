@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,16 @@ def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """What of a model is kept: its parameters, shared ones once, and the buffers that its state dict holds."""
     kept = model.state_dict().keys()
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
+
+
+def count_parameters(path: Path) -> int:
+    """How many parameters the model in a checkpoint has, by the names and shapes alone."""
+    if sharded.is_sharded(path):
+        shapes = {name: tensor.shape for name, tensor in sharded.empty_tensors(path).items()}
+    else:
+        with _opened(path) as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model."))
 
 
 def load_parameters(model: torch.nn.Module, found: dict[str, Tensor], path: Path | None) -> None:

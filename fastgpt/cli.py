@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .commands import (
     bench,
+    compare,
     data_prepare,
     data_show,
     doctor,
@@ -33,6 +34,7 @@ from .config import ConfigError
 from .options import commands_help, completion, help_text, options_of, read
 from .settings import (
     BenchSettings,
+    CompareSettings,
     DataPrepareSettings,
     DataShowSettings,
     DoctorSettings,
@@ -66,6 +68,7 @@ COMMANDS: dict[str, Command | Group] = {
     "train": Command(TrainSettings, train, "train a GPT, or another model, on text"),
     "sample": Command(SampleSettings, sample, "continue a prompt with a trained model"),
     "eval": Command(EvalSettings, evaluate, "measure how well a model predicts a text"),
+    "compare": Command(CompareSettings, compare, "runs side by side: a table, and a picture of their losses"),
     "export": Command(ExportSettings, export, "write a model as a plain folder, for transformers too"),
     "data": Group(
         {
@@ -205,6 +208,7 @@ _ONLY_PRINT = (
     "fastgpt --version",
     "fastgpt sample",
     "fastgpt eval",
+    "fastgpt compare",
     "fastgpt data",
     "fastgpt doctor",
     "fastgpt plan",

@@ -12,6 +12,7 @@ from .config import DTYPES, ConfigError, GPTConfig
 from .plan import Cluster, Job, Plan
 from .settings import (
     BenchSettings,
+    CompareSettings,
     DataPrepareSettings,
     DataShowSettings,
     DoctorSettings,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = {
     "checkpoint": "the folder of a run, which fastgpt train makes",
+    "runs": "the folders of runs, as in fastgpt compare runs/first runs/second",
     "data": "a text file, or shakespeare",
     "out": "a folder for the run, as runs/first",
     "export out": "a folder for the model, as models/first",
@@ -45,7 +47,7 @@ _EXAMPLES = {
 }
 
 
-def _required(settings: Any, command: str) -> list[str]:
+def _required(settings: Any, command: str) -> list[Any]:
     """The values of the settings that the command needs."""
     names = type(settings).REQUIRED
     for name in names:
@@ -362,6 +364,13 @@ def export(settings: ExportSettings) -> None:
     make_output_folder(expand_path(out))
     model.save_pretrained(out, settings.format)
     print(f"{out}: a GPT of {model.num_parameters():,} parameters, in the format {settings.format}")
+
+
+def compare(settings: CompareSettings) -> None:
+    (runs,) = _required(settings, "compare")
+    from .compare import compare
+
+    print(compare(runs, settings.out))
 
 
 def data_show(settings: DataShowSettings) -> None:

@@ -21,6 +21,9 @@ from .settings import PATHS, UsageError, flag
 _METAVARS = {"data": "PATH|NAME", "tokenizer": "NAME|PATH", "log": "LIST"}
 _METAVARS |= dict.fromkeys(("prompt", "stop", "words", "analogy"), "TEXT")
 _METAVARS |= {name: "PATH" for name in PATHS if name not in _METAVARS}
+_METAVARS["runs"] = "RUN"
+# The settings that need no option: words in first place are their values, and where it takes several, words anywhere.
+_WITHOUT_OPTION = ("checkpoint", "runs")
 # What a word without an option is probably the value of: the first of these that the command has and was not given.
 _MEANT = ("only", "checkpoint", "data", "out", "preset")
 
@@ -36,6 +39,12 @@ class Option(NamedTuple):
     @property
     def flag(self) -> str:
         return flag(self.name)
+
+    @property
+    def usage(self) -> str:
+        """How a command that needs it is written."""
+        several = self.kind == "tuple" and self.name in _WITHOUT_OPTION
+        return f"{self.metavar}..." if several else f"{self.flag} {self.metavar}"
 
     @property
     def metavar(self) -> str:
@@ -124,13 +133,17 @@ def _add(parser: Any, option: Option, text: str) -> None:
 def read(kind: type, words: Sequence[str], prog: str) -> dict[str, Any]:
     """The settings of `kind` that `words` give. Raises UsageError for anything that is no option, or has no value."""
     options = options_of(kind)
-    if words and not words[0].startswith("-") and any(option.name == "checkpoint" for option in options):
-        words = ["--checkpoint", *words]  # fastgpt sample runs/demo
+    free = next((option for option in options if option.name in _WITHOUT_OPTION), None)
+    if free and words and not words[0].startswith("-"):
+        words = [free.flag, *words]  # fastgpt sample runs/demo
     given, unknown = _parser(prog, options).parse_known_args([_with_hyphens(word) for word in words])
+    values = vars(given)
     for word in unknown:
-        raise UsageError(_about_unknown(word, options, vars(given), prog))
+        if not free or free.kind != "tuple" or word.startswith("-"):
+            raise UsageError(_about_unknown(word, options, values, prog))
+        values[free.name] = [*values.get(free.name, ()), word]  # fastgpt compare --out FILE runs/a runs/b
     several = {option.name for option in options if option.kind == "tuple"}
-    return {name: _value(value, name in several) for name, value in vars(given).items()}
+    return {name: _value(value, name in several) for name, value in values.items()}
 
 
 def _value(value: Any, is_tuple: bool) -> Any:
@@ -176,7 +189,7 @@ def help_text(prog: str, about: str, kind: type, *settings: Any) -> str:
     """The help of a command. Several `settings` are values on a CPU and on a GPU; both are shown where they differ."""
     needed = getattr(kind, "REQUIRED", ())
     options = options_of(kind)
-    usage = [prog, *(f"{option.flag} {option.metavar}" for option in options if option.name in needed), "[options]"]
+    usage = [prog, *(option.usage for option in options if option.name in needed), "[options]"]
     shown = textwrap.fill(" ".join(usage), _width() - len("usage: "), subsequent_indent="    ")
     parser = _parser(prog, [], usage=shown, description=about, formatter_class=_Formatter)
     required, others = (parser.add_argument_group(title) for title in ("required", "options"))

@@ -42,7 +42,19 @@ from .plan import Cluster, Job
 
 # The settings that name files or folders, in whatever command they are.
 PATHS = frozenset(
-    {"checkpoint", "config", "data", "init_from", "lecture", "nanogpt", "out", "results", "tokenizer", "vectors"}
+    {
+        "checkpoint",
+        "config",
+        "data",
+        "init_from",
+        "lecture",
+        "nanogpt",
+        "out",
+        "results",
+        "runs",
+        "tokenizer",
+        "vectors",
+    }
 )
 _NOT_PATHS = (*SOURCES, "char", "bpe")  # values of --data and --tokenizer that are names
 MOST_THREADS = 1024
@@ -224,6 +236,18 @@ class ExportSettings:
     checkpoint: str | None = None
     out: str | None = None  # the folder to write.
     format: str = "fastgpt"  # fastgpt, which fastgpt.load reads, or huggingface, which transformers reads, too.
+    config: str | None = None  # a TOML file with any of these settings.
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Compare runs: a table, and one picture of their losses over steps, tokens and seconds."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("runs",)
+
+    # the folders of runs. They need no option: fastgpt compare runs/first runs/second.
+    runs: tuple[str, ...] = ()
+    out: str | None = None  # the picture, a *.png file (default: runs/compare.png).
     config: str | None = None  # a TOML file with any of these settings.
 
 

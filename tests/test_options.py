@@ -11,7 +11,15 @@ import pytest
 from fastgpt.benchmarks.command import benchmark_names
 from fastgpt.cli import COMMANDS, Command, Group, main
 from fastgpt.options import completion, options_of, read
-from fastgpt.settings import BenchSettings, DataPrepareSettings, PlanSettings, SampleSettings, TrainSettings, UsageError
+from fastgpt.settings import (
+    BenchSettings,
+    CompareSettings,
+    DataPrepareSettings,
+    PlanSettings,
+    SampleSettings,
+    TrainSettings,
+    UsageError,
+)
 
 
 def each_command(commands: dict[str, Command | Group] = COMMANDS, line: str = "") -> dict[str, type]:
@@ -83,6 +91,30 @@ def test_words_are_read_as_what_their_option_is():
     assert read(SampleSettings, ["runs/demo", "--seed", "1"], "") == {"checkpoint": "runs/demo", "seed": 1}
     assert read(BenchSettings, ["--only", "a", "b", "--quick"], "") == {"only": ("a", "b"), "quick": True}
     assert read(DataPrepareSettings, ["--data", "a", "--data", "b", "c"], "") == {"data": ("a", "b", "c")}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("a b", {"runs": ("a", "b")}),
+        ("a b --out x", {"runs": ("a", "b"), "out": "x"}),
+        ("--out x a b", {"runs": ("a", "b"), "out": "x"}),
+        ("a --out x b c", {"runs": ("a", "b", "c"), "out": "x"}),
+        ("--runs a b", {"runs": ("a", "b")}),
+        ("--out x --runs a --config y b", {"runs": ("a", "b"), "out": "x", "config": "y"}),
+        ("--out x", {"out": "x"}),
+    ],
+)
+def test_words_need_no_option_where_a_command_takes_several_of_them(words, expected):
+    assert read(CompareSettings, words.split(), "fastgpt compare") == expected
+
+
+def test_the_help_of_a_command_that_takes_words_shows_them(capsys):
+    assert main(["compare", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: fastgpt compare RUN... [options]\n") and "--runs RUN [RUN ...]" in said
+    with pytest.raises(UsageError, match="--zzz: no such option; see fastgpt compare --help"):
+        read(CompareSettings, ["a", "--zzz", "b"], "fastgpt compare")
 
 
 @pytest.mark.parametrize(

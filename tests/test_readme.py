@@ -38,7 +38,7 @@ def run(words: list[str], cwd: Path) -> str:
 
 ELSEWHERE = ("parity", "bench")  # they are run by test_parity.py and test_bench_command.py
 COMMANDS_OF = {  # the README's are run by test_package.py, after an install
-    "getting-started.md": ["train", "sample", "train", "data", "data", "train", "sample", "eval", "train"],
+    "getting-started.md": ["train", "sample", "train", "data", "data", "train", "sample", "eval", "train", "compare"],
     "backends.md": ["doctor"],
     "scale.md": ["data", "plan", "plan"],
 }

@@ -142,13 +142,13 @@ def loss_figure(name: str, rows: list[dict[str, Any]]) -> Any:
     little of the picture to the rest.
     """
     figure, [[losses], [rates]] = panels(4.2, rows=2, sharex=True, height_ratios=(4, 1))
-    first = min((row["step"] for row in rows if row["split"] == "val" and row["step"] > 0), default=0)
+    first = first_evaluation(rows)
     shown = [row for row in rows if row["step"] >= first]
-    train, val = (_curve(shown, "loss", split) for split in ("train", "val"))
+    train, val = (curve(shown, "loss", split) for split in ("train", "val"))
     losses.plot(*train, color=VERMILION, linewidth=0.7, alpha=0.4)
-    losses.plot(train[0], _smoothed(train[1]), color=VERMILION, label="training, smoothed")
+    losses.plot(train[0], smoothed(train[1]), color=VERMILION, label="training, smoothed")
     losses.plot(*val, color=BLUE, marker="o", markersize=4, label="validation")
-    rates.plot(*_curve(shown, "lr", "train"), color=INK)
+    rates.plot(*curve(shown, "lr", "train"), color=INK)
     at_the_end = f": validation loss {val[1][-1]:.3f} after {val[0][-1]:,} steps" if val[0] else ""
     losses.set_title(f"{name}{at_the_end}", parse_math=False)  # a dollar sign in a folder's name is no formula
     losses.set_ylabel("loss (nats per token)")
@@ -158,13 +158,18 @@ def loss_figure(name: str, rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _curve(rows: list[dict[str, Any]], key: str, split: str) -> tuple[list[int], list[float]]:
-    """Steps and values."""
-    found = [row for row in rows if row["split"] == split and key in row]
-    return [row["step"] for row in found], [row[key] for row in found]
+def first_evaluation(rows: list[dict[str, Any]]) -> int:
+    """The step of the first evaluation after step 0; 0 where there is none."""
+    return min((row["step"] for row in rows if row["split"] == "val" and row["step"] > 0), default=0)
 
 
-def _smoothed(values: list[float]) -> list[float]:
+def curve(rows: list[dict[str, Any]], key: str, split: str, over: str = "step") -> tuple[list[Any], list[float]]:
+    """What the rows of `split` have as `over`, and as `key`; a row that lacks one of them is left out."""
+    found = [row for row in rows if row["split"] == split and key in row and over in row]
+    return [row[over] for row in found], [row[key] for row in found]
+
+
+def smoothed(values: list[float]) -> list[float]:
     """The mean around each value, of a fifteenth of them all. The ends, where values are missing on one side, lie on
     the straight line through the last such part: a mean of fewer values would follow their noise."""
     half = len(values) // 30

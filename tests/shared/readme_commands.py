@@ -47,6 +47,8 @@ def check_output(words: list[str], output: str, folder: Path) -> None:
             assert "--max-new-tokens" not in words or len(output) == len(prompt) + 200 + 1
         case "eval":
             assert "bits per byte" in output
+        case "compare":
+            assert "Settings that differ:" in output and (folder / "runs/compare.png").exists()
         case "plan":
             assert "on: 64 GPUs in 8 nodes, " in output
         case "doctor":
