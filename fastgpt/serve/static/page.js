@@ -11,17 +11,20 @@ const SETTINGS = ["temperature", "top_p", "repetition_penalty", "top_k", "max_to
 const ALTERNATIVES = 5; // as many as OpenAI's completions give
 
 let model = null; // what the server says of it
+let ready = null; // a promise: whether it has said so
 let attention = null;
 let running = null; // the AbortController of the generation that is going on
 const text = new Text($("output"), $("alternatives"), goOnWith);
 
 // ---- the model, and what the page knows of its run ----
 
+/** Returns whether the server has said what it serves. */
 async function start() {
   try {
     model = await json("page/model");
   } catch (error) {
-    return show(error);
+    show(error);
+    return false;
   }
   $("access").hidden = true;
   $("problem").hidden = true;
@@ -32,8 +35,9 @@ async function start() {
   $("facts").replaceChildren(...model.facts.flatMap(([term, fact]) => [element("dt", {}, term), element("dd", {}, fact)]));
   $("prompt-hint").textContent = model.prompt_hint;
   if (model.max_tokens) $("max_tokens").max = model.max_tokens;
-  attention = new Attention(document, model, show);
+  attention = new Attention(document, model, askForToken);
   json("page/curve").then((answer) => new Curve(document, answer), (error) => ($("curve-why").textContent = error.message));
+  return true;
 }
 
 // ---- settings, which are in the address ----
@@ -80,8 +84,8 @@ function asked() {
 
 // ---- generation ----
 
-function generate() {
-  if (!model) return start();
+async function generate() {
+  if (!(await ready) && !(await (ready = start()))) return;
   stop();
   text.clear($("prompt").value || model.prompt);
   return run();
@@ -173,14 +177,22 @@ function show(error) {
   if (!isKnown) console.error(error);
   $("problem").textContent = isKnown ? error.message : `The page failed: ${error.message}`;
   $("problem").hidden = false;
-  if (error.status === 401) {
-    $("access").hidden = false;
-    $("token").focus();
-  }
+  askForToken(error);
+}
+
+function askForToken(error) {
+  if (error.status !== 401) return;
+  $("access").hidden = false;
+  $("token").focus();
 }
 
 // ---- what is pressed ----
 
+// Its link would change the part of the address that has the settings.
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  $("prompt").focus();
+});
 $("generate").addEventListener("click", generate);
 $("stop").addEventListener("click", stop);
 $("continue").addEventListener("click", run);
@@ -199,7 +211,7 @@ $("access-form").addEventListener("submit", (event) => {
   event.preventDefault();
   rememberToken($("token").value);
   $("token").value = "";
-  start();
+  ready = start();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -210,4 +222,4 @@ document.addEventListener("keydown", (event) => {
 window.addEventListener("hashchange", readAddress);
 
 readAddress();
-start();
+ready = start();
