@@ -9,15 +9,19 @@ import sys as _sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "BackendError", "GPTConfig", "load", "ops", "use_backend"]
+__all__ = ["GPT", "BackendError", "GPTConfig", "explain", "load", "nn", "ops", "patch", "unpatch", "use_backend"]
 
 if TYPE_CHECKING:  # type checkers and editors read these lines, and would take any name from a __getattr__
+    from . import nn as nn
     from . import ops as ops
     from .config import GPTConfig as GPTConfig
     from .loading import load as load
     from .model import GPT as GPT
     from .ops.backend import BackendError as BackendError
     from .ops.backend import use_backend as use_backend
+    from .patching import explain as explain
+    from .patching import patch as patch
+    from .patching import unpatch as unpatch
 else:
     _MODULE_OF = {
         "GPT": "fastgpt.model",
@@ -25,13 +29,16 @@ else:
         "load": "fastgpt.loading",
         "BackendError": "fastgpt.ops.backend",
         "use_backend": "fastgpt.ops.backend",
+        "explain": "fastgpt.patching",
+        "patch": "fastgpt.patching",
+        "unpatch": "fastgpt.patching",
     }
 
     def __getattr__(name):
         from importlib import import_module
 
-        if name == "ops":
-            return import_module("fastgpt.ops")  # which makes it an attribute of this module
+        if name in ("nn", "ops"):
+            return import_module(f"fastgpt.{name}")  # which makes it an attribute of this module
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
