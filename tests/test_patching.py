@@ -1,4 +1,4 @@
-"""`fastgpt.patch` and `unpatch` on models of PyTorch's layers: what is replaced, what is left alone, and the way back."""
+"""`fastgpt.patch` and `unpatch` on models of PyTorch's layers: what is replaced, what is not, and the way back."""
 
 from __future__ import annotations
 
@@ -283,5 +283,5 @@ def test_bad_input_is_named(function, value):
 
 
 def test_bad_options_are_named():
-    with pytest.raises(TypeError, match="^keep_logits: "):
+    with pytest.raises(TypeError, match=r"^keep_logits: "):
         fastgpt.patch(OwnModel(), keep_logits=1)

@@ -158,8 +158,10 @@ def test_compiled_gpt2(compiled):
         torch.testing.assert_close(parameter.grad, eager[name])
     if ops.explain("attention", *torch.ones(3, 1, 2, 8, 8)).backend == "native":
         found = " ".join(ops_in_graphs(graphs))
-        for name in ("attention", "layer_norm", "activation", "embedding", "linear_cross_entropy"):
+        for name in ("layer_norm", "activation", "embedding", "linear_cross_entropy"):
             assert f"fastgpt.{name}_native" in found
+        # transformers makes a mask whenever it is traced, because it cannot see that a batch has no padding.
+        assert "scaled_dot_product_attention" in found
     fastgpt.unpatch(model)
     torch.testing.assert_close(run(IDS), before)
 

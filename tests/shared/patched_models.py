@@ -1,4 +1,4 @@
-"""Models that others would write, to patch, and what a step of them gives: loss and gradients, held to the error rule."""
+"""Models that others would write, to patch; and what a step of them gives, which is held to the error rule."""
 
 from __future__ import annotations
 
