@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, ops
+from . import __version__, ops, patching
 from .cuda_graph import words
 from .machine import device_name, package_version, resolve_device
 from .ops import native, self_test
@@ -73,6 +73,7 @@ def _report(run_self_tests: bool, preference: str) -> str:
         f"--cuda-graph: {_cuda_graph(auto)}",
         preference,
         _tuned_table(),
+        _patching(),
     ]
     if run_self_tests and auto.type not in self_test.SELF_TESTED:
         lines.append("--self-test: has nothing to do, because there is no CUDA device here")
@@ -117,6 +118,13 @@ def _tuned_table() -> str:
         return tuned.describe(None)
     major, minor = torch.cuda.get_device_capability()
     return tuned.describe(10 * major + minor)
+
+
+def _patching() -> str:
+    """What `fastgpt.patch` takes here; `fastgpt.explain(model)` says it of one model."""
+    version = package_version("transformers")
+    theirs = "transformers is not installed" if version is None else f"of transformers {version}: a GPT-2"
+    return f"fastgpt.patch: models of PyTorch's layers; {theirs}; it was tested with {patching.TESTED_WITH}"
 
 
 def example_call(op: str, device: str) -> dict[str, Any]:

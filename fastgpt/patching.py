@@ -63,6 +63,7 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.GELU: Rule(GELU, "activation", "activation"),
 }
 _CALLS_ATTENTION = Rule(CallsAttention, "attention, called in a forward", "attention")
+TESTED_WITH = "transformers 5.24.0"
 _GPT2 = "transformers.models.gpt2.modeling_gpt2"
 _RULES_OF_TRANSFORMERS: dict[tuple[str, str], Rule] = {
     ("transformers.activations", "NewGELUActivation"): Rule(NewGELU, "activation", "activation"),

@@ -247,7 +247,8 @@ def test_type_checkers_know_the_names(tmp_path, monkeypatch):
 def test_public_names():
     import fastgpt
 
-    assert set(fastgpt.__all__) == {"GPT", "BackendError", "GPTConfig", "load", "ops", "use_backend"}
+    of_patching = {"explain", "nn", "patch", "unpatch"}
+    assert set(fastgpt.__all__) == {"GPT", "BackendError", "GPTConfig", "load", "ops", "use_backend"} | of_patching
     assert set(fastgpt.ops.__all__) == {
         "activation", "add_layer_norm", "attention", "cross_entropy", "embedding", "explain", "layer_norm",
         "linear_cross_entropy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import fastgpt
 from fastgpt import ops
 from patched_models import IDS, OwnModel, assert_within_rule, exact_step, gpt2, own_step, step
+from readme_commands import blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -174,3 +176,22 @@ def test_compiled_model_that_calls_pytorchs_attention(compiled):
     eager = own_step(model)
     torch.testing.assert_close(own_step(model, compile_(model)), eager)
     assert any("scaled_dot_product_attention" in name for name in ops_in_graphs(graphs))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys, fused):
+    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parent.parent / "docs" / "patching.md"
+    report, trainer, layers = blocks("python", page.read_text(encoding="utf-8"))
+    exec(report, {})
+    printed = capsys.readouterr().out
+    for op in ("attention", "layer_norm", "add_layer_norm", "activation", "embedding", "linear_cross_entropy"):
+        assert f"ops.{op}" in printed
+    exec(trainer, {})
+    assert len(fused) == 2
+    exec(layers, {})
+    assert len(fused) == 3
