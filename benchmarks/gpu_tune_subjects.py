@@ -355,7 +355,7 @@ class CrossEntropy(Subject):
     def timed(self, inputs: dict[str, Tensor]) -> Callable[[], object]:
         rows = inputs["logits"], inputs["targets"]
         op, with_grad = torch.ops.fastgpt.cross_entropy_native, self.key["passes"] == 2
-        return lambda: op(*rows, None, -100, REDUCTIONS["mean"], 0.0, with_grad)
+        return lambda: op(*rows, None, None, -100, REDUCTIONS["mean"], 0.0, 0.0, 0.0, with_grad, False)
 
 
 class Embedding(Subject):

@@ -19,6 +19,8 @@ struct CrossEntropyRows {
   const float* class_weight;  // (classes), or null for 1
   float class_weight_sum;     // the number of classes where class_weight is null
   float label_smoothing;
+  float z_loss;   // times the square of a row's logsumexp is added to its loss
+  float softcap;  // the loss is that of softcap * tanh(logits / softcap); 0 for the logits as they are
   const float* row_scale;  // d(result) / d(loss of the row); stride 0 where all rows share one
   int64_t row_scale_stride;
   float* loss;  // (rows), or null where only gradients are wanted
@@ -27,6 +29,7 @@ struct CrossEntropyRows {
   // Else they are computed, and written to `statistics` unless that is null.
   const float* known_statistics;
   float* statistics;
+  float* correct;  // (rows): 1 where no logit is larger than the target's, and none before it is equal; else 0. Or null
   bool stream;  // the gradient is larger than the caches, and is written past them
 };
 
@@ -193,7 +196,8 @@ struct Attention {
 struct Kernels {
   const char* name;
   int64_t (*count_indices)(const int64_t* indices, int64_t n, int64_t limit, const int64_t* ignored);
-  void (*cross_entropy[STORAGES])(const CrossEntropyRows&, int64_t begin, int64_t end);
+  int64_t (*cross_entropy_scratch)(const CrossEntropyRows&);  // the number of values in `scratch`
+  void (*cross_entropy[STORAGES])(const CrossEntropyRows&, int64_t begin, int64_t end, float* scratch);
   void (*gather[STORAGES])(const GatherRows&, int64_t begin, int64_t end);
   void (*sum_rows[STORAGES])(const SumRows&);
   void (*accumulate_rows[STORAGES])(const AccumulateRows&);

@@ -22,6 +22,7 @@ constexpr Kernels table(const char* name) {
   return {
       name,
       count_indices,
+      cross_entropy_scratch,
       {cross_entropy_rows<float>, cross_entropy_rows<BFloat16>, cross_entropy_rows<Float16>},
       {gather_rows<float>, gather_rows<BFloat16>, gather_rows<Float16>},
       {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Float16>},

@@ -12,5 +12,6 @@ from .embedding import embedding as embedding
 from .layer_norm import add_layer_norm as add_layer_norm
 from .layer_norm import layer_norm as layer_norm
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .linear_log_probs import linear_log_probs as linear_log_probs
 
 __all__ = [*(op for op in OPS if op in globals()), "explain"]

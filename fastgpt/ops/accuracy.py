@@ -36,7 +36,8 @@ def outputs_and_gradients(
     """
     inputs = {name: arguments[name].detach().requires_grad_() for name in differentiable}
     result = function(**{**arguments, **inputs}, **options)
-    outputs = dict(zip(("out", "h"), result, strict=True)) if isinstance(result, tuple) else {"out": result}
+    names = ("out", "accuracy" if options.get("return_accuracy") else "h")
+    outputs = dict(zip(names, result, strict=True)) if isinstance(result, tuple) else {"out": result}
     values = {name: out.detach() for name, out in outputs.items()}
     if inputs:
         upstream = {out: upstream_of(out) for out in outputs.values() if out.requires_grad}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -98,6 +99,36 @@ def as_loss_options(ignore_index: Any, reduction: str, label_smoothing: Any) -> 
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     return as_int64("ignore_index", ignore_index), label_smoothing
+
+
+def as_head_options(z_loss: Any, softcap: Any, return_accuracy: Any) -> tuple[float, float | None]:
+    """Checks further options that both losses have. Returns z_loss and softcap as Python's numbers."""
+    z_loss = as_number("z_loss", z_loss)
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+    check_bool("return_accuracy", return_accuracy)
+    return z_loss, as_softcap(softcap)
+
+
+def as_softcap(softcap: Any) -> float | None:
+    """Returns `softcap` as Python's number, or None."""
+    if softcap is None:
+        return None
+    softcap = as_number("softcap", softcap)
+    if not 1e-30 <= softcap <= 1e30:  # its inverse is a normal float32, too
+        raise ValueError(f"softcap: expected None or a finite number above 0, from 1e-30 to 1e30, got {softcap}")
+    return softcap
+
+
+def check_token_weight(token_weight: Tensor, targets: Tensor) -> None:
+    """`token_weight` has a number for each of the targets, without gradient."""
+    check_float("token_weight", token_weight)
+    check_like("token_weight", token_weight, "targets", targets, dtype=False)
+    if token_weight.shape != targets.shape:
+        expected = f"the shape of targets, {tuple(targets.shape)}"
+        raise ValueError(f"token_weight: expected {expected}, got {tuple(token_weight.shape)}")
+    if token_weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("token_weight: the factors of targets get no gradient; pass token_weight.detach()")
 
 
 def check_targets(targets: Tensor, expected: torch.Size, name: str, tensor: Tensor) -> None:

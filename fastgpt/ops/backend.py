@@ -43,6 +43,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
     "cross_entropy": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
     "linear_cross_entropy": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
+    "linear_log_probs": {"cuda": ("native", "torch"), "cpu": ("native", "torch")},
 }
 OPS = tuple(PREFERENCE)
 

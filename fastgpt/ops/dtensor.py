@@ -5,9 +5,11 @@ parameters are gathered for the call, which computes on plain tensors, on the ba
 gradients come back in the parameters' own placements, as **the mean over the mesh**. This is what FSDP2 and DDP give:
 where every process has equally many rows, a step is that of one process with all rows.
 
-`cross_entropy` and `linear_cross_entropy` also take their rows as DTensors: replicated, or sharded along a dimension
-that comes before that of the classes. All processes then compute one loss, that of all rows, as a DTensor that is
-replicated, and the parameters get its gradient. The parameters then have to be DTensors, too.
+`cross_entropy`, `linear_cross_entropy` and `linear_log_probs` also take their rows as DTensors: replicated, or sharded
+along a dimension that comes before that of the classes. All processes then compute one loss, that of all rows, as a
+DTensor that is replicated, and the parameters get its gradient; losses and log-probabilities that are not added up stay
+sharded as the rows are. The parameters then have to be DTensors, too, and weights of targets DTensors that are sharded
+like these.
 
 This module imports nothing of torch.distributed: a DTensor exists only where that is loaded.
 """
@@ -47,7 +49,7 @@ def has_local_tensors(op: str, args: tuple) -> bool:
 
 def on_local_tensors(op: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """run(*args, **kwargs), the op's own arguments, with plain tensors in place of DTensors."""
-    if op in _ROWS and any(is_kind(type(args[i])) for i in _ROWS[op]):
+    if op in _ROWS and any(is_kind(type(args[i])) for i in _ROWS[op][:2]):
         return _loss_of_all(op, run, args)
     return run(*(_gathered_for_mean(a) if is_kind(type(a)) else a for a in args), **kwargs)
 
@@ -65,47 +67,80 @@ def _gathered_for_mean(parameter: Any) -> Tensor:
 
 # --- losses of rows that are DTensors --------------------------------------------------------------------------------
 
-# The places of the rows and their targets, and of the parameters, among an op's arguments.
-_ROWS = {"cross_entropy": (0, 1), "linear_cross_entropy": (0, 2)}
-_WEIGHTS = {"cross_entropy": {"weight": 2}, "linear_cross_entropy": {"weight": 1, "bias": 3}}
+# The places of the rows, their targets and the targets' weights, and of the parameters, among an op's arguments.
+_ROWS = {"cross_entropy": (0, 1, 8), "linear_cross_entropy": (0, 2, 9), "linear_log_probs": (0, 2)}
+_WEIGHTS = {
+    "cross_entropy": {"weight": 2},
+    "linear_cross_entropy": {"weight": 1, "bias": 3},
+    "linear_log_probs": {"weight": 1, "bias": 3},
+}
+# The places of the options that say how losses are added up.
+_IGNORE_INDEX = {"cross_entropy": 3, "linear_cross_entropy": 4}
+_REDUCTION = {"cross_entropy": 4, "linear_cross_entropy": 5}
+_RETURN_ACCURACY = {"cross_entropy": 9, "linear_cross_entropy": 10}
 # The rows' dimension of the classes, or of the channels. The dimensions before it are the first ones of the targets,
 # too: where the rows are sharded along one of them, the targets are sharded alike.
-_CLASSES = {"cross_entropy": 1, "linear_cross_entropy": -1}
+_CLASSES = {"cross_entropy": 1, "linear_cross_entropy": -1, "linear_log_probs": -1}
 
 
 def _loss_of_all(op: str, run: Callable[..., Any], args: tuple) -> Any:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    x, targets = rows = [args[i] for i in _ROWS[op]]
-    _check_rows(op, x, targets)
+    x, targets, *token_weight = [args[i] for i in _ROWS[op]]
+    _check_rows(op, x, targets, *token_weight)
     mesh, placements = x.device_mesh, x.placements
     # A process whose rows are a part of all has a part of each sum: of the loss, and of the parameters' gradients.
     sums = [Partial() if placement.is_shard() else Replicate() for placement in placements]
     local = list(args)
-    for i, tensor in zip(_ROWS[op], rows, strict=True):
-        local[i] = tensor.to_local(grad_placements=placements)
+    for i in _ROWS[op]:
+        local[i] = None if args[i] is None else args[i].to_local(grad_placements=placements)
     for name, i in _WEIGHTS[op].items():
         local[i] = None if args[i] is None else _gathered_for_sum(name, args[i], mesh, sums)
-    ignore_index, reduction = args[-3:-1]
-    if reduction == "none":
-        return DTensor.from_local(run(*local), mesh, placements, run_check=False)
-    local[-2] = "none" if op == "cross_entropy" else "sum"  # that of float16 is summed in float32 by the latter alone
-    losses = run(*local)
+
+    def for_each_target(values: Tensor) -> Any:
+        return DTensor.from_local(values, mesh, placements, run_check=False)
+
+    def total(part: Tensor) -> Any:
+        return DTensor.from_local(part, mesh, sums, run_check=False)
+
+    if op not in _REDUCTION or args[_REDUCTION[op]] == "none":
+        results = run(*local)
+        return tuple(map(for_each_target, results)) if isinstance(results, tuple) else for_each_target(results)
+    counted = local[_ROWS[op][1]] != args[_IGNORE_INDEX[op]]
+    # What is correct has no sum, and the loss of float16 is summed in float32 by linear_cross_entropy alone.
+    each = op == "cross_entropy" or args[_RETURN_ACCURACY[op]]
+    local[_REDUCTION[op]] = "none" if each else "sum"
+    results = run(*local)
+    losses, correct = results if isinstance(results, tuple) else (results, None)
     loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
-    if reduction == "mean":
-        counted = local[_ROWS[op][1]] != ignore_index
-        n = counted.sum().to(loss.dtype)
-        if op == "cross_entropy" and local[2] is not None:
-            n = local[2].to(loss.dtype)[local[1].where(counted, 0)].where(counted, 0.0).sum()
-        loss = loss / DTensor.from_local(n, mesh, sums, run_check=False).full_tensor()
-    whole = DTensor.from_local(loss.to(losses.dtype), mesh, sums, run_check=False)
-    return whole.redistribute(placements=[Replicate()] * mesh.ndim)
+    if args[_REDUCTION[op]] == "mean":
+        loss = loss / total(_weights(op, local, counted).to(loss.dtype)).full_tensor()
+    replicated = [Replicate()] * mesh.ndim
+    whole = total(loss.to(losses.dtype)).redistribute(placements=replicated)
+    if correct is None:
+        return whole
+    n_counted = total(counted.sum()).full_tensor()
+    return whole, total(correct.sum() / n_counted).redistribute(placements=replicated)
 
 
-def _check_rows(op: str, x: Any, targets: Any) -> None:
+def _weights(op: str, local: list, counted: Tensor) -> Tensor:
+    """The sum of the weights of this process's targets that count."""
+    class_weight = local[2] if op == "cross_entropy" else None
+    token_weight = local[_ROWS[op][2]]
+    if class_weight is None and token_weight is None:
+        return counted.sum()
+    weights = counted.to(torch.float64 if local[0].dtype == torch.float64 else torch.float32)
+    if class_weight is not None:
+        weights = class_weight.to(weights.dtype)[local[1].where(counted, 0)].where(counted, 0.0)
+    if token_weight is not None:
+        weights = weights * token_weight.where(counted, 0.0)
+    return weights.sum()
+
+
+def _check_rows(op: str, x: Any, targets: Any, token_weight: Any = None) -> None:
     name = "logits" if op == "cross_entropy" else "x"
-    for argument, tensor in ((name, x), ("targets", targets)):
-        if not is_kind(type(tensor)):
+    for argument, tensor in ((name, x), ("targets", targets), ("token_weight", token_weight)):
+        if tensor is not None and not is_kind(type(tensor)):
             other = "targets" if argument == name else name
             raise TypeError(f"{argument}: expected a DTensor, as {other} is one, got a plain tensor")
     classes = _CLASSES[op] % x.ndim
@@ -115,10 +150,11 @@ def _check_rows(op: str, x: Any, targets: Any) -> None:
                 f"{name}: expected a DTensor that is replicated or sharded along its rows, got {x.placements}; "
                 f"{name}.redistribute(...) makes it one"
             )
-    if x.device_mesh != targets.device_mesh or x.placements != targets.placements:
-        where = f"{x.placements} on {x.device_mesh}"
-        got = f"{targets.placements} on {targets.device_mesh}"
-        raise ValueError(f"targets: expected the placements of {name}, {where}, got {got}")
+    for argument, tensor in (("targets", targets), ("token_weight", token_weight)):
+        if tensor is not None and (x.device_mesh != tensor.device_mesh or x.placements != tensor.placements):
+            where = f"{x.placements} on {x.device_mesh}"
+            got = f"{tensor.placements} on {tensor.device_mesh}"
+            raise ValueError(f"{argument}: expected the placements of {name}, {where}, got {got}")
 
 
 def _gathered_for_sum(name: str, parameter: Any, mesh: Any, sums: list) -> Tensor:

@@ -43,7 +43,8 @@ def define_op(
         backward: (ctx, gradients of the results) -> gradients of the arguments. None: the op has no derivative.
         save: (ctx, arguments, results) keeps in ctx what `backward` needs.
         first_only: the results after the first are for `backward` alone, and have no gradient. The returned function
-            gives the first result alone, because each result of an autograd.Function costs time.
+            gives the first result alone, because each result of an autograd.Function costs time; `first_and_last` makes
+            one that gives the last result, too.
         is_gradient: the op computes a gradient. Differentiating it raises an error: PyTorch would treat its result as
             a constant, and a second derivative would be silently wrong.
         flops: (arguments, a shape in place of each tensor) -> operations; see `flops.py`.
@@ -109,8 +110,33 @@ def _define_derivative(
         save(ctx, args, output)
         return output[0] if first_only else output
 
+    return _caller(run, forward, backward, operator.itemgetter(0) if first_only else None)
+
+
+def first_and_last(
+    name: str, backward: Callable[..., tuple], save: Callable[[Any, tuple, Any], None]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function by which to call an op of `define_op(..., first_only=True)` for its first and its last result.
+
+    The last result has no gradient. `backward` and `save` are those that the op was defined with.
+    """
+    run = getattr(torch.ops.fastgpt, name).default
+
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = below_autograd(run, *args)
+        save(ctx, args, output)
+        ctx.mark_non_differentiable(output[-1])
+        return output[0], output[-1]
+
+    return _caller(run, forward, backward, operator.itemgetter(0, -1))
+
+
+def _caller(
+    run: Any, forward: Callable[..., Any], backward: Callable[..., tuple], results: Callable[[Any], Any] | None
+) -> Callable[..., Any]:
+    """The op `run` in eager mode by an autograd.Function, and where a graph is traced, by the dispatcher."""
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    apply = _apply_of(type(name, (torch.autograd.Function,), methods))
+    apply = _apply_of(type(run.__name__, (torch.autograd.Function,), methods))
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -119,7 +145,7 @@ def _define_derivative(
             return apply(*args)
         else:
             output = below_autograd(run, *args)
-        return output[0] if first_only else output
+        return output if results is None else results(output)
 
     return call
 

@@ -84,14 +84,29 @@ def embedding(tokens, token_table, position_table=None, *, position_offset=0):
     return x + position_table[position_offset : position_offset + tokens.shape[1]]
 
 
-def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+def cross_entropy(
+    logits,
+    targets,
+    *,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    token_weight=None,
+    return_accuracy=False,
+):
     """-log softmax(logits)[target], with the weights and smoothing of torch.nn.functional.cross_entropy.
 
-    With class weights w and smoothing s the loss of one row is
-    (1 - s) * w[t] * -log p[t] + s / C * sum_c w[c] * -log p[c]; "mean" divides by the sum of w[t], NaN where that is 0.
+    With class weights w, smoothing s, z-loss z and the token's weight u, the loss of one row is
+    u * ((1 - s) * w[t] * -log p[t] + s / C * sum_c w[c] * -log p[c] + z * logsumexp^2) (Chowdhery et al. 2022, PaLM);
+    "mean" divides by the sum of u * w[t], NaN where that is 0. A softcap c replaces the logits x by c * tanh(x / c)
+    first (Gemma Team 2024, Gemma 2). The accuracy is the share of targets whose logit is the largest of its row.
     """
     if logits.ndim == 1:
         logits, targets, was_one_row = logits[None], targets[None], True
+        token_weight = None if token_weight is None else token_weight[None]
     else:
         was_one_row = False
     C = logits.shape[1]
@@ -99,20 +114,32 @@ def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction=
     counted = targets != ignore_index
     x = logits.movedim(1, -1)  # (N, C, d1, ..., dk) -> (N, d1, ..., dk, C)
     x = x.masked_fill(~counted[..., None], 0.0)  # an ignored row counts for nothing, even where it is not finite
-    shifted = x - x.detach().amax(-1, keepdim=True)
-    log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
-    w = torch.ones(C, dtype=x.dtype, device=x.device) if weight is None else weight
     t = torch.where(counted, targets, 0)
+    correct = (x.argmax(-1) == t) & counted & ~x.isnan().any(-1)
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    largest = x.detach().amax(-1, keepdim=True)
+    shifted = x - largest
+    log_sum = shifted.exp().sum(-1, keepdim=True).log()
+    log_p = shifted - log_sum
+    w = torch.ones(C, dtype=x.dtype, device=x.device) if weight is None else weight
+    u = torch.where(counted, 1.0 if token_weight is None else token_weight.to(x.dtype), 0.0)
     row_weight = torch.where(counted, w[t], 0.0)
     loss = -row_weight * log_p.gather(-1, t[..., None])[..., 0] * (1.0 - label_smoothing)
     if label_smoothing > 0.0:
         loss = loss - torch.where(counted, (log_p * w).sum(-1), 0.0) * (label_smoothing / C)
-    if reduction == "none":
-        return loss[0] if was_one_row else loss
-    if reduction == "sum":
-        return loss.sum()
-    weights = row_weight.sum()
-    return torch.where(weights == 0.0, torch.nan, loss.sum() / weights)
+    if z_loss > 0.0:
+        loss = loss + torch.where(counted, (largest + log_sum)[..., 0] ** 2, 0.0) * z_loss
+    loss, row_weight = loss * u, row_weight * u
+    accuracy = correct.float() if reduction == "none" else correct.float().sum() / counted.sum()
+    if reduction == "none" and was_one_row:
+        loss, accuracy = loss[0], accuracy[0]
+    elif reduction == "sum":
+        loss = loss.sum()
+    elif reduction == "mean":
+        weights = row_weight.sum()
+        loss = torch.where(weights == 0.0, torch.nan, loss.sum() / weights)
+    return (loss, accuracy) if return_accuracy else loss
 
 
 def linear(x, weight, bias=None):
@@ -121,9 +148,42 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def linear_cross_entropy(x, weight, targets, *, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+def linear_cross_entropy(
+    x,
+    weight,
+    targets,
+    *,
+    bias=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    token_weight=None,
+    return_accuracy=False,
+):
     """cross_entropy(x weight^T + bias, targets): x (..., C), weight (V, C), targets (...)."""
-    logits = linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-    loss = cross_entropy(logits, targets.reshape(-1), **options)
-    return loss.reshape(targets.shape) if reduction == "none" else loss
+    loss, accuracy = cross_entropy(
+        linear(x.reshape(-1, x.shape[-1]), weight, bias),
+        targets.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        token_weight=None if token_weight is None else token_weight.reshape(-1),
+        return_accuracy=True,
+    )
+    if reduction == "none":
+        loss, accuracy = loss.reshape(targets.shape), accuracy.reshape(targets.shape)
+    return (loss, accuracy) if return_accuracy else loss
+
+
+def linear_log_probs(x, weight, targets, *, bias=None, softcap=None):
+    """log softmax(x weight^T + bias)[target], with the softcap of cross_entropy: x (..., C), weight (V, C)."""
+    logits = linear(x, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
+    log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
+    return log_p.gather(-1, targets.long()[..., None])[..., 0]

@@ -311,14 +311,56 @@ class Embedding(NamedTuple):
         return {"tokens": tokens, "token_table": table(50), "position_table": positions}, {"position_offset": 5}
 
 
-# ---- cross_entropy, linear_cross_entropy ----
+# ---- cross_entropy, linear_cross_entropy, linear_log_probs ----
+
+
+class HeadOptions(NamedTuple):
+    """Which of the options that both losses have are asked for."""
+
+    z_loss: bool = False
+    softcap: bool = False
+    token_weight: bool = False
+    accuracy: bool = False
+
+    def words(self) -> str:
+        return _words(
+            self.z_loss and "z-loss",
+            self.softcap and "softcap",
+            self.token_weight and "weights of targets",
+            self.accuracy and "accuracy",
+        )
+
+    def inputs(self, draw: Draw, targets: Tensor, dtype: torch.dtype) -> Inputs:
+        of_token = draw.normal(*targets.shape, dtype=dtype) + 1.5 if self.token_weight else None
+        options: dict[str, Any] = {"z_loss": 1e-2} if self.z_loss else {}
+        options |= {"softcap": 5.0} if self.softcap else {}
+        return {"token_weight": of_token}, options | ({"return_accuracy": True} if self.accuracy else {})
+
+
+_NO_OPTIONS = HeadOptions()
+
+
+def _head_options(z_loss, softcap, token_weight, return_accuracy) -> HeadOptions:
+    if z_loss == 0.0 and softcap is None and token_weight is None and not return_accuracy:
+        return _NO_OPTIONS
+    return HeadOptions(z_loss > 0.0, softcap is not None, token_weight is not None, return_accuracy)
 
 
 def cross_entropy_facts(
-    logits, targets, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+    logits,
+    targets,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    token_weight=None,
+    return_accuracy=False,
 ) -> tuple:
     C = logits.shape[0 if logits.ndim == 1 else 1]
-    return logits.dtype, C, weight is not None, reduction, label_smoothing > 0.0, _asked(logits)
+    options = _head_options(z_loss, softcap, token_weight, return_accuracy)
+    return logits.dtype, C, weight is not None, reduction, label_smoothing > 0.0, _asked(logits), options
 
 
 def _targets(draw: Draw, C: int, n_rows: int) -> Tensor:
@@ -335,6 +377,7 @@ class CrossEntropy(NamedTuple):
     reduction: str
     smoothing: bool
     asked: Asked
+    options: HeadOptions = _NO_OPTIONS
 
     def asked_for(self) -> list[str]:
         return _where(self.asked, "logits")
@@ -346,6 +389,7 @@ class CrossEntropy(NamedTuple):
             f"reduction {self.reduction}",
             self.has_weight and "class weights",
             self.smoothing and "label smoothing",
+            self.options != _NO_OPTIONS and self.options.words(),
             _gradients(self),
         )
 
@@ -354,14 +398,29 @@ class CrossEntropy(NamedTuple):
         logits = draw.normal(24, self.n_classes, dtype=self.dtype) * 3
         logits[3, 0] = logits[4, -1] = logits[5].amax() + 2
         weight = draw.normal(self.n_classes, dtype=self.dtype).abs() + 0.1 if self.has_weight else None
-        tensors = {"logits": logits, "targets": _targets(draw, self.n_classes, 24), "weight": weight}
-        return tensors, {"reduction": self.reduction, "label_smoothing": 0.1 if self.smoothing else 0.0}
+        targets = _targets(draw, self.n_classes, 24)
+        targets[6:12] = logits[6:12].argmax(1)
+        tensors = {"logits": logits, "targets": targets, "weight": weight}
+        more, options = self.options.inputs(draw, targets, self.dtype)
+        options |= {"reduction": self.reduction, "label_smoothing": 0.1 if self.smoothing else 0.0}
+        return tensors | more, options
 
 
 def linear_cross_entropy_facts(
-    x, weight, targets, bias=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+    x,
+    weight,
+    targets,
+    bias=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    token_weight=None,
+    return_accuracy=False,
 ) -> tuple:
-    return x.dtype, weight.shape[0], bias is not None, reduction, label_smoothing > 0.0, _asked(x, weight, bias)
+    asked, options = _asked(x, weight, bias), _head_options(z_loss, softcap, token_weight, return_accuracy)
+    return x.dtype, weight.shape[0], bias is not None, reduction, label_smoothing > 0.0, asked, options
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -371,6 +430,7 @@ class LinearCrossEntropy(NamedTuple):
     reduction: str
     smoothing: bool
     asked: Asked
+    options: HeadOptions = _NO_OPTIONS
 
     def asked_for(self) -> list[str]:
         return _where(self.asked, "x", "weight", "bias")
@@ -382,24 +442,67 @@ class LinearCrossEntropy(NamedTuple):
             f"reduction {self.reduction}",
             self.has_bias and "bias",
             self.smoothing and "label smoothing",
+            self.options != _NO_OPTIONS and self.options.words(),
             _gradients(self),
         )
 
     def inputs(self, draw: Draw) -> Inputs:
-        """More rows than the fewest of a chunk, so that there are two chunks. The products are PyTorch's."""
-        V, C, n_rows = self.n_classes, 16, 260
-        tensors = {
-            "x": draw.normal(n_rows, C, dtype=self.dtype),
-            "weight": draw.normal(V, C, dtype=self.dtype) * 0.75,  # logits of a spread of 3, see CrossEntropy.inputs
-            "targets": _targets(draw, V, n_rows),
-            "bias": draw.normal(V, dtype=self.dtype) if self.has_bias else None,
-        }
-        return tensors, {"reduction": self.reduction, "label_smoothing": 0.1 if self.smoothing else 0.0}
+        """More rows than the fewest of a chunk, so that there are two chunks. The products are PyTorch's.
+
+        Where the accuracy is asked for, all are whole numbers: their products are exact, and so is which is largest.
+        """
+        tensors = _head_inputs(draw, self.dtype, self.n_classes, self.has_bias, whole=self.options.accuracy)
+        targets = _targets(draw, self.n_classes, _HEAD_ROWS)
+        if self.options.accuracy:
+            logits = tensors["x"][6:200].float() @ tensors["weight"].float().t()
+            targets[6:200] = (logits + tensors["bias"].float() if self.has_bias else logits).argmax(1)
+        more, options = self.options.inputs(draw, targets, self.dtype)
+        options |= {"reduction": self.reduction, "label_smoothing": 0.1 if self.smoothing else 0.0}
+        return tensors | {"targets": targets} | more, options
+
+
+_HEAD_ROWS = 260
+
+
+def _head_inputs(draw: Draw, dtype: torch.dtype, V: int, has_bias: bool, whole: bool = False) -> dict[str, Any]:
+    """x, weight and bias, whose logits have a spread of 3, see CrossEntropy.inputs."""
+    tensors = {"x": draw.normal(_HEAD_ROWS, 16, dtype=dtype), "weight": draw.normal(V, 16, dtype=dtype) * 0.75}
+    tensors["bias"] = draw.normal(V, dtype=dtype) if has_bias else None
+    return {name: None if t is None else t.round().clamp(-2, 2) if whole else t for name, t in tensors.items()}
+
+
+def linear_log_probs_facts(x, weight, targets, bias=None, softcap=None) -> tuple:
+    return x.dtype, weight.shape[0], bias is not None, softcap is not None, _asked(x, weight, bias)
+
+
+class LinearLogProbs(NamedTuple):
+    dtype: torch.dtype
+    n_classes: int
+    has_bias: bool
+    softcap: bool
+    asked: Asked
+
+    def asked_for(self) -> list[str]:
+        return _where(self.asked, "x", "weight", "bias")
+
+    def variant(self, device: torch.device) -> str:
+        return _words(
+            _name(self.dtype),
+            f"{self.n_classes} classes",
+            self.has_bias and "bias",
+            self.softcap and "softcap",
+            _gradients(self),
+        )
+
+    def inputs(self, draw: Draw) -> Inputs:
+        tensors = _head_inputs(draw, self.dtype, self.n_classes, self.has_bias)
+        targets = draw.index(self.n_classes, _HEAD_ROWS)
+        return tensors | {"targets": targets}, {"softcap": 5.0} if self.softcap else {}
 
 
 # ---- of a call ----
 
-Call: TypeAlias = Attention | Norm | Embedding | CrossEntropy | LinearCrossEntropy
+Call: TypeAlias = Attention | Norm | Embedding | CrossEntropy | LinearCrossEntropy | LinearLogProbs
 FACTS: dict[str, Callable[..., tuple]] = {  # of each op that has kernels for GPUs
     "attention": attention_facts,
     "layer_norm": layer_norm_facts,
@@ -407,6 +510,7 @@ FACTS: dict[str, Callable[..., tuple]] = {  # of each op that has kernels for GP
     "embedding": embedding_facts,
     "cross_entropy": cross_entropy_facts,
     "linear_cross_entropy": linear_cross_entropy_facts,
+    "linear_log_probs": linear_log_probs_facts,
 }
 CALLS: dict[str, Callable[..., Any]] = {
     "attention": Attention,
@@ -415,6 +519,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "embedding": Embedding,
     "cross_entropy": CrossEntropy,
     "linear_cross_entropy": LinearCrossEntropy,
+    "linear_log_probs": LinearLogProbs,
 }
 UNKNOWN = -1  # a size that torch.compile leaves open
 # What stands for sizes that are not known: one call for each kernel of attention, few rows and many of a norm.
@@ -475,4 +580,6 @@ def typical_calls(op: str) -> list[Call]:
         return [CrossEntropy(half, classes, False, "mean", False, (True,)) for classes in (65, 50304)]
     if op == "linear_cross_entropy":
         return [LinearCrossEntropy(half, V, False, "mean", False, (True, True, False)) for V in (65, 50304)]
+    if op == "linear_log_probs":
+        return [LinearLogProbs(half, 50304, False, False, asked) for asked in ((), (True, True, False))]
     return []

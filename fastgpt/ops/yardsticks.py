@@ -111,19 +111,51 @@ def _two_embeddings(tokens, token_table, position_table=None, *, position_offset
     return x + F.embedding(positions, position_table)
 
 
-def _torch_cross_entropy(logits, targets, **options):
-    return F.cross_entropy(logits, targets.long(), **options)
+def _cross_entropy(
+    logits, targets, *, z_loss=0.0, softcap=None, token_weight=None, return_accuracy=False, **torchs_options
+):
+    """F.cross_entropy; with options that it does not have, the steps that a model takes around it."""
+    targets = targets.long()
+    loss, class_dim = F.cross_entropy, 0 if logits.ndim == 1 else 1
+    counted = targets != torchs_options.get("ignore_index", -100)
+    correct = (counted & (logits.argmax(class_dim) == targets)).float()
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    if z_loss == 0.0 and token_weight is None:
+        value = loss(capped, targets, **torchs_options)
+    else:
+        value = loss(capped, targets, **torchs_options | {"reduction": "none"})
+        value = value + z_loss * capped.logsumexp(class_dim).square() * counted
+        weights, weight = counted.to(value.dtype), torchs_options.get("weight")
+        weights = weights if weight is None else weights * weight[targets * counted]
+        if token_weight is not None:
+            value, weights = value * token_weight, weights * token_weight
+        value = _reduced(value, weights, torchs_options.get("reduction", "mean"))
+    if not return_accuracy:
+        return value
+    return value, correct if torchs_options.get("reduction") == "none" else correct.sum() / counted.sum()
+
+
+def _reduced(value, weights, reduction):
+    return value if reduction == "none" else value.sum() / weights.sum() if reduction == "mean" else value.sum()
 
 
 def _linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def _linear_then_cross_entropy(x, weight, targets, *, bias=None, **options):
-    loss = F.cross_entropy(
-        F.linear(x, weight, bias).reshape(-1, weight.shape[0]), targets.reshape(-1).long(), **options
-    )
-    return loss.view(targets.shape) if options.get("reduction") == "none" else loss
+def _linear_then_cross_entropy(x, weight, targets, *, bias=None, token_weight=None, **options):
+    logits = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
+    token_weight = None if token_weight is None else token_weight.reshape(-1)
+    result = _cross_entropy(logits, targets.reshape(-1), token_weight=token_weight, **options)
+    if options.get("reduction") != "none":
+        return result
+    return tuple(t.view(targets.shape) for t in result) if isinstance(result, tuple) else result.view(targets.shape)
+
+
+def _linear_then_log_softmax(x, weight, targets, *, bias=None, softcap=None):
+    logits = F.linear(x, weight, bias)
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return F.log_softmax(capped, -1).gather(-1, targets.long()[..., None])[..., 0]
 
 
 YARDSTICKS: dict[str, Callable[..., Any]] = {
@@ -132,8 +164,9 @@ YARDSTICKS: dict[str, Callable[..., Any]] = {
     "add_layer_norm": _add_layer_norm,
     "activation": _activation,
     "embedding": _two_embeddings,
-    "cross_entropy": _torch_cross_entropy,
+    "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_then_cross_entropy,
+    "linear_log_probs": _linear_then_log_softmax,
     "linear": _linear,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -225,7 +226,7 @@ _EMBEDDING_CASES = (
 )
 
 
-# ---- cross_entropy, linear_cross_entropy ----
+# ---- cross_entropy, linear_cross_entropy, linear_log_probs ----
 
 
 def _targets(draw: Draw, C: int, shape: Sequence[int], ignored: int, int32: bool, options: dict[str, Any]) -> Tensor:
@@ -235,10 +236,26 @@ def _targets(draw: Draw, C: int, shape: Sequence[int], ignored: int, int32: bool
     return targets.int() if int32 else targets
 
 
+def _token_weight(draw: Draw, targets: Tensor) -> Tensor:
+    """Of both signs; their sum is far from 0, so that the mean over it has the error of its terms."""
+    return draw.normal(*targets.shape) + 1.5
+
+
+def _make_some_correct(targets: Tensor, likeliest: Tensor, options: dict[str, Any]) -> None:
+    """Half of the targets that count become the likeliest class."""
+    half = (targets != options.get("ignore_index", -100)) & (
+        torch.arange(targets.numel(), device=targets.device).view(targets.shape) % 2 == 0
+    )
+    targets[half] = likeliest.to(targets)[half]
+
+
 def _cross_entropy(
-    name, *shape, weight=False, ignored=0, layout="contiguous", scale=2.0, int32=False, **options
+    name, *shape, weight=False, ignored=0, layout="contiguous", scale=2.0, int32=False, tokens=False, **options
 ) -> ParityCase:
-    """The logits have `shape`, (N, C, ...) or (C,); contiguous ones are multiplied by `scale`."""
+    """The logits have `shape`, (N, C, ...) or (C,); contiguous ones are multiplied by `scale`.
+
+    `weight` and `tokens` ask for weights of the classes and of the targets.
+    """
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         if layout == "channels last":  # (N, d1, C) in memory, as a model writes its logits
@@ -247,10 +264,15 @@ def _cross_entropy(
             logits = _laid_out(draw, layout, *shape)
         class_dim = 0 if len(shape) == 1 else 1
         C = shape[class_dim]
+        logits = logits * scale if layout == "contiguous" else logits
+        targets = _targets(draw, C, shape[:class_dim] + shape[class_dim + 1 :], ignored, int32, options)
+        if "return_accuracy" in options:
+            _make_some_correct(targets, logits.argmax(class_dim), options)
         return {
-            "logits": logits * scale if layout == "contiguous" else logits,
-            "targets": _targets(draw, C, shape[:class_dim] + shape[class_dim + 1 :], ignored, int32, options),
+            "logits": logits,
+            "targets": targets,
             "weight": draw.normal(C).abs() + 0.1 if weight else None,
+            "token_weight": _token_weight(draw, targets) if tokens else None,
         }
 
     return ParityCase("cross_entropy", name, arguments, options)
@@ -281,27 +303,76 @@ _CROSS_ENTROPY_CASES = (
     _cross_entropy("channels last", 3, 17, 5, layout="channels last"),
     _cross_entropy("sliced", 13, 29, layout="padded"),
     _cross_entropy("expanded", 13, 29, layout="expanded"),
+    _cross_entropy("z-loss", 13, 29, z_loss=1e-2),
+    _cross_entropy("z-loss, many classes, accuracy", 4, 5003, z_loss=1e-2, return_accuracy=True),
+    _cross_entropy("softcap", 13, 29, softcap=3.0),
+    _cross_entropy("softcap, many rows", 70, 65, softcap=30.0, tokens=True),
+    _cross_entropy("softcap, many classes, sum", 4, 5003, softcap=5.0, reduction="sum", ignored=1),
+    _cross_entropy(
+        "softcap, large logits, z-loss, none", 13, 29, scale=60.0, softcap=20.0, z_loss=1e-3, reduction="none"
+    ),
+    _cross_entropy("softcap, label smoothing, weight", 13, 29, softcap=4.0, label_smoothing=0.1, weight=True),
+    _cross_entropy(
+        "softcap, channels last, accuracy", 3, 17, 5, layout="channels last", softcap=2.0, return_accuracy=True
+    ),
+    _cross_entropy("token weight", 13, 29, tokens=True),
+    _cross_entropy("token weight, weight, ignored, sum", 13, 29, tokens=True, weight=True, ignored=4, reduction="sum"),
+    _cross_entropy(
+        "token weight, (N, C, d1), none, accuracy", 3, 17, 5, tokens=True, reduction="none", return_accuracy=True
+    ),
+    _cross_entropy("accuracy, ignored", 13, 29, ignored=4, return_accuracy=True),
+    _cross_entropy("(C,), all four", 29, z_loss=1e-2, softcap=3.0, tokens=True, return_accuracy=True),
+    _cross_entropy(
+        "all options",
+        13,
+        29,
+        weight=True,
+        ignored=3,
+        label_smoothing=0.2,
+        z_loss=1e-2,
+        softcap=3.0,
+        tokens=True,
+        return_accuracy=True,
+    ),
+    replace(_cross_entropy("softcap, expanded gradient", 13, 29, reduction="none", softcap=3.0), expanded_grad=True),
     replace(_cross_entropy("expanded gradient", 13, 29, reduction="none"), expanded_grad=True),
 )
 
 
 def _linear_cross_entropy(
-    name, *shape, V=37, bias=False, ignored=0, layout="contiguous", scale=1.0, int32=False, **options
+    name,
+    *shape,
+    V=37,
+    bias=False,
+    ignored=0,
+    layout="contiguous",
+    scale=1.0,
+    int32=False,
+    tokens=False,
+    op="linear_cross_entropy",
+    **options,
 ) -> ParityCase:
-    """x has `shape`, (..., C); where it is contiguous, it is multiplied by `scale`."""
+    """x has `shape`, (..., C); where it is contiguous, it is multiplied by `scale`.
+
+    Where the accuracy is asked for, all are whole numbers, whose products are exact in every dtype.
+    """
     views = {"sliced": ("every second", "padded"), "expanded": ("expanded", "contiguous")}
     of_x, of_weight = views.get(layout, (layout, layout))
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         x = _laid_out(draw, of_x, *shape)
-        return {
-            "x": x * scale if layout == "contiguous" else x,
-            "weight": _laid_out(draw, of_weight, V, shape[-1]),
-            "targets": _targets(draw, V, shape[:-1], ignored, int32, options),
-            "bias": draw.normal(V) if bias else None,
-        }
+        x = x * scale if layout == "contiguous" else x
+        weight = _laid_out(draw, of_weight, V, shape[-1])
+        targets = _targets(draw, V, shape[:-1], ignored, int32, options)
+        shift = draw.normal(V) if bias else None
+        if "return_accuracy" in options:
+            x, weight, shift = (None if t is None else t.round().clamp(-2, 2) for t in (x, weight, shift))
+            logits = x.double() @ weight.double().t() + (0.0 if shift is None else shift.double())
+            _make_some_correct(targets, logits.argmax(-1), options)
+        tensors = {"x": x, "weight": weight, "targets": targets, "bias": shift}
+        return tensors | {"token_weight": _token_weight(draw, targets)} if tokens else tensors
 
-    return ParityCase("linear_cross_entropy", name, arguments, options)
+    return ParityCase(op, name, arguments, options)
 
 
 _LINEAR_CROSS_ENTROPY_CASES = (
@@ -324,7 +395,51 @@ _LINEAR_CROSS_ENTROPY_CASES = (
     _linear_cross_entropy("transposed", 13, 24, layout="transposed", bias=True),
     _linear_cross_entropy("sliced", 2, 9, 24, layout="sliced"),
     _linear_cross_entropy("expanded", 9, 24, layout="expanded"),
+    _linear_cross_entropy("z-loss", 13, 24, z_loss=1e-2),
+    _linear_cross_entropy("softcap, many classes", 70, 16, V=5003, softcap=5.0),
+    _linear_cross_entropy(
+        "softcap, bias, sum, accuracy", 13, 24, bias=True, softcap=8.0, reduction="sum", return_accuracy=True
+    ),
+    _linear_cross_entropy("softcap, large logits, z-loss", 13, 24, scale=30.0, softcap=20.0, z_loss=1e-3),
+    _linear_cross_entropy("token weight, ignored", 13, 24, tokens=True, ignored=4),
+    _linear_cross_entropy("token weight, z-loss, none", 2, 9, 24, tokens=True, z_loss=1e-2, reduction="none"),
+    _linear_cross_entropy(
+        "token weight, label smoothing, sum", 13, 24, tokens=True, label_smoothing=0.1, reduction="sum"
+    ),
+    _linear_cross_entropy("accuracy, (B, T, C), none", 2, 9, 24, ignored=2, reduction="none", return_accuracy=True),
+    _linear_cross_entropy(
+        "all options",
+        2,
+        9,
+        24,
+        bias=True,
+        ignored=3,
+        label_smoothing=0.2,
+        z_loss=1e-2,
+        softcap=9.0,
+        tokens=True,
+        return_accuracy=True,
+    ),
     replace(_linear_cross_entropy("expanded gradient", 13, 24, reduction="none"), expanded_grad=True),
+)
+
+
+_linear_log_probs = partial(_linear_cross_entropy, op="linear_log_probs")
+
+_LINEAR_LOG_PROBS_CASES = (
+    _linear_log_probs("(N, C)", 13, 24),
+    _linear_log_probs("(B, T, C), bias", 2, 9, 24, bias=True),
+    _linear_log_probs("(C,)", 24),
+    _linear_log_probs("one class", 6, 8, V=1),
+    _linear_log_probs("many classes", 70, 16, V=5003),
+    _linear_log_probs("large logits", 13, 24, scale=30.0),
+    _linear_log_probs("softcap", 13, 24, softcap=5.0),
+    _linear_log_probs("softcap, bias, many classes", 70, 16, V=5003, bias=True, softcap=5.0),
+    _linear_log_probs("int32 targets", 13, 24, int32=True),
+    _linear_log_probs("transposed", 13, 24, layout="transposed", bias=True),
+    _linear_log_probs("sliced", 2, 9, 24, layout="sliced"),
+    _linear_log_probs("expanded", 9, 24, layout="expanded"),
+    replace(_linear_log_probs("expanded gradient", 13, 24), expanded_grad=True),
 )
 
 
@@ -370,6 +485,7 @@ CASES: tuple[ParityCase, ...] = (
     *_EMBEDDING_CASES,
     *_CROSS_ENTROPY_CASES,
     *_LINEAR_CROSS_ENTROPY_CASES,
+    *_LINEAR_LOG_PROBS_CASES,
     *_LINEAR_CASES,
 )
 

@@ -23,7 +23,7 @@ DTYPES = tuple(ATOL)
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One compared tensor of a case: "out" (and "h"), or the gradient "d <argument>". Errors are the largest ones."""
+    """One compared tensor of a case: "out" (and "h" or "accuracy"), or "d <argument>". Errors are the largest ones."""
 
     op: str
     backend: str
@@ -57,12 +57,9 @@ def outputs_and_gradients(
     function: Callable[..., Any], case: ParityCase, arguments: dict[str, Tensor], options: dict[str, Any]
 ) -> dict[str, Tensor]:
     """The outputs of function(**arguments, **options) and the gradient of every argument that has one, by name."""
-    # The class weights of cross_entropy have no gradient in PyTorch.
-    differentiable = [
-        name
-        for name, tensor in arguments.items()
-        if tensor.is_floating_point() and (case.op, name) != ("cross_entropy", "weight")
-    ]
+    # The class weights of cross_entropy have no gradient in PyTorch; the weights of targets have none in any loss.
+    without = {"token_weight", "weight"} if case.op == "cross_entropy" else {"token_weight"}
+    differentiable = [name for name, tensor in arguments.items() if tensor.is_floating_point() and name not in without]
     draw = Draw(arguments[differentiable[0]].dtype, "cpu", seed=1)
 
     def upstream_of(out: Tensor) -> Tensor:
