@@ -15,13 +15,20 @@
 // cross_entropy_plans.cuh says how the number of threads and blocks is chosen.
 //
 // A row is copied to shared memory in four groups. The first pass goes through a group while later ones arrive, and
-// reads only vectors that its own thread has copied, so this needs no barrier. The blocks of a cluster exchange three
-// numbers, the maximum, the sum of exp and the smoothing term, by writing them to each other's shared memory. Keeping
-// eight vectors in the registers of each thread was tried first, and registers spilled.
+// reads only vectors that its own thread has copied, so this needs no barrier. The blocks of a cluster exchange up to
+// four numbers, the maximum, the sum of exp, the smoothing term and whether a logit is larger than the target's, by
+// writing them to each other's shared memory. Keeping eight vectors in the registers of each thread was tried first, and
+// registers spilled.
 //
 // Both passes take one multiply-add and one exp2 for the exp of a value (struct Exp), and no comparison for each value:
 // the first one compares four vectors at a time with the maximum so far, and the second one computes the target's entry
 // like the others and corrects it afterwards.
+//
+// The options of the loss are part of the same passes. z_loss and the weights of tokens change factors of which a row
+// has one. A softcap is computed each time a logit is loaded, and the logits are kept as they are: in 16 bits the capped
+// ones would be rounded once more, and near the cap they no longer tell the slope of tanh. Its loops are apart from those
+// without a softcap, which a call chooses by one branch for each row and pass. Whether the target's logit is the largest
+// of its row takes another look at the row, but only where the target's logit is equal to the maximum.
 //
 // A row may start at any multiple of 2 or 4 bytes, because rows may have any length. Its values before the first
 // multiple of 16 bytes, and after the last one, are computed one by one. Where the gradient is not aligned like the
@@ -46,13 +53,16 @@ struct Rows {
   int64_t logits_stride, classes;
   const int64_t* targets;
   int64_t ignore_index;
+  const float* token_weight;      // (rows), or null for 1
   const float* class_weight;      // (classes), or null for 1
   const float* class_weight_sum;  // null where class_weight is; then the sum is `classes`
-  float label_smoothing;
-  const float* row_scale;  // d(result) / d(loss of the row), or null for 1
+  float label_smoothing, z_loss;
+  float softcap, one_over_softcap;  // 0 for none
+  const float* row_scale;           // d(result) / d(loss of the row), or null for 1
   int64_t row_scale_stride;
   const float* denominator;  // divides row_scale; or null for 1
   float* loss;               // (rows), or null
+  float* correct;            // (rows): 1 where the target's logit is the largest, of equal ones the first, or null
   // (rows, 2): the maximum, and the log of the sum of exp(x - maximum). Where the known ones are not null, they are
   // read. Else they are computed, and written to `statistics` unless that is null.
   const float* known_statistics;
@@ -72,6 +82,40 @@ struct Exp {
   __device__ explicit Exp(float max) : factor(fabsf(max) > 0x1p30f ? 1.0f : LOG2_E), base(max * factor) {}
   __device__ __forceinline__ float exponent(float value) const { return fmaf(value, factor, -base); }
   __device__ __forceinline__ float operator()(float value) const { return exp2_approx(exponent(value)); }
+};
+
+// The logits as they are given, or with a softcap, softcap * tanh(value / softcap). STEP is how many vectors a thread
+// takes at a time in the first pass.
+struct AsGiven {
+  static constexpr int STEP = 4;
+
+  __device__ __forceinline__ float operator()(float value) const { return value; }
+};
+
+// With e = exp(-2 |u|), tanh |u| is (1 - e) / (1 + e), and its derivative is 4 e / (1 + e)^2. Where tanh is near 1, this
+// derivative has all its digits, and 1 - tanh^2 would have lost them. Where |u| is small, tanh itself would lose digits.
+// There it is a polynomial, a minimax fit with a relative error of 4e-8.
+struct Softcap {
+  static constexpr int STEP = 1;  // so many instructions for each value hide the time of a load
+
+  float cap, inverse;
+  struct Capped {
+    float value, slope;  // the slope is d(value) / d(logit)
+  };
+
+  __device__ explicit Softcap(const Rows& a) : cap(a.softcap), inverse(a.one_over_softcap) {}
+
+  __device__ __forceinline__ Capped of(float value) const {
+    const float u = value * inverse, square = u * u;
+    const float e = exp2_approx(-2.0f * LOG2_E * fabsf(u));
+    const float r = reciprocal_approx(1.0f + e), part = e * r;
+    float small = fmaf(square, 0.016437383f, -0.052671712f);
+    small = fmaf(square, small, 0.13320723f);
+    small = fmaf(square, small, -0.33332947f);
+    small = fmaf(square * small, u, u);
+    return {cap * (fabsf(u) < 0.55f ? small : copysignf(r - part, u)), 4.0f * part * r};
+  }
+  __device__ __forceinline__ float operator()(float value) const { return of(value).value; }
 };
 
 // The maximum of some values, and the sum of exp(value - max) over them. Without values, the maximum is the least
@@ -102,8 +146,8 @@ struct Running {
     raise_to(value);
     sum += exp(value);
   }
-  template <class T, int COUNT>
-  __device__ __forceinline__ void add(const Vec16<T> (&vectors)[COUNT]) {
+  template <class Logit, class T, int COUNT>
+  __device__ __forceinline__ void add(const Logit& logit, const Vec16<T> (&vectors)[COUNT]) {
     Vec16<T> most = vectors[0];
 #pragma unroll
     for (int i = 1; i < COUNT; ++i) most = larger(most, vectors[i]);
@@ -112,13 +156,13 @@ struct Running {
     float largest = values[0];
 #pragma unroll
     for (int j = 1; j < Vec16<T>::SIZE; ++j) largest = fmaxf(largest, values[j]);
-    raise_to(largest);
+    raise_to(logit(largest));
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       to_floats(vectors[i], values);
-      float part = exp(values[0]);
+      float part = exp(logit(values[0]));
 #pragma unroll
-      for (int j = 1; j < Vec16<T>::SIZE; ++j) part += exp(values[j]);
+      for (int j = 1; j < Vec16<T>::SIZE; ++j) part += exp(logit(values[j]));
       sum += part;
     }
   }
@@ -126,8 +170,12 @@ struct Running {
 };
 
 __device__ __forceinline__ void merge(float& a, float b) { a += b; }
+__device__ __forceinline__ void merge(int& a, int b) { a |= b; }
 
-__device__ __forceinline__ float of_lane(float own, int offset) { return __shfl_xor_sync(~0u, own, offset); }
+template <class Number>
+__device__ __forceinline__ Number of_lane(Number own, int offset) {
+  return __shfl_xor_sync(~0u, own, offset);
+}
 
 __device__ __forceinline__ Online of_lane(Online own, int offset) {
   return {of_lane(own.max, offset), of_lane(own.sum, offset)};
@@ -195,12 +243,11 @@ __device__ Part reduce(const Blocks& blocks, Part own) {
 // Where a row is kept between two passes: see the top of this file.
 enum Held { IN_REGISTERS, IN_SHARED_MEMORY, IN_CLUSTER, NOWHERE };
 
-constexpr int STEP = 4;         // vectors that a thread takes at a time
 constexpr int COPY_GROUPS = 4;  // the first of them is computed while the others are being copied
 
 // 64 registers for each thread of 1024 on a multiprocessor, where a warp has more than one vector for each lane.
 template <class T, int THREADS, Held HELD>
-__global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1024 / THREADS) cross_entropy_kernel(const Rows a) {
+__global__ void __launch_bounds__(THREADS, THREADS == 32 ? 32 : 1024 / THREADS) cross_entropy_kernel(const Rows a) {
   constexpr int SIZE = Vec16<T>::SIZE;
   constexpr bool COPIED = HELD == IN_SHARED_MEMORY || HELD == IN_CLUSTER;
   const std::conditional_t<HELD == IN_CLUSTER, Cluster, OneBlock> blocks;
@@ -214,6 +261,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1024 / THREADS) 
 
   if (target == a.ignore_index) {
     if (first && a.loss) a.loss[row] = 0.0f;
+    if (first && a.correct) a.correct[row] = 0.0f;
     if (row_tid < 2 && a.statistics) a.statistics[2 * row + row_tid] = 0.0f;
     if (out)
       for (int64_t i = row_tid; i < n; i += row_threads) out[i] = from_float<T>(0.0f);
@@ -244,7 +292,19 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1024 / THREADS) 
     return HELD == IN_REGISTERS ? own_vector : HELD == NOWHERE ? load16(x + origin + v * SIZE) : held[v];
   };
 
-  const float x_target = to_float(x[target]);
+  // Visits this thread's values one by one, for what is not computed in most calls.
+  const auto each_value = [&](const auto& visit) {
+#pragma unroll 1
+    for (Index v = tid; v < mine; v += THREADS) {
+      const Vec16<T> vec = vector_at(v);
+#pragma unroll
+      for (int j = 0; j < SIZE; ++j) visit(to_float(vec.values[j]), origin + v * SIZE + j);
+    }
+    odd([&](int64_t i) { visit(to_float(x[i]), i); });
+  };
+  const auto capped = [&](float value) { return a.softcap > 0.0f ? Softcap(a)(value) : value; };
+
+  const float x_target = to_float(x[target]), logit_target = capped(x_target);
   Online all;  // of the row
   float log_sum;
   if (!COPIED && a.known_statistics) {
@@ -252,39 +312,45 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1024 / THREADS) 
     log_sum = a.known_statistics[2 * row + 1];
     all.sum = expf(log_sum);
   } else {
-    Running own;
-    const auto add = [&](Index v, Index stop) {  // adds the vectors v, v + THREADS, ... before `stop`
-      for (; v + (STEP - 1) * THREADS < stop; v += STEP * THREADS) {
-        Vec16<T> step[STEP];
+    const auto first_pass = [&](const auto& logit) {
+      constexpr int STEP = std::decay_t<decltype(logit)>::STEP;
+      Running own;
+      const auto add = [&](Index v, Index stop) {  // adds the vectors v, v + THREADS, ... before `stop`
+        if constexpr (STEP > 1) {
+          for (; v + (STEP - 1) * THREADS < stop; v += STEP * THREADS) {
+            Vec16<T> step[STEP];
 #pragma unroll
-        for (int i = 0; i < STEP; ++i) step[i] = vector_at(v + i * THREADS);
-        own.add(step);
-      }
+            for (int i = 0; i < STEP; ++i) step[i] = vector_at(v + i * THREADS);
+            own.add(logit, step);
+          }
+        }
 #pragma unroll 1
-      for (; v < stop; v += THREADS) {
-        const Vec16<T> step[1] = {vector_at(v)};
-        own.add(step);
+        for (; v < stop; v += THREADS) {
+          const Vec16<T> step[1] = {vector_at(v)};
+          own.add(logit, step);
+        }
+      };
+      if constexpr (COPIED) {
+        const Index step = STEP * THREADS, group = (mine + COPY_GROUPS * step - 1) / (COPY_GROUPS * step) * step;
+        blocks.arrive();
+        for (int i = 0; i < COPY_GROUPS; ++i) {
+          for (Index v = i * group + tid; v < min((i + 1) * group, mine); v += THREADS)
+            __pipeline_memcpy_async(&held[v], x + origin + v * SIZE, sizeof(Vec16<T>));  // bypasses registers
+          __pipeline_commit();
+        }
+        odd([&](int64_t i) { own.add(logit(to_float(x[i]))); });
+        for (int i = 0; i < COPY_GROUPS; ++i) {
+          __pipeline_wait_prior(COPY_GROUPS - 1 - i);
+          add(i * group + tid, min((i + 1) * group, mine));
+        }
+        blocks.wait();
+      } else {
+        add(tid, mine);
+        odd([&](int64_t i) { own.add(logit(to_float(x[i]))); });
       }
+      return own.result();
     };
-    if constexpr (COPIED) {
-      const Index step = STEP * THREADS, group = (mine + COPY_GROUPS * step - 1) / (COPY_GROUPS * step) * step;
-      blocks.arrive();
-      for (int i = 0; i < COPY_GROUPS; ++i) {
-        for (Index v = i * group + tid; v < min((i + 1) * group, mine); v += THREADS)
-          __pipeline_memcpy_async(&held[v], x + origin + v * SIZE, sizeof(Vec16<T>));  // bypasses registers
-        __pipeline_commit();
-      }
-      odd([&](int64_t i) { own.add(to_float(x[i])); });
-      for (int i = 0; i < COPY_GROUPS; ++i) {
-        __pipeline_wait_prior(COPY_GROUPS - 1 - i);
-        add(i * group + tid, min((i + 1) * group, mine));
-      }
-      blocks.wait();
-    } else {
-      add(tid, mine);
-      odd([&](int64_t i) { own.add(to_float(x[i])); });
-    }
-    all = reduce<THREADS>(blocks, own.result());
+    all = reduce<THREADS>(blocks, a.softcap == 0.0f ? first_pass(AsGiven()) : first_pass(Softcap(a)));
     log_sum = logf(all.sum);
     if (first && a.statistics) {
       a.statistics[2 * row] = all.max;
@@ -293,37 +359,49 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1024 / THREADS) 
   }
   const float smooth_each = a.label_smoothing / static_cast<float>(n);
   const float weight = (1.0f - a.label_smoothing) * (a.class_weight ? a.class_weight[target] : 1.0f);
+  const float token_weight = a.token_weight ? a.token_weight[row] : 1.0f;
+  const float log_sum_exp = all.max + log_sum;
 
   if (a.loss) {
     float smoothing = 0.0f;
     if (a.label_smoothing > 0.0f) {
-      const auto term = [&](float value, int64_t i) {
-        smoothing += (log_sum - (value - all.max)) * (a.class_weight ? a.class_weight[i] : 1.0f);
-      };
-#pragma unroll 1
-      for (Index v = tid; v < mine; v += THREADS) {
-        const Vec16<T> vec = vector_at(v);
-#pragma unroll
-        for (int j = 0; j < SIZE; ++j) term(to_float(vec.values[j]), origin + v * SIZE + j);
-      }
-      odd([&](int64_t i) { term(to_float(x[i]), i); });
+      each_value([&](float value, int64_t i) {
+        smoothing += (log_sum - (capped(value) - all.max)) * (a.class_weight ? a.class_weight[i] : 1.0f);
+      });
       smoothing = reduce<THREADS>(blocks, smoothing) * smooth_each;
     }
-    if (first) a.loss[row] = smoothing - weight * ((x_target - all.max) - log_sum);
+    float loss = smoothing - weight * ((logit_target - all.max) - log_sum);
+    if (a.z_loss > 0.0f) loss += a.z_loss * log_sum_exp * log_sum_exp;
+    if (first) a.loss[row] = token_weight * loss;
+  }
+  if (a.correct) {
+    // A target below the maximum is not the largest. Capped, it must be below by more than rounding. A maximum of
+    // -FLT_MAX may be that of no value. In a row with a NaN, no value is the largest.
+    const bool below = logit_target < all.max - 1e-6f * a.softcap && all.max > -FLT_MAX;
+    int beaten = below || x_target != x_target;
+    if (!beaten) {
+      each_value([&](float value, int64_t i) {
+        if (i != target) beaten |= i < target ? !(value < x_target) : !(value <= x_target);
+      });
+      beaten = reduce<THREADS>(blocks, beaten);
+    }
+    if (first) a.correct[row] = beaten ? 0.0f : 1.0f;
   }
   if (out == nullptr) return;
 
   // The gradient may overwrite the logits, so that all threads must have read x[target] before. Where there are more
   // threads than 32, a barrier of `reduce` has ensured that.
   if constexpr (THREADS == 32) __syncwarp();
-  float g = a.row_scale ? a.row_scale[row * a.row_scale_stride] : 1.0f;
+  float g = token_weight * (a.row_scale ? a.row_scale[row * a.row_scale_stride] : 1.0f);
   if (a.denominator) g /= *a.denominator;
   const float weights = a.class_weight_sum ? *a.class_weight_sum : static_cast<float>(n);
-  const float scale = g * (a.label_smoothing > 0.0f ? weight + smooth_each * weights : weight);
+  float of_p = a.label_smoothing > 0.0f ? weight + smooth_each * weights : weight;  // the factor of p[j]
+  if (a.z_loss > 0.0f) of_p += 2.0f * a.z_loss * log_sum_exp;
+  const float scale = g * of_p;
   const float smooth = g * smooth_each;
   const Exp exp(all.max);
   const float each = scale / all.sum * exp2_approx(-exp.exponent(all.max));
-  // Writes gradient(value, i), and after that the target's entry, of which it is one part.
+  // Writes gradient(value, i, 0), and after that the target's entry again, which is smaller by the last argument.
   const auto write = [&](const auto& gradient) {
     bool has_target = false;  // whether this thread has written the target's entry
     if (together) {
@@ -333,7 +411,8 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1024 / THREADS) 
         to_floats(vector_at(v), values);
         Vec16<T> result;
 #pragma unroll
-        for (int j = 0; j < SIZE; ++j) result.values[j] = from_float<T>(gradient(values[j], origin + v * SIZE + j));
+        for (int j = 0; j < SIZE; ++j)
+          result.values[j] = from_float<T>(gradient(values[j], origin + v * SIZE + j, 0.0f));
         store16(out + origin + v * SIZE, result);
       }
       has_target = target >= origin && target < origin + mine * SIZE && (target - origin) / SIZE % THREADS == tid;
@@ -342,30 +421,39 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1024 / THREADS) 
       const T* values = COPIED ? held->values : x + origin;
 #pragma unroll 4
       for (Index i = tid; i < mine * SIZE; i += THREADS)
-        out[origin + i] = from_float<T>(gradient(to_float(values[i]), origin + i));
+        out[origin + i] = from_float<T>(gradient(to_float(values[i]), origin + i, 0.0f));
       has_target = target >= origin && target < origin + mine * SIZE && (target - origin) % THREADS == tid;
     }
     odd([&](int64_t i) {
-      out[i] = from_float<T>(gradient(to_float(x[i]), i));
+      out[i] = from_float<T>(gradient(to_float(x[i]), i, 0.0f));
       has_target |= i == target;
     });
-    if (has_target) out[target] = from_float<T>(gradient(x_target, target) - g * weight);
+    if (has_target) out[target] = from_float<T>(gradient(x_target, target, g * weight));
   };
-  if (smooth != 0.0f && a.class_weight)
-    write([&](float value, int64_t i) { return fmaf(exp(value), each, -smooth * a.class_weight[i]); });
+  const auto weighted = [&](int64_t i) { return smooth != 0.0f && a.class_weight ? a.class_weight[i] : 1.0f; };
+  if (a.softcap > 0.0f)
+    write([&](float value, int64_t i, float less) {
+      const Softcap::Capped logit = Softcap(a).of(value);
+      return (fmaf(exp(logit.value), each, -smooth * weighted(i)) - less) * logit.slope;
+    });
+  else if (smooth != 0.0f && a.class_weight)
+    write([&](float value, int64_t i, float less) {
+      return fmaf(exp(value), each, -smooth * a.class_weight[i]) - less;
+    });
   else
-    write([&](float value, int64_t) { return fmaf(exp(value), each, -smooth); });
+    write([&](float value, int64_t, float less) { return fmaf(exp(value), each, -smooth) - less; });
 }
 
 // The weight of each row in the mean. A target out of range fails here, before memory is read at the place it names.
-__global__ void row_weights_kernel(const int64_t* targets, const float* class_weight, float* weights, int64_t n,
-                                   int64_t classes, int64_t ignore_index) {
+__global__ void row_weights_kernel(const int64_t* targets, const float* token_weight, const float* class_weight,
+                                   float* weights, int64_t n, int64_t classes, int64_t ignore_index) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= n) return;
   const int64_t target = targets[row];
   const bool counted = target != ignore_index;
   assert((!counted || (target >= 0 && target < classes)) && "target out of range");
-  weights[row] = !counted ? 0.0f : class_weight ? class_weight[target] : 1.0f;
+  const float weight = class_weight && counted ? class_weight[target] : 1.0f;
+  weights[row] = !counted ? 0.0f : token_weight ? token_weight[row] * weight : weight;
 }
 
 // The mean, from the sum of the losses; NaN where the weights add up to 0, as in PyTorch.
@@ -451,7 +539,8 @@ const char* reason_against(Plan plan, int64_t passes, int64_t row_bytes) {
 // row that is read more than once is kept by the fewest blocks (1, 2, 4, 8) such that a multiprocessor has room for two
 // of these blocks, so that one of them computes, or waits for its cluster, while the other one moves memory. Where
 // eight blocks are too few for that, by the fewest such that a multiprocessor has room for one block, and where eight
-// are too few even for that, nowhere. These choices were not timed.
+// are too few even for that, nowhere. These choices follow from such arguments. On an H100, other plans were measured
+// to be faster for two kinds of rows; triton_kernels/tuned_cuda.toml has those.
 template <class T>
 Plan default_plan(int64_t passes, int64_t row_bytes, int64_t rows) {
   if (row_bytes <= 32 * 16) return {32, 1};
@@ -479,7 +568,8 @@ template <class T>
 void launch(const Rows& rows, int64_t n, cudaStream_t stream) {
   if (n == 0) return;
   const bool smooths = rows.loss && rows.label_smoothing > 0.0f;
-  const int passes = (rows.known_statistics ? 0 : 1) + (smooths ? 1 : 0) + (rows.gradient ? 1 : 0);
+  const int passes =
+      (rows.known_statistics ? 0 : 1) + (smooths ? 1 : 0) + (rows.correct ? 1 : 0) + (rows.gradient ? 1 : 0);
   const Plan plan = plan_for<T>(std::min(passes, 2), rows.classes, n);
   const Launch grid(plan, n, rows.classes * static_cast<int64_t>(sizeof(T)), stream);
   if (grid.config.dynamicSmemBytes > 0) PlanDevice::current().prepare(code_of<T>(plan));
@@ -487,16 +577,22 @@ void launch(const Rows& rows, int64_t n, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// The options of a call that are numbers. A softcap of 0 is none.
+struct Options {
+  int64_t ignore_index;
+  double label_smoothing, z_loss, softcap;
+};
+
 // The rows of a call in the form that the kernel takes, and the tensors that they point into.
 struct Call {
   Tensor logits, targets;
-  std::optional<Tensor> weight, weight_sum, denominator;
+  std::optional<Tensor> weight, weight_sum, token_weight, denominator;
   Rows rows{};
   int64_t n;
   cudaStream_t stream;
 
   Call(const Tensor& given_logits, const Tensor& given_targets, const std::optional<Tensor>& given_weight,
-       int64_t ignore_index, double label_smoothing)
+       const std::optional<Tensor>& given_token_weight, const Options& options)
       : logits(given_logits), targets(torch::stable::contiguous(given_targets)), stream(current_stream(given_logits)) {
     FASTGPT_CHECK(logits.dim() == 2 && targets.dim() == 1 && targets.size(0) == logits.size(0) && logits.size(1) > 0,
                   "logits: expected (N, C), at least one class, with targets (N,)");
@@ -508,8 +604,13 @@ struct Call {
     rows.logits = logits.const_data_ptr();
     rows.logits_stride = logits.stride(0);
     rows.targets = targets.const_data_ptr<int64_t>();
-    rows.ignore_index = ignore_index;
-    rows.label_smoothing = static_cast<float>(label_smoothing);
+    rows.ignore_index = options.ignore_index;
+    rows.label_smoothing = static_cast<float>(options.label_smoothing);
+    rows.z_loss = static_cast<float>(options.z_loss);
+    if (options.softcap > 0.0) {  // within the range where 1 / softcap is a normal number of float32, too
+      rows.softcap = static_cast<float>(std::clamp(options.softcap, 0x1p-126, 0x1p126));
+      rows.one_over_softcap = 1.0f / rows.softcap;
+    }
     if (given_weight.has_value()) {
       weight = torch::stable::contiguous(*given_weight);
       FASTGPT_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 &&
@@ -519,6 +620,20 @@ struct Call {
       rows.class_weight = weight->const_data_ptr<float>();
       rows.class_weight_sum = weight_sum->const_data_ptr<float>();
     }
+    if (given_token_weight.has_value()) {
+      token_weight = torch::stable::contiguous(*given_token_weight);
+      FASTGPT_CHECK(
+          token_weight->scalar_type() == ScalarType::Float && token_weight->dim() == 1 && token_weight->size(0) == n,
+          "token_weight: expected float32 (N,)");
+      rows.token_weight = token_weight->const_data_ptr<float>();
+    }
+  }
+
+  // For each row 1 or 0, or no tensor of rows where nobody has asked for it.
+  Tensor start_correct(bool with_correct) {
+    Tensor correct = torch::stable::new_empty(logits, {with_correct ? n : 0}, ScalarType::Float);
+    if (with_correct) rows.correct = correct.mutable_data_ptr<float>();
+    return correct;
   }
 
   // For the reduction "mean": the denominator is the sum of the weights of the rows.
@@ -526,7 +641,8 @@ struct Call {
     Tensor weights = torch::stable::new_empty(logits, {n}, ScalarType::Float);
     if (n > 0) {
       row_weights_kernel<<<static_cast<unsigned>((n + 255) / 256), 256, 0, stream>>>(
-          rows.targets, rows.class_weight, weights.mutable_data_ptr<float>(), n, rows.classes, rows.ignore_index);
+          rows.targets, rows.token_weight, rows.class_weight, weights.mutable_data_ptr<float>(), n, rows.classes,
+          rows.ignore_index);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
     denominator = torch::stable::sum(weights);
@@ -542,14 +658,18 @@ constexpr int64_t NONE = 0, MEAN = 1;  // the numbers that PyTorch gives the red
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
-                                         const std::optional<Tensor>& weight, int64_t ignore_index, int64_t reduction,
-                                         double label_smoothing, bool with_grad) {
-  const auto guard = guard_device({"logits", logits}, {{"targets", targets}, {"weight", weight}});
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets,
+                                                 const std::optional<Tensor>& weight,
+                                                 const std::optional<Tensor>& token_weight, int64_t ignore_index,
+                                                 int64_t reduction, double label_smoothing, double z_loss,
+                                                 double softcap, bool with_grad, bool with_correct) {
+  const auto guard = guard_device({"logits", logits},
+                                  {{"targets", targets}, {"weight", weight}, {"token_weight", token_weight}});
   FASTGPT_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
   FASTGPT_CHECK(!with_grad || reduction != NONE, "with_grad: a gradient for each loss comes from backward alone");
-  Call call(logits, targets, weight, ignore_index, label_smoothing);
+  Call call(logits, targets, weight, token_weight, {ignore_index, label_smoothing, z_loss, softcap});
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
+  const Tensor correct = call.start_correct(with_correct);
   Tensor saved = with_grad ? torch::stable::new_empty(logits, {call.n, call.rows.classes})
                            : torch::stable::new_empty(logits, {call.n, 2}, ScalarType::Float);
   call.rows.loss = losses.mutable_data_ptr<float>();
@@ -560,23 +680,25 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
   }
   if (reduction == MEAN) call.divide_by_weights();
   call.run();
-  if (reduction == NONE) return {losses, saved};
+  if (reduction == NONE) return {losses, saved, correct};
   Tensor loss = torch::stable::sum(losses);
   if (reduction == MEAN) {
     divide_kernel<<<1, 1, 0, call.stream>>>(loss.mutable_data_ptr<float>(), call.rows.denominator);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {loss, saved};
+  return {loss, saved, correct};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets,
-                              const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics,
-                              int64_t ignore_index, int64_t reduction, double label_smoothing) {
+                              const std::optional<Tensor>& weight, const std::optional<Tensor>& token_weight,
+                              const std::optional<Tensor>& statistics, int64_t ignore_index, int64_t reduction,
+                              double label_smoothing, double z_loss, double softcap) {
   const auto guard = guard_device({"logits", logits}, {{"targets", targets},
                                                        {"weight", weight},
+                                                       {"token_weight", token_weight},
                                                        {"grad_loss", grad_loss},
                                                        {"statistics", statistics}});
-  Call call(logits, targets, weight, ignore_index, label_smoothing);
+  Call call(logits, targets, weight, token_weight, {ignore_index, label_smoothing, z_loss, softcap});
   FASTGPT_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == (reduction == NONE ? call.n : 1),
                 "grad_loss: expected float32, one value per loss");
   const Tensor grad = torch::stable::contiguous(grad_loss);
@@ -596,20 +718,22 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
   return gradient;
 }
 
-Tensor cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
-                           double label_smoothing, bool with_grad) {
+std::tuple<Tensor, Tensor> cross_entropy_chunk(Tensor logits, const Tensor& targets, const Tensor& row_scale,
+                                               int64_t ignore_index, double label_smoothing, double z_loss,
+                                               double softcap, bool with_grad, bool with_correct) {
   const auto guard = guard_device({"logits", logits}, {{"targets", targets}, {"row_scale", row_scale}});
   FASTGPT_CHECK(logits.is_contiguous() && row_scale.scalar_type() == ScalarType::Float && row_scale.is_contiguous() &&
                     row_scale.numel() == targets.numel(),
                 "logits, row_scale: expected a contiguous chunk and float32 (n,)");
-  Call call(logits, targets, std::nullopt, ignore_index, label_smoothing);
+  Call call(logits, targets, std::nullopt, std::nullopt, {ignore_index, label_smoothing, z_loss, softcap});
   Tensor losses = torch::stable::new_empty(logits, {call.n}, ScalarType::Float);
+  const Tensor correct = call.start_correct(with_correct);
   call.rows.loss = losses.mutable_data_ptr<float>();
   call.rows.row_scale = row_scale.const_data_ptr<float>();
   call.rows.row_scale_stride = 1;
   if (with_grad) call.rows.gradient = logits.mutable_data_ptr();
   call.run();
-  return losses;
+  return {losses, correct};
 }
 
 void scale_gradient(Tensor gradient, const Tensor& scale) {

@@ -111,6 +111,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
+// 1 / x by one instruction, with an error of one unit in the last place.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The values as float32. Two values of 16 bits are taken from their word of 32 bits: a shift for one, a mask for the
 // other.
 __device__ __forceinline__ void to_floats(const Vec16<float>& v, float (&values)[4]) {
@@ -162,6 +169,7 @@ __device__ __forceinline__ Vec16<T> larger(const Vec16<T>& a, const Vec16<T>& b)
 #else
 
 inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 template <class T>
 void to_floats(const Vec16<T>& v, float (&values)[Vec16<T>::SIZE]) {
