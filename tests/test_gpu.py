@@ -114,19 +114,53 @@ def test_cross_entropy_of_long_rows(classes, dtype):
 @pytest.mark.parametrize("classes", LONG_ROWS, ids=lambda classes: f"classes_{classes}")
 def test_cross_entropy_of_long_rows_in_place_and_in_views(classes, dtype):
     logits, targets = long_rows(classes, dtype)
-    _, gradient = torch.ops.fastgpt.cross_entropy_native(logits, targets, None, -100, 2, 0.1, True)
-    _, statistics = torch.ops.fastgpt.cross_entropy_native(logits, targets, None, -100, 2, 0.1, False)
-    chunk = logits.clone()
-    torch.ops.fastgpt.cross_entropy_chunk_(chunk, targets, torch.ones(37, device="cuda"), -100, 0.1, True)
-    assert torch.equal(chunk, gradient)
-    one = torch.ones((), device="cuda")
-    for known in (statistics, None):
-        backward = torch.ops.fastgpt.cross_entropy_native_backward(one, logits, targets, None, known, -100, 2, 0.1)
-        torch.testing.assert_close(backward, gradient, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
+    native, one = torch.ops.fastgpt, torch.ones((), device="cuda")
+    for options in ((0.1, 0.0, 0.0), (0.1, 1e-3, 5.0)):  # label_smoothing, z_loss, softcap
+        call = logits, targets, None, None, -100, 2, *options
+        _, gradient, _ = native.cross_entropy_native(*call, True, False)
+        _, statistics, _ = native.cross_entropy_native(*call, False, False)
+        chunk = logits.clone()
+        native.cross_entropy_chunk_(chunk, targets, torch.ones(37, device="cuda"), -100, *options, True, False)
+        assert torch.equal(chunk, gradient)
+        for known in (statistics, None):
+            backward = native.cross_entropy_native_backward(one, *call[:4], known, *call[4:])
+            torch.testing.assert_close(backward, gradient, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
     padded = torch.full((37, classes + 9), float("nan"), dtype=dtype, device="cuda")
     for first in (0, 1, 8):  # a gradient that lies like the logits, and one that does not
         padded[:, first : first + classes] = logits
         check_cross_entropy(padded[:, first : first + classes], targets, reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [65, 1000, *LONG_ROWS], ids=lambda classes: f"classes_{classes}")
+def test_cross_entropy_options(classes, dtype):
+    logits, targets = long_rows(classes, dtype)
+    every = {"z_loss": 1e-3, "softcap": 5.0, "token_weight": torch.linspace(0.1, 2.0, 37, device="cuda")}
+    weight = torch.rand(classes, device="cuda").to(dtype)
+    check_cross_entropy(logits, targets, weight=weight, label_smoothing=0.1, **every)
+    every["token_weight"] = torch.linspace(-1.0, 2.0, 37, device="cuda")  # as in reinforcement learning
+    check_cross_entropy(logits, targets, reduction="sum", **every)
+    check_cross_entropy(logits, targets, reduction="none", **every)
+    for name, value in every.items():
+        check_cross_entropy(logits, targets, reduction="sum", **{name: value})
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [65, 1000, *LONG_ROWS], ids=lambda classes: f"classes_{classes}")
+def test_cross_entropy_says_which_targets_are_the_largest(classes, dtype, softcap):
+    logits, targets = long_rows(classes, dtype)
+    largest = logits.argmax(1)
+    targets[10:20] = largest[10:20]
+    logits[10, largest[10] :] = logits[10, largest[10]]  # equal ones after the target
+    logits[11, : largest[11] + 1] = logits[11, largest[11]]  # and before it
+    targets[11], logits[12, -1], logits[13] = largest[11].clamp(min=1), float("nan"), float("-inf")
+    options = {"reduction": "none", "softcap": softcap, "return_accuracy": True}
+    _, exact = reference.cross_entropy(logits.double(), targets, **options)
+    for x in (logits, logits.clone().requires_grad_()):
+        _, correct = ops.cross_entropy(x, targets, backend="native", **options)
+        assert torch.equal(correct, exact.float())
+    assert 7 <= exact.sum() < 15
 
 
 @pytest.mark.parametrize("classes", LONG_ROWS, ids=lambda classes: f"classes_{classes}")
@@ -169,11 +203,16 @@ def test_cross_entropy_with_each_plan(plan):
                 logits, targets = long_rows(classes, dtype)
                 assert plan is None or cuda_plan(logits) == plan
                 check_cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1)
-                call = partial(torch.ops.fastgpt.cross_entropy_native, logits, targets, None, -100, 2, 0.0, True)
-                loss, gradient = call()
-                for _ in range(20):
-                    again = call()
-                    assert torch.equal(loss, again[0]) and torch.equal(gradient, again[1])
+                check_cross_entropy(logits, targets, reduction="sum", softcap=5.0, z_loss=1e-3)
+                for options in (
+                    (0.0, 0.0, True, False),
+                    (1e-3, 5.0, True, True),
+                ):  # z_loss, softcap, and what to compute
+                    arguments = logits, targets, None, None, -100, 2, 0.0, *options
+                    call = partial(torch.ops.fastgpt.cross_entropy_native, *arguments)
+                    first = call()
+                    for _ in range(20):
+                        assert all(map(torch.equal, first, call()))
     finally:
         set_cuda_plans("cuda", [])
 
@@ -196,10 +235,12 @@ def test_embedding_gradient_with_each_chunk(chunk):
 def test_native_ops_refuse_arguments_on_another_device():
     native = torch.ops.fastgpt
     x, targets, one = torch.randn(3, 40, device="cuda"), torch.arange(3, device="cuda"), torch.ones(1, device="cuda")
+    options = -100, 2, 0.0, 0.0, 0.0, True, False
     calls = {
-        "targets": lambda: native.cross_entropy_native(x, targets.cpu(), None, -100, 2, 0.0, True),
-        "weight": lambda: native.cross_entropy_native(x, targets, x[0].cpu(), -100, 2, 0.0, True),
-        "row_scale": lambda: native.cross_entropy_chunk_(x, targets, torch.ones(3), -100, 0.0, True),
+        "targets": lambda: native.cross_entropy_native(x, targets.cpu(), None, None, *options),
+        "weight": lambda: native.cross_entropy_native(x, targets, x[0].cpu(), None, *options),
+        "token_weight": lambda: native.cross_entropy_native(x, targets, None, torch.ones(3), *options),
+        "row_scale": lambda: native.cross_entropy_chunk_(x, targets, torch.ones(3), -100, 0.0, 0.0, 0.0, True, False),
         "scale": lambda: native.scale_gradient_(x, one.cpu()),
         "tokens": lambda: native.embedding_native(targets[None].cpu(), x, None, 0),
         "position_table": lambda: native.embedding_native(targets[None], x, x.cpu(), 0),

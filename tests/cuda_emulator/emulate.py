@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
-DEVICES = ("small device", "H100", "H100 without clusters", "H100 with plans")  # see checks.py
+DEVICES = ("small device", "H100", "H100 without clusters", "H100 with plans")  # see emulated_cases.py
 KERNELS = ("cross_entropy.cu", "embedding.cu")
 HEADERS = ("cooperative_groups.h", "cuda_bf16.h", "cuda_fp16.h", "cuda_pipeline_primitives.h", "cuda_runtime.h")
 
