@@ -251,7 +251,7 @@ def test_public_names():
     assert set(fastgpt.__all__) == {"GPT", "BackendError", "GPTConfig", "load", "ops", "use_backend"} | of_patching
     assert set(fastgpt.ops.__all__) == {
         "activation", "add_layer_norm", "attention", "cross_entropy", "embedding", "explain", "layer_norm",
-        "linear_cross_entropy",
+        "linear_cross_entropy", "linear_log_probs",
     }  # fmt: skip
 
 

@@ -104,13 +104,14 @@ def _define_derivative(
 
     torch.library.register_autograd(f"fastgpt::{name}", backward, setup_context=save_at_dispatcher, lib=library)
     run = getattr(torch.ops.fastgpt, name).default
+    results = _first if first_only else _all
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = below_autograd(run, *args)
         save(ctx, args, output)
-        return output[0] if first_only else output
+        return results(output)
 
-    return _caller(run, forward, backward, operator.itemgetter(0) if first_only else None)
+    return _caller(run, forward, backward, results)
 
 
 def first_and_last(
@@ -126,13 +127,25 @@ def first_and_last(
         output = below_autograd(run, *args)
         save(ctx, args, output)
         ctx.mark_non_differentiable(output[-1])
-        return output[0], output[-1]
+        return _ends(output)
 
-    return _caller(run, forward, backward, operator.itemgetter(0, -1))
+    return _caller(run, forward, backward, _ends)
+
+
+def _all(output: Any) -> Any:
+    return output
+
+
+def _first(output: tuple) -> Any:
+    return output[0]
+
+
+def _ends(output: tuple) -> tuple[Any, Any]:
+    return output[0], output[-1]
 
 
 def _caller(
-    run: Any, forward: Callable[..., Any], backward: Callable[..., tuple], results: Callable[[Any], Any] | None
+    run: Any, forward: Callable[..., Any], backward: Callable[..., tuple], results: Callable[[Any], Any]
 ) -> Callable[..., Any]:
     """The op `run` in eager mode by an autograd.Function, and where a graph is traced, by the dispatcher."""
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -145,7 +158,7 @@ def _caller(
             return apply(*args)
         else:
             output = below_autograd(run, *args)
-        return output if results is None else results(output)
+        return results(output)
 
     return call
 

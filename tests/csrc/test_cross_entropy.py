@@ -68,7 +68,7 @@ def test_groups_of_short_rows(instructions: str) -> None:
             assert max_error(loss, expected.detach()) <= 4e-6 * max(1.0, float(expected.detach()))
             assert max_error(gradient, expected_gradient) <= 2e-7
             chunk, ones = logits.detach().clone(), torch.ones(n)
-            torch.ops.fastgpt.cross_entropy_chunk_(chunk, targets, ones, -100, 0.0, True)
+            torch.ops.fastgpt.cross_entropy_chunk_(chunk, targets, ones, -100, 0.0, 0.0, 0.0, True, False)
             assert max_error(chunk * 0.5, expected_gradient) <= 2e-7
 
 
@@ -176,7 +176,7 @@ def test_bad_targets() -> None:
         with pytest.raises(IndexError, match=rf"targets: value {value} at position \(4,\) is outside \[0, 10\)"):
             ops.cross_entropy(logits, bad, backend="native")
         with pytest.raises(IndexError, match="flat position 4"):
-            torch.ops.fastgpt.cross_entropy_native(logits, bad, None, -100, 1, 0.0, False)
+            torch.ops.fastgpt.cross_entropy_native(logits, bad, None, None, -100, 1, 0.0, 0.0, 0.0, False, False)
         with pytest.raises(IndexError, match=r"position \(4,\)"):
             ops.linear_cross_entropy(torch.randn(6, 3), torch.randn(10, 3), bad, backend="native")
         assert torch.isfinite(ops.cross_entropy(logits, bad, ignore_index=value, backend="native"))
@@ -233,9 +233,13 @@ def test_mean_over_weights_of_zero() -> None:
 def test_the_registered_op_names_what_is_wrong() -> None:
     op, (logits, targets) = torch.ops.fastgpt.cross_entropy_native, rows(6, 6)
     for arguments, message in (
-        ((None, -100, 0, 0.0, True), "with_grad: a gradient for each loss comes from backward alone"),
-        ((None, -100, 7, 0.0, False), "reduction: expected 0, 1 or 2"),
-        ((torch.ones(6, 1), -100, 1, 0.0, False), r"^weight: expected float32 \(C,\)"),
+        (
+            (None, None, -100, 0, 0.0, 0.0, 0.0, True, False),
+            "with_grad: a gradient for each loss comes from backward alone",
+        ),
+        ((None, None, -100, 7, 0.0, 0.0, 0.0, False, False), "reduction: expected 0, 1 or 2"),
+        ((torch.ones(6, 1), None, -100, 1, 0.0, 0.0, 0.0, False, False), r"^weight: expected float32 \(C,\)"),
+        ((None, torch.ones(5), -100, 1, 0.0, 0.0, 0.0, False, False), "^token_weight: expected float32, one value"),
     ):
         with pytest.raises(RuntimeError, match=message) as caught:
             op(logits, targets, *arguments)
@@ -251,18 +255,17 @@ def test_opcheck(classes: int, reduction: int) -> None:
     logits, targets = rows(4, classes)
     weight = torch.rand(classes)
     for with_grad, w in ((False, None), (reduction != 0, weight)):
-        arguments = (logits, targets, w, -100, reduction, 0.1, with_grad)
+        arguments = (logits, targets, w, None, -100, reduction, 0.1, 0.0, 0.0, with_grad, False)
         torch.library.opcheck(torch.ops.fastgpt.cross_entropy_native.default, arguments)
-    loss, statistics = torch.ops.fastgpt.cross_entropy_native(
-        logits.detach(), targets, None, -100, reduction, 0.0, False
+    loss, statistics, _ = torch.ops.fastgpt.cross_entropy_native(
+        logits.detach(), targets, None, None, -100, reduction, 0.0, 0.0, 0.0, False, False
     )
     for known in (statistics, None):
-        backward = (torch.ones_like(loss), logits.detach(), targets, None, known, -100, reduction, 0.0)
+        backward = (torch.ones_like(loss), logits.detach(), targets, None, None, known, -100, reduction, 0.0, 0.0, 0.0)
         torch.library.opcheck(torch.ops.fastgpt.cross_entropy_native_backward.default, backward)
     scale = torch.ones(4)
-    torch.library.opcheck(
-        torch.ops.fastgpt.cross_entropy_chunk_.default, (logits.detach().clone(), targets, scale, -100, 0.0, True)
-    )
+    chunk = (logits.detach().clone(), targets, scale, -100, 0.0, 0.0, 0.0, True, False)
+    torch.library.opcheck(torch.ops.fastgpt.cross_entropy_chunk_.default, chunk)
 
 
 def test_double_backward_raises() -> None:

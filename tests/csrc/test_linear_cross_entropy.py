@@ -47,8 +47,8 @@ def test_opcheck(classes: int, reduction: int) -> None:
     head = torch.randn(classes, 3, requires_grad=True)
     name = "mean" if reduction else "none"
     for with_dx, with_dw in itertools.product([False, reduction != 0], repeat=2):
-        arguments = (x, head, targets, None, -100, name, 0.0, with_dx, with_dw, False)
-        torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_native.default, arguments)
+        arguments = (x, head, targets, None, None, -100, name, 0.0, 0.0, 0.0, with_dx, with_dw, False)
+        torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_native.default, (*arguments, False))
         backward = (torch.ones_like(loss), *(t.detach() for t in (x, head)), *arguments[2:])
         torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_native_backward.default, backward)
 

@@ -234,7 +234,7 @@ def test_bad_arguments_of_cross_entropy(backend: str, change: dict, error: type[
 def test_a_call_that_was_not_checked_again_would_have_passed() -> None:
     module = importlib.import_module("fastgpt.ops.cross_entropy")
     x, t = torch.randn(3, 5), torch.tensor([0, 4, -100])
-    plain = (x, t, None, -100, "mean", 0.0)
+    plain = (x, t, None, -100, "mean", 0.0, 0.0, None, None, False)
     changes = [
         [x.double(), x.bfloat16(), x.to_sparse(), x.int(), x[0], x[0, 0], x[:, :0], x[:2], x.to("meta"), None, [[1.0]]],
         [t.int(), t.float(), t.to_sparse(), t[:2], t[None], t[0], t.to("meta"), None, [0, 1, 2]],
@@ -242,9 +242,13 @@ def test_a_call_that_was_not_checked_again_would_have_passed() -> None:
         [0, -1, True, 1.5, None, 2**63, torch.tensor(-100)],
         ["sum", "none", "max", None, ["mean"], 1],
         [0.1, 1, 1.5, -0.1, math.nan, None, "a", torch.tensor(0.0)],
+        [0.1, 1, -0.1, math.inf, math.nan, None, "a"],
+        [0.1, 1, 0.0, -1.0, math.inf, math.nan, "a"],
+        [torch.ones(3), torch.ones(4), 1.0],
+        [True, 1, None],
     ]
     module._signatures_checked.clear()
-    assert module._checked(*plain) == module._check(*plain) == (-100, 0.0)
+    assert module._checked(*plain) == module._check(*plain) == plain[2:]
     assert len(module._signatures_checked) == 1
     for position, values in enumerate(changes):
         for value in values:

@@ -50,6 +50,16 @@ def test_linear_cross_entropy(backend: str) -> None:
     assert flops(lambda: loss.backward()) == 3 * product, "a second pass makes the logits once more"
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_linear_log_probs(backend: str) -> None:
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets = torch.randint(11, (2, 5))
+    product = 2 * 10 * 8 * 11
+    log_probs = ops.linear_log_probs(x, weight, targets, backend=backend)
+    assert flops(lambda: ops.linear_log_probs(x, weight, targets, backend=backend)) == product
+    assert flops(lambda: log_probs.sum().backward()) == 3 * product, "it makes the logits once more"
+
+
 def test_linear() -> None:
     x, weight = torch.randn(1, 8), torch.randn(11, 8)
     with torch.no_grad():

@@ -183,9 +183,9 @@ def test_opcheck(reduction: str, layout: str) -> None:
     bias = None if layout == "permuted" else normal(7)
     scalar = reduction != "none"
     wanted = (scalar, scalar, scalar and bias is not None)
-    arguments = (x, weight, classes(7, *x.shape[:-1]), bias, -100, reduction, 0.1, *wanted)
     if layout == "no rows" and reduction == "mean":
-        arguments = (*arguments[:5], "sum", *arguments[6:])  # opcheck compares outputs, and NaN is never equal
+        reduction = "sum"  # opcheck compares outputs, and NaN is never equal
+    arguments = (x, weight, classes(7, *x.shape[:-1]), bias, None, -100, reduction, 0.1, 0.0, 0.0, *wanted, False)
     torch.library.opcheck(torch.ops.fastgpt.linear_cross_entropy_torch.default, arguments)
 
 
@@ -224,8 +224,8 @@ def test_gradients_that_are_asked_for(wanted: tuple[bool, bool, bool]) -> None:
         made.append(tuple(out.shape))
         module.matmul_on_torch_(a, b, out, accumulate)
 
-    kernels = dataclasses.replace(module._ON_TORCH, product_=product_)
-    head = module._ChunkedHead(kernels, x, weight, targets, bias, -100, wanted)
+    kernels = dataclasses.replace(module.ON_TORCH, product_=product_)
+    head = module.ChunkedHead(kernels, x, weight, targets, bias, -100, wanted)
     for rows, logits in head.chunks():
         head.add_gradient(rows, logits)
     assert made == [(5, 4)] + [shape for shape, want in zip([(5, 3), (4, 3)], wanted, strict=False) if want]
@@ -260,7 +260,7 @@ def test_a_gradient_that_the_forward_op_was_not_told_of(backend: str) -> None:
     x, weight, bias, targets = normal(6, 3), normal(5, 3, seed=1), normal(5, seed=2), classes(5, 6)
     op = getattr(torch.ops.fastgpt, f"linear_cross_entropy_{backend}")
     for flags in itertools.product([False, True], repeat=3):
-        loss, *_ = op(x, weight, targets, bias, -100, "mean", 0.0, *flags)
+        loss, *_ = op(x, weight, targets, bias, None, -100, "mean", 0.0, 0.0, 0.0, *flags, False)
         expected = reference.linear_cross_entropy(x, weight, targets, bias=bias)
         found, wanted = (torch.autograd.grad(value, (x, weight, bias)) for value in (loss, expected))
         torch.testing.assert_close(found, wanted)

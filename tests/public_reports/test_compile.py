@@ -72,5 +72,5 @@ def test_compile_strides_of_the_fake_ops(name):
     torch.library.opcheck(torch.ops.fastgpt.embedding_native, (tokens, table, position, 1))
     logits = random(7, 5).t().requires_grad_()
     for with_grad in (False, True):
-        arguments = (logits, integers(7, 5), None, -100, 1, 0.0, with_grad)
+        arguments = (logits, integers(7, 5), None, None, -100, 1, 0.0, 0.0, 0.0, with_grad, False)
         torch.library.opcheck(torch.ops.fastgpt.cross_entropy_native, arguments)

@@ -89,11 +89,19 @@ def assert_same(op: str, loss: Tensor, found: dict[str, Any], placement: Any) ->
     assert_close(whole, expected_gradients, op, placement)
 
 
-def losses(t: dict[str, Any], reduction: str) -> tuple[Any, Any]:
-    """By both ops, for targets of which a process has more than another one."""
-    fused = ops.linear_cross_entropy(t["x"], t["weight"], t["targets"], bias=t["bias"], reduction=reduction)
+def losses(t: dict[str, Any], reduction: str) -> tuple[list[Any], list[Any]]:
+    """Losses and accuracies by both ops, for targets of which a process has more than another one."""
+    head = t["x"], t["weight"], t["targets"]
+    fused = ops.linear_cross_entropy(*head, bias=t["bias"], reduction=reduction)
     logits = t["logits"].sin()
-    return fused, ops.cross_entropy(logits, t["targets"], weight=t["sizes"], reduction=reduction, label_smoothing=0.1)
+    plain = ops.cross_entropy(logits, t["targets"], weight=t["sizes"], reduction=reduction, label_smoothing=0.1)
+    options: dict[str, Any] = {"reduction": reduction, "z_loss": 0.1, "softcap": 2.0, "token_weight": t["importance"]}
+    more = (
+        ops.linear_cross_entropy(*head, bias=t["bias"], return_accuracy=True, **options),
+        ops.cross_entropy(logits, t["targets"], weight=t["sizes"], return_accuracy=True, **options),
+    )
+    log_probs = ops.linear_log_probs(*head[:2], t["targets"].clamp(min=0), bias=t["bias"], softcap=3.0)
+    return [fused, plain, log_probs, *(loss for loss, _ in more)], [accuracy for _, accuracy in more]
 
 
 def assert_losses_of_all_rows(rank: int, n: int) -> None:
@@ -105,16 +113,21 @@ def assert_losses_of_all_rows(rank: int, n: int) -> None:
     plain["targets"][:2] = -100
     plain["x"], plain["targets"] = plain["x"].flatten(0, 1), plain["targets"].flatten()
     plain["logits"], plain["sizes"] = plain["x"][:, :V].clone(), torch.arange(1.0, V + 1, dtype=torch.float64)
-    names = ("x", "logits", "weight", "bias")
+    plain["importance"] = torch.arange(1.0, len(plain["targets"]) + 1, dtype=torch.float64)
+    of_rows, names = ("x", "logits", "targets", "importance"), ("x", "logits", "weight", "bias")
     for rows, of_weights, reduction in itertools.product(
         (Shard(0), Replicate()), (Shard(0), Replicate()), ("mean", "sum", "none")
     ):
         t: dict[str, Any] = {}
         for name, tensor in plain.items():
-            placement = rows if name in ("x", "logits", "targets") else of_weights
+            placement = rows if name in of_rows else of_weights
             t[name] = distribute_tensor(tensor, mesh, [placement]).requires_grad_(name in names)
         expected_of = {n: v.clone().requires_grad_(n in names) for n, v in plain.items()}
-        for found, expected in zip(losses(t, reduction), losses(expected_of, reduction), strict=True):
+        found_all, accuracies = losses(t, reduction)
+        expected_all, expected_accuracies = losses(expected_of, reduction)
+        for accuracy, expected in zip(accuracies, expected_accuracies, strict=True):
+            assert_close(accuracy.full_tensor(), expected, rows, reduction)
+        for found, expected in zip(found_all, expected_all, strict=True):
             assert isinstance(found, DTensor)
             assert_close(found.full_tensor(), expected, rows, reduction)
             found.sum().backward()
@@ -131,6 +144,7 @@ def assert_wrong_rows_are_refused(rank: int, n: int) -> None:
     mesh = init_device_mesh("cpu", (n,))
     t = tensors()
     plain = {"x": t["x"].flatten(0, 1), "weight": t["weight"], "targets": t["targets"].flatten()}
+    importance = torch.ones(len(plain["targets"]))
     by_rows, whole = (
         {name: distribute_tensor(tensor, mesh, [placement]) for name, tensor in plain.items()}
         for placement in (Shard(0), Replicate())
@@ -140,6 +154,12 @@ def assert_wrong_rows_are_refused(rank: int, n: int) -> None:
         ({"targets": plain["targets"]}, TypeError, "^targets: expected a DTensor, as x is one"),
         ({"x": plain["x"]}, TypeError, "^x: expected a DTensor, as targets is one"),
         ({"targets": whole["targets"]}, ValueError, "^targets: expected the placements of x"),
+        ({"token_weight": importance}, TypeError, "^token_weight: expected a DTensor, as x is one"),
+        (
+            {"token_weight": distribute_tensor(importance, mesh, [Replicate()])},
+            ValueError,
+            "^token_weight: expected the placements of x",
+        ),
         (
             {"x": by_rows["x"].redistribute(placements=[Shard(1)]), "targets": whole["targets"]},
             ValueError,
