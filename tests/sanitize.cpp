@@ -42,17 +42,21 @@ constexpr Storage storage() {
 }
 
 template <class T>
-static void cross_entropy(int64_t n, int64_t offset, bool in_place, bool stream, bool smoothing, bool weighted) {
+static void cross_entropy(int64_t n, int64_t offset, bool in_place, bool stream, bool smoothing, bool weighted,
+                          bool capped) {
   Buffer<T> logits(n, offset), gradient(n, offset);
   Buffer<float> weight(n, 0);
   for (int64_t i = 0; i < n; ++i) weight.data[i] = 1.0f;
   std::vector<double> values(static_cast<size_t>(n));
   double max = -INFINITY, sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) max = std::fmax(max, values[static_cast<size_t>(i)] = to_float(logits.data[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = to_float(logits.data[i]);
+    max = std::fmax(max, values[static_cast<size_t>(i)] = capped ? 3.0 * std::tanh(x / 3.0) : x);
+  }
   for (double value : values) sum += std::exp(value - max);
 
   const int64_t target = n / 2;
-  float loss = 0.0f, statistics[2] = {}, row_scale = 2.0f;
+  float loss = 0.0f, correct = -1.0f, statistics[2] = {}, row_scale = 2.0f;
   CrossEntropyRows rows{};
   rows.logits = logits.data;
   rows.gradient = in_place ? logits.data : gradient.data;
@@ -63,31 +67,41 @@ static void cross_entropy(int64_t n, int64_t offset, bool in_place, bool stream,
   rows.class_weight_sum = static_cast<float>(n);
   rows.label_smoothing = smoothing ? 0.1f : 0.0f;
   rows.row_scale = &row_scale;
+  rows.z_loss = capped ? 0.5f : 0.0f;
+  rows.softcap = capped ? 3.0f : 0.0f;
   rows.loss = &loss;
+  rows.correct = capped ? &correct : nullptr;
   rows.statistics = n % 2 == 0 ? statistics : nullptr;
   rows.stream = stream;
-  kernels().cross_entropy[storage<T>()](rows, 0, 1);
+  Buffer<float> scratch(kernels().cross_entropy_scratch(rows), 0);
+  const bool is_largest = static_cast<int64_t>(std::max_element(values.begin(), values.end()) - values.begin()) == target;
+  kernels().cross_entropy[storage<T>()](rows, 0, 1, scratch.data);
 
-  double expected = 0.0, total = 0.0;
+  const double log_of_sum = max + std::log(sum);
+  double expected = capped ? 0.5 * log_of_sum * log_of_sum : 0.0, total = 0.0;
   for (int64_t i = 0; i < n; ++i) {
     const double log_p = values[static_cast<size_t>(i)] - max - std::log(sum);
     expected -= log_p * ((smoothing ? 0.1 / static_cast<double>(n) : 0.0) + (i == target ? (smoothing ? 0.9 : 1.0) : 0.0));
-    total += to_float(static_cast<T*>(rows.gradient)[i]);
+    const double slope = capped ? 1.0 - values[static_cast<size_t>(i)] * values[static_cast<size_t>(i)] / 9.0 : 1.0;
+    total += to_float(static_cast<T*>(rows.gradient)[i]) / std::fmax(slope, 1e-3);
   }
   expect(std::fabs(loss - expected) < 1e-4 * (1.0 + expected), "loss", kernels().name, n);
-  expect(std::fabs(total) < 0.05, "gradient", kernels().name, n);  // the sum of a row is 0
+  // Without the slopes of the cap, the sum of a row is 0, or that of the z-loss: 2 z, which is 1, times the row's scale.
+  expect(std::fabs(total - (capped ? 2.0 * log_of_sum : 0.0)) < (capped && sizeof(T) == 2 ? 0.4 : 0.05), "gradient", kernels().name, n);
+  if (capped) expect(correct == (is_largest ? 1.0f : 0.0f), "correct", kernels().name, n);
 
   const int64_t ignored = -100;
   rows.targets = &ignored;
-  kernels().cross_entropy[storage<T>()](rows, 0, 1);
-  expect(loss == 0.0f && to_float(static_cast<T*>(rows.gradient)[n - 1]) == 0.0f, "ignored row", kernels().name, n);
+  kernels().cross_entropy[storage<T>()](rows, 0, 1, scratch.data);
+  expect(loss == 0.0f && correct <= 0.0f && to_float(static_cast<T*>(rows.gradient)[n - 1]) == 0.0f, "ignored row", kernels().name, n);
 }
 
 // More rows than a whole number of vectors has lanes. Every sixth row is ignored.
-static void short_rows(int64_t n, bool in_place) {
+static void short_rows(int64_t n, bool in_place, bool capped) {
   constexpr int64_t ROWS = 35;
-  Buffer<float> logits(ROWS * n, 1), gradient(ROWS * n, 1), loss(ROWS, 0), statistics(2 * ROWS, 0);
-  const std::vector<double> values(logits.data, logits.data + ROWS * n);
+  Buffer<float> logits(ROWS * n, 1), gradient(ROWS * n, 1), loss(ROWS, 0), statistics(2 * ROWS, 0), correct(ROWS, 0);
+  std::vector<double> values(logits.data, logits.data + ROWS * n);
+  for (double& value : values) value = capped ? 3.0 * std::tanh(value / 3.0) : value;
   std::vector<int64_t> targets;
   for (int64_t i = 0; i < ROWS; ++i) targets.push_back(i % 6 == 5 ? -100 : (i * 7) % n);
   const float row_scale = 2.0f;
@@ -101,14 +115,18 @@ static void short_rows(int64_t n, bool in_place) {
   rows.row_scale = &row_scale;
   rows.loss = loss.data;
   rows.statistics = statistics.data;
-  kernels().cross_entropy[FLOAT32](rows, 0, ROWS);
+  rows.softcap = capped ? 3.0f : 0.0f;
+  rows.correct = capped ? correct.data : nullptr;
+  Buffer<float> scratch(kernels().cross_entropy_scratch(rows), 0);
+  kernels().cross_entropy[FLOAT32](rows, 0, ROWS, scratch.data);
   for (int64_t i = 0; i < ROWS; ++i) {
     const double* x = values.data() + i * n;
     const int64_t target = targets[static_cast<size_t>(i)];
     double sum = 0.0, worst = 0.0;
     for (int64_t j = 0; j < n; ++j) sum += std::exp(x[j]);
     for (int64_t j = 0; j < n; ++j) {
-      const double expected = target < 0 ? 0.0 : 2.0 * (std::exp(x[j]) / sum - (j == target));
+      const double slope = capped ? 1.0 - x[j] * x[j] / 9.0 : 1.0;
+      const double expected = target < 0 ? 0.0 : 2.0 * slope * (std::exp(x[j]) / sum - (j == target));
       worst = std::fmax(worst, std::fabs(expected - static_cast<float*>(rows.gradient)[i * n + j]));
     }
     const double expected = target < 0 ? 0.0 : std::log(sum) - x[target];
@@ -253,8 +271,8 @@ static void all() {
   for (int64_t n : {127, 128, 129, 2047, 2048, 2049, 2100, 4099}) lengths.push_back(n);
   for (int64_t n : lengths) {
     for (int64_t offset : {0, 1, 3})
-      for (int branch = 0; branch < 16; ++branch)
-        cross_entropy<T>(n, offset, branch & 1, branch & 2, branch & 4, branch & 8);
+      for (int branch = 0; branch < 32; ++branch)
+        cross_entropy<T>(n, offset, branch & 1, branch & 2, branch & 4, branch & 8, branch & 16);
     for (int64_t offset : {0, 1, 3})
       for (Activation kind : {GELU, GELU_TANH, RELU, RELU2}) activation<T>(n, offset, kind);
     for (int64_t offset : {0, 1, 3})
@@ -441,7 +459,8 @@ int main() {
     }
     for (int64_t count : {1, 15, 16, 17, 64, 65, 130}) adamw(count);
     for (int64_t n = 6; n <= 150; ++n)
-      for (bool in_place : {false, true}) short_rows(n, in_place);
+      for (bool in_place : {false, true})
+        for (bool capped : {false, true}) short_rows(n, in_place, capped);
     all<float>();
     all<BFloat16>();
     all<Float16>();

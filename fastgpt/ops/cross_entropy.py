@@ -431,12 +431,14 @@ def cross_entropy_on_native(
     of_token = None if token_weight is None else token_weight.detach().float().reshape(-1).contiguous()
     cap = 0.0 if softcap is None else softcap
     options = ignore_index, REDUCTIONS[reduction], label_smoothing, z_loss, cap, with_grad, return_accuracy
-    run = _loss_and_correct_native if return_accuracy else _cross_entropy_native
+    tensors, correct = (rows, row_targets, class_weight, of_token), None
     try:
-        result = run(rows, row_targets, class_weight, of_token, *options)
+        if return_accuracy:
+            loss, correct = _loss_and_correct_native(*tensors, *options)
+        else:
+            loss = _cross_entropy_native(*tensors, *options)
     except IndexError:
         raise first_out_of_range("targets", targets, 0, C, ignore=ignore_index) from None
-    loss, correct = result if return_accuracy else (result, None)
     if reduction == "none":
         loss = loss.view(targets.shape)
     if loss.dtype != logits.dtype and autocast_dtype(logits) is None:

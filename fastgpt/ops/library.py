@@ -111,7 +111,7 @@ def _define_derivative(
         save(ctx, args, output)
         return results(output)
 
-    return _caller(run, forward, backward, results)
+    return _caller(name, run, forward, backward, results)
 
 
 def first_and_last(
@@ -129,7 +129,7 @@ def first_and_last(
         ctx.mark_non_differentiable(output[-1])
         return _ends(output)
 
-    return _caller(run, forward, backward, _ends)
+    return _caller(name, run, forward, backward, _ends)
 
 
 def _all(output: Any) -> Any:
@@ -145,11 +145,11 @@ def _ends(output: tuple) -> tuple[Any, Any]:
 
 
 def _caller(
-    run: Any, forward: Callable[..., Any], backward: Callable[..., tuple], results: Callable[[Any], Any]
+    name: str, run: Any, forward: Callable[..., Any], backward: Callable[..., tuple], results: Callable[[Any], Any]
 ) -> Callable[..., Any]:
     """The op `run` in eager mode by an autograd.Function, and where a graph is traced, by the dispatcher."""
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    apply = _apply_of(type(run.__name__, (torch.autograd.Function,), methods))
+    apply = _apply_of(type(name, (torch.autograd.Function,), methods))
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():

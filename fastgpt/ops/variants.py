@@ -466,8 +466,11 @@ _HEAD_ROWS = 260
 
 def _head_inputs(draw: Draw, dtype: torch.dtype, V: int, has_bias: bool, whole: bool = False) -> dict[str, Any]:
     """x, weight and bias, whose logits have a spread of 3, see CrossEntropy.inputs."""
-    tensors = {"x": draw.normal(_HEAD_ROWS, 16, dtype=dtype), "weight": draw.normal(V, 16, dtype=dtype) * 0.75}
-    tensors["bias"] = draw.normal(V, dtype=dtype) if has_bias else None
+    tensors = {
+        "x": draw.normal(_HEAD_ROWS, 16, dtype=dtype),
+        "weight": draw.normal(V, 16, dtype=dtype) * 0.75,
+        "bias": draw.normal(V, dtype=dtype) if has_bias else None,
+    }
     return {name: None if t is None else t.round().clamp(-2, 2) if whole else t for name, t in tensors.items()}
 
 

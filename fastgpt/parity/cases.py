@@ -361,16 +361,18 @@ def _linear_cross_entropy(
 
     def arguments(draw: Draw) -> dict[str, Tensor | None]:
         x = _laid_out(draw, of_x, *shape)
-        x = x * scale if layout == "contiguous" else x
-        weight = _laid_out(draw, of_weight, V, shape[-1])
         targets = _targets(draw, V, shape[:-1], ignored, int32, options)
-        shift = draw.normal(V) if bias else None
+        floats = {
+            "x": x * scale if layout == "contiguous" else x,
+            "weight": _laid_out(draw, of_weight, V, shape[-1]),
+            **({"bias": draw.normal(V)} if bias else {}),
+        }
         if "return_accuracy" in options:
-            x, weight, shift = (None if t is None else t.round().clamp(-2, 2) for t in (x, weight, shift))
-            logits = x.double() @ weight.double().t() + (0.0 if shift is None else shift.double())
+            floats = {name: tensor.round().clamp(-2, 2) for name, tensor in floats.items()}
+            logits = floats["x"].double() @ floats["weight"].double().t() + floats.get("bias", 0.0)
             _make_some_correct(targets, logits.argmax(-1), options)
-        tensors = {"x": x, "weight": weight, "targets": targets, "bias": shift}
-        return tensors | {"token_weight": _token_weight(draw, targets)} if tokens else tensors
+        of_token = {"token_weight": _token_weight(draw, targets)} if tokens else {}
+        return {**floats, "targets": targets, **of_token}
 
     return ParityCase(op, name, arguments, options)
 

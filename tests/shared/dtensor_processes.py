@@ -93,12 +93,12 @@ def losses(t: dict[str, Any], reduction: str) -> tuple[list[Any], list[Any]]:
     """Losses and accuracies by both ops, for targets of which a process has more than another one."""
     head = t["x"], t["weight"], t["targets"]
     fused = ops.linear_cross_entropy(*head, bias=t["bias"], reduction=reduction)
-    logits = t["logits"].sin()
-    plain = ops.cross_entropy(logits, t["targets"], weight=t["sizes"], reduction=reduction, label_smoothing=0.1)
+    rows = t["targets"], t["sizes"]
+    plain = ops.cross_entropy(t["logits"].sin(), rows[0], weight=rows[1], reduction=reduction, label_smoothing=0.1)
     options: dict[str, Any] = {"reduction": reduction, "z_loss": 0.1, "softcap": 2.0, "token_weight": t["importance"]}
     more = (
         ops.linear_cross_entropy(*head, bias=t["bias"], return_accuracy=True, **options),
-        ops.cross_entropy(logits, t["targets"], weight=t["sizes"], return_accuracy=True, **options),
+        ops.cross_entropy(t["logits"].cos(), rows[0], weight=rows[1], return_accuracy=True, **options),
     )
     log_probs = ops.linear_log_probs(*head[:2], t["targets"].clamp(min=0), bias=t["bias"], softcap=3.0)
     return [fused, plain, log_probs, *(loss for loss, _ in more)], [accuracy for _, accuracy in more]
