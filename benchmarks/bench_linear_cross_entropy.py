@@ -1,12 +1,13 @@
 """linear_cross_entropy: the head's product and the loss in one op, which never holds all of the logits at once."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.benchmarks.bench_cross_entropy import given_options, loss_of_steps, named_options
 from fastgpt.benchmarks.harness.ceilings import Product, linear_products
 from fastgpt.benchmarks.harness.op_work import OpShape, op_benchmark
 from fastgpt.benchmarks.harness.peers import Makers, gpu_peer, torch_peers
@@ -21,9 +22,15 @@ class LinearCrossEntropyShape(OpShape):
     rows: int
     C: int
     V: int
+    z_loss: float = 0.0
+    softcap: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.C} V{self.V}"
+        return f"{self.rows} x {self.C} V{self.V}{named_options(self.z_loss, self.softcap)}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return given_options(self.z_loss, self.softcap)
 
     def arguments(self, draw) -> dict[str, Tensor]:
         x, weight = draw.normal(self.rows, self.C), draw.normal(self.V, self.C) / self.C**0.5
@@ -47,14 +54,19 @@ class LinearCrossEntropyShape(OpShape):
 
     def peers(self, device: torch.device) -> Makers:
         def torchs(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(F.linear(x, weight), targets)
+            return loss_of_steps(F.linear(x, weight), targets, **self.options)
 
+        if self.options:
+            return torch_peers(torchs)
         liger = "liger_kernel.transformers.functional.liger_fused_linear_cross_entropy"
         quack = "quack.linear_cross_entropy.chunked_linear_cross_entropy"
         return torch_peers(torchs) | gpu_peer(device, "liger-kernel", liger) | gpu_peer(device, "quack-kernels", quack)
 
 
 bench_linear_cross_entropy = op_benchmark(
-    cpu=[LinearCrossEntropyShape(1024, 512, 50304)],
+    cpu=[
+        LinearCrossEntropyShape(1024, 512, 50304),
+        LinearCrossEntropyShape(1024, 512, 50304, z_loss=1e-4, softcap=30.0),
+    ],
     cuda=[LinearCrossEntropyShape(8192, 768, 50304), LinearCrossEntropyShape(4096, 4096, 128256)],
 )

@@ -18,6 +18,7 @@ from fastgpt.benchmarks.bench_generate import GenerationShape, generate_work
 from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShape
 from fastgpt.benchmarks.bench_linear import LinearShape
 from fastgpt.benchmarks.bench_linear_cross_entropy import LinearCrossEntropyShape
+from fastgpt.benchmarks.bench_linear_log_probs import LinearLogProbsShape
 from fastgpt.benchmarks.bench_train_step import TrainStepShape, train_step_work
 from fastgpt.benchmarks.harness import step_profile, suite
 from fastgpt.benchmarks.harness.op_work import op_work
@@ -72,11 +73,14 @@ def test_op_benchmarks(run, setting, direction):
         LayerNormShape(8, 16),
         AddLayerNormShape(8, 16, 0.1),
         CrossEntropyShape(8, 33),
+        CrossEntropyShape(8, 33, z_loss=0.1, softcap=3.0),
         LinearCrossEntropyShape(8, 16, 33),
+        LinearCrossEntropyShape(8, 16, 33, z_loss=0.1, softcap=3.0),
+        LinearLogProbsShape(8, 16, 33),
         LinearShape(8, 16, 33, bias=True),
     ):
         run.measure_contenders(op_work(setting, shape, direction))
-    assert peer_names(run) == {"sdpa flash", "sdpa math", "torch"}
+    assert peer_names(run) == {"sdpa flash", "sdpa math", "torch", "torch logsumexp"}
     assert run.absent["attention"]["flash-attn"] == "its kernels run on CUDA devices only"
     assert "flex attention, B1 H2 T16 D8 causal, " + direction in run.absent["attention"]
     assert {row.direction for row in run.rows} == {direction}
