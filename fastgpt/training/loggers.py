@@ -46,7 +46,7 @@ def numbers_of(row: Row) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in the run's folder `tensorboard`. Numbers are float64, as in metrics.jsonl."""
+    """Event files in the run's folder `tensorboard`. Numbers are float32: TensorBoard's usual reader shows no other."""
 
     def __init__(self, folder: RunFolder, settings: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -64,7 +64,7 @@ class TensorBoard:
 
     def row(self, row: Row) -> None:
         for name, value in numbers_of(row).items():
-            self._writer.add_scalar(name, value, row["step"], new_style=True, double_precision=True)
+            self._writer.add_scalar(name, value, row["step"])
         self._writer.flush()  # so that a run can be watched, and its end is there if it is killed
 
     def close(self, failed: bool) -> None:
