@@ -5,6 +5,7 @@ The page is plain files in static/, which need no other host. It gets its text f
     GET  /                  the page; /static/... its style and its scripts
     GET  /page/model        what is served, and the facts that the page shows
     POST /page/attention    {"text", "layer", "head"}: which tokens of the text's end that head attends to
+    POST /page/context      {"text"}: as much of the text's end as a prompt may have
     GET  /page/curve        the losses in the run's metrics.jsonl
 """
 
@@ -59,6 +60,7 @@ def routes(
     `engine.call(function, *args)` runs a function where no token is computed meanwhile. `max_tokens` is the most that a
     completion may have, 0 for no limit. A wrong request raises ValueError naming the field.
     """
+    from starlette.concurrency import run_in_threadpool
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
@@ -69,7 +71,12 @@ def routes(
 
     async def attention(request: Request) -> Response:
         text, layer, head = asked_map(await request.json())
-        return JSONResponse(await engine.call(attention_map, model, tokenizer, text, layer, head))
+        idx = await run_in_threadpool(last_tokens, model, tokenizer, text)
+        return JSONResponse(await engine.call(attention_map, model, tokenizer, idx, layer, head))
+
+    async def context(request: Request) -> Response:
+        text = asked_text(await request.json())
+        return JSONResponse({"text": await run_in_threadpool(fitting, model, tokenizer, text)})
 
     def losses(request: Request) -> Response:
         return JSONResponse(curve(run))
@@ -78,6 +85,7 @@ def routes(
         *(Route(path, _file(content, kind)) for path, content, kind in files()),
         Route("/page/model", facts),
         Route("/page/attention", attention, methods=["POST"]),
+        Route("/page/context", context, methods=["POST"]),
         Route("/page/curve", losses),
     ]
 
@@ -109,11 +117,15 @@ def describe(model: LanguageModel, tokenizer: Tokenizer, name: str, max_tokens: 
     cfg, device = model.cfg, next(model.parameters()).device
     has_attention = isinstance(model, GPT)
     prompt, hint = first_prompt(tokenizer, model.layout)
+    if model.context_size is not None:
+        hint += f" It sees at most {_counted(model.context_size, 'token')}, the last ones."
     return {
         "name": name,
         "kind": model.kind,
         "parameters": model.num_parameters(),
         "device": str(device),
+        "context_size": model.context_size,
+        "end": None if tokenizer.end_of_text is None else tokenizer.decode([tokenizer.end_of_text]),
         "has_attention": has_attention,
         "n_layer": cfg.n_layer if has_attention else 0,
         "n_head": cfg.n_head if has_attention else 0,
@@ -165,32 +177,60 @@ def first_prompt(tokenizer: Tokenizer, layout: str) -> tuple[str, str]:
     return prompt, hints.get(layout, f"The model goes on from here. Left empty, it {begins}.")
 
 
+# ---- the end of a text ----
+
+
+def asked_text(body: Any) -> str:
+    """The text in a request. Raises ValueError naming what is wrong."""
+    if not isinstance(body, dict):
+        raise ValueError("body: expected a JSON object")
+    if not isinstance(text := body.get("text"), str):
+        raise ValueError("text: expected a string")
+    return text
+
+
+def last_tokens(model: LanguageModel, tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    """The tokens (1, T) at the end of `text`, as many as the model sees. Raises ValueError naming `text`."""
+    try:
+        idx = prompt_tokens(tokenizer, text, model.layout)
+    except ValueError as error:
+        raise ValueError(str(error).replace("prompt:", "text:", 1)) from None
+    return idx if model.context_size is None else idx[:, -model.context_size :]
+
+
+def fitting(model: LanguageModel, tokenizer: Tokenizer, text: str) -> str:
+    """The end of `text` that is a prompt of no more tokens than the model sees. Raises ValueError naming `text`."""
+    ids, limit = last_tokens(model, tokenizer, text)[0].tolist(), model.context_size
+    if limit is None or len(ids) < limit:
+        return text
+    for begin in range(len(ids)):  # more than once where a cut makes other tokens of the beginning
+        end = tokenizer.decode(ids[begin:]).lstrip("\ufffd")  # the rest of a character that was cut
+        if end and prompt_tokens(tokenizer, end, model.layout).shape[1] <= limit:
+            return end
+    return text
+
+
 # ---- attention ----
 
 
 def asked_map(body: Any) -> tuple[str, int, int]:
     """Text, layer and head of a request. Raises ValueError naming the field."""
-    if not isinstance(body, dict):
-        raise ValueError("body: expected a JSON object with text, layer and head")
-    if not isinstance(text := body.get("text"), str):
-        raise ValueError("text: expected a string")
+    text = asked_text(body)
     layer, head = (as_int_argument(name, body.get(name)) for name in ("layer", "head"))
     return text, layer, head
 
 
-def attention_map(model: LanguageModel, tokenizer: Tokenizer, text: str, layer: int, head: int) -> dict[str, Any]:
-    """The weights of one head for the last tokens of `text`: as many as the model sees, of which 64 are shown.
+def attention_map(
+    model: LanguageModel, tokenizer: Tokenizer, idx: torch.Tensor, layer: int, head: int
+) -> dict[str, Any]:
+    """The weights of one head for the tokens idx (1, T), of which the last 64 are shown.
 
-    Returns labels (T), the place of the first of them in the context, counted from 1, and weights (T, T) of four
-    decimals. A row sums to 1 less what goes to tokens that are not shown. Layers and heads are counted from 1. Raises
-    ValueError naming the argument.
+    Returns their labels, the place of the first of them in the context, counted from 1, and the weights, a row for each
+    token, of four decimals. A row sums to 1 less what goes to tokens that are not shown. Layers and heads are counted
+    from 1. Raises ValueError naming the argument.
     """
     if not isinstance(model, GPT):
         raise ValueError(f"model: one of kind {model.kind!r} has no attention")
-    try:
-        idx = prompt_tokens(tokenizer, text, model.layout)[:, -model.cfg.block_size :]
-    except ValueError as error:
-        raise ValueError(str(error).replace("prompt:", "text:", 1)) from None
     skipped = max(idx.shape[1] - MOST_SHOWN, 0)
     weights = weights_of_head(model, idx, layer, head)[skipped:, skipped:]
     if not weights.isfinite().all():

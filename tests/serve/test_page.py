@@ -12,7 +12,7 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.attention_maps import capture
 from fastgpt.baselines import MODELS
 from fastgpt.serve import page
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer.train("the cat sat on the mat\n")
 
@@ -99,13 +99,43 @@ def test_the_prompt_that_stands_for_an_empty_one(text, layout, prompt, said):
     assert first == prompt and said in hint
 
 
+# ---- the end of a text ----
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"), [("the cat", "the cat"), ("the cat sat", "e cat sat"), ("the cat s", "the cat s")]
+)
+def test_the_end_of_a_text_is_a_prompt_that_fits(text, fits):
+    assert page.fitting(model_of(block_size=9), TOKENIZER, text) == fits
+    assert page.fitting(model_of("lstm", block_size=9), TOKENIZER, text) == text  # which sees all of it
+
+
+def test_the_end_of_a_text_of_byte_pairs_begins_with_a_whole_character():
+    tokenizer = BPETokenizer.train("the cat sat on the mat, naïve — 日本語 " * 9, 280)
+    model = model_of(block_size=5)
+    for text in ("日本語日本語", "the naïve cat — on the mat"):
+        end = page.fitting(model, tokenizer, text)
+        assert end and text.endswith(end) and 3 <= len(tokenizer.encode(end)) <= 5
+
+
+def test_a_model_of_names_sees_its_last_line():
+    model = model_of(block_size=9)
+    model.layout = "names"
+    assert page.fitting(model, TOKENIZER, "the cat\nsat") == "the cat\nsat"
+    assert page.fitting(model, TOKENIZER, "sat\nthe cat sat") == " cat sat"  # and a boundary before it
+
+
 # ---- attention ----
+
+
+def map_of(model, text: str, layer: int, head: int) -> dict:
+    return page.attention_map(model, TOKENIZER, page.last_tokens(model, TOKENIZER, text), layer, head)
 
 
 def test_the_map_has_the_weights_of_the_model():
     """Times v they give what the model's own attention gave, for the last tokens that it sees."""
     model, text = model_of(block_size=16), "the cat sat on the mat"
-    found = page.attention_map(model, TOKENIZER, text, layer=2, head=1)
+    found = map_of(model, text, layer=2, head=1)
     assert found["labels"] == list(text[-16:].replace(" ", "␣")) and found["first"] == 1 and found["is_causal"]
     _, v, out = capture(model, torch.tensor([TOKENIZER.encode(text[-16:])]))[1]
     weights = torch.tensor(found["weights"])  # of four decimals
@@ -115,7 +145,7 @@ def test_the_map_has_the_weights_of_the_model():
 
 def test_of_a_long_text_the_end_is_shown():
     model, text = model_of(block_size=80), "the cat sat on the mat\n" * 5
-    found = page.attention_map(model, TOKENIZER, text, layer=1, head=2)
+    found = map_of(model, text, layer=1, head=2)
     assert len(found["labels"]) == page.MOST_SHOWN and found["first"] == 80 - page.MOST_SHOWN + 1
     maps = capture(model, torch.tensor([TOKENIZER.encode(text[-80:])]))[0][0]
     torch.testing.assert_close(torch.tensor(found["weights"]), maps[0, 1, 16:, 16:], atol=1e-4, rtol=0)
@@ -132,12 +162,12 @@ def test_of_a_long_text_the_end_is_shown():
 )
 def test_a_map_that_there_is_not_is_an_error_that_names_the_field(asked, problem):
     with pytest.raises(ValueError, match=problem):
-        page.attention_map(model_of(), TOKENIZER, *asked)
+        map_of(model_of(), *asked)
 
 
 def test_a_model_without_attention_has_no_map():
     with pytest.raises(ValueError, match="kind 'gru' has no attention"):
-        page.attention_map(model_of("gru"), TOKENIZER, "the", 1, 1)
+        map_of(model_of("gru"), "the", 1, 1)
 
 
 def test_weights_that_are_not_finite_are_an_error_and_not_a_map():
@@ -145,7 +175,7 @@ def test_weights_that_are_not_finite_are_an_error_and_not_a_map():
     assert isinstance(model, GPT)
     torch.nn.init.constant_(model.blocks[0].attn.qkv.weight, torch.inf)
     with pytest.raises(ValueError, match="not finite"):
-        page.attention_map(model, TOKENIZER, "the", 1, 1)
+        map_of(model, "the", 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ function inWords(status, message) {
     404: "The server does not have this",
     413: "This is too long for the server",
     422: "The server does not accept this",
-    429: "The server is busy; try again in a moment",
-    503: "The server is busy; try again in a moment",
+    429: "The server is busy",
+    503: "The server is busy",
   };
   const kind = kinds[status] ?? "The server failed";
   return message ? `${kind}: ${message}` : `${kind} (HTTP ${status}).`;

@@ -33,6 +33,7 @@ async function start() {
   $("model-name").textContent = name;
   $("model-summary").textContent = `${kind} of ${number(parameters)} parameters, on ${model.device}`;
   $("facts").replaceChildren(...model.facts.flatMap(([term, fact]) => [element("dt", {}, term), element("dd", {}, fact)]));
+  text.end = model.end;
   $("prompt-hint").textContent = model.prompt_hint;
   if (model.max_tokens) $("max_tokens").max = model.max_tokens;
   attention = new Attention(document, model, askForToken);
@@ -84,6 +85,12 @@ function asked() {
 
 // ---- generation ----
 
+/** The end of `whole` that the model sees: a longer prompt would be refused. No text has more tokens than bytes. */
+async function fitting(whole, signal) {
+  const isShort = model.context_size === null || new TextEncoder().encode(whole).length <= model.context_size;
+  return isShort ? whole : (await json("page/context", { text: whole }, signal)).text;
+}
+
 async function generate() {
   if (!(await ready) && !(await (ready = start()))) return;
   stop();
@@ -104,7 +111,7 @@ function goOnWith(i, token) {
 /** Continue all the text that is shown. */
 async function run() {
   if (!$("settings").reportValidity()) return;
-  const body = { ...asked(), prompt: text.whole };
+  const body = asked();
   const mine = (running = new AbortController());
   const began = performance.now();
   const before = text.tokenCount;
@@ -113,6 +120,7 @@ async function run() {
   $("status").textContent = "Generating";
   $("announcement").textContent = "Generating";
   try {
+    body.prompt = await fitting(text.whole, mine.signal);
     for await (const event of events(body, mine.signal)) {
       if (mine.signal.aborted) break;
       const [choice] = event.choices;

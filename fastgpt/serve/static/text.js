@@ -16,6 +16,7 @@ export class Text {
     this.list = panel.querySelector("ol");
     this.title = panel.querySelector(".title");
     this.note = panel.querySelector(".hint");
+    this.end = null; // the token that ends a text, which is no text itself
     this.clear("");
     this.#listen();
   }
@@ -122,7 +123,7 @@ export class Text {
   #fill(piece, i) {
     this.title.replaceChildren(element("code", {}, visible(piece.text)));
     this.title.append(piece.logprob === null ? "probability unknown" : `probability ${percent(piece.logprob)}`);
-    this.title.append(element("span", {}, `token ${i + 1} of ${this.pieces.length}`));
+    this.title.append(element("span", {}, `${i + 1} of ${this.pieces.length}`));
     const rows = piece.tokens.flatMap((token) => this.#rows(token, i, piece.tokens.length === 1));
     labelWidth(this.list, rows);
     this.list.replaceChildren(...rows.map((row) => element("li", {}, row)));
@@ -136,7 +137,8 @@ export class Text {
     const all = token.top.some(([text]) => text === token.text) ? token.top : [...token.top, [token.text, token.logprob]];
     return all.map(([text, logprob]) => {
       const isDrawn = text === token.text;
-      const isText = !text.startsWith("bytes:") && !text.includes("\ufffd"); // a part of a character is none
+      const isPart = text.startsWith("bytes:") || text.includes("\ufffd"); // of a character
+      const isText = text !== "" && text !== this.end && !isPart;
       const row = bar(isDrawn || !isAlone || !isText ? "div" : "button", visible(text), Math.exp(logprob), percent(logprob));
       row.classList.toggle("drawn", isDrawn);
       if (row.localName === "button") {
@@ -177,6 +179,7 @@ export class Text {
       this.show(i);
     });
     output.addEventListener("pointerleave", hideSoon);
+    panel.querySelector(".close").addEventListener("click", () => this.escape());
     panel.addEventListener("pointerenter", () => clearTimeout(this.hiding));
     panel.addEventListener("pointerleave", hideSoon);
     output.addEventListener("focusin", (event) => {
