@@ -118,7 +118,7 @@ def describe(model: LanguageModel, tokenizer: Tokenizer, name: str, max_tokens: 
     has_attention = isinstance(model, GPT)
     prompt, hint = first_prompt(tokenizer, model.layout)
     if model.context_size is not None:
-        hint += f" It sees at most {_counted(model.context_size, 'token')}, the last ones."
+        hint += f" It sees the last {_counted(model.context_size, 'token')} at most."
     return {
         "name": name,
         "kind": model.kind,
