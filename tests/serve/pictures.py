@@ -1,8 +1,10 @@
-"""Takes the pictures of docs/serving.md: of the page that a running `fastgpt serve` shows, in a browser without a window.
+"""Takes the pictures of docs/serving.md, of the page that a running `fastgpt serve` shows.
 
     fastgpt train --preset shakespeare-char-cpu --data shakespeare --out runs/shakespeare --max-steps 3000
     fastgpt serve --checkpoint runs/shakespeare
     python tests/serve/pictures.py http://127.0.0.1:8000 docs/images        # in another terminal
+
+It needs Playwright, Chromium and Pillow.
 """
 
 from __future__ import annotations

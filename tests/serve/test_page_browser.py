@@ -166,6 +166,18 @@ def test_of_a_text_that_is_longer_than_the_context_the_end_is_continued(open_pag
     assert asked[0]["prompt"] == ("the cat sat " * 9)[-48:] and text_of(page) == "the cat sat " * 9 + "a"
 
 
+@pytest.mark.parametrize("is_allowed", [True, False], ids=["allowed", "refused"])
+def test_the_text_is_copied_or_selected(open_page, is_allowed):
+    page = open_page("prompt=the&max_tokens=4&seed=1", permissions=["clipboard-read", "clipboard-write"])
+    generate(page)
+    if not is_allowed:
+        page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('none here')); }")
+    page.get_by_role("button", name="Copy text").click()
+    page.get_by_role("button", name="Copied" if is_allowed else "Selected").wait_for()
+    found = page.evaluate("navigator.clipboard.readText()" if is_allowed else "getSelection().toString()")
+    assert found.strip() == text_of(page).strip()
+
+
 def test_a_setting_that_cannot_be_is_not_sent(open_page):
     page = open_page("max_tokens=0")
     asked = answer(page, completion("a"))

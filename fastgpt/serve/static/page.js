@@ -205,10 +205,16 @@ $("generate").addEventListener("click", generate);
 $("stop").addEventListener("click", stop);
 $("continue").addEventListener("click", run);
 $("copy").addEventListener("click", async () => {
-  await navigator.clipboard.writeText(text.whole);
-  $("announcement").textContent = "Copied";
-  $("copy").textContent = "Copied";
-  setTimeout(() => ($("copy").textContent = "Copy text"), 1500);
+  let said = "Copied";
+  try {
+    await navigator.clipboard.writeText(text.whole);
+  } catch {
+    // Browsers have a clipboard only for pages of this machine, and for those that come by TLS.
+    getSelection().selectAllChildren($("output"));
+    said = "Selected: copy it by the keyboard";
+  }
+  $("announcement").textContent = $("copy").textContent = said;
+  setTimeout(() => ($("copy").textContent = "Copy text"), 2500);
 });
 $("colour").addEventListener("change", () => $("output").classList.toggle("coloured", $("colour").checked));
 $("prompt").addEventListener("input", writeAddress);
