@@ -23,6 +23,7 @@ from .settings import (
     SampleSettings,
     TrainSettings,
     UsageError,
+    check_export_format,
     check_tokenizer,
     check_vocab_size,
     flag,
@@ -349,21 +350,29 @@ def evaluate(settings: EvalSettings) -> None:
 
 def export(settings: ExportSettings) -> None:
     checkpoint, out = _required(settings, "export")
-    if settings.format not in ("fastgpt", "huggingface"):
-        raise UsageError(f"--format: expected fastgpt or huggingface, got {settings.format!r}")
+    try:
+        check_export_format(settings.format)
+    except (ConfigError, ImportError) as error:
+        raise UsageError(f"--{error}") from None
     for name in ("config.json", "model.safetensors", "config.toml", "checkpoint"):
         if os.path.exists(os.path.join(out, name)):
             raise UsageError(f"--out: {out} already holds a model or a run; give another folder")
-    from .files import expand_path, make_output_folder
+    from .exporting import check_model, write
+    from .files import expand_path, new_folder
     from .loading import load
-    from .model import GPT
 
-    model, _ = load(checkpoint)
-    if not isinstance(model, GPT):
-        raise UsageError(f"--checkpoint: {checkpoint} holds a {model.kind}; only a gpt can be exported")
-    make_output_folder(expand_path(out))
-    model.save_pretrained(out, settings.format)
-    print(f"{out}: a GPT of {model.num_parameters():,} parameters, in the format {settings.format}")
+    with new_folder(expand_path(out)) as folder:  # which is found now, and not after the work, where it cannot be made
+        model, _ = load(checkpoint)
+        try:
+            check_model(model, settings.format)
+        except ValueError as error:
+            raise UsageError(f"--checkpoint: {checkpoint} {str(error).removeprefix('model: ')}") from None
+        try:
+            found = write(model, folder, settings.format)
+        except ValueError as error:  # GPT-2 has not all settings
+            raise UsageError(_naming_option(error, settings)) from None
+    print(f"{out}: a model ({model.kind}) of {model.num_parameters():,} parameters, in the format {settings.format}")
+    print(found or "not compared with the model: transformers, which reads this format, is not installed")
 
 
 def compare(settings: CompareSettings) -> None:

@@ -123,6 +123,50 @@ def make_output_folder(folder: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Make `folder` as a whole or not at all: fill the temporary folder that this gives, and it takes the name.
+
+    It lies beside `folder`, which must not exist, or be empty. If anything fails, `folder` is as it was, and the
+    temporary one is gone. Raises FileError where `folder` holds something, or cannot be made.
+
+    >>> with new_folder(Path("models/first")) as temporary:
+    ...     (temporary / "config.json").write_text("{}", encoding="utf-8")
+    """
+    folder = folder.resolve()
+    temporary = _temporary_name(folder)
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise FileError(f"{folder}: holds something already; give another folder")
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise FileError(
+            f"{folder}: the output folder cannot be written: {error.strerror}; give another --out"
+        ) from error
+    try:
+        yield temporary
+        _take_name(temporary, folder)
+    except FileError as error:
+        if str(temporary) not in str(error):
+            raise
+        raise FileError(str(error).replace(str(temporary), str(folder))) from error
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_name(temporary: Path, folder: Path) -> None:
+    """Rename `temporary`, once its files are on the disk, to `folder`, which may be an empty folder."""
+    for file in temporary.iterdir():
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+    if folder.exists():
+        folder.rmdir()
+    os.replace(temporary, folder)
+    sync_folder(folder.parent)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` what the file `source` is now: a hard link where the file system has them, else a copy."""
     temporary = _temporary_name(target)

@@ -46,9 +46,11 @@ def load(path: str | Path, **changes: Any) -> tuple[LanguageModel, Tokenizer]:
 
 
 def find_model(path: str | Path) -> Path:
-    """The file or folder that a model is read from: a saved model's weights stand for their folder."""
+    """The file or folder that a model is read from: the file with a saved or exported model stands for its folder."""
     place = model_place(path)
-    is_saved = place.name == "model.safetensors" and (place.parent / "config.json").is_file()
+    is_saved = (
+        place.name in ("model.safetensors", "model.onnx", "model.pt2") and (place.parent / "config.json").is_file()
+    )
     return place.parent if is_saved else place
 
 

@@ -161,6 +161,11 @@ def _kind_of(config: Any, path: Path) -> str:
     kind = config.pop("model_type", None) if isinstance(config, dict) else None
     if kind is None and isinstance(config, dict) and {"n_positions", "n_head"} <= config.keys():
         return "gpt2"
+    if kind in ("fastgpt-onnx", "fastgpt-torch"):  # exporting.py writes these
+        raise CheckpointError(
+            f"{path.parent}: is an export for {'onnxruntime' if kind == 'fastgpt-onnx' else 'torch.export.load'}, and "
+            f"holds no model that FastGPT reads; give the run or the folder that it was made from"
+        )
     if kind not in ("fastgpt", "gpt2"):
         raise CheckpointError(f"{path}: field 'model_type' is {kind!r}, expected 'fastgpt' or 'gpt2'")
     return kind

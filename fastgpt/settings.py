@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import tomllib
 from dataclasses import dataclass
@@ -225,17 +226,42 @@ class EvalSettings:
     config: str | None = None  # a TOML file with any of these settings.
 
 
+# The formats of fastgpt export, and the packages that each needs; the extra of its name brings them.
+EXPORT_FORMATS: dict[str, tuple[str, ...]] = {
+    "fastgpt": (),
+    "huggingface": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "torch": (),
+}
+
+
+def check_export_format(format: str) -> None:
+    """Raises ConfigError for a format that is none of them, ImportError where a package that it needs is missing."""
+    if format not in EXPORT_FORMATS:
+        raise ConfigError(f"format: expected one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
+    for package in EXPORT_FORMATS[format]:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"format: {format} needs {package}, which is not installed: pip install 'fastgpt-kernels[{format}]'"
+            )
+
+
 @dataclass(frozen=True)
 class ExportSettings:
-    """Write a model as a plain folder: config.json, model.safetensors and the files of its tokenizer."""
+    """Write a model into a folder that FastGPT or another program reads, and compare what it computes with the model.
+
+    The folder has the tokenizer's files and config.json beside the model, and is written as a whole or not at all.
+    """
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint", "out")
 
     # a run (its best checkpoint is taken), one checkpoint, a saved model, the folder of a Hugging Face GPT-2, or its
     # name there, as gpt2. In first place it needs no option: fastgpt export runs/demo --out models/demo.
     checkpoint: str | None = None
-    out: str | None = None  # the folder to write.
-    format: str = "fastgpt"  # fastgpt, which fastgpt.load reads, or huggingface, which transformers reads, too.
+    out: str | None = None  # the folder to write, which must not exist, or be empty.
+    # fastgpt, which fastgpt.load reads; huggingface, which transformers reads, too; onnx, for onnxruntime and others;
+    # or torch, for torch.export.load without FastGPT. onnx and torch take every model, the first two a GPT.
+    format: str = "fastgpt"
     config: str | None = None  # a TOML file with any of these settings.
 
 

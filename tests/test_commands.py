@@ -71,7 +71,7 @@ def test_export_writes_a_folder_with_the_same_model(run, tmp_path, capsys, form,
         best = write_sharded(Checkpoint.load(best), tmp_path / "checkpoint" / "step-00000006", is_best=True)
     source, out = best.parent.parent, tmp_path / "model"
     assert main(["export", str(source), "--out", str(out), "--format", format]) == 0
-    assert capsys.readouterr().out.startswith(f"{out}: a GPT of ")
+    assert capsys.readouterr().out.startswith(f"{out}: a model (gpt) of ")
     assert files(out).keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
     (before, letters), (after, same_letters) = fastgpt.load(run), fastgpt.load(out)
     assert same_letters.to_json() == letters.to_json()
@@ -81,12 +81,12 @@ def test_export_writes_a_folder_with_the_same_model(run, tmp_path, capsys, form,
     assert "--out: " in capsys.readouterr().err
 
 
-def test_only_a_gpt_is_exported(text_file, tmp_path, capsys):
+def test_only_a_gpt_is_exported_as_a_saved_model(text_file, tmp_path, capsys):
     bigram = tmp_path / "bigram"
     assert main(["train", "--data", str(text_file), "--out", str(bigram), "--model", "bigram", *SMALL]) == 0
     capsys.readouterr()
     assert main(["export", str(bigram), "--out", str(tmp_path / "model")]) == 2
-    assert "--checkpoint: " in (said := capsys.readouterr().err) and "only a gpt can be exported" in said
+    assert "--checkpoint: " in (said := capsys.readouterr().err) and "only a gpt can be exported as fastgpt" in said
     assert not (tmp_path / "model").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import pytest
 
 from fastgpt import files
 from fastgpt.config import ConfigError
-from fastgpt.files import FileError, allow_open_files, atomic_path, expand_path, link_or_copy, make_output_folder
+from fastgpt.files import (
+    FileError,
+    allow_open_files,
+    atomic_path,
+    expand_path,
+    link_or_copy,
+    make_output_folder,
+    new_folder,
+)
 
 
 def test_a_really_full_disk(tmp_path):
@@ -67,6 +76,28 @@ def test_an_output_folder_is_made_or_refused_with_the_remedy(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match=r"file: the output folder cannot be written: .*; give another --out"):
         make_output_folder(tmp_path / "file")
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "models" / "first"
+    with pytest.raises(FileError, match=r"first.x: cannot be written$"), new_folder(folder) as temporary:
+        (temporary / "x").write_text("half", encoding="utf-8")
+        assert not folder.exists()
+        raise FileError(f"{temporary / 'x'}: cannot be written")
+    with pytest.raises(KeyboardInterrupt), new_folder(folder) as temporary:
+        raise KeyboardInterrupt
+    with pytest.raises(FileError, match=r"first: cannot be written: No space left"), new_folder(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(folder.parent.iterdir()) == []
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    with new_folder(tmp_path / "link") as temporary:
+        (temporary / "x").write_text("whole", encoding="utf-8")
+    assert [path.name for path in folder.iterdir()] == ["x"] and list(folder.parent.iterdir()) == [folder]
+    with pytest.raises(FileError, match=r"first: holds something already"), new_folder(folder):
+        pass
+    with pytest.raises(FileError, match=r"y: the output folder cannot be written: "), new_folder(folder / "x" / "y"):
+        pass
 
 
 def test_the_limit_of_open_files_is_raised_where_the_system_allows_it(monkeypatch) -> None:

@@ -79,7 +79,7 @@ WRONG = [
     ("sample RUN --temperature -1", 2, ["--temperature: expected a number of at least 0"]),
     ("sample RUN --stride 99", 2, ["--stride: expected at most 16"]),
     ("sample RUN --backend cudnn", 2, ["--backend: unknown backend 'cudnn'"]),
-    ("export RUN --out OUT --format onnx", 2, ["--format: expected fastgpt or huggingface, got 'onnx'"]),
+    ("export RUN --out OUT --format onxx", 2, ["--format: expected one of fastgpt, huggingface, onnx, torch, got"]),
     ("export RUN --out RUN", 2, ["--out: ", "already holds a model or a run; give another folder"]),
     ("compare RUN nowhere", 2, ["--runs: nowhere: no such folder"]),
     ("compare DATA", 2, ["--runs: ", "is a file; give the folder of the run"]),

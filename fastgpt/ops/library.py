@@ -192,6 +192,7 @@ PRIVATE_NAMES = {
     "torch.autograd.forward_ad._current_level": ("2.11.0", "2.14.1"),
     "torch.autograd.function._SingleLevelFunction.apply": ("2.11.0", "2.14.1"),  # below torch.autograd.Function
     "torch._subclasses.fake_tensor.FakeTensor": ("2.11.0", "2.14.1"),
+    "torch._higher_order_ops.scan": ("2.13.0", "2.13.0"),  # for exports of recurrent models
     "torch.utils._python_dispatch.TorchDispatchMode": ("2.13.0", "2.13.0"),  # for benchmarks, which count collectives
     "torch.nn.modules.module._has_any_global_hook": ("2.11.0", "2.14.1"),
     "module._forward_hooks": ("2.11.0", "2.14.1"),  # `module` is a torch.nn.Module
@@ -264,6 +265,16 @@ def is_static(value: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not isinstance(value, (int, torch.SymInt)) or has_static_value(value)
+
+
+def scan(step: Callable[..., Any], state: Any, inputs: Tensor) -> tuple[Any, Any]:
+    """(state, output) = step(state, input) for each of `inputs` along their first dimension, as one loop in a graph.
+
+    Returns the last state, and the outputs, stacked along a first dimension.
+    """
+    from torch._higher_order_ops import scan
+
+    return scan(step, state, inputs)
 
 
 HOOKS = "it has hooks"
