@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 32 : 1024 / THREADS) 
       constexpr int STEP = std::decay_t<decltype(logit)>::STEP;
       Running own;
       const auto add = [&](Index v, Index stop) {  // adds the vectors v, v + THREADS, ... before `stop`
-        if constexpr (STEP > 1) {
+        if constexpr (STEP > 1 && HELD != IN_REGISTERS) {
           for (; v + (STEP - 1) * THREADS < stop; v += STEP * THREADS) {
             Vec16<T> step[STEP];
 #pragma unroll
@@ -405,7 +405,8 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 32 : 1024 / THREADS) 
   const auto write = [&](const auto& gradient) {
     bool has_target = false;  // whether this thread has written the target's entry
     if (together) {
-#pragma unroll 2
+      constexpr int UNROLLED = HELD == IN_REGISTERS ? 1 : 2;
+#pragma unroll UNROLLED
       for (Index v = tid; v < mine; v += THREADS) {
         float values[SIZE];
         to_floats(vector_at(v), values);
@@ -607,10 +608,8 @@ struct Call {
     rows.ignore_index = options.ignore_index;
     rows.label_smoothing = static_cast<float>(options.label_smoothing);
     rows.z_loss = static_cast<float>(options.z_loss);
-    if (options.softcap > 0.0) {  // within the range where 1 / softcap is a normal number of float32, too
-      rows.softcap = static_cast<float>(std::clamp(options.softcap, 0x1p-126, 0x1p126));
-      rows.one_over_softcap = 1.0f / rows.softcap;
-    }
+    rows.softcap = static_cast<float>(options.softcap);
+    rows.one_over_softcap = rows.softcap > 0.0f ? 1.0f / rows.softcap : 0.0f;
     if (given_weight.has_value()) {
       weight = torch::stable::contiguous(*given_weight);
       FASTGPT_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 &&
