@@ -14,7 +14,7 @@ from emulate import MUTATIONS, Library
 
 PLAIN, ADDRESS = Library("plain"), Library("address")
 ORDERS = [0, 1, 2]  # ascending, descending, and at random
-FEWEST_CASES = {"small device": 170, "H100": 12, "H100 without clusters": 2, "H100 with plans": 60}
+FEWEST_CASES = {"small device": 270, "H100": 12, "H100 without clusters": 2, "H100 with plans": 80}
 MISUSES = {
     "two barriers": "the barrier is met here, and by other threads in line",
     "shuffle without a lane": "deadlock: 31 threads wait at an operation of a warp",

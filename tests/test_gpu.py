@@ -145,6 +145,26 @@ def test_cross_entropy_options(classes, dtype):
         check_cross_entropy(logits, targets, reduction="sum", **{name: value})
 
 
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_log_probs"])
+def test_options_of_losses_from_the_heads_input(op):
+    x, head = torch.randn(301, 64, device="cuda"), torch.randn(5003, 64, device="cuda")
+    targets, token_weight = torch.randint(5003, (301,), device="cuda"), torch.linspace(-1.0, 2.0, 301, device="cuda")
+    options = {"softcap": 10.0}
+    if op == "linear_cross_entropy":
+        options |= {"z_loss": 1e-3, "token_weight": token_weight, "return_accuracy": True}
+    found = []
+    for function, dtype, more in (
+        (getattr(ops, op), torch.float32, {"backend": "native"}),
+        (getattr(reference, op), torch.float64, {}),
+    ):
+        inputs = [value.to(dtype).requires_grad_() for value in (x, head)]
+        result = function(*inputs, targets, **options, **more)
+        loss, *accuracy = result if isinstance(result, tuple) else (result,)
+        found.append([loss, *accuracy, *torch.autograd.grad(loss.sum(), inputs)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [65, 1000, *LONG_ROWS], ids=lambda classes: f"classes_{classes}")

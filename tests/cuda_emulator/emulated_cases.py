@@ -117,21 +117,25 @@ def chunk(C: int, dtype=F32, smoothing=0.0, z_loss=0.0, softcap=0.0, with_grad=T
     return Case(f"cross_entropy_chunk_ {C} {dtype} {options}", run, exact)
 
 
-def linear_cross_entropy(V: int, reduction: str) -> Case:
-    from fastgpt.ops import linear_cross_entropy, reference
+def linear(op_name: str, V: int, **options: object) -> Case:
+    """linear_cross_entropy with the accuracy, or linear_log_probs, whose targets are all counted."""
+    from fastgpt import ops
+    from fastgpt.ops import reference
 
     x, weight = draw(5, 8), draw(V, 8, seed=1)
-    targets = torch.tensor([0, V - 1, -100, V // 2, 1])
+    targets = torch.tensor([0, V - 1, -100 if op_name == "linear_cross_entropy" else 2, V // 2, 1])
+    targets[3] = (x[3] @ weight.t()).argmax()
 
     def outcome(op, *inputs: Tensor) -> list[Tensor]:
         inputs = [value.detach().requires_grad_() for value in inputs]
-        loss = op(*inputs, targets, label_smoothing=0.1, reduction=reduction)
-        return [loss, *torch.autograd.grad(loss.sum(), inputs)]
+        result = op(*inputs, targets, **options)
+        loss, *accuracy = result if isinstance(result, tuple) else (result,)
+        return [loss, *accuracy, *torch.autograd.grad(loss.sum(), inputs)]
 
     return Case(
-        f"linear_cross_entropy {V} {reduction}",
-        lambda: outcome(linear_cross_entropy, x, weight),
-        lambda: outcome(reference.linear_cross_entropy, x.double(), weight.double()),
+        f"{op_name} {V} {options}",
+        lambda: outcome(getattr(ops, op_name), x, weight),
+        lambda: outcome(getattr(reference, op_name), x.double(), weight.double()),
         slack=5e-6,
     )
 
@@ -223,6 +227,10 @@ def make_ties(logits: Tensor, targets: Tensor) -> None:
     logits[7, 5] = math.nan
 
 
+def make_nan(logits: Tensor, targets: Tensor) -> None:
+    logits[0] = math.nan
+
+
 def saturate(logits: Tensor, targets: Tensor) -> None:
     """Logits up to nine times a softcap of 2, where the slope of tanh is 6e-8."""
     logits[:] = torch.linspace(-18.0, 18.0, logits.shape[1])
@@ -251,8 +259,8 @@ def small_device() -> Iterator[Case]:
         yield cross_entropy(C, BF16, n=7, change=make_infinite, reduction="sum", offset=1)
     yield from loss_options()
     yield chunk(1000, with_grad=False)
-    yield linear_cross_entropy(300, "mean")
-    yield linear_cross_entropy(1000, "none")
+    yield linear("linear_cross_entropy", 300, reduction="mean", label_smoothing=0.1)
+    yield linear("linear_cross_entropy", 1000, reduction="none", label_smoothing=0.1)
     yield from embeddings()
     for dtype in (F32, BF16, F16):
         for n, factor, offset in (
@@ -286,6 +294,12 @@ def loss_options() -> Iterator[Case]:
         yield cross_entropy(C, n=7, reduction="none", **EVERY_OPTION, change=make_infinite)
         yield chunk(C, smoothing=0.1, z_loss=1e-2, softcap=4.0, with_correct=True)
         yield chunk(C, BF16, with_grad=False, with_correct=True)
+    every = {"z_loss": 1e-2, "softcap": 2.0, "token_weight": torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0])}
+    for reduction in ("mean", "none"):
+        yield linear("linear_cross_entropy", 300, reduction=reduction, return_accuracy=True, **every)
+    yield linear("linear_log_probs", 300)
+    yield linear("linear_log_probs", 1000, softcap=2.0)
+    yield cross_entropy(1, accuracy=True, reduction="none", change=make_nan)  # one class, and that is no number
     yield cross_entropy(300, softcap=1e30)  # the largest one and the least
     yield cross_entropy(300, softcap=1e-30)
 
