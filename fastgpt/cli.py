@@ -27,6 +27,7 @@ from .commands import (
     parity,
     plan,
     sample,
+    serve,
     study,
     train,
 )
@@ -43,6 +44,7 @@ from .settings import (
     ParitySettings,
     PlanSettings,
     SampleSettings,
+    ServeSettings,
     TrainSettings,
     UsageError,
     check_common,
@@ -67,6 +69,7 @@ class Group(NamedTuple):
 COMMANDS: dict[str, Command | Group] = {
     "train": Command(TrainSettings, train, "train a GPT, or another model, on text"),
     "sample": Command(SampleSettings, sample, "continue a prompt with a trained model"),
+    "serve": Command(ServeSettings, serve, "a page and OpenAI's interface for a trained model"),
     "eval": Command(EvalSettings, evaluate, "measure how well a model predicts a text"),
     "compare": Command(CompareSettings, compare, "runs side by side: a table, and a picture of their losses"),
     "export": Command(ExportSettings, export, "write a model as a plain folder, for transformers too"),

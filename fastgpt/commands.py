@@ -21,6 +21,7 @@ from .settings import (
     ParitySettings,
     PlanSettings,
     SampleSettings,
+    ServeSettings,
     TrainSettings,
     UsageError,
     check_export_format,
@@ -320,6 +321,31 @@ def _print_samples(pieces: Iterator[tuple[int, str]], waiting: list[str]) -> Non
             else:
                 waiting[of] += text
         print()
+
+
+def serve(settings: ServeSettings) -> None:
+    _required(settings, "serve")
+    for name, least, most in (
+        ("port", 0, 65535),
+        ("max_batch", 1, 1024),
+        ("max_queue", 0, 65536),
+        ("max_new_tokens", 1, None),
+        ("stride", 1, None),
+    ):
+        value = getattr(settings, name)
+        if value is not None and (value < least or (most is not None and value > most)):
+            bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise UsageError(f"{flag(name)}: expected an integer {bound}, got {value}")
+    if not 0 < settings.timeout < float("inf"):
+        raise UsageError(f"--timeout: expected a number of seconds above 0, got {settings.timeout}")
+    for name in ("host", "token", "name"):
+        if getattr(settings, name) == "":
+            raise UsageError(f"--{name}: is empty")
+    on_backend = _on_backend(settings.backend, settings.device)
+    from .machine import resolve_device
+    from .serve.run import serve as run
+
+    run(settings, resolve_device(settings.device), on_backend)
 
 
 def evaluate(settings: EvalSettings) -> None:

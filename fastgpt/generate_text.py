@@ -62,7 +62,7 @@ def stream_text(
         if name in options:
             raise ValueError(f"{name}: belongs to token ids, not to texts; see model.generate")
     end = end_token(tokenizer) if layout == "completions" else None
-    samples = [_Sample(number, tokenizer, stops, end) for number in range(len(prompts) * n)]
+    samples = [Sample(number, tokenizer, stops, end) for number in range(len(prompts) * n)]
     each = [idx for idx in prompts for _ in range(n)]
     if layout == "names":
         return _names(model, each, max_new_tokens, boundary_token(tokenizer), samples, options)
@@ -110,7 +110,7 @@ def _names(
     each: list[Tensor],
     max_new_tokens: int,
     boundary: int,
-    samples: list[_Sample],
+    samples: list[Sample],
     options: dict[str, Any],
 ) -> Iterator[tuple[int, str]]:
     """The texts of samples of a model of names, one after the other."""
@@ -120,7 +120,7 @@ def _names(
     return (piece for tokens, sample in zip(streams, samples, strict=True) for piece in _pieces(tokens, [sample]))
 
 
-def _pieces(tokens: Iterator[Tensor], samples: list[_Sample]) -> Iterator[tuple[int, str]]:
+def _pieces(tokens: Iterator[Tensor], samples: list[Sample]) -> Iterator[tuple[int, str]]:
     """The texts of a batch: tokens (B, 1) at a time, and a sample for each of the B rows."""
     for token in tokens:
         for sample, token_id in zip(samples, token.flatten().tolist(), strict=True):
@@ -137,7 +137,7 @@ def _pieces_of_prompts(
     model: Model,
     each: list[Tensor],
     max_new_tokens: int,
-    samples: list[_Sample],
+    samples: list[Sample],
     *,
     generator: Generators = None,
     stride: int | None = None,
@@ -154,10 +154,10 @@ def _pieces_of_prompts(
 
 
 def _side_by_side(
-    batch: Batch, waiting: deque[tuple[_Sample, Tensor, Any]], max_new_tokens: int, settings: dict[str, Any]
+    batch: Batch, waiting: deque[tuple[Sample, Tensor, Any]], max_new_tokens: int, settings: dict[str, Any]
 ) -> Iterator[tuple[int, str]]:
     """Continue what is waiting: where a sample ends, the next one takes its place."""
-    present: dict[int, tuple[_Sample, int]] = {}  # in each slot a sample, and how many tokens it may still have
+    present: dict[int, tuple[Sample, int]] = {}  # in each slot a sample, and how many tokens it may still have
     while waiting or present:
         while waiting and batch.free:
             sample, idx, generator = waiting.popleft()
@@ -175,11 +175,14 @@ def _side_by_side(
                 yield sample.number, text
 
 
-class _Sample:
-    """The text of one sample, as its tokens come: nothing of the stop text or after it, nor of the end token."""
+class Sample:
+    """The text of one sample, as its tokens come: nothing of the stop text or after it, nor of the end token.
+
+    `ended` once no text comes any more, `stopped` where a stop text or the end token was the reason.
+    """
 
     def __init__(self, number: int, tokenizer: Tokenizer, stop: str | Sequence[str] | None, end: int | None) -> None:
-        self.number, self.ended = number, False
+        self.number, self.ended, self.stopped = number, False, False
         self._decoder, self._vocab_size, self._end = StreamDecoder(tokenizer), tokenizer.vocab_size, end
         self._stops = [_as_data(text) for text in ([stop] if isinstance(stop, str) else stop or [])]
         self._held = ""  # perhaps the beginning of a stop text
@@ -189,10 +192,16 @@ class _Sample:
         if self.ended:
             return ""
         if token_id == self._end:
-            return self.finish()
+            text, self.stopped = self.finish(), True
+            return text
         if token_id >= self._vocab_size:  # some models have more tokens than their tokenizer, for the sake of alignment
             return self._certain(self._decoder.flush() + "\ufffd")
         return self._certain(self._decoder.push(token_id))
+
+    @property
+    def n_held(self) -> int:
+        """How many characters are held back."""
+        return len(self._held)
 
     def finish(self) -> str:
         """The text that was held back; no token follows."""
@@ -206,7 +215,7 @@ class _Sample:
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:  # what is held never has a whole stop text, so the first to be complete is one of these
-            self.ended, self._held = True, ""
+            self.ended, self.stopped, self._held = True, True, ""
             return text[: min(found)[1]]
         certain = len(text) - max((_beginning(text, stop) for stop in self._stops), default=0)
         self._held = text[certain:]

@@ -204,6 +204,30 @@ class SampleSettings:
 
 
 @dataclass(frozen=True)
+class ServeSettings:
+    """Serve a trained model: a page to try it on, and OpenAI's /v1/completions."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("checkpoint",)
+
+    # a run (its best checkpoint is taken), one checkpoint, a saved model, the folder of a Hugging Face
+    # GPT-2, or its name there, as gpt2. In first place it needs no option: fastgpt serve runs/demo.
+    checkpoint: str | None = None
+    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 lets other machines in, who need the token.
+    port: int = 8000  # 0 takes one that is free.
+    token: str | None = None  # what requests must bring; one is made where other machines are let in.
+    name: str | None = None  # the model's name in requests; by default its folder's.
+    max_batch: int = 8  # texts that are continued at a time.
+    max_queue: int = 64  # texts that may wait for their turn; more are refused.
+    max_new_tokens: int = 4096  # the most tokens of one completion.
+    timeout: float = 600.0  # seconds until an answer must be complete.
+    stride: int | None = None  # once a context is full, drop this many of its tokens at once; by default half of it.
+    device: str = "auto"  # auto, cpu, cuda, ...
+    backend: str = "auto"  # preferred where it has the op: torch, triton or native; auto: see fastgpt doctor.
+    threads: int | None = None  # of the CPU; by default one for each core.
+    config: str | None = None  # a TOML file with any of these settings.
+
+
+@dataclass(frozen=True)
 class EvalSettings:
     """Measure how well a model predicts a text: loss in nats per token, bits per byte, and perplexity."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastgpt import GPT, GPTConfig
 from fastgpt.baselines import Bigram
 from fastgpt.data.completions import end_token
-from fastgpt.generate_text import SIDE_BY_SIDE, _Sample, prompt_tokens, stream_text
+from fastgpt.generate_text import SIDE_BY_SIDE, Sample, prompt_tokens, stream_text
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "to be, or not to be: that is the question.\nnaïve 日本語 🎉\n" * 20
@@ -60,7 +60,7 @@ def test_the_text_is_that_of_the_tokens(tokenizer):
 def test_a_text_ends_before_the_stop_wherever_tokens_are_cut(text, stop, tokenizer):
     """A token is a character, a part of one, or several."""
     tokenizer = (SMALL_BPE, CharTokenizer("abc🎉"))[tokenizer]
-    sample, shown = _Sample(0, tokenizer, stop, None), ""
+    sample, shown = Sample(0, tokenizer, stop, None), ""
     for token in tokenizer.encode(text):
         shown += sample.push(token)
         assert text.partition(stop)[0].startswith(shown), "what may be the stop's beginning is held back"
@@ -85,7 +85,7 @@ def up_to_the_first(text: str, stops: list[str]) -> str:
 )
 def test_of_several_stops_the_first_that_is_complete_ends_the_text(text, stops, tokenizer):
     tokenizer = (SMALL_BPE, CharTokenizer("abc🎉"))[tokenizer]
-    sample, shown, expected = _Sample(0, tokenizer, stops, None), "", up_to_the_first(text, stops)
+    sample, shown, expected = Sample(0, tokenizer, stops, None), "", up_to_the_first(text, stops)
     for token in tokenizer.encode(text):
         shown += sample.push(token)
         assert expected.startswith(shown), "what may be the beginning of a stop is held back"

@@ -1,0 +1,121 @@
+"""`fastgpt serve`: read the model, listen, and answer until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..language_model import LanguageModel
+from ..loading import find_model, load
+from ..settings import ServeSettings, UsageError
+from ..tokenizer import Tokenizer
+
+MOST_CONNECTIONS = 512
+END_WITHIN_S = 3  # once it is to stop: what is still being answered then is cut off
+HEADERS_SIZE = 2**15  # bytes
+
+
+def serve(settings: ServeSettings, device: Any, on_backend: contextlib.AbstractContextManager) -> None:
+    """Serve the model of settings.checkpoint on `device`; returns once it was asked to stop."""
+    assert settings.checkpoint is not None
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ImportError(f"serving needs {error.name}: pip install 'fastgpt-kernels[serve]'") from None
+    from .app import Options, create_app, is_loopback
+    from .engine import Engine
+
+    place = find_model(settings.checkpoint)
+    model, tokenizer = load(settings.checkpoint, dropout=0.0)
+    model.to(device).eval()
+    stride = _stride(model, settings.stride)
+    sizes = {"size": settings.max_batch, "queue": settings.max_queue}
+    try:
+        engine = Engine(model, tokenizer, **sizes, stride=stride, context=on_backend)
+    except ValueError as error:  # a stride that the model cannot have, or a model that does not generate
+        raise UsageError(f"--{error}" if str(error).startswith("stride:") else str(error)) from None
+    token = settings.token
+    if token is None and not is_loopback(settings.host):
+        token = secrets.token_urlsafe(24)
+    options = Options(settings.host, token, settings.max_new_tokens, settings.timeout)
+    name = settings.name or place.resolve().name
+    app = create_app(model, tokenizer, engine, name=name, run=_run_of(place), options=options)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=END_WITHIN_S,
+        h11_max_incomplete_event_size=HEADERS_SIZE,
+        http="h11",
+        ws="none",
+        server_header=False,
+    )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            engine.begin_to_stop()  # so that what is being answered ends
+            super().handle_exit(sig, frame)
+
+    with contextlib.closing(_listen(settings.host, settings.port)) as listener, _ended_by_signals():
+        _say(listener, settings.host, name, tokenizer, model, token)
+        Server(config).run(sockets=[listener])
+    print("stopped", flush=True)
+
+
+def _stride(model: LanguageModel, asked: int | None) -> int | None:
+    """How many tokens leave a full context at once: half of it, so that most tokens of a long text are cached."""
+    limit = model.context_size
+    return max(limit // 2, 1) if asked is None and limit is not None else asked
+
+
+def _run_of(place: Path) -> Path | None:
+    """The folder of the run that a checkpoint is in, which has the losses."""
+    for folder in (place, *place.parents[:2]):
+        if (folder / "metrics.jsonl").is_file():
+            return folder
+    return None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to the address. Raises OSError in words."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
+
+
+def _say(
+    listener: socket.socket, host: str, name: str, tokenizer: Tokenizer, model: LanguageModel, token: str | None
+) -> None:
+    port = listener.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{name}: a {model.kind} of {model.num_parameters():,} parameters on {next(model.parameters()).device}")
+    print(f"page: http://{shown}:{port}/")
+    print(f"OpenAI's interface: http://{shown}:{port}/v1  (model {name!r})")
+    if token is not None:
+        print(f"token: {token}")
+    print("Ctrl-C ends it", flush=True)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the server, and with it the command, without an error.
+
+    uvicorn raises a signal once more after it has ended, for the handlers that were there before.
+    """
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
