@@ -168,6 +168,8 @@ class Trainer:
             self._progress.bar.update(1)
         values = (processes.sum(torch.stack(losses)) / processes.size).tolist() if losses else []
         elapsed = time.perf_counter() - began
+        if self.profile is not None and self.profile.is_complete():
+            self._close_profile()  # now, when no time is taken
         self._check_losses(values, first)
         state["tokens"] += tokens
         state["elapsed_s"] += elapsed
@@ -192,7 +194,7 @@ class Trainer:
         """Around a step, whose batches belong to it."""
         if self.profile is None:
             return contextlib.nullcontext()
-        return self.profile.step(self.state["step"] + 1, self._progress.say)
+        return self.profile.step(self.state["step"] + 1)
 
     @contextlib.contextmanager
     def _profile_closed(self) -> Iterator[None]:
@@ -200,8 +202,11 @@ class Trainer:
         try:
             yield
         finally:
-            for line in self.profile.close() if self.profile is not None else []:
-                self._progress.say(line)
+            self._close_profile()
+
+    def _close_profile(self) -> None:
+        for line in self.profile.close() if self.profile is not None else []:
+            self._progress.say(line)
 
     def _stopped(self) -> bool:
         """Whether a signal has reached any of the processes, which then all stop at this step."""

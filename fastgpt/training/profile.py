@@ -11,7 +11,7 @@ import gzip
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class StepProfile:
         self._taken = step  # the last step that is in the trace
 
     @contextlib.contextmanager
-    def step(self, number: int, say: Callable[[str], None]) -> Iterator[None]:
-        """Around the step `number`. `say` gets the lines about the trace when it is written."""
+    def step(self, number: int) -> Iterator[None]:
+        """Around the step `number`."""
         if not self.first <= number <= self.last:
             yield
             return
@@ -49,8 +49,11 @@ class StepProfile:
                 torch.cuda.synchronize()  # so that its kernels are the step's in the trace
         self._taken = number
         if number == self.last:
-            for line in self.close():
-                say(line)
+            self._profiler.stop()
+
+    def is_complete(self) -> bool:
+        """Whether all steps are recorded, and `close` has not been called yet."""
+        return self._profiler is not None and self._taken == self.last
 
     def _start(self) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -61,12 +64,18 @@ class StepProfile:
         self._profiler.start()
 
     def close(self) -> list[str]:
-        """Write the trace of the steps so far, also of a run that was stopped amid them; the lines to show."""
+        """Write the trace of the steps so far, also of a run that was stopped amid them; the lines to show.
+
+        Writing takes longer than a step, so it is for the caller to say when.
+        """
         if self._profiler is None:
             return []
+        if not self.is_complete():
+            self._profiler.stop()
         profiler, self._profiler = self._profiler, None
-        profiler.stop()
         n_steps = self._taken - self.first + 1
+        if n_steps < 1:  # the first of them has failed
+            return []
         try:
             self._write(profiler)
         except (FileError, OSError, RuntimeError) as error:  # training goes on

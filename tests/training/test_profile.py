@@ -89,6 +89,22 @@ def test_a_run_that_is_stopped_amid_its_profile_leaves_what_it_has_recorded(corp
     assert [step["name"] for step in steps_of(events_of(tmp_path))] == ["step 10", "step 11", "step 12"]
 
 
+def test_an_error_amid_the_first_recorded_step_is_the_one_that_is_seen(corpus, tmp_path, monkeypatch):
+    run = trainer(corpus, tmp_path)
+    run.profile = StepProfile(tmp_path, CPU, 0, TRAIN.max_steps)
+    step = run._step
+
+    def fails(batches):
+        if run.state["step"] == 7:
+            raise ValueError("a test")
+        return step(batches)
+
+    monkeypatch.setattr(run, "_step", fails)
+    with pytest.raises(ValueError, match="a test"):
+        run.run()
+    assert not (tmp_path / "trace.json.gz").exists()
+
+
 def test_a_trace_that_cannot_be_written_ends_no_run(corpus, tmp_path, capsys):
     run = trainer(corpus, tmp_path)
     (tmp_path / "trace.json.gz").mkdir()
