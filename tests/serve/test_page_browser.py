@@ -13,12 +13,14 @@ from fastgpt import GPTConfig
 from fastgpt.baselines import MODELS
 from fastgpt.serve import page as page_of
 from fastgpt.tokenizer import CharTokenizer
-from served_page import chromium, completion, serving
-from stand_in_server import app_of
+from served_page import chromium, completion
 
 pytest.importorskip("starlette", reason="the page needs the extra serve")
 
+from served_models import listening  # noqa: E402  -- it imports the application
+
 TOKENIZER = CharTokenizer.train("the cat sat on the mat.\n<script>img src=x onerror=\"hit='1'\"</script>")
+LONG = 100_000  # tokens: more than come before a test stops them
 LOSSES = [{"step": 10 * i, "split": split, "loss": 4 / (1 + i)} for i in range(6) for split in ("train", "val")]
 
 
@@ -32,6 +34,14 @@ def model_of(kind: str):
     return model.eval()
 
 
+def app_of(model, name: str = "cats", run=None, token=None):
+    from fastgpt.serve.app import Options, create_app
+    from fastgpt.serve.engine import Engine
+
+    options = Options(max_tokens=LONG, token=token)
+    return create_app(model, TOKENIZER, Engine(model, TOKENIZER, size=2), name=name, run=run, options=options)
+
+
 @pytest.fixture(scope="module")
 def model():
     return model_of("gpt")
@@ -41,7 +51,7 @@ def model():
 def address(model, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LOSSES), encoding="utf-8")
-    with serving(app_of(model, TOKENIZER, name="cats", run=run)) as found:
+    with listening(app_of(model, run=run)) as found:
         yield found
 
 
@@ -105,7 +115,7 @@ def text_of(page) -> str:
 
 
 def test_a_text_streams_in_and_can_be_stopped(open_page):
-    page = open_page("prompt=the&max_tokens=100000&seed=3")
+    page = open_page(f"prompt=the&max_tokens={LONG}&seed=3")
     page.get_by_role("button", name="Generate").click()
     tokens(page).nth(5).wait_for()
     stop = page.get_by_role("button", name="Stop")
@@ -114,7 +124,7 @@ def test_a_text_streams_in_and_can_be_stopped(open_page):
     stop.click()
     page.get_by_role("button", name="Copy text").wait_for()
     n = tokens(page).count()
-    assert 5 < n < 100000 and "stopped" in page.locator("#status").text_content() and stop.is_disabled()
+    assert 5 < n < LONG and "stopped" in page.locator("#status").text_content() and stop.is_disabled()
     assert text_of(page).startswith("the") and len(text_of(page)) == 3 + n  # what came is kept
     assert text_of(page)[3:] in page.locator("#announcement").text_content()
 
@@ -315,7 +325,7 @@ def test_the_attention_map_shows_the_weights_of_the_chosen_head(open_page, model
 def test_the_loss_curve_has_both_losses_words_and_a_tooltip(open_page):
     page = open_page()
     page.locator("#curve path.val").wait_for()
-    assert page.locator("#curve path").count() == 2
+    assert page.locator("#curve path").count() == 2 and "-0" not in page.locator("#curve text").all_text_contents()
     assert {"step", "loss, nats per token", "train", "val"} <= set(page.locator("#curve text").all_text_contents())
     assert (
         page.locator("#curve-words").text_content().startswith("The validation loss fell from 4.00 at step 0 to 0.667")
@@ -325,7 +335,7 @@ def test_the_loss_curve_has_both_losses_words_and_a_tooltip(open_page):
 
 
 def test_a_model_without_attention_or_run_says_so(open_page):
-    with serving(app_of(model_of("lstm"), TOKENIZER, name="lstm")) as other:
+    with listening(app_of(model_of("lstm"), name="lstm")) as other:
         page = open_page("prompt=the&max_tokens=5", at=other)
         generate(page)
         assert page.locator("#attention-why").text_content() == "A model of kind lstm has no attention."
@@ -400,27 +410,23 @@ def test_a_server_that_is_gone_is_said(open_page):
     page.said[:] = [text for text in page.said if "ERR_FAILED" not in text]
 
 
-def test_a_token_is_asked_for_and_sent(open_page, browser, address):
-    page = open_page("prompt=the")
-    page.locator("#facts dt").first.wait_for()
-
-    def guard(route):
-        if route.request.headers.get("authorization") == "Bearer secret":
-            return route.continue_()
-        route.fulfill(status=401, body=json.dumps({"error": {"message": "wrong"}}), content_type="application/json")
-
-    page.route("**/page/*", guard)
-    page.route("**/v1/*", guard)
-    page.reload()
-    field = page.get_by_label(re.compile("^Token, as given"))
-    field.wait_for()
-    assert "asks for a token" in page.get_by_role("alert").text_content()
-    field.fill("secret")
-    page.keyboard.press("Enter")
-    field.wait_for(state="hidden")
-    generate(page)
-    assert page.get_by_role("alert").is_hidden()
-    page.said[:] = [text for text in page.said if not is_of_status(text, 401)]
+def test_a_token_is_asked_for_and_sent(open_page):
+    with listening(app_of(model_of("gpt"), token="secret")) as guarded:
+        page = open_page("prompt=the&max_tokens=5", at=guarded)
+        field = page.get_by_label(re.compile("^Token, as given"))
+        for given in ("wrong", "secret"):
+            field.wait_for()
+            assert page.get_by_role("alert").text_content().startswith("The server asks for a token: ")
+            field.fill(given)
+            with page.expect_response("**/page/model"):
+                page.keyboard.press("Enter")
+        field.wait_for(state="hidden")
+        generate(page)
+        assert page.get_by_role("alert").is_hidden() and tokens(page).count() == 5
+        page.locator("#map svg").wait_for()
+        assert page.evaluate("[localStorage.length, document.cookie, location.href.includes('secret')]") == [0, "", False]
+        page.said[:] = [text for text in page.said if not is_of_status(text, 401)]
+        page.context.close()
 
 
 # ---- text is never markup ----
@@ -539,7 +545,7 @@ def test_what_a_screen_reader_is_told(open_page):
 
 
 def test_nothing_moves_for_readers_who_asked_for_it(open_page):
-    page = open_page("prompt=the&max_tokens=100000", reduced_motion="reduce")
+    page = open_page(f"prompt=the&max_tokens={LONG}", reduced_motion="reduce")
     page.get_by_role("button", name="Generate").click()
     tokens(page).first.wait_for()
     assert page.evaluate("document.getAnimations({subtree: true}).length") == 0

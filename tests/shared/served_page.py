@@ -1,4 +1,4 @@
-"""An app behind an address of this machine, a browser, and what a test of a page asks of both."""
+"""A browser for the tests of a page, and completions as a server streams them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,10 @@ import contextlib
 import json
 import os
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-
-@contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The address at which `app` is served, by a thread of this process."""
-    import uvicorn
-
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))  # any port that is free
-        listening.listen()  # from here on a connection waits for the server
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=30)
 
 
 @contextlib.contextmanager
