@@ -424,7 +424,11 @@ def test_a_token_is_asked_for_and_sent(open_page):
         generate(page)
         assert page.get_by_role("alert").is_hidden() and tokens(page).count() == 5
         page.locator("#map svg").wait_for()
-        assert page.evaluate("[localStorage.length, document.cookie, location.href.includes('secret')]") == [0, "", False]
+        assert page.evaluate("[localStorage.length, document.cookie, location.href.includes('secret')]") == [
+            0,
+            "",
+            False,
+        ]
         page.said[:] = [text for text in page.said if not is_of_status(text, 401)]
         page.context.close()
 
