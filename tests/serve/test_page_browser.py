@@ -17,7 +17,7 @@ from served_page import chromium, completion
 
 pytest.importorskip("starlette", reason="the page needs the extra serve")
 
-from served_models import listening  # noqa: E402  -- it imports the application
+from served_models import listening
 
 TOKENIZER = CharTokenizer.train("the cat sat on the mat.\n<script>img src=x onerror=\"hit='1'\"</script>")
 LONG = 100_000  # tokens: more than come before a test stops them
