@@ -185,7 +185,9 @@ def _why_unknown(module: nn.Module) -> str | None:
             return f"it is not exactly torch.nn.{known.__name__}: another class, or parametrized"
     if _is_of_transformers(cls) and hasattr(module, "lm_head"):
         return "the loss of this class is not known; that of GPT2LMHeadModel is"
-    if not cls.__module__.startswith(("torch.", "transformers.")) and "cross_entropy" in cls.forward.__code__.co_names:
+    code = getattr(cls.forward, "__code__", None)
+    is_own = code is not None and not cls.__module__.startswith(("torch.", "transformers."))
+    if is_own and "cross_entropy" in code.co_names:
         return "its forward calls F.cross_entropy, which is left alone; ops.linear_cross_entropy takes its place"
     return None
 

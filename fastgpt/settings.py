@@ -389,7 +389,7 @@ class BenchSettings:
     """Measure FastGPT and the things one would use instead, here, or report on what was measured."""
 
     # some of the benchmarks instead of all: activation, attention, cross_entropy, data, embedding, generate,
-    # import, layer_norm, linear, linear_cross_entropy, linear_log_probs, recipe, scale, time_to_loss, train_step,
+    # import, layer_norm, linear, linear_cross_entropy, linear_log_probs, patch, recipe, scale, time_to_loss, train_step,
     # training_loop.
     only: tuple[str, ...] = ()
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda.

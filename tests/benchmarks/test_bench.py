@@ -9,7 +9,14 @@ from collections import Counter
 import pytest
 import torch
 
-from fastgpt.benchmarks import bench_import, bench_linear, bench_time_to_loss, bench_train_step, bench_training_loop
+from fastgpt.benchmarks import (
+    bench_import,
+    bench_linear,
+    bench_patch,
+    bench_time_to_loss,
+    bench_train_step,
+    bench_training_loop,
+)
 from fastgpt.benchmarks.bench_attention import AttentionShape
 from fastgpt.benchmarks.bench_cross_entropy import CrossEntropyShape
 from fastgpt.benchmarks.bench_data import PARTS, DataShape, data_work
@@ -19,8 +26,10 @@ from fastgpt.benchmarks.bench_layer_norm import AddLayerNormShape, LayerNormShap
 from fastgpt.benchmarks.bench_linear import LinearShape
 from fastgpt.benchmarks.bench_linear_cross_entropy import LinearCrossEntropyShape
 from fastgpt.benchmarks.bench_linear_log_probs import LinearLogProbsShape
+from fastgpt.benchmarks.bench_patch import patch_work
 from fastgpt.benchmarks.bench_train_step import TrainStepShape, train_step_work
 from fastgpt.benchmarks.harness import step_profile, suite
+from fastgpt.benchmarks.harness.models import ModelShape
 from fastgpt.benchmarks.harness.op_work import op_work
 from fastgpt.benchmarks.publish import rows
 from fastgpt.config import TrainConfig
@@ -109,6 +118,24 @@ def test_training_step_benchmark(run, checkouts):
     assert run.rows[0].extra["tokens_per_s"] > 0 and run.rows[0].parity_error_ratio <= 2.0
     told = {row.implementation: row.extra.get("ms_by_kind", {}).keys() for row in run.rows}
     assert told["fastgpt"] == told["nanoGPT"] == {*step_profile.COLUMNS, "profiled step"} and not told["lecture"]
+
+
+PATCHED = ModelShape(B=2, T=8, L=1, H=2, C=16, V=33, dropout=0.1)
+
+
+def test_a_patched_model_is_compared_with_the_same_model_as_it_is(run, setting):
+    pytest.importorskip("transformers", minversion="5")
+    run.measure_contenders(patch_work(setting, PATCHED))
+    assert [row.implementation for row in run.rows] == ["fastgpt", "transformers sdpa"]
+    assert run.rows[0].parity_error_ratio <= 2.0 and run.rows[0].extra["tokens_per_s"] > 0
+
+
+def test_a_patched_model_with_other_losses_is_not_measured(run, setting, monkeypatch):
+    pytest.importorskip("transformers", minversion="5")
+    monkeypatch.setattr(bench_patch, "LOSS_TOLERANCE", {"cpu": -1.0})
+    with pytest.raises(suite.ParityError, match="the loss of step 1 is"):
+        run.measure_contenders(patch_work(setting, PATCHED))
+    assert not run.rows
 
 
 def test_compiled_peers_are_compared_with_an_eager_step_and_say_how_long_the_first_one_took(
