@@ -57,20 +57,68 @@ class Embedding(nn.Embedding):
         return ops.embedding(input.reshape(1, -1), self.weight).reshape(*input.shape, self.embedding_dim)
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class _Options:
+    """What the losses here have besides PyTorch's options: of a module of PyTorch's own class, none is set."""
+
+    z_loss: float = 0.0
+    softcap: float | None = None
+    return_accuracy: bool = False
+
+    def _set(self, z_loss: float, softcap: float | None, return_accuracy: bool) -> None:
+        self.z_loss, self.softcap, self.return_accuracy = z_loss, softcap, return_accuracy
+
+
+def _options_of(loss: Any, token_weight: Tensor | None) -> dict[str, Any]:
+    """Those that are in use, as arguments of an op."""
+    unset = {name: getattr(_Options, name) for name in ("z_loss", "softcap", "return_accuracy")}
+    given = {name: getattr(loss, name, value) for name, value in unset.items()}
+    used = {name: value for name, value in given.items() if value != unset[name]}
+    return used if token_weight is None else used | {"token_weight": token_weight}
+
+
+class CrossEntropyLoss(_Options, nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss by `ops.cross_entropy`, where targets are class indices.
 
-    PyTorch's own path serves targets that are probabilities.
+    `z_loss`, `softcap` and `return_accuracy` of the constructor and `token_weight` of a call are those of the op, and
+    PyTorch's class does not have them: with one of them, targets have to be class indices. PyTorch's own path serves
+    targets that are probabilities.
+
+    Raises: what the op raises; ValueError for targets that are probabilities beside an option that needs classes.
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        return_accuracy: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self._set(z_loss, softcap, return_accuracy)
+
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
+        more = _options_of(self, token_weight)
         if not (is_dense_float(input) and fits(input, self.weight) and _are_classes(target, input)):
+            _refuse(more, target)
             return nn.CrossEntropyLoss.forward(self, input, target)
-        options: dict[str, Any] = {"ignore_index": self.ignore_index, "reduction": self.reduction}
+        options: dict[str, Any] = {"ignore_index": self.ignore_index, "reduction": self.reduction, **more}
         return ops.cross_entropy(input, target, weight=self.weight, label_smoothing=self.label_smoothing, **options)
 
 
-class LinearCrossEntropyLoss(nn.Module):
+def _refuse(options: dict[str, Any], target: Any) -> None:
+    if options:
+        names = ", ".join(options)
+        found = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"target: {names} need a class index for each row of dense floating point logits, got {found}")
+
+
+class LinearCrossEntropyLoss(_Options, nn.Module):
     """A head and its loss, as torch.nn.LinearCrossEntropyLoss of torch 2.13: the head is `self.linear`.
 
     `ops.linear_cross_entropy` computes the loss without ever holding all the logits: of input (..., in_features) and
@@ -82,6 +130,7 @@ class LinearCrossEntropyLoss(nn.Module):
         bias, device, dtype: of the head. weight: (num_classes,), a factor per class.
         reduction, label_smoothing: as for CrossEntropyLoss. ignore_index: None is -100.
         options: is taken so that a call of PyTorch's class works unchanged. The op chooses its chunks itself.
+        z_loss, softcap, return_accuracy, and `token_weight` of a call: as for CrossEntropyLoss.
 
     Returns: the loss in nats, a scalar, or the shape of target for "none".
     Raises: ValueError naming the argument.
@@ -101,6 +150,9 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         options: Any = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        return_accuracy: bool = False,
     ) -> None:
         super().__init__()
         self.weight: Tensor | None
@@ -113,31 +165,31 @@ class LinearCrossEntropyLoss(nn.Module):
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
         self.options = options
+        self._set(z_loss, softcap, return_accuracy)
         self.register_buffer("weight", weight)
         width = math.prod(self.out_features, start=num_classes)
         self.linear = nn.Linear(in_features, width, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
+        more = _options_of(self, token_weight)
         ignored = -100 if self.ignore_index is None else self.ignore_index
-        options: dict[str, Any] = {
-            "ignore_index": ignored,
-            "reduction": self.reduction,
-            "label_smoothing": self.label_smoothing,
-        }
+        options: dict[str, Any] = {"ignore_index": ignored, "reduction": self.reduction}
+        options["label_smoothing"] = self.label_smoothing
         if self.weight is None and not self.out_features and _is_index(target) and takes_head(self.linear, input):
             head, bias = self.linear.weight, self.linear.bias
-            return ops.linear_cross_entropy(input, head, target, bias=bias, **options)
+            return ops.linear_cross_entropy(input, head, target, bias=bias, **options, **more)
         logits = self.linear(input)  # (..., num_classes * prod(out_features))
         if self.out_features:
             logits = logits.unflatten(-1, (self.num_classes, *self.out_features))
-        elif _is_index(target):
-            logits, shape = logits.flatten(0, -2), target.shape
-            loss = F.cross_entropy(logits, target.flatten(), weight=self.weight, **options)
-            return loss.reshape(shape) if self.reduction == "none" else loss
+        elif logits.ndim > 2 and _is_index(target):
+            logits = logits.movedim(-1, 1)  # the classes of cross_entropy are dimension 1
+        if is_dense_float(logits) and fits(logits, self.weight) and _are_classes(target, logits):
+            return ops.cross_entropy(logits, target, weight=self.weight, **options, **more)
+        _refuse(more, target)
         return F.cross_entropy(logits, target, weight=self.weight, **options)
 
     def extra_repr(self) -> str:
-        options = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing")
+        options = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
         return ", ".join(f"{name}={getattr(self, name)}" for name in options)
 
 

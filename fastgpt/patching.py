@@ -185,9 +185,8 @@ def _why_unknown(module: nn.Module) -> str | None:
             return f"it is not exactly torch.nn.{known.__name__}: another class, or parametrized"
     if _is_of_transformers(cls) and hasattr(module, "lm_head"):
         return "the loss of this class is not known; that of GPT2LMHeadModel is"
-    code = getattr(cls.forward, "__code__", None)
-    is_own = code is not None and not cls.__module__.startswith(("torch.", "transformers."))
-    if is_own and "cross_entropy" in code.co_names:
+    names = getattr(getattr(cls.forward, "__code__", None), "co_names", ())
+    if "cross_entropy" in names and not cls.__module__.startswith(("torch.", "transformers.")):
         return "its forward calls F.cross_entropy, which is left alone; ops.linear_cross_entropy takes its place"
     return None
 
@@ -370,19 +369,16 @@ def explain(model: nn.Module) -> Report:
 
 
 def _explain_class(report: Report, name: str, module: nn.Module) -> None:
-    if isinstance(module, _Patched):
-        rule = _rule_of(module._fastgpt_unpatched)
-        if module._fastgpt_base is not Registered:
-            assert rule is not None
-            report.used.setdefault((rule.what, rule.op), []).append(name)
-        elif rule is not None:
-            report.left.setdefault(
-                "head and loss, because keep_logits=True or " + str(_why_left(module, rule)), []
-            ).append(name)
-        return
-    cls: Any = type(module)
+    is_patched = isinstance(module, _Patched)
+    cls: Any = module._fastgpt_unpatched if is_patched else type(module)
     rule = None if _is_ours(module) else _rule_of(cls)
+    if is_patched and module._fastgpt_base is not Registered:
+        assert rule is not None
+        report.used.setdefault((rule.what, rule.op), []).append(name)
+        return
     reason = _why_unknown(module) if rule is None else _why_left(module, rule)
+    if reason is None and is_patched and rule is not None:
+        reason = "keep_logits=True leaves its head and loss alone"
     if reason is not None:
         report.left.setdefault(reason, []).append(name)
     elif rule is not None:

@@ -389,8 +389,8 @@ class BenchSettings:
     """Measure FastGPT and the things one would use instead, here, or report on what was measured."""
 
     # some of the benchmarks instead of all: activation, attention, cross_entropy, data, embedding, generate,
-    # import, layer_norm, linear, linear_cross_entropy, linear_log_probs, patch, recipe, scale, time_to_loss, train_step,
-    # training_loop.
+    # import, layer_norm, linear, linear_cross_entropy, linear_log_probs, patch, recipe, scale, time_to_loss,
+    # train_step, training_loop.
     only: tuple[str, ...] = ()
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda.
     # where the rows go, a *.jsonl file or a folder (default: runs/bench); with --report the folder of the report

@@ -111,7 +111,9 @@ def test_class_weights(calls):
 
 @pytest.mark.parametrize("name", CALLED)
 def test_constructors_take_the_same_arguments(name):
-    assert inspect.signature(getattr(fastgpt.nn, name)) == inspect.signature(getattr(nn, name))
+    ours, theirs = (list(inspect.signature(getattr(n, name)).parameters.values()) for n in (fastgpt.nn, nn))
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
     assert issubclass(getattr(fastgpt.nn, name), getattr(nn, name))
 
 
@@ -171,9 +173,9 @@ class Written(nn.Module):
         ((HIDDEN, TARGETS), {"bias": True}, "linear_cross_entropy"),
         ((HIDDEN, TARGETS), {"reduction": "none", "ignore_index": 3}, "linear_cross_entropy"),
         ((HIDDEN[0], TARGETS[0]), {"label_smoothing": 0.1}, "linear_cross_entropy"),
-        ((HIDDEN, TARGETS), {"weight": random(11, seed=3).abs()}, None),
+        ((HIDDEN, TARGETS), {"weight": random(11, seed=3).abs()}, "cross_entropy"),
         ((HIDDEN, random(7, 11).softmax(1)), {}, None),
-        ((HIDDEN, integers(11, 7, 2, 3)), {"out_features": (2, 3)}, None),
+        ((HIDDEN, integers(11, 7, 2, 3)), {"out_features": (2, 3)}, "cross_entropy"),
     ],
 )
 def test_head_and_loss_in_one(calls, inputs, options, op):
@@ -206,7 +208,7 @@ def test_a_hooked_head_is_called(calls):
     loss = fastgpt.nn.LinearCrossEntropyLoss(6, 11)
     plain = loss(HIDDEN, TARGETS)
     loss.linear.register_forward_hook(lambda module, args, out: out * 2)
-    assert not torch.equal(loss(HIDDEN, TARGETS), plain) and calls == ["linear_cross_entropy"]
+    assert not torch.equal(loss(HIDDEN, TARGETS), plain) and calls == ["linear_cross_entropy", "cross_entropy"]
 
 
 @pytest.mark.parametrize(
@@ -216,3 +218,24 @@ def test_a_hooked_head_is_called(calls):
 def test_bad_options_of_the_head_are_named(argument, value):
     with pytest.raises(ValueError, match=f"^{argument}: "):
         fastgpt.nn.LinearCrossEntropyLoss(6, 11, **{argument: value})
+
+
+@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"softcap": 5.0}, {"return_accuracy": True}], ids=str)
+def test_options_that_pytorch_does_not_have(options):
+    """Each is that of the op, of logits and of a head alike, also beside class weights, for which logits are made."""
+    token_weight = random(7, seed=5)
+    loss, head = fastgpt.nn.CrossEntropyLoss(**options), fastgpt.nn.LinearCrossEntropyLoss(6, 11, **options)
+    logits = head.linear(HIDDEN)
+    want = ops.cross_entropy(logits, TARGETS, token_weight=token_weight, **options)
+    torch.testing.assert_close(loss(logits, TARGETS, token_weight), want)
+    torch.testing.assert_close(head(HIDDEN, TARGETS, token_weight), want)
+    head.weight = torch.ones(11)
+    torch.testing.assert_close(head(HIDDEN, TARGETS, token_weight), want)
+    for module, x in ((loss, logits), (head, HIDDEN)):
+        with pytest.raises(ValueError, match=r"^target: .* need a class index"):
+            module(x, random(7, 11).softmax(1))
+
+
+def test_options_are_checked_by_the_op():
+    with pytest.raises(ValueError, match=r"^softcap: "):
+        fastgpt.nn.CrossEntropyLoss(softcap=-1.0)(LOGITS, TARGETS)

@@ -11,7 +11,7 @@ import torch
 
 import fastgpt
 from fastgpt import ops
-from patched_models import IDS, OwnModel, assert_within_rule, exact_step, gpt2, own_step, step
+from patched_models import IDS, OwnModel, V, assert_within_rule, exact_step, gpt2, own_step, step
 from readme_commands import blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -176,6 +176,52 @@ def test_compiled_model_that_calls_pytorchs_attention(compiled):
     eager = own_step(model)
     torch.testing.assert_close(own_step(model, compile_(model)), eager)
     assert any("scaled_dot_product_attention" in name for name in ops_in_graphs(graphs))
+
+
+# --- other models of transformers -------------------------------------------------------------------------------------
+
+
+def other_model(name: str, **settings):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config, model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "bert": (transformers.BertConfig, transformers.BertModel),
+    }[name]
+    return model(config(vocab_size=V, max_position_embeddings=32, **shape, **settings)).eval()
+
+
+@pytest.mark.parametrize(
+    "name, settings, left",
+    [
+        ("llama", {"num_key_value_heads": 2}, "the loss of this class is not known"),
+        ("bert", {}, "word_embeddings: it has padding_idx=0"),
+    ],
+    ids=["llama", "bert"],
+)
+def test_attention_and_layers_of_other_models(monkeypatch, name, settings, left):
+    taken = []
+    attention = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args, **kwargs: taken.append(1) or attention(*args, **kwargs))
+    model = other_model(name, **settings)
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    want = [model(input_ids=IDS)[0], model(input_ids=IDS, attention_mask=mask)[0]]
+    with fastgpt.patch(model) as made:
+        got = [model(input_ids=IDS)[0], model(input_ids=IDS, attention_mask=mask)[0]]
+        assert left in str(made) and len(taken) == 2, "with padding, PyTorch's function is called"
+    torch.testing.assert_close(got, want)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_whose_attention_gives_its_weights_keeps_it():
+    model = other_model("bert", attn_implementation="eager")
+    with fastgpt.patch(model) as made:
+        assert "its attention is 'eager'; only 'sdpa' is replaced" in str(made)
+        assert model(input_ids=IDS, output_attentions=True).attentions[0].shape == (2, 4, 12, 12)
+        assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
