@@ -9,7 +9,8 @@ import sys as _sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "BackendError", "GPTConfig", "explain", "load", "nn", "ops", "patch", "unpatch", "use_backend"]
+# `nn` is not among them, because `from fastgpt import *` would put it in the place of torch.nn.
+__all__ = ["GPT", "BackendError", "GPTConfig", "explain", "load", "ops", "patch", "unpatch", "use_backend"]
 
 if TYPE_CHECKING:  # type checkers and editors read these lines, and would take any name from a __getattr__
     from . import nn as nn
@@ -46,7 +47,7 @@ else:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "nn"})
 
 
 if "torch" in _sys.modules:
