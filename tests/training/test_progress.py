@@ -104,14 +104,15 @@ def on_a_terminal(*command: str) -> str:
 
 def test_the_bar_of_a_terminal_shows_loss_speed_time_left_and_memory(text_file, tmp_path):
     words = ["train", "--data", str(text_file), "--out", str(tmp_path / "run"), "--device", "cpu", "--n-embd", "16"]
-    words += ["--max-steps", "400", "--log-interval", "2", "--eval-batches", "1", "--batch-size", "4"]
+    words += ["--n-layer", "1", "--batch-size", "4", "--eval-batches", "1", "--log-interval", "2"]
+    words += ["--max-steps", "40", "--eval-interval", "20"]  # the line of each evaluation has the bar drawn again
     text = on_a_terminal(sys.executable, "-m", "fastgpt", *words)
     bars = [part for part in re.split(r"[\r\n]+", text) if re.match(r" *\d+%\|", part)]
     memory = "" if memory_in_use(torch.device("cpu")) is None else r", [\d,.]+ [MG]B"
-    pattern = rf" *\d+%\|.*\| \d+/400, loss \d\.\d{{3}}, [\d,]+ tokens/s, about [\d.]+ \w+ left{memory}"
+    pattern = rf" *\d+%\|.*\| \d+/40, loss \d\.\d{{3}}, [\d,]+ tokens/s, about [\d.]+ \w+ left{memory}"
     assert [bar for bar in bars if re.fullmatch(pattern, bar.rstrip("\x1b[A "))], text
     assert all(len(bar) <= 100 for bar in bars)
-    assert "\nstep 400: train loss" in text.replace("\r", "\n") and "step 2: loss" not in text
+    assert "\nstep 40: train loss" in text.replace("\r", "\n") and "step 2: loss" not in text
 
 
 def test_a_pipe_gets_each_line_at_once(monkeypatch):
