@@ -101,7 +101,7 @@ class RowCache:
         self.decoder: Any = None  # as in KVCache
         self.chosen: list[int] = []
         self.rows: Tensor | None = None  # (n, 2), int64, on the CPU: each chosen row and its length
-        self._rows_on_device: Tensor  # (n, 1): the rows
+        self._rows_on_device: Tensor  # (n,): the rows
         self.positions: Tensor | None = None  # (n, 1): the lengths, on the device
 
     @property
@@ -113,7 +113,8 @@ class RowCache:
         """The next tokens (n, 1) are those of these rows, in this order."""
         self.chosen = list(rows)
         self.rows = torch.tensor([[row, self.lengths[row]] for row in rows])
-        self._rows_on_device, self.positions = self.rows.to(device).split(1, dim=1)
+        on_device = self.rows.to(device)
+        self._rows_on_device, self.positions = on_device[:, 0], on_device[:, 1:]
         return self
 
     def only(self, row: int) -> KVCache:
@@ -149,7 +150,7 @@ class RowCache:
             self._make(k)
         assert self.tensor is not None and self.positions is not None
         keys, values = self.tensor[:, layer]  # (n_rows, H, block_size, D) each
-        rows = None if self.chosen == list(range(self.shape[2])) else self._rows_on_device[:, 0]
+        rows = None if self.chosen == list(range(self.shape[2])) else self._rows_on_device
         return attention_of_rows_(q, k, v, keys, values, rows, self.positions, self.length)
 
     def advance(self, n_tokens: int) -> None:

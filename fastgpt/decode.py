@@ -18,6 +18,9 @@ from .ops.arguments import autocast_dtype
 from .ops.decode import MOST_SEQUENCES, decode_, reason_against_decode
 from .ops.library import Unchanged, has_address, in_forward_mode, inside_transform
 
+# For rows of unequal lengths, of which the modules mask the longer part, so many calls of the op were not slower.
+MOST_CALLS = 2
+
 Forwards = tuple[Callable[..., Any], ...]  # `forward` of a block, its attention and its MLP, and `hidden` of a GPT
 
 
@@ -54,7 +57,7 @@ class Decoder:
             or (cache.positions is not None and cache.rows is None)
             or cache.length >= cache.tensor.shape[4]
             or idx.shape[0] != (cache.tensor.shape[2] if cache.rows is None else len(cache.rows))
-            or idx.shape[0] > MOST_SEQUENCES[cache.tensor.dtype]
+            or idx.shape[0] > MOST_SEQUENCES[cache.tensor.dtype] * (1 if cache.rows is None else MOST_CALLS)
             or type(idx) is not Tensor
             or idx.dtype not in (torch.int64, torch.int32)
             or autocast_dtype(cache.tensor) is not None
@@ -74,7 +77,12 @@ class Decoder:
         return logits
 
     def _decode(self, idx: Tensor, cache: Any) -> Tensor:
-        return decode_(idx, self._weights, cache.tensor, cache.length, self._activation, self._eps, cache.rows)
+        most = MOST_SEQUENCES[cache.tensor.dtype]
+        if cache.rows is None or len(idx) <= most:
+            return decode_(idx, self._weights, cache.tensor, cache.length, self._activation, self._eps, cache.rows)
+        rest = self._weights, cache.tensor, cache.length, self._activation, self._eps
+        calls = zip(idx.split(most), cache.rows.split(most), strict=True)
+        return torch.cat([decode_(new, *rest, rows) for new, rows in calls])
 
 
 def _layers(model: Any) -> list[Any]:

@@ -70,6 +70,7 @@ class Batch:
         self._stride, self._limit = checked_stride(model, stride), model.context_size
         self._sequences: dict[int, _Sequence] = {}
         self._use_cache = use_cache
+        self._device: torch.device | None = None  # the model's, asked at each step
         new_rows = getattr(model, "new_rows", None)
         self._rows: Any = new_rows(self._size) if use_cache and new_rows is not None else None
 
@@ -131,6 +132,7 @@ class Batch:
         """
         if not self._sequences:
             return {}
+        self._device = _device_of(self._model)
         with torch.no_grad(), _evaluating(self._model):
             for slot, sequence in self._sequences.items():
                 self._move_window(slot, sequence)
@@ -197,7 +199,7 @@ class Batch:
 
     def _tokens(self, slots: list[int], n: int) -> Tensor:
         """The last n tokens of each, (len(slots), n), on the model's device."""
-        return torch.tensor([self._sequences[slot].context[-n:] for slot in slots], device=_device_of(self._model))
+        return torch.tensor([self._sequences[slot].context[-n:] for slot in slots], device=self._device)
 
     def _draw(self, slots: list[int], logits: Tensor) -> dict[int, Drawn]:
         """A token of each row; rows that are drawn by the same settings at once."""

@@ -155,6 +155,17 @@ def test_sequences_of_one_new_token_share_a_call(backend, monkeypatch) -> None:
     assert asked == [(1, 3), (1, 5), (1, 1), (3, 1), (1, 2), (3, 1), (4, 1), (4, 1), (4, 1)]
 
 
+@pytest.mark.parametrize("n", [9, 16, 17])
+def test_more_sequences_than_one_op_computes(n) -> None:
+    model, batch = MODELS["gpt"], Batch(MODELS["gpt"], n)
+    prompts = [[1 + i, *range(i % 5)] for i in range(n)]
+    found = {batch.add(tokens, generator=seeded(i)): [] for i, tokens in enumerate(prompts)}
+    for _ in range(8):
+        for slot, result in batch.step().items():
+            found[slot].append(result.token)
+    assert [found[i] for i in range(n)] == [alone(model, tokens, 8, i) for i, tokens in enumerate(prompts)]
+
+
 @torch.no_grad()
 def test_log_probabilities_are_those_of_the_model() -> None:
     model = made().eval()

@@ -136,8 +136,8 @@ def test_the_example_of_backends_runs(tmp_path):
 
 def test_the_examples_of_loading_generate_text_and_save(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = GPT(GPTConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, block_size=8))
-    model.tokenizer = CharTokenizer("\n .EMORs")
+    model = GPT(GPTConfig(vocab_size=13, n_layer=1, n_head=1, n_embd=8, block_size=8))
+    model.tokenizer = CharTokenizer("\n .EIJLMORTUs")
     model.save_pretrained("runs/shakespeare")
     for example in blocks("python", DOCUMENTS["getting-started.md"]):
         exec(example, {})

@@ -208,6 +208,16 @@ def test_generation_benchmark_past_the_context(run, checkouts):
     assert run.rows[0].shape.endswith(", stride 20") and run.rows[0].parity_error_ratio <= 2.0
 
 
+def test_generation_benchmark_of_unequal_prompts(run, checkouts):
+    shape = GenerationShape(B=3, T=40, L=1, H=2, C=16, V=33, new=5, prompt=7, shorter=3)
+    assert shape.lengths == [7, 4, 1] and shape.tiny().lengths == [7, 5]
+    run.measure_contenders(generate_work(checkouts, shape))
+    names = [row.implementation for row in run.rows]
+    assert names == ["fastgpt", "transformers sdpa", "transformers eager", "fastgpt one at a time"]
+    assert run.rows[0].shape.endswith(", unequal prompts") and run.rows[0].parity_error_ratio <= 2.0
+    assert run.absent["generate"][f"nanoGPT, {shape}"] == "it has no mask for padding"
+
+
 def test_time_to_loss_benchmark(run, checkouts, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_time_to_loss, "EVAL_INTERVAL", 2)
     monkeypatch.setattr(bench_time_to_loss, "EVAL_BLOCKS", 12)
