@@ -322,7 +322,8 @@ static void norm_of_floats(int64_t rows, int64_t columns, bool with_bias) {
   expect(std::fabs(out.data[rows * columns - 1] - expected - shift) < 1e-4, "layer norm", kernels().name, columns);
 }
 
-// The newest of length + 1 tokens, for the last pair of a sequence and a head, computed in two parts.
+// The newest of length + 1 tokens, for the last pair of a sequence and a head, computed in two parts. The other sequence
+// is shorter, and the rows of the cache are in another order.
 template <class T>
 static void attend(int64_t heads, int64_t size, int64_t length) {
   const int64_t capacity = length + 1, pairs = 2 * heads, C = heads * size;
@@ -330,12 +331,13 @@ static void attend(int64_t heads, int64_t size, int64_t length) {
   Buffer<T> keys(pairs * capacity * size, 0), values(pairs * capacity * size, 1);
   AttendNewest a{};
   a.qkv = qkv.data, a.keys = keys.data, a.values = values.data, a.out = out.data;
-  a.heads = heads, a.head_size = size, a.capacity = capacity, a.length = length;
+  const CachePlace places[] = {{1, length / 2}, {0, length}};
+  a.heads = heads, a.head_size = size, a.capacity = capacity, a.places = places;
   kernels().attend_newest[storage<T>()](a, 0, pairs / 2);
   kernels().attend_newest[storage<T>()](a, pairs / 2, pairs);
   const float* q = qkv.data + 3 * C + C - size;
-  const T* key = keys.data + (pairs - 1) * capacity * size;
-  const T* value = values.data + (pairs - 1) * capacity * size;
+  const T* key = keys.data + (heads - 1) * capacity * size;
+  const T* value = values.data + (heads - 1) * capacity * size;
   double total = 0.0, expected = 0.0;
   for (int64_t t = 0; t <= length; ++t) {
     double score = 0.0;
