@@ -34,9 +34,9 @@ def take(browser: Any, address: str, name: str, out: Path) -> None:
     page.get_by_role("button", name="Copy text").wait_for()
     page.get_by_label("Colour tokens by probability").check()
     page.locator("#map svg").wait_for()
-    page.get_by_label("Layer").select_option("2")
-    with page.expect_response("**/page/attention"):
-        page.get_by_label("Head").select_option("3")
+    page.get_by_label("Layer", exact=True).select_option("2")
+    page.get_by_label("Head", exact=True).select_option("3")
+    page.get_by_role("application", name="Attention map of layer 2, head 3").wait_for()
     token = page.locator("#output .token").nth(45)
     token.hover() if name == "wide" else token.tap()
     page.get_by_role("dialog").wait_for()

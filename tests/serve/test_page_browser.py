@@ -299,9 +299,9 @@ def test_tokens_are_coloured_by_probability_and_say_it(open_page):
 def test_the_attention_map_shows_the_weights_of_the_chosen_head(open_page, model):
     page = open_page("prompt=the+cat&max_tokens=30&seed=1")
     generate(page)
-    page.get_by_label("Layer").select_option("2")
-    with page.expect_response("**/page/attention"):
-        page.get_by_label("Head").select_option("2")
+    page.get_by_label("Layer", exact=True).select_option("2")
+    page.get_by_label("Head", exact=True).select_option("2")
+    page.get_by_role("application", name="Attention map of layer 2, head 2").wait_for()
     shown = page_of.last_tokens(model, TOKENIZER, text_of(page))
     found = page_of.attention_map(copy.deepcopy(model), TOKENIZER, shown, 2, 2)
     page.get_by_label("Last tokens").select_option("16")
@@ -452,7 +452,8 @@ def test_text_that_looks_like_markup_stays_text(open_page, text):
 
 
 def hostile_map(text: str) -> dict:
-    return {"is_causal": True, "first": 1, "labels": [text, "a"], "weights": [[1.0, 0.0], [0.25, 0.75]]}
+    weights = [[1.0, 0.0], [0.25, 0.75]]
+    return {"layer": 1, "head": 1, "is_causal": True, "first": 1, "labels": [text, "a"], "weights": weights}
 
 
 # ---- every screen and every reader ----

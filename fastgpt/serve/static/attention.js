@@ -62,6 +62,8 @@ export class Attention {
     this.#fillSelect("query", this.labels.map((_, i) => i), this.labels.map((_, i) => this.#named(i)));
     this.#paint();
     this.at(this.row, this.#strongest(this.row));
+    const { layer, head } = this.map;
+    this.find("map").ariaLabel = `Attention map of layer ${layer}, head ${head}: arrow keys choose a row and a column`;
   }
 
   #named = (i) => `${this.labels[i]} (${this.numbers[i]})`;
