@@ -123,16 +123,14 @@ class _Server:
         return JSONResponse(self._described)
 
     async def completions(self, request: Request) -> Response:
-        asked = read(await request.json(), self._limits, self._tokenizer, self._model.layout)
+        body = await request.json()  # which a tokenizer may need seconds for
+        asked = await asyncio.to_thread(read, body, self._limits, self._tokenizer, self._model.layout)
         texts, pieces = self._texts(asked)
         answer = Answer(asked, self._limits.name, self._tokenizer)
         choices = [Choice(index) for index in range(len(texts))]
         deadline = asyncio.get_running_loop().time() + self._options.timeout
-        for choice, prompt, shown in zip(
-            choices, _repeated(asked.prompts, asked.n), _repeated(asked.shown, asked.n), strict=True
-        ):
-            if asked.echo:
-                choice.add(Piece(shown, await self._scores(asked, prompt)))
+        if asked.echo:
+            await _unless_gone(request, self._echo(asked, choices, deadline))
         if asked.max_tokens:
             self._engine.submit(texts)
         else:
@@ -149,14 +147,27 @@ class _Server:
         found = [answer.choice(choice.index, *choice.take(), choice.finish) for choice in choices]
         return JSONResponse(answer.whole(found, sum(choice.n_drawn for choice in choices)))
 
-    async def _scores(self, asked: Asked, prompt: list[int]) -> list:
+    async def _echo(self, asked: Asked, choices: list[Choice], deadline: float) -> None:
+        """Let each choice begin with its prompt, which is scored once for all of them."""
+        for number, (prompt, shown) in enumerate(zip(asked.prompts, asked.shown, strict=True)):
+            tokens = await self._scores(asked, prompt, deadline)
+            for choice in choices[number * asked.n : (number + 1) * asked.n]:
+                choice.add(Piece(shown, tokens))
+
+    async def _scores(self, asked: Asked, prompt: list[int], deadline: float) -> list:
         if asked.logprobs is None:
             return []
         try:
-            scores = await self._engine.call(score, self._model, prompt, asked.logprobs)
+            async with asyncio.timeout_at(deadline):
+                scores = await self._engine.call(score, self._model, prompt, asked.logprobs)
+        except TimeoutError:
+            raise self._too_late() from None
         except Exception as error:
             raise _of_engine(error) from error
         return echoed(prompt, scores, self._tokenizer)
+
+    def _too_late(self) -> ApiError:
+        return ApiError(504, f"not complete within {self._options.timeout:g} seconds")
 
     def _texts(self, asked: Asked) -> tuple[list[Text], asyncio.Queue]:
         """The texts to be continued, and the queue of (index, piece) that the engine's thread fills."""
@@ -186,7 +197,7 @@ class _Server:
                     async with asyncio.timeout_at(deadline):
                         index, piece = await pieces.get()
                 except TimeoutError:
-                    raise ApiError(504, f"not complete within {self._options.timeout:g} seconds") from None
+                    raise self._too_late() from None
                 if piece.error is not None:
                     raise _of_engine(piece.error)
                 shifted = [token._replace(offset=token.offset + offsets[index]) for token in piece.tokens]
@@ -263,7 +274,7 @@ async def _answer_error(request: Request, error: Any) -> Response:
 
 async def _answer_http_error(request: Request, error: Any) -> Response:
     """Starlette's own: a path that is not there, or a method that it does not have."""
-    words = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not for this path"}
+    words = {404: f"there is nothing at {request.scope['path'][:200]}", 405: f"{request.method} is not for this path"}
     found = ApiError(error.status_code, words.get(error.status_code, str(error.detail)))
     return JSONResponse(found.body(), found.status, headers=error.headers)
 
@@ -310,7 +321,7 @@ class _Guard:
             raise ApiError(400, "Host: this server answers under the names of this machine alone")
 
     def _check_token(self, request: Request) -> None:
-        token, path = self._options.token, request.url.path
+        token, path = self._options.token, request.scope["path"]  # the path in request.url has the Host header in it
         if token is None or not path.startswith(("/v1", "/page")):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -325,7 +336,7 @@ class _Guard:
         most = self._options.body_size
         too_large = ApiError(413, f"the body is larger than {most:,} bytes")
         length = request.headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()) or int(length) > most:
+        if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > most:
             raise too_large
         body = bytearray()
         try:

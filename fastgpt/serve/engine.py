@@ -222,9 +222,9 @@ class Engine:
                 self._join(text)
 
     def _join(self, text: Text) -> None:
-        text.sample = Sample(0, self._tokenizer, list(text.stops), self._end)
-        generator = torch.Generator(self._device).manual_seed(text.seed)
         try:
+            text.sample = Sample(0, self._tokenizer, list(text.stops), self._end)
+            generator = torch.Generator(self._device).manual_seed(text.seed)
             slot = self._batch.add(text.prompt, generator=generator, **text.settings)
         except Exception as error:  # of this text alone
             text.deliver(Piece("", [], error=error))
@@ -249,8 +249,11 @@ class Engine:
             return
         for slot, token in drawn.items():
             text = self._present[slot]
-            piece = text.push(token)
-            if piece.finish is not None:
+            try:
+                piece = text.push(token)
+            except Exception as error:  # of this text alone
+                piece = Piece("", [], error=error)
+            if piece.finish is not None or piece.error is not None:
                 with self._changed:
                     self._leave(slot)
             text.deliver(piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import signal
@@ -18,6 +19,8 @@ from ..tokenizer import Tokenizer
 MOST_CONNECTIONS = 512
 END_WITHIN_S = 3  # once it is to stop: what is still being answered then is cut off
 HEADERS_SIZE = 2**15  # bytes
+HEADERS_WITHIN_S = 10
+READ_WITHIN_S = 60  # what is sent to a client, or the client is cut off
 
 
 def serve(settings: ServeSettings, device: Any, on_backend: contextlib.AbstractContextManager) -> None:
@@ -26,6 +29,7 @@ def serve(settings: ServeSettings, device: Any, on_backend: contextlib.AbstractC
     try:
         import starlette  # noqa: F401
         import uvicorn
+        from uvicorn.protocols.http.h11_impl import H11Protocol
     except ImportError as error:
         raise ImportError(f"serving needs {error.name}: pip install 'fastgpt-kernels[serve]'") from None
     from .app import Options, create_app, is_loopback
@@ -54,7 +58,7 @@ def serve(settings: ServeSettings, device: Any, on_backend: contextlib.AbstractC
         timeout_keep_alive=10,
         timeout_graceful_shutdown=END_WITHIN_S,
         h11_max_incomplete_event_size=HEADERS_SIZE,
-        http="h11",
+        http=_patient(H11Protocol),
         ws="none",
         server_header=False,
     )
@@ -68,6 +72,47 @@ def serve(settings: ServeSettings, device: Any, on_backend: contextlib.AbstractC
         _say(listener, settings.host, name, tokenizer, model, token)
         Server(config).run(sockets=[listener])
     print("stopped", flush=True)
+
+
+def _patient(protocol: type) -> type:
+    """A connection's `protocol` that waits for a request's headers, but not for ever.
+
+    uvicorn has a time for the next request on a connection, and none for the first byte or for half of the headers: who
+    opens many connections and stays silent would shut out everyone else.
+    """
+
+    class Patient(protocol):  # type: ignore[misc]
+        waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._stop_watching()
+            super().connection_lost(error)
+
+        def _watch(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_watching()  # the headers are there
+            elif self.waiting is None:
+                self.waiting = self.loop.call_later(HEADERS_WITHIN_S, self._give_up)
+
+        def _stop_watching(self) -> None:
+            if self.waiting is not None:
+                self.waiting.cancel()
+                self.waiting = None
+
+        def _give_up(self) -> None:
+            self.waiting = None
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.abort()
+
+    return Patient
 
 
 def _stride(model: LanguageModel, asked: int | None) -> int | None:
@@ -88,10 +133,13 @@ def _listen(host: str, port: int) -> socket.socket:
     """A socket that is bound to the address. Raises OSError in words."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; its connections have it, too
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_WITHIN_S * 1000)
+    return listener
 
 
 def _say(

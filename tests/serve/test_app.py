@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from fastgpt.generate import stream
 from fastgpt.serve.app import allowed_hosts, host_of, is_loopback
+from fastgpt.serve.completions import score
 from served_models import NAME, TOKENIZER, app_of, listening, small_model
 
 ASK = {"model": NAME, "prompt": "the cat", "max_tokens": 12, "seed": 1}
@@ -113,6 +114,16 @@ def test_an_echo_has_the_prompt_with_its_scores(client):
     assert scored.choices[0].logprobs.token_logprobs == got.logprobs.token_logprobs[:7]
     streamed = client.completions.create(**ASK, echo=True, stream=True)
     assert "".join(event.choices[0].text for event in streamed) == "the cat" + alone()
+
+
+def test_a_prompt_is_scored_once_for_all_its_choices(monkeypatch):
+    scored = []
+    monkeypatch.setattr("fastgpt.serve.app.score", lambda *args: scored.append(args) or score(*args))
+    with asking(app_of()) as client:
+        got = post(client, ASK | {"prompt": ["the cat", "a mat"], "n": 3, "echo": True, "logprobs": 1}).json()
+    assert len(scored) == 2
+    assert [choice["text"][:5] for choice in got["choices"]] == ["the c"] * 3 + ["a mat"] * 3
+    assert len({str(choice["logprobs"]["token_logprobs"][:7]) for choice in got["choices"][:3]}) == 1
 
 
 def test_fields_of_this_server_alone(client):
@@ -269,6 +280,12 @@ def test_a_token_is_asked_for_where_there_is_one():
         right = {"Authorization": "Bearer schlüssel".encode()}
         assert post(client, headers=right).status_code == client.get("/page/model", headers=right).status_code == 200
         assert client.get("/").status_code == client.get("/health").status_code == 200  # the page asks for the token
+
+
+def test_a_path_in_the_host_header_is_no_way_around_the_token():
+    with asking(app_of(host="0.0.0.0", token="t")) as client:
+        for host in ("localhost/health?", "localhost/#", "localhost:80/health/"):
+            assert client.get("/v1/models", headers={"Host": host}).status_code in (400, 401)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,15 @@ def test_a_model_that_fails_fails_the_texts_and_goes_on(engine):
     assert again.read()[0] == alone("the", 5, 1)
 
 
+def test_a_text_that_cannot_be_read_fails_alone(engine, monkeypatch):
+    broken, whole = Reader(), Reader(n=20)
+    monkeypatch.setattr(broken.text, "push", lambda drawn: 1 // 0)
+    engine.submit([broken.text, whole.text])
+    with pytest.raises(ZeroDivisionError):
+        broken.read()
+    assert whole.read()[0] == alone("the", 20, 1)
+
+
 def test_calls_run_on_the_thread_between_tokens(engine):
     async def ask():
         with pytest.raises(ZeroDivisionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -11,9 +12,11 @@ import sys
 import urllib.request
 
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastgpt.cli import main
-from served_models import small_model
+from fastgpt.serve import run
+from served_models import app_of, listening, small_model
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +101,29 @@ def test_without_the_server_library_the_extra_is_named(folder, monkeypatch, caps
 def test_a_stride_that_is_too_long_is_named(folder, capsys):
     assert main(["serve", str(folder), "--stride", "33"]) == 2
     assert "--stride: expected at most 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /health HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"]
+)
+def test_who_sends_no_headers_is_cut_off(sent, monkeypatch):
+    monkeypatch.setattr(run, "HEADERS_WITHIN_S", 0.2)
+    with listening(app_of(), run._patient(H11Protocol)) as address:
+        host, _, port = address.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=60) as silent:
+            silent.sendall(sent)
+            received = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := silent.recv(10_000):
+                    received += part
+            assert received.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+
+
+def test_a_long_answer_is_not_cut_off(monkeypatch):
+    monkeypatch.setattr(run, "HEADERS_WITHIN_S", 1e-3)
+    ask = {"prompt": "the", "max_tokens": 300}
+    with listening(app_of(), run._patient(H11Protocol)) as address:
+        body, headers = json.dumps(ask).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/v1/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.loads(answer.read())["usage"]["completion_tokens"] == 300

@@ -39,9 +39,11 @@ def app_of(model: GPT | None = None, *, size: int = 4, queue: int = 8, **options
 
 
 @contextlib.contextmanager
-def listening(app) -> Iterator[str]:
+def listening(app, http="h11") -> Iterator[str]:
     """The address of a server of `app`, which is stopped in the end."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, ws="none")
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, ws="none", http=http
+    )
     server = uvicorn.Server(config)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0), backlog=128)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
