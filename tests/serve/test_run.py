@@ -127,3 +127,12 @@ def test_a_long_answer_is_not_cut_off(monkeypatch):
         request = urllib.request.Request(f"{address}/v1/completions", body, headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.loads(answer.read())["usage"]["completion_tokens"] == 300
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no time for what is not read")
+def test_connections_have_a_time_in_which_what_is_sent_is_read():
+    with run._listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname(), timeout=60):
+        accepted, _ = listener.accept()
+        with accepted:
+            got = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert got == run.READ_WITHIN_S * 1000
