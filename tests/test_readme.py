@@ -83,7 +83,7 @@ def test_every_command_is_one_that_exists(document):
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
         elif words[0] == "pip":
-            extras = (".", ".[plot,data]", ".[bench]")
+            extras = (".", ".[plot,data]", ".[bench]", ".[serve]")
             assert words[1] == "install" and words[-1] in extras and words[2:-1] in ([], ["--no-build-isolation"])
         elif words[0] == "git":
             assert words == ["git", "clone", "$URL", "fastgpt", "&&", "cd", "fastgpt"]
