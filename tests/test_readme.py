@@ -255,7 +255,7 @@ DECIMALS = {  # the only ones in the words of a document, and what each is
     "benchmarks.md": {},
     "patching.md": {},
     "exporting.md": {},
-    "serving.md": {},
+    "serving.md": {"0.0": "a part of an address"},
     "scale.md": {},
     "gpu.md": {"8.0": "compute capability", "3.11": "Python", "3.12": "Python", "2.11": "torch", "3.6": "triton"},
 }
