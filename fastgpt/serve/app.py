@@ -71,7 +71,9 @@ def create_app(
     run: the folder of the run that the model comes from, whose losses the page shows.
     """
     options = options or Options()
-    limits = Limits(name, model.context_size, options.max_tokens, engine.capacity)
+    # A bigram sees one token, and goes on from the last one of a text that it was trained on.
+    longest = None if model.context_size is None else max(model.context_size, model.cfg.block_size)
+    limits = Limits(name, longest, options.max_tokens, engine.capacity)
     server = _Server(model, tokenizer, engine, limits, options)
 
     @contextlib.asynccontextmanager

@@ -12,6 +12,8 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from fastgpt import GPTConfig
+from fastgpt.baselines import MODELS
 from fastgpt.generate import stream
 from fastgpt.serve.app import allowed_hosts, host_of, is_loopback
 from fastgpt.serve.completions import score
@@ -222,6 +224,17 @@ def test_an_answer_that_takes_too_long_is_504():
         *_, error, done = [line for line in streamed.text.splitlines() if line]
         assert "0.001 seconds" in json.loads(error.removeprefix("data: "))["error"]["message"]
         assert done == "data: [DONE]"
+
+
+def test_a_bigram_goes_on_from_the_end_of_a_prompt():
+    bigram = MODELS["bigram"](GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=8)).eval()
+    bigram.tokenizer = TOKENIZER
+    with asking(app_of(bigram)) as client:
+        asks = [ASK | {"prompt": prompt, "temperature": 0, "logprobs": 0} for prompt in ("the cat", "t")]
+        whole, last = (post(client, ask).json()["choices"][0] for ask in asks)
+        assert whole["text"] == last["text"]
+        assert whole["logprobs"]["token_logprobs"] == last["logprobs"]["token_logprobs"]
+        assert post(client, ASK | {"prompt": "t" * 9}).json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_again():

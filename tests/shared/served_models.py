@@ -34,7 +34,7 @@ def small_model(
 
 def app_of(model: GPT | None = None, *, size: int = 4, queue: int = 8, **options):
     model = model or small_model()
-    engine = Engine(model, model.tokenizer, size=size, queue=queue, stride=model.cfg.block_size // 2)
+    engine = Engine(model, model.tokenizer, size=size, queue=queue, stride=max(model.context_size // 2, 1))
     return create_app(model, model.tokenizer, engine, name=NAME, options=Options(**options))
 
 
