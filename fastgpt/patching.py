@@ -22,6 +22,7 @@ from . import ops, patched_attention
 from .modules import LINEAR, say_once, why_called
 from .nn import CrossEntropyLoss, Embedding, LayerNorm, is_dense_float, why_no_embedding, why_no_layer_norm
 from .ops.backend import usual
+from .ops.library import attention_implementation
 from .patched_attention import CallsAttention, calls_attention
 from .patched_gpt2 import FusedBlock, FusedLoss, why_block_unknown, why_head_unknown
 
@@ -279,7 +280,7 @@ def _exchange_class(module: nn.Module, keep_logits: bool) -> bool:
     base: Any = None if rule is None or _why_left(module, rule) else rule.base
     if base is FusedLoss and keep_logits:
         base = None
-    if base is None and _is_of_transformers(cls) and _attention_of(module) == patched_attention.NAME:
+    if base is None and _is_of_transformers(cls) and attention_implementation(module) == patched_attention.NAME:
         base = Registered
     if base is None:
         return False
@@ -287,20 +288,16 @@ def _exchange_class(module: nn.Module, keep_logits: bool) -> bool:
     return True
 
 
-def _attention_of(model: Any) -> str | None:
-    return model.config._attn_implementation
-
-
 def _exchange_attention(model: Any) -> bool:
-    if _why_attention_left(model) is not None or _attention_of(model) == patched_attention.NAME:
+    if _why_attention_left(model) is not None or attention_implementation(model) == patched_attention.NAME:
         return False
     patched_attention.register()
     model.set_attn_implementation(patched_attention.NAME)
-    return _attention_of(model) == patched_attention.NAME
+    return attention_implementation(model) == patched_attention.NAME
 
 
 def _why_attention_left(model: Any) -> str | None:
-    name = _attention_of(model)
+    name = attention_implementation(model)
     if name not in (patched_attention.NAME, patched_attention.PYTORCHS):
         return f"its attention is {name!r}; only 'sdpa' is replaced, which model.set_attn_implementation('sdpa') takes"
     if getattr(model.config, "sub_configs", None):
@@ -317,7 +314,7 @@ def _restore(modules: list[nn.Module], attention: list[Any]) -> None:
         if isinstance(module, _Patched):
             module.__class__ = module._fastgpt_unpatched
     for model in attention:
-        if _attention_of(model) == patched_attention.NAME:
+        if attention_implementation(model) == patched_attention.NAME:
             model.set_attn_implementation(patched_attention.PYTORCHS)
 
 
@@ -390,7 +387,7 @@ def _explain_attention(report: Report, name: str, model: Any) -> None:
     reason = _why_attention_left(model)
     if reason is not None:
         report.left.setdefault(reason, []).append(name)
-    elif _attention_of(model) == patched_attention.NAME:
+    elif attention_implementation(model) == patched_attention.NAME:
         report.used.setdefault(what, []).append(name)
     else:
         report.unused.setdefault(what, []).append(name)

@@ -215,7 +215,7 @@ class ServeSettings:
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 lets other machines in, who need the token.
     port: int = 8000  # 0 takes one that is free.
     token: str | None = None  # what requests must bring; one is made where other machines are let in.
-    name: str | None = None  # the model's name in requests; by default its folder's.
+    name: str | None = None  # the model's name in requests; by default the last part of --checkpoint.
     max_batch: int = 8  # texts that are continued at a time.
     max_queue: int = 64  # texts that may wait for their turn; more are refused.
     max_new_tokens: int = 4096  # the most tokens of one completion.

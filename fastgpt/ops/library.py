@@ -201,8 +201,14 @@ PRIVATE_NAMES = {
     "module._backward_pre_hooks": ("2.11.0", "2.14.1"),
     "module._modules": ("2.11.0", "2.14.1"),
     "module._parameters": ("2.11.0", "2.14.1"),
+    "model.config._attn_implementation": ("2.11.0", "2.13.0"),  # of transformers 5.24, whose guide names it
     "_dynamo_marked_constant": ("2.11.0", "2.14.1"),  # what torch.compiler.assume_constant_result sets on a function
 }
+
+
+def attention_implementation(model: Any) -> str | None:
+    """The name of the function that a model of transformers takes from its registry of attention functions."""
+    return model.config._attn_implementation
 
 
 def below_autograd(op: Callable[..., Any], *args: Any) -> Any:

@@ -23,7 +23,7 @@ def own_names(trees: list[ast.AST]) -> set[str]:
     """Private names that this project gives itself: functions, classes, fields, and what it stores in `self`."""
     own = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             own.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             own.add(node.id)
