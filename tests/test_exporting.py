@@ -45,7 +45,8 @@ def test_the_examples_of_the_page_generate_the_models_text_without_fastgpt(tmp_p
     monkeypatch.chdir(tmp_path)
     model = made()
     model.save_pretrained("runs/shakespeare")
-    for words in shell_commands(page):
+    *commands, _ = shell_commands(page)  # the last one is for transformers, which has a test below
+    for words in commands:
         assert words[:2] == ["fastgpt", "export"] and main(words[1:]) == 0, shlex.join(words)
         said = capfd.readouterr()
         assert "compared with the model at (B, T) = (1, 1), (3, 1), (2, 7), (1, 8): no logit differs by" in said.out
@@ -54,7 +55,7 @@ def test_the_examples_of_the_page_generate_the_models_text_without_fastgpt(tmp_p
             [".onnx"],
             [".pt2"],
         )
-    own, *examples = blocks("python", page)
+    own, *examples, _ = blocks("python", page)
     exec(own, {})
     assert (tmp_path / "models/shakespeare/model.pt2").read_bytes() == (
         tmp_path / "models/shakespeare-torch/model.pt2"
@@ -69,6 +70,23 @@ def test_the_examples_of_the_page_generate_the_models_text_without_fastgpt(tmp_p
     for place in ("models/shakespeare-onnx", "models/shakespeare-torch/model.pt2"):
         assert main(["sample", place, "--max-new-tokens", "1"]) == 1
         assert "holds no model that FastGPT reads; give the run or the folder" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="the source tree is not here")
+def test_the_example_of_the_page_generates_with_transformers(tmp_path, monkeypatch, capfd) -> None:
+    pytest.importorskip("transformers")
+    page = PAGE.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    model = made()
+    model.save_pretrained("runs/shakespeare")
+    *_, words = shell_commands(page)
+    assert main(words[1:]) == 0
+    capfd.readouterr()
+    *_, example = blocks("python", page)
+    exec(example, {})
+    n_new = SHAPE["block_size"] - len("ROMEO. ")
+    expected = model.generate_text("ROMEO. ", max_new_tokens=n_new, temperature=0.0)
+    assert capfd.readouterr().out == f"{expected}\n"
 
 
 def test_a_recurrent_model_as_onnx_is_one_loop_of_standard_operations(tmp_path) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ DOCUMENTS = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 }
 WRITTEN_BY_HAND = ["README.md", "CONTRIBUTING.md", *(f"{page}.md" for page in ("getting-started", "backends", "scale"))]
-WRITTEN_BY_HAND += ["benchmarks.md", "gpu.md", "patching.md", "exporting.md", "serving.md"]
+WRITTEN_BY_HAND += ["benchmarks.md", "gpu.md", "patching.md", "exporting.md", "serving.md", "losses.md"]
 
 
 def run(words: list[str], cwd: Path) -> str:
@@ -83,7 +84,7 @@ def test_every_command_is_one_that_exists(document):
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
         elif words[0] == "pip":
-            extras = (".", ".[plot,data]", ".[bench]", ".[serve]")
+            extras = (".", ".[plot,data]", ".[bench]", "fastgpt-kernels[serve]")
             assert words[1] == "install" and words[-1] in extras and words[2:-1] in ([], ["--no-build-isolation"])
         elif words[0] == "git":
             assert words == ["git", "clone", "$URL", "fastgpt", "&&", "cd", "fastgpt"]
@@ -132,6 +133,22 @@ def test_the_example_of_backends_runs(tmp_path):
     (example,) = blocks("python", DOCUMENTS["backends.md"])
     (tmp_path / "example.py").write_text(example)
     assert run([sys.executable, "example.py"], tmp_path).startswith("attention: runs on")
+
+
+def test_the_examples_of_losses_run(capsys):
+    options, preferences = blocks("python", DOCUMENTS["losses.md"])
+    exec(options, {})
+    assert re.fullmatch(r"[\d.]+ nats, \d+% of the targets are the likeliest token\n", capsys.readouterr().out)
+    exec(preferences, {})
+    assert float(capsys.readouterr().out) > 0
+
+
+def test_the_extras_are_explained():
+    """Those that a reader asks for; `dev` is for those who work on FastGPT."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    table = DOCUMENTS["getting-started.md"].split("| extra | installs")[1].split("\n\n")[0]
+    explained = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(explained) == sorted(set(extras) - {"dev"})
 
 
 def test_the_examples_of_loading_generate_text_and_save(tmp_path, monkeypatch, capsys):
@@ -254,6 +271,7 @@ DECIMALS = {  # the only ones in the words of a document, and what each is
     "backends.md": {"8.0": "compute capability"},
     "benchmarks.md": {},
     "patching.md": {},
+    "losses.md": dict.fromkeys(("2204.02311", "2408.00118", "2305.18290"), "an article on arXiv"),
     "exporting.md": {},
     "serving.md": {"0.0": "a part of an address"},
     "scale.md": {},
