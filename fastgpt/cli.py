@@ -72,7 +72,7 @@ COMMANDS: dict[str, Command | Group] = {
     "serve": Command(ServeSettings, serve, "a page and OpenAI's interface for a trained model"),
     "eval": Command(EvalSettings, evaluate, "measure how well a model predicts a text"),
     "compare": Command(CompareSettings, compare, "runs side by side: a table, and a picture of their losses"),
-    "export": Command(ExportSettings, export, "write a model as a plain folder, for transformers too"),
+    "export": Command(ExportSettings, export, "write a model for transformers, onnxruntime or torch.export"),
     "data": Group(
         {
             "show": Command(DataShowSettings, data_show, "print one example of each layout of the data"),

@@ -191,6 +191,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def settings_table(runs: Sequence[Run], differing: dict[str, list[Any]]) -> str:
     known = [run for run in runs if run.settings]
+    if len(runs) == 1:
+        return "One run was compared with no other: name two or more to see the settings in which they differ."
     if len(known) < 2:
         return "There are no two runs whose settings are known."
     if not differing:

@@ -21,7 +21,7 @@ from .settings import PATHS, UsageError, flag
 _METAVARS = {"data": "PATH|NAME", "tokenizer": "NAME|PATH", "log": "LIST"}
 _METAVARS |= dict.fromkeys(("prompt", "stop", "words", "analogy"), "TEXT")
 _METAVARS |= {name: "PATH" for name in PATHS if name not in _METAVARS}
-_METAVARS["runs"] = "RUN"
+_METAVARS |= {"runs": "RUN", "token": "TEXT"}
 # The settings that need no option: words in first place are their values, and where it takes several, words anywhere.
 _WITHOUT_OPTION = ("checkpoint", "runs")
 # What a word without an option is probably the value of: the first of these that the command has and was not given.

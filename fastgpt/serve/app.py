@@ -38,6 +38,7 @@ from .completions import Answer, Asked, Choice, Limits, echoed, model_not_found,
 from .engine import Engine, Piece, Text
 from .errors import ApiError, wrong_value
 
+WHAT_IS_THERE = "a model here goes on with a text, at /v1/completions"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -276,7 +277,9 @@ async def _answer_error(request: Request, error: Any) -> Response:
 
 async def _answer_http_error(request: Request, error: Any) -> Response:
     """Starlette's own: a path that is not there, or a method that it does not have."""
-    words = {404: f"there is nothing at {request.scope['path'][:200]}", 405: f"{request.method} is not for this path"}
+    path = request.scope["path"][:200]
+    nothing = f"there is nothing at {path}" + (f"; {WHAT_IS_THERE}" if path.startswith("/v1/") else "")
+    words = {404: nothing, 405: f"{request.method} is not for this path"}
     found = ApiError(error.status_code, words.get(error.status_code, str(error.detail)))
     return JSONResponse(found.body(), found.status, headers=error.headers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import secrets
 import signal
 import socket
@@ -20,6 +21,7 @@ MOST_CONNECTIONS = 512
 END_WITHIN_S = 3  # once it is to stop: what is still being answered then is cut off
 HEADERS_SIZE = 2**15  # bytes
 HEADERS_WITHIN_S = 10
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what listens on all of a machine's, and one to reach it by
 READ_WITHIN_S = 60  # what is sent to a client, or the client is cut off
 
 
@@ -136,6 +138,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "the port is taken; give another one, or 0 for one that is free"
         raise OSError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; its connections have it, too
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_WITHIN_S * 1000)
@@ -146,10 +150,13 @@ def _say(
     listener: socket.socket, host: str, name: str, tokenizer: Tokenizer, model: LanguageModel, token: str | None
 ) -> None:
     port = listener.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
+    reached = EVERY_ADDRESS.get(host, host)
+    shown = f"[{reached}]" if ":" in reached else reached
     print(f"{name}: a {model.kind} of {model.num_parameters():,} parameters on {next(model.parameters()).device}")
     print(f"page: http://{shown}:{port}/")
     print(f"OpenAI's interface: http://{shown}:{port}/v1  (model {name!r})")
+    if reached != host:
+        print(f"from another machine: this machine's name or address in place of {reached}")
     if token is not None:
         print(f"token: {token}")
     print("Ctrl-C ends it", flush=True)

@@ -210,7 +210,8 @@ def test_a_body_that_does_not_come_is_408():
 
 def test_paths_and_methods_that_are_not_there():
     with asking(app_of()) as client:
-        assert client.get("/v1/chat/completions").status_code == 404
+        answer = client.post("/v1/chat/completions", json={})
+        assert answer.status_code == 404 and "at /v1/completions" in answer.json()["error"]["message"]
         assert client.get("/v1/completions").status_code == 405
         assert client.delete("/v1/models").json()["error"]["type"] == "invalid_request_error"
         assert client.get("/health").json() == {"status": "ok"}
