@@ -1,6 +1,8 @@
 // Requests to the server this page came from. What goes wrong becomes an error whose message can be shown.
 
 const TOKEN = "fastgpt-token"; // its key in this tab's storage
+const NO_TOKEN = "This server asks for a token: fill it in above.";
+const WRONG_TOKEN = "That is not this server's token: fill in the one that fastgpt serve has printed.";
 
 export class ServerError extends Error {
   constructor(message, status) {
@@ -54,6 +56,7 @@ async function request(path, body, signal) {
     throw error.name === "AbortError" ? error : lost();
   });
   if (answer.ok) return answer;
+  if (answer.status === 401) throw new ServerError(token ? WRONG_TOKEN : NO_TOKEN, 401);
   const said = await answer.json().catch(() => null);
   throw new ServerError(inWords(answer.status, said?.error?.message), answer.status);
 }
@@ -63,7 +66,6 @@ const lost = () => new ServerError("The connection to the server was lost. Is fa
 function inWords(status, message) {
   const kinds = {
     400: "The server does not accept this",
-    401: "The server asks for a token",
     403: "The server refuses this",
     404: "The server does not have this",
     413: "This is too long for the server",
