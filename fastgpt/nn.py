@@ -115,7 +115,9 @@ def _refuse(options: dict[str, Any], target: Any) -> None:
     if options:
         names = ", ".join(options)
         found = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(f"target: {names} need a class index for each row of dense floating point logits, got {found}")
+        raise ValueError(
+            f"target: with {names}, expected a class index for each row of dense floating logits, got {found}"
+        )
 
 
 class LinearCrossEntropyLoss(_Options, nn.Module):

@@ -251,7 +251,7 @@ def patch(model: nn.Module, *, keep_logits: bool = False) -> Patch:
             made._modules.append(module)
     if not any(isinstance(module, _Patched) for module in found):
         name = type(model).__name__
-        say_once(f"patch leaves this {name} alone", "nothing in it is known; print(fastgpt.explain(model)) says more")
+        say_once(f"patch changes nothing in this {name}", "print(fastgpt.explain(model)) says why")
     return made
 
 
