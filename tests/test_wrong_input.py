@@ -34,6 +34,7 @@ WRONG = [
     ("train --dat DATA --out OUT", 2, ["--dat: no such option", "did you mean --data?"]),
     ("sample RUN --promt x", 2, ["--promt: no such option", "did you mean --prompt?", "fastgpt sample --help"]),
     ("eval RUN --strides 3", 2, ["--strides: no such option", "did you mean --stride?"]),
+    ("serve RUN --prot 80", 2, ["--prot: no such option", "did you mean --port?"]),
     ("data show --layuot x", 2, ["did you mean --layout?"]),
     ("learn --stps 3", 2, ["did you mean --steps?"]),
     ("study depth --widht 3", 2, ["did you mean --width?", "fastgpt study depth --help"]),
@@ -53,6 +54,7 @@ WRONG = [
     ("train --resume", 2, ["--out is missing: give the folder of the run to go on with"]),
     ("sample", 2, ["--checkpoint is missing: give the folder of a run, which fastgpt train makes"]),
     ("eval", 2, ["--checkpoint is missing"]),
+    ("serve", 2, ["--checkpoint is missing"]),
     ("eval RUN", 2, ["--data is missing: give a text file"]),
     ("export RUN", 2, ["--out is missing: give a folder for the model", "see fastgpt export --help"]),
     # --- values that a setting cannot have ---
@@ -77,6 +79,9 @@ WRONG = [
     ("sample RUN --top-k 0", 2, ["--top-k: expected an integer of at least 1"]),
     ("sample RUN --top-p 3", 2, ["--top-p: expected a number in (0, 1]"]),
     ("sample RUN --temperature -1", 2, ["--temperature: expected a number of at least 0"]),
+    ("sample RUN --repetition-penalty 0", 2, ["--repetition-penalty: expected a number above 0, got 0.0"]),
+    ("serve RUN --port 70000", 2, ["--port: expected an integer from 0 to 65535, got 70000"]),
+    ("serve RUN --stride 99", 2, ["--stride: expected"]),
     ("sample RUN --stride 99", 2, ["--stride: expected at most 16"]),
     ("sample RUN --backend cudnn", 2, ["--backend: unknown backend 'cudnn'"]),
     ("export RUN --out OUT --format onxx", 2, ["--format: expected one of fastgpt, huggingface, onnx, torch, got"]),
@@ -113,6 +118,7 @@ WRONG = [
     ("sample RUN --prompt caf\udce9", 2, [rf"'caf\udce9': is not {ENCODING} text; give UTF-8"]),
     # --- sampling before training, files that are missing or are something else ---
     ("sample runs/demo", 1, ["runs/demo: no such file or folder", "as fastgpt train writes it"]),
+    ("serve runs/demo", 1, ["runs/demo: no such file or folder", "as fastgpt train writes it"]),
     ("eval runs/demo --data DATA", 1, ["runs/demo: no such file or folder"]),
     ("study attention runs/demo --out STUDY", 1, ["runs/demo: no such file or folder"]),
     ("sample DATA", 1, ["DATA: not a complete safetensors file"]),
