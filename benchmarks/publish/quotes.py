@@ -203,6 +203,7 @@ def _origin(rows: Sequence[Row]) -> str:
 
 QUOTES: dict[str, Callable[[Results], str]] = {
     "train_step": partial(beside_peers, "train_step", "one training step"),
+    "patch": partial(beside_peers, "patch", "one training step of GPT-2"),
     "generate": partial(beside_peers, "generate", "one sequence"),
     "time_to_loss": time_to_loss,
     "recipe": recipe,
