@@ -202,6 +202,7 @@ class Patch:
         self.model = model
         self._modules: list[nn.Module] = []
         self._attention: list[Any] = []
+        self._patched_before: list[Any] = []  # models within this one, which another patch keeps
 
     @property
     def report(self) -> Report:
@@ -216,7 +217,10 @@ class Patch:
 
     def __exit__(self, *exc: object) -> None:
         _restore(self._modules, self._attention)
-        self._modules, self._attention = [], []
+        if self._attention:  # the name in a model's config is also given to the models within it
+            for inner in self._patched_before:
+                inner.set_attn_implementation(patched_attention.NAME)
+        self._modules, self._attention, self._patched_before = [], [], []
 
 
 def patch(model: nn.Module, *, keep_logits: bool = False) -> Patch:
@@ -243,6 +247,11 @@ def patch(model: nn.Module, *, keep_logits: bool = False) -> Patch:
         raise TypeError(f"keep_logits: expected True or False, got {keep_logits!r}")
     made = Patch(model)
     found = [module for _, module in _walk(model)]
+    made._patched_before = [
+        module
+        for module in found
+        if _is_of_transformers(type(module)) and attention_implementation(module) == patched_attention.NAME
+    ]
     for module in found:  # while the classes are still their own, because transformers reads the code of their files
         if _is_of_transformers(type(module)) and _exchange_attention(module):
             made._attention.append(module)

@@ -285,3 +285,16 @@ def test_bad_input_is_named(function, value):
 def test_bad_options_are_named():
     with pytest.raises(TypeError, match=r"^keep_logits: "):
         fastgpt.patch(OwnModel(), keep_logits=1)
+
+
+def test_two_models_that_share_a_part_are_patched_one_by_one():
+    """The name in a model's config is also given to the models within it, which are another model's too."""
+    first, second = gpt2(), gpt2()
+    second.transformer = first.transformer
+    fastgpt.patch(first)
+    with fastgpt.patch(second):
+        assert second.config._attn_implementation == first.config._attn_implementation == "fastgpt"
+    assert second.config._attn_implementation == "sdpa"
+    assert first.config._attn_implementation == "fastgpt"
+    fastgpt.unpatch(first)
+    assert first.config._attn_implementation == "sdpa"
