@@ -49,6 +49,11 @@ NOTHING = "–"  # a cell without a value
 WRITTEN_NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?(e[-+]?\d+)?")
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 layer", "4 layers"."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def cell(value: Any) -> str:
     """A table's cell: floats with four significant digits, None as a dash."""
     if value is None:

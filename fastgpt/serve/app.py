@@ -126,7 +126,7 @@ class _Server:
         return JSONResponse(self._described)
 
     async def completions(self, request: Request) -> Response:
-        body = await request.json()  # which a tokenizer may need seconds for
+        body = request.scope["json"]
         asked = await asyncio.to_thread(read, body, self._limits, self._tokenizer, self._model.layout)
         texts, pieces = self._texts(asked)
         answer = Answer(asked, self._limits.name, self._tokenizer)
@@ -309,9 +309,7 @@ class _Guard:
             self._check_host(request)
             self._check_token(request)
             if request.method == "POST":
-                body = await self._body(request)
-                _check_json(body)
-                receive = _replayed(body, receive)
+                scope["json"] = _json(await self._body(request))  # where the routes find it
         except ApiError as error:
             headers = {**error.headers, "Connection": "close"}  # what was not read of the body is not a request
             await JSONResponse(error.body(), error.status, headers=headers)(scope, receive, send)
@@ -378,25 +376,15 @@ def host_of(header: str) -> str:
     return name.partition(":")[0]
 
 
-def _check_json(body: bytes) -> None:
-    """Raises ApiError for what is no JSON, or has numbers that JSON does not have."""
+def _json(body: bytes) -> Any:
+    """The value in a body. Raises ApiError for what is no JSON, or has numbers that JSON does not have."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number in JSON")
 
     try:
-        json.loads(body, parse_constant=refuse)
+        return json.loads(body, parse_constant=refuse)
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     except ValueError as error:  # of JSON, of UTF-8, or of a number of too many digits
         raise ApiError(400, f"the body is not JSON: {error}"[:300]) from None
-
-
-def _replayed(body: bytes, receive: Any) -> Callable[[], Awaitable[dict[str, Any]]]:
-    """A `receive` that gives out `body`, which was read already, and then what the server has."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> dict[str, Any]:
-        return messages.pop() if messages else await receive()
-
-    return replay

@@ -25,6 +25,7 @@ from ..generate_text import prompt_tokens
 from ..language_model import LanguageModel
 from ..model import GPT
 from ..ops import backend
+from ..report import counted
 from ..tokenizer import Tokenizer, label
 from ..training import TrainingError
 from ..training.run_folder import read_metrics
@@ -70,12 +71,12 @@ def routes(
         return JSONResponse(described)
 
     async def attention(request: Request) -> Response:
-        text, layer, head = asked_map(await request.json())
+        text, layer, head = asked_map(request.scope["json"])
         idx = await run_in_threadpool(last_tokens, model, tokenizer, text)
         return JSONResponse(await engine.call(attention_map, model, tokenizer, idx, layer, head))
 
     async def context(request: Request) -> Response:
-        text = asked_text(await request.json())
+        text = asked_text(request.scope["json"])
         return JSONResponse({"text": await run_in_threadpool(fitting, model, tokenizer, text)})
 
     def losses(request: Request) -> Response:
@@ -118,7 +119,7 @@ def describe(model: LanguageModel, tokenizer: Tokenizer, name: str, max_tokens: 
     has_attention = isinstance(model, GPT)
     prompt, hint = first_prompt(tokenizer, model.layout)
     if model.context_size is not None:
-        hint += f" It sees the last {_counted(model.context_size, 'token')} at most."
+        hint += f" It sees the last {counted(model.context_size, 'token')} at most."
     return {
         "name": name,
         "kind": model.kind,
@@ -142,24 +143,19 @@ def _facts(model: LanguageModel, tokenizer: Tokenizer, device: torch.device) -> 
     yield "Kind", model.kind
     yield "Parameters", f"{model.num_parameters():,}"
     if isinstance(model, GPT):
-        yield "Shape", f"{_counted(cfg.n_layer, 'layer')} of {_counted(cfg.n_head, 'head')}, width {cfg.n_embd}"
+        yield "Shape", f"{counted(cfg.n_layer, 'layer')} of {counted(cfg.n_head, 'head')}, width {cfg.n_embd}"
     elif model.context_size is None:  # a recurrent model
-        yield "Shape", f"{_counted(cfg.n_layer, 'layer')}, width {cfg.n_embd}"
-    yield "Context", "all of the text" if model.context_size is None else _counted(model.context_size, "token")
+        yield "Shape", f"{counted(cfg.n_layer, 'layer')}, width {cfg.n_embd}"
+    yield "Context", "all of the text" if model.context_size is None else counted(model.context_size, "token")
     words = {"char": "characters", "bpe": "byte pairs"}
     yield "Vocabulary", f"{tokenizer.vocab_size:,} {words.get(tokenizer.kind, tokenizer.kind)}"
-    threads = f", {_counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     yield "Device", f"{device}{threads}, {next(model.parameters()).dtype}".replace("torch.", "")
     ops_of: dict[str, list[str]] = {}
     for op in backend.OPS:
         ops_of.setdefault(backend.usual(op, device.type), []).append(op)
     for maker, ops in sorted(ops_of.items(), key=lambda item: -len(item[1])):
         yield MAKERS[maker], ", ".join(op.replace("_", " ") for op in ops)
-
-
-def _counted(n: int, noun: str) -> str:
-    """ "1 layer", "4 layers"."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def first_prompt(tokenizer: Tokenizer, layout: str) -> tuple[str, str]:

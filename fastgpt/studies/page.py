@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plots import styled
-from ..report import Report, markdown_table
+from ..report import Report, counted, markdown_table
 from ..settings import flag
 from . import load
 from .settings import STUDIES, question
@@ -51,11 +51,6 @@ def together(parts: Iterable[Any]) -> str:
     """ "2", "2 and 6", "2, 6 and 16"."""
     *first, last = map(str, parts)
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def counted(n: int, noun: str) -> str:
-    """ "1 row", "8 rows"."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def learned_bound(results: dict[str, Any]) -> float:

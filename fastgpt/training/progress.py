@@ -15,6 +15,7 @@ import torch
 from ..config import TrainConfig
 from ..machine import memory_in_use
 from ..ops import backend
+from ..report import counted
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -62,7 +63,7 @@ class Progress:
         if not self._is_estimated and left:
             self._is_estimated = True
             pace = f"{1000 * seconds:,.0f} ms a step"
-            self.say(f"{_counted(left, 'step')} to go, {self._time_left(step)} at {pace}")
+            self.say(f"{counted(left, 'step')} to go, {self._time_left(step)} at {pace}")
 
     def evaluated(self, seconds: float) -> None:
         """Take into account that an evaluation, and the checkpoint after it, took so long."""
@@ -92,18 +93,13 @@ def duration(seconds: float) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
 
 
-def _counted(n: int, noun: str) -> str:
-    """ "1 layer", "4 layers"."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
-
-
 def first_lines(trainer: Trainer, settings: str, source: str) -> list[str]:
     """What is trained, from which settings, on which text, on what, and how long. `source` is the name of the text."""
     model, cfg, corpus, device = trainer.model, trainer.cfg, trainer.corpus, trainer.device
     shape = model.cfg
-    layers = "" if model.kind.endswith("bigram") else f"{_counted(shape.n_layer, 'layer')}, width {shape.n_embd}, "
+    layers = "" if model.kind.endswith("bigram") else f"{counted(shape.n_layer, 'layer')}, width {shape.n_embd}, "
     several = trainer.processes.size > 1
-    threads = f", {_counted(torch.get_num_threads(), 'thread')}{' each' * several}" if device.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}{' each' * several}" if device.type == "cpu" else ""
     way = "FSDP2" if cfg.parallel == "fsdp" else "DDP"
     processes = f", {trainer.processes.size} processes by {way}" if several else ""
     examples, rows = corpus.examples("train", shape.block_size), cfg.batch_size * cfg.grad_accum
